@@ -1,0 +1,47 @@
+"""cddlib: dataset distillation by concurrent trajectory matching.
+
+    import cddlib
+    buffer = cddlib.train_buffer(cddlib.buffer_recipe("digits"), Path("runs/buffer"))
+    config = cddlib.distill_recipe("contra", "digits", ipc=1, segments=4)
+    synthetic = cddlib.distill(config, buffer, Path("runs/contra"))
+    record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
+
+The modules, in the order in which data flows: runs, data, augment, networks, training, trajectory, buffer, segments,
+matching, combine, synthetic, evaluate, distill, recipes, figures, cli.
+"""
+
+from cddlib.buffer import BufferConfig, train_buffer
+from cddlib.data import Dataset, load, prepare
+from cddlib.distill import DistillConfig, concurrent_gradient, distill
+from cddlib.evaluate import evaluate_run
+from cddlib.matching import matching_loss, plan_student
+from cddlib.networks import ConvNet, NetworkConfig
+from cddlib.recipes import buffer_recipe, distill_recipe
+from cddlib.runs import UserError, generator
+from cddlib.segments import SegmentsConfig, draw_segments
+from cddlib.synthetic import SyntheticSet
+from cddlib.trajectory import Buffer
+
+__all__ = [
+    "Buffer",
+    "BufferConfig",
+    "ConvNet",
+    "Dataset",
+    "DistillConfig",
+    "NetworkConfig",
+    "SegmentsConfig",
+    "SyntheticSet",
+    "UserError",
+    "buffer_recipe",
+    "concurrent_gradient",
+    "distill",
+    "distill_recipe",
+    "draw_segments",
+    "evaluate_run",
+    "generator",
+    "load",
+    "matching_loss",
+    "plan_student",
+    "prepare",
+    "train_buffer",
+]

@@ -1,0 +1,7 @@
+"""`python -m cddlib`."""
+
+import sys
+
+from cddlib.cli import main
+
+sys.exit(main())

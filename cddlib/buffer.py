@@ -1,0 +1,180 @@
+"""Buffering: train experts on real data and keep their parameters after every epoch.
+
+    cddlib buffer --data digits --out runs/buffer
+    cddlib buffer --data cifar10 --root DIR --experts 100 --epochs 50 --out runs/cifar10      # as MTT
+
+An expert is durable once it is finished; a run that was interrupted trains the missing ones and ends with the same
+bytes as one that was not. Experts differ only by their seed.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from cddlib.augment import AugmentConfig
+from cddlib.data import DataConfig, Images, Preprocessing, fit_preprocessing, load
+from cddlib.networks import ConvNet, Network, NetworkConfig
+from cddlib.runs import (
+    Stopwatch,
+    UserError,
+    as_dict,
+    config_hash,
+    file_digest,
+    from_dict,
+    generator,
+    peak_memory_mb,
+    provenance,
+    read_json,
+    refuse_other_run,
+    resolve_device,
+    write_json,
+    write_tensors,
+)
+from cddlib.training import accuracy, fetch_real, train_epoch
+from cddlib.trajectory import Buffer, expert_path, read_expert_header, write_trajectory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
+    """How experts are trained: plain SGD at a constant learning rate, as in MTT."""
+
+    experts: int = 100
+    """Number of experts. A finished buffer grows when asked for more."""
+    epochs: int = 50
+    """Epochs T of each expert; the buffer keeps T + 1 parameter vectors."""
+    learning_rate: float = 0.01
+    """Learning rate."""
+    momentum: float = 0.0
+    """Momentum."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    batch_size: int = 256
+    """Real images a step."""
+    holdout: bool = True
+    """Keep the validation images out of training. The published codes train on all images: --no-holdout."""
+    seed: int = 0
+    """Seed of the first expert; expert i has seed + i."""
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        NetworkConfig.__post_init__(self)
+        AugmentConfig.__post_init__(self)
+        for name in ("experts", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not self.learning_rate > 0:
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
+
+
+def train_buffer(
+    config: BufferConfig, out: Path, *, root: Path | None = None, device: str = "auto"
+) -> Buffer:
+    """Train the experts that `out` lacks, then open it.
+
+    Args:
+        config: what to train.
+        out: the buffer's folder. It may hold some experts of the same configuration already.
+        root: folder of the data sets, see `cddlib.data.default_root`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` …
+
+    Raises:
+        UserError: `out` holds another buffer, the data set or the device is missing, or an expert diverges.
+    """
+    dev = resolve_device(device)
+    dataset = load(config.data, root)
+    network = ConvNet(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
+    shared = {key: value for key, value in as_dict(config).items() if key != "experts"}
+    data = {
+        "name": dataset.name,
+        "fingerprint": dataset.fingerprint,
+        "shape": list(dataset.shape),
+        "classes": len(dataset.classes),
+    }
+    identity = {**shared, "data": data}
+    if (out / "buffer.json").exists():
+        found = read_json(out / "buffer.json")
+        earlier = {key: value for key, value in found["config"].items() if key != "experts"}
+        refuse_other_run(out, {**earlier, "data": found["data"]}, identity)
+        config = dataclasses.replace(config, experts=max(config.experts, found["config"]["experts"]))
+
+    out.mkdir(parents=True, exist_ok=True)
+    watch = Stopwatch()
+    preprocessing = fit_preprocessing(dataset, zca=config.zca)
+    write_tensors(out / "preprocessing.safetensors", preprocessing.tensors(), {})
+    train, validation = dataset.split
+    parts = (train if config.holdout else dataset.train, validation, dataset.test)
+    on_device = tuple(part.to(dev) for part in parts)
+
+    manifest = {"config": as_dict(config), "data": data, "experts": []}
+    trained = 0
+    for expert in range(config.experts):
+        path = expert_path(out, expert)
+        if not path.exists() or read_expert_header(path, "buffer") != config_hash(identity):
+            _train_expert(
+                config, expert, network, on_device, preprocessing.to(dev), path, config_hash(identity)
+            )
+            trained += 1
+        manifest["experts"].append(
+            {"file": path.name, "sha256": file_digest(path), **read_expert_header(path, "expert")}
+        )
+        write_json(out / "buffer.json", manifest)
+    if trained:
+        record = {
+            "experts_trained": trained,
+            "seconds": watch.seconds(),
+            "peak_memory_mb": peak_memory_mb(dev),
+        }
+        write_json(out / "result.json", {**record, **provenance(dev)})
+    return Buffer(out)
+
+
+def _train_expert(
+    config: BufferConfig,
+    expert: int,
+    network: Network,
+    parts: tuple[Images, ...],
+    preprocessing: Preprocessing,
+    path: Path,
+    buffer: str,
+) -> None:
+    """Train one expert and write its trajectory."""
+    train, validation, test = parts
+    seed = config.seed + expert
+    theta = network.init(generator(seed, "init")).to(train.images.device)
+    snapshots = [theta.clone()]  # cloned: the vector itself goes on changing
+    optimizer = torch.optim.SGD(
+        [theta.requires_grad_()],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    losses, accuracies = [], [accuracy(network, theta, validation, preprocessing)]
+    progress = tqdm(range(1, config.epochs + 1), desc=f"expert {expert + 1}/{config.experts}", unit="epoch")
+    for epoch in progress:
+        loss = train_epoch(
+            network,
+            theta,
+            optimizer,
+            fetch_real(train, preprocessing),
+            len(train.labels),
+            batch_size=config.batch_size,
+            strategy=config.augment,
+            generator=generator(seed, "epoch", epoch),
+        )
+        if not loss < float("inf"):
+            raise UserError(
+                f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate."
+            )
+        snapshots.append(theta.detach().clone())
+        losses.append(loss)
+        accuracies.append(accuracy(network, theta, validation, preprocessing))
+        progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracies[-1]:.1%}")
+    record = {
+        "seed": seed,
+        "train_loss": losses,
+        "validation_accuracy": accuracies,
+        "test_accuracy": accuracy(network, theta, test, preprocessing),
+    }
+    write_trajectory(path, network, snapshots, {"buffer": buffer, "expert": record})

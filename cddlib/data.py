@@ -1,0 +1,423 @@
+"""Data sets as tensors: uint8 images and labels, one safetensors file each, and the map to what a network sees.
+
+    cddlib data cifar10 --root DIR                            # downloads, once
+    cddlib data tiny_imagenet --source tiny-imagenet-200      # from a folder you have
+
+`digits` (1,797 handwritten digits of 8x8 pixels, inside scikit-learn) needs no preparation.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, cast, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from safetensors import SafetensorError
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision import datasets as tv
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from cddlib.runs import UserError, generator, open_tensors, read_metadata, write_tensors
+
+DataName = Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagefolder"]
+DATA_NAMES: tuple[str, ...] = get_args(DataName)
+VALIDATION_FRACTION = 0.1
+TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, and how a network sees them."""
+
+    data: str = "digits"
+    """Data set: digits, fashion_mnist, cifar10, cifar100, tiny_imagenet or imagefolder."""
+    zca: bool = False
+    """Whiten the pixels (ZCA, as MTT and DATM do) instead of normalising each channel."""
+
+    def __post_init__(self) -> None:
+        check_data_name(self.data)
+
+
+def check_data_name(name: str) -> None:
+    """Raise `UserError` for a name that is not in `DATA_NAMES`."""
+    if name not in DATA_NAMES:
+        raise UserError(f"unknown data set {name!r}; choose one of {', '.join(DATA_NAMES)}.")
+
+
+class Images(NamedTuple):
+    """Labelled images."""
+
+    images: UInt8[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+
+    def select(self, indices: Int64[Tensor, " m"]) -> "Images":
+        """The images at `indices`."""
+        return Images(self.images[indices], self.labels[indices])
+
+    def to(self, device: torch.device) -> "Images":
+        """The same on `device`."""
+        return Images(self.images.to(device), self.labels.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in memory: training and test images as uint8 tensors."""
+
+    name: str
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        c, h, w = self.train.images.shape[1:]
+        return c, h, w
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of the SHA-256 of all images and labels."""
+        digest = hashlib.sha256()
+        for tensor in (*self.train, *self.test):
+            digest.update(str(tuple(tensor.shape)).encode())
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def split(self) -> tuple[Images, Images]:
+        """The training images in two parts: for training (nine tenths of every class) and for validation.
+
+        Every selection uses the validation part; the test images are read once, at the end. The split is a fact of
+        the data set, the same for every seed.
+        """
+        keep, held_out = stratified_split(self.train.labels, VALIDATION_FRACTION)
+        return self.train.select(keep), self.train.select(held_out)
+
+
+def stratified_split(
+    labels: Int64[Tensor, " n"], fraction: float
+) -> tuple[Int64[Tensor, " a"], Int64[Tensor, " b"]]:
+    """Two disjoint sets of indices that cover all: the second holds `fraction` of every class, at least one image."""
+    rng = generator("split")
+    keep, held_out = [], []
+    for label in labels.unique():
+        members = torch.nonzero(labels == label).flatten()
+        members = members[torch.randperm(len(members), generator=rng)]
+        count = max(1, round(fraction * len(members)))
+        held_out.append(members[:count])
+        keep.append(members[count:])
+    return torch.cat(keep).sort().values, torch.cat(held_out).sort().values
+
+
+# --- Loading ----------------------------------------------------------------------------------------------------
+
+
+def default_root() -> Path:
+    """Where data sets lie unless told otherwise: `$CDDLIB_DATA`, else the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("CDDLIB_DATA", cache / "cddlib" / "data"))
+
+
+def load(name: str, root: Path | None = None) -> Dataset:
+    """The data set `name` from `<root>/<name>.safetensors`.
+
+    Raises:
+        UserError: unknown name, data not prepared yet (says what to run), or a file that is not what it should be.
+    """
+    check_data_name(name)
+    if name == "digits":
+        return _digits()
+    path = (root or default_root()) / f"{name}.safetensors"
+    if not path.exists():
+        source = "" if name in _DOWNLOADS else " --source FOLDER"
+        raise UserError(
+            f"{name} is not in {path.parent}; run `cddlib data {name}{source} --root {path.parent}` first."
+        )
+    return _read(name, path)
+
+
+def _read(name: str, path: Path) -> Dataset:
+    """Read and check a cached data set."""
+    file = open_tensors(path)
+    missing = set(TENSORS) - set(file.keys())
+    if missing:
+        raise UserError(
+            f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set."
+        )
+    classes = tuple(read_metadata(file, path, "classes"))
+    try:
+        tensors = {key: file.get_tensor(key) for key in TENSORS}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}).") from None
+    for part in ("train", "test"):
+        images, labels = tensors[f"{part}_images"], tensors[f"{part}_labels"]
+        wrong = (
+            f"{part}_images is {images.dtype}{list(images.shape)}, not uint8[n, c, h, w]"
+            if images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[1:] != tensors["train_images"].shape[1:]
+            else f"{part}_labels is {labels.dtype}{list(labels.shape)}, not int64[{len(images)}]"
+            if labels.dtype != torch.int64 or labels.shape != (len(images),)
+            else f"{part} has no images"
+            if len(images) == 0
+            else f"{part}_labels reach from {labels.min()} to {labels.max()}, with {len(classes)} classes named"
+            if labels.min() < 0 or labels.max() >= len(classes)
+            else None
+        )
+        if wrong:
+            raise UserError(f"{path} is not a cddlib data set: {wrong}.")
+    return _dataset(name, tensors, classes)
+
+
+def _dataset(name: str, tensors: dict[str, Tensor], classes: tuple[str, ...]) -> Dataset:
+    train = Images(tensors["train_images"], tensors["train_labels"])
+    return Dataset(name, train, Images(tensors["test_images"], tensors["test_labels"]), classes)
+
+
+@functools.cache
+def _digits() -> Dataset:
+    """Scikit-learn's digits, one fifth of every class for testing."""
+    bunch = load_digits()
+    images = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8)).unsqueeze(1)
+    every = Images(images, torch.from_numpy(bunch.target).long())
+    train, test = stratified_split(every.labels, 0.2)
+    return Dataset(
+        "digits", every.select(train), every.select(test), tuple(str(name) for name in bunch.target_names)
+    )
+
+
+# --- Preparing --------------------------------------------------------------------------------------------------
+
+_DOWNLOADS = {"fashion_mnist": tv.FashionMNIST, "cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}
+
+
+def prepare(name: str, root: Path | None = None, *, source: Path | None = None, size: int = 64) -> Path:
+    """Write `<root>/<name>.safetensors` and return its path; a file already there is checked and kept.
+
+    Args:
+        name: fashion_mnist, cifar10, cifar100: downloaded by torchvision. tiny_imagenet, imagefolder: from `source`.
+        root: folder of the cache.
+        source: a folder in Tiny ImageNet's original layout, or with `train/<class>/*` and `val/<class>/*`.
+        size: pixels of a side, for imagefolder: the shorter side is resized to it with antialiasing, then the
+            middle is cut out.
+    """
+    check_data_name(name)
+    root = root or default_root()
+    path = root / f"{name}.safetensors"
+    if name == "digits":
+        raise UserError("digits comes with scikit-learn; nothing needs to be prepared.")
+    if path.exists():
+        _read(name, path)
+        return path
+    if name in _DOWNLOADS:
+        tensors, classes = _download(name, root / "downloads")
+    elif source is None or not (source / "train").is_dir() or not (source / "val").is_dir():
+        raise UserError(f"{name} needs --source, a folder that holds train/ and val/; got {source}.")
+    else:
+        tensors, classes = _from_folder(name, source, size)
+    write_tensors(path, tensors, {"classes": classes})
+    return path
+
+
+def _download(name: str, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Fetch a data set with torchvision, which checks the downloads against its checksums."""
+    tensors = {}
+    for part in ("train", "test"):
+        try:
+            found = _DOWNLOADS[name](folder, train=part == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{name} cannot be downloaded to {folder} ({error}).") from None
+        images = torch.as_tensor(found.data)
+        # torchvision keeps CIFAR as n x h x w x c and Fashion-MNIST as n x h x w
+        tensors[f"{part}_images"] = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
+        tensors[f"{part}_labels"] = torch.as_tensor(found.targets).long()
+    return tensors, list(found.classes)
+
+
+def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor], list[str]]:
+    """Decode and resize the images of a folder in parallel."""
+    train = tv.ImageFolder(str(source / "train"))
+    annotations = source / "val" / "val_annotations.txt"
+    if name == "tiny_imagenet":
+        size = 64
+        if not annotations.exists():
+            raise UserError(
+                f"{annotations} does not exist: {source} is not in Tiny ImageNet's original layout."
+            )
+        val = _annotated(annotations, train.class_to_idx)
+    else:
+        found = tv.ImageFolder(str(source / "val"))
+        if found.classes != train.classes:
+            odd = sorted(set(found.classes) ^ set(train.classes))
+            raise UserError(
+                f"train/ and val/ in {source} do not have the same classes; they differ in {odd[:5]}."
+            )
+        val = found.samples
+    tensors = {}
+    for part, samples in (("train", train.samples), ("test", val)):
+        images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+        loader = torch.utils.data.DataLoader(
+            _Decoder([path for path, _ in samples], size),
+            batch_size=64,
+            num_workers=0 if len(samples) < 1024 else os.cpu_count() or 0,
+        )
+        start = 0
+        for batch in tqdm(loader, desc=f"reading {part}", unit="batch"):
+            images[start : start + len(batch)] = batch
+            start += len(batch)
+        tensors[f"{part}_images"] = images
+        tensors[f"{part}_labels"] = torch.tensor([label for _, label in samples])
+    return tensors, train.classes
+
+
+def _annotated(annotations: Path, class_to_idx: dict[str, int]) -> list[tuple[str, int]]:
+    """Tiny ImageNet's validation images: file name and class, tab-separated, a line each."""
+    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+    present = [(annotations.parent / "images" / file, wnid) for file, wnid in rows]
+    return [
+        (str(path), class_to_idx[wnid]) for path, wnid in present if path.exists() and wnid in class_to_idx
+    ]
+
+
+class _Decoder(torch.utils.data.Dataset[Tensor]):
+    """Image files as uint8 tensors of one size."""
+
+    def __init__(self, paths: list[str], size: int) -> None:
+        self.paths = paths
+        self.resize = v2.Compose(
+            [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor(), v2.ToDtype(torch.uint8)]
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return self.resize(tv.folder.pil_loader(self.paths[index]))
+        except OSError as error:
+            raise UserError(f"{self.paths[index]} is not a readable image ({error}).") from None
+
+
+# --- What a network sees ----------------------------------------------------------------------------------------
+
+# The published codes use CIFAR-10's numbers for CIFAR-100 too, and ImageNet's for everything cut from it.
+_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_PUBLISHED = {"cifar10": _CIFAR, "cifar100": _CIFAR, "tiny_imagenet": _IMAGENET, "imagefolder": _IMAGENET}
+
+
+class Preprocessing(Protocol):
+    """An invertible map from pixels to what a network sees. It is saved with whatever was made in its space."""
+
+    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Pixels to network input, float32."""
+
+    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Network input to pixels, where 0 is black and 1 is white; not clipped."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What defines the map, for a file."""
+
+    def to(self, device: torch.device) -> "Preprocessing":
+        """The same map on `device`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Subtract a mean and divide by a standard deviation, per channel."""
+
+    mean: Float[Tensor, " c"]
+    std: Float[Tensor, " c"]
+
+    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Pixels, 0 black and 1 white."""
+        return images * self.std[:, None, None] + self.mean[:, None, None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Mean and standard deviation."""
+        return {"mean": self.mean, "std": self.std}
+
+    def to(self, device: torch.device) -> "Normalisation":
+        """The same map on `device`."""
+        return Normalisation(self.mean.to(device), self.std.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitening:
+    """ZCA whitening W = U diag(s^-1/2) U^T of centred pixels in [0, 1], with its exact inverse U diag(s^1/2) U^T.
+
+    s are the eigenvalues of the training set's pixel covariance (unbiased) plus 0.1, as MTT and DATM set it.
+    """
+
+    mean: Float[Tensor, " d"]
+    eigenvectors: Float[Tensor, "d d"]
+    eigenvalues: Float[Tensor, " d"]
+
+    @functools.cached_property
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        root = self.eigenvalues.sqrt()
+        u = self.eigenvectors
+        return (u / root) @ u.T, (u * root) @ u.T
+
+    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        return ((images.flatten(1).float() / 255 - self.mean) @ self._matrices[0]).view(images.shape)
+
+    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Pixels, 0 black and 1 white."""
+        return (images.flatten(1) @ self._matrices[1] + self.mean).view(images.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Mean, eigenvectors and eigenvalues."""
+        return {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
+
+    def to(self, device: torch.device) -> "Whitening":
+        """The same map on `device`."""
+        return Whitening(self.mean.to(device), self.eigenvectors.to(device), self.eigenvalues.to(device))
+
+
+def fit_preprocessing(dataset: Dataset, *, zca: bool) -> Preprocessing:
+    """The map for `dataset`: whitening fitted on all training images, or normalisation.
+
+    Normalisation takes the published mean and standard deviation where there are some, else the training set's.
+    """
+    images = dataset.train.images
+    if zca:
+        return _fit_whitening(images)
+    if dataset.name in _PUBLISHED:
+        mean, std = _PUBLISHED[dataset.name]
+        return Normalisation(torch.tensor(mean), torch.tensor(std))
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])])
+    weights = counts.double() / counts.sum(dim=1, keepdim=True)
+    mean_c = weights @ levels
+    std_c = (weights @ levels**2 - mean_c**2).sqrt()
+    return Normalisation(mean_c.float(), std_c.float())
+
+
+def _fit_whitening(images: UInt8[Tensor, "n c h w"], epsilon: float = 0.1) -> Whitening:
+    n, d = len(images), images[0].numel()
+
+    def chunks() -> Iterator[Tensor]:
+        return (chunk.flatten(1).double() / 255 for chunk in images.split(4096))
+
+    mean = cast(Tensor, sum(chunk.sum(0) for chunk in chunks())) / n
+    covariance = torch.zeros(d, d, dtype=torch.float64)
+    for chunk in chunks():
+        covariance += (chunk - mean).T @ (chunk - mean)
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance / (n - 1))
+    return Whitening(mean.float(), eigenvectors.float(), (eigenvalues.clamp(min=0) + epsilon).float())
+
+
+def preprocessing_from(tensors: dict[str, Tensor]) -> Preprocessing:
+    """The map that `tensors()` gave to a file."""
+    return Whitening(**tensors) if "eigenvalues" in tensors else Normalisation(**tensors)

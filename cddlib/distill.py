@@ -1,0 +1,352 @@
+"""Distillation: the loop of concurrent trajectory matching.
+
+    cddlib distill --method contra --data digits --ipc 1 --segments 4 --buffer runs/buffer --out runs/contra
+
+One iteration draws K segments of one expert, computes each segment's exact gradient one after the other, combines
+them, and takes one optimiser step on images, label logits and step size. The validation part of the training data
+selects the best iterate. A run resumes from its checkpoint and ends with the same bytes as one never interrupted.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cddlib.augment import AugmentConfig
+from cddlib.combine import CombineConfig, weighted_sum, weights
+from cddlib.data import DataConfig, load
+from cddlib.evaluate import EvaluateConfig, accuracy_of_set
+from cddlib.matching import MatchingConfig, matching_loss, plan_student
+from cddlib.networks import NetworkConfig
+from cddlib.runs import (
+    Metrics,
+    Stopwatch,
+    UserError,
+    as_dict,
+    generator,
+    open_tensors,
+    peak_memory_mb,
+    provenance,
+    read_json,
+    read_metadata,
+    refuse_other_run,
+    resolve_device,
+    write_json,
+    write_tensors,
+)
+from cddlib.segments import SegmentsConfig, draw_segments
+from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
+from cddlib.trajectory import Buffer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(
+    EvaluateConfig,
+    SyntheticConfig,
+    CombineConfig,
+    MatchingConfig,
+    SegmentsConfig,
+    AugmentConfig,
+    NetworkConfig,
+    DataConfig,
+):
+    """A complete distillation. `cddlib.recipes` fills it in for a method, data set and IPC."""
+
+    method: str = "contra"
+    """Name of the recipe."""
+    iterations: int = 5000
+    """Optimiser steps on the synthetic set."""
+    lr_images: float = 1000.0
+    """Learning rate of the images."""
+    momentum_images: float = 0.5
+    """Momentum of the images."""
+    lr_labels: float = 2.0
+    """Learning rate of the label logits, with soft labels."""
+    momentum_labels: float = 0.9
+    """Momentum of the label logits."""
+    lr_step_size: float = 1e-5
+    """Learning rate of the student's step size."""
+    momentum_step_size: float = 0.5
+    """Momentum of the student's step size."""
+    loss_threshold: float | None = None
+    """Skip an iteration whose loss is above this (DATM's guard). None: never skip."""
+    ema: float | None = None
+    """Decay of a moving average of the images that is evaluated and saved in their place (FTD). None: no average."""
+    validate_every: int = 100
+    """Iterations between validations; the first is before iteration 1, the last after the final one. 0: never."""
+    validation_runs: int = 1
+    """Networks trained for each validation."""
+    checkpoint_every: int = 20
+    """Iterations between checkpoints."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        for base in DistillConfig.__mro__[1:]:
+            if dataclasses.is_dataclass(base):
+                base.__post_init__(self)  # type: ignore[attr-defined]
+        for name in ("iterations", "validation_runs", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("lr_images", "lr_labels", "lr_step_size", "validate_every"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema is {self.ema}; it must lie between 0 and 1.")
+
+
+def distill(
+    config: DistillConfig, buffer: Buffer | Path, out: Path, *, root: Path | None = None, device: str = "auto"
+) -> SyntheticSet:
+    """Run, resume, or return the finished result of a distillation in the folder `out`.
+
+    Args:
+        config: the whole configuration.
+        buffer: trajectories of experts of the same network, data set and augmentation.
+        out: run folder.
+        root: folder of the data sets.
+        device: `auto`, `cpu`, `cuda` …
+
+    Raises:
+        UserError: `out` holds another run, `buffer` does not fit, or the loss is no longer finite (the last good
+            state is then in the checkpoint).
+    """
+    buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
+    run = {**as_dict(config), "buffer_id": buffer.id}
+    if (out / "config.json").exists():
+        refuse_other_run(out, read_json(out / "config.json"), run)
+    if (out / "result.json").exists():
+        return SyntheticSet.load(out / "synthetic.safetensors")
+    _check_buffer(config, buffer)
+    dev = resolve_device(device)
+    dataset = load(config.data, root)
+    buffer.check_data(dataset)
+    state = _State(config, initialise(config, dataset, buffer, config.seed, dev))
+    write_json(out / "config.json", run)
+    state.restore(out / "checkpoint.safetensors")
+    metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
+    validation = dataset.split[1].to(dev)
+    watch = Stopwatch(state.seconds)
+
+    def validate() -> dict[str, object]:
+        candidate = state.candidate()
+        accuracies = [
+            accuracy_of_set(candidate, buffer.network, config, config.augment, validation, config.seed + i)
+            for i in range(config.validation_runs)
+        ]
+        state.consider(candidate, statistics.fmean(accuracies))
+        return {"validation_accuracy": accuracies}
+
+    progress = tqdm(total=config.iterations, desc=f"{config.method} K={config.segments}", unit="it")
+    try:
+        if state.iteration < 0:
+            state.iteration = 0
+            metrics.write(iteration=0, **(validate() if config.validate_every else {}))
+        progress.update(state.iteration)
+        while state.iteration < config.iterations:
+            record = _iterate(state, config, buffer)
+            last = state.iteration == config.iterations
+            due = config.validate_every > 0 and (last or state.iteration % config.validate_every == 0)
+            metrics.write(**record, **(validate() if due else {}))
+            if due or last or state.iteration % config.checkpoint_every == 0:
+                state.save(out / "checkpoint.safetensors", watch.seconds())
+            progress.update()
+            progress.set_postfix(loss=f"{record['loss']:.3f}", best=f"{state.best_accuracy:.1%}")
+    finally:
+        metrics.close()
+        progress.close()
+    return _finish(state, config, buffer, out, watch, dev)
+
+
+def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
+    """Refuse a buffer whose experts are not the ones that `config` wants to match."""
+    for base in (DataConfig, NetworkConfig, AugmentConfig):
+        for field in dataclasses.fields(base):
+            wanted, found = getattr(config, field.name), buffer.config.get(field.name)
+            if wanted != found:
+                raise UserError(
+                    f"{field.name} is {wanted!r}, but the experts in {buffer.folder} were trained with {found!r}."
+                )
+    config.check_epochs(buffer.epochs)
+
+
+def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str, Any]:
+    """One iteration: gradients, guard, optimiser step. Returns the line for the metrics."""
+    watch = Stopwatch()
+    number = state.iteration + 1
+    gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration)
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients) or not record["loss"] < float(
+        "inf"
+    ):
+        raise UserError(
+            f"iteration {number}: the loss of the segments {record['starts']} is {record['losses']} and its gradient "
+            f"is not finite; the last good state is in the checkpoint; lower --lr-images or --step-size."
+        )
+    skipped = config.loss_threshold is not None and record["loss"] > config.loss_threshold
+    if not skipped:
+        state.step(gradients)
+    step_size = state.synthetic.step_size.item()
+    if not 0 < step_size < float("inf"):
+        raise UserError(
+            f"iteration {number}: the step size became {step_size}; the last good state is in the checkpoint; "
+            f"lower --lr-step-size ({config.lr_step_size})."
+        )
+    state.iteration = number
+    return {
+        "iteration": number,
+        **record,
+        "step_size": step_size,
+        "skipped": skipped,
+        "seconds": watch.seconds(),
+    }
+
+
+def _finish(
+    state: "_State", config: DistillConfig, buffer: Buffer, out: Path, watch: Stopwatch, device: torch.device
+) -> SyntheticSet:
+    """Write the selected set, then the record that marks the run as finished."""
+    selected, iteration = (
+        (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
+    )
+    selected.save(
+        out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration
+    )
+    lines = [line for line in Metrics.read(out / "metrics.jsonl") if "loss" in line]
+    result = {
+        "selected_iteration": iteration,
+        "selected_by": "validation accuracy" if state.best else "last iterate",
+        "validation_accuracy": state.best_accuracy if state.best else None,
+        "validation_held_out_from_experts": buffer.config["holdout"],
+        "iterations_skipped": sum(line["skipped"] for line in lines),
+        "seconds": watch.seconds(),
+        "seconds_per_iteration": statistics.median(line["seconds"] for line in lines),
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+    write_json(out / "result.json", {**result, **provenance(device)})
+    return selected
+
+
+def concurrent_gradient(
+    config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """The combined gradient of K segments with respect to `synthetic.variables`, and what was matched.
+
+    The segments share an expert, drawn uniformly; each has its own batches and augmentation. Nothing random depends
+    on earlier iterations.
+    """
+    rng = generator(config.seed, "iteration", iteration)
+    expert = int(torch.randint(len(buffer.experts), (), generator=rng))
+    segments = draw_segments(config, iteration, rng)
+    device, size = synthetic.images.device, len(synthetic.labels)
+    variables = synthetic.variables()
+    losses, gradients = [], []
+    for start in segments.starts:
+        loss = matching_loss(
+            buffer.network,
+            buffer.parameters(expert, start).to(device),
+            buffer.parameters(expert, start + config.expert_epochs).to(device),
+            synthetic.images,
+            synthetic.targets(),
+            synthetic.step_size,
+            plan_student(config, size, config.augment, rng),
+        )
+        gradients.append(torch.autograd.grad(loss, variables))
+        losses.append(loss.item())
+    shares = weights(config, config.segments, segments.anchor)
+    matched = {
+        "loss": sum(share * loss for share, loss in zip(shares, losses, strict=True)),
+        "losses": losses,
+        "starts": segments.starts,
+        "anchor": segments.anchor,
+        "expert": expert,
+    }
+    return weighted_sum(gradients, shares), matched
+
+
+class _State:
+    """Everything that changes from iteration to iteration, and its checkpoint."""
+
+    def __init__(self, config: DistillConfig, initial: SyntheticSet) -> None:
+        self.iteration = -1  # iterations done; -1: not even the validation before the first
+        self.seconds = 0.0
+        self.best: SyntheticSet | None = None
+        self.best_iteration, self.best_accuracy = 0, 0.0
+        self.synthetic = initial
+        for variable in initial.variables():
+            variable.requires_grad_()
+        groups = [{"params": [initial.images], "lr": config.lr_images, "momentum": config.momentum_images}]
+        if initial.label_logits is not None:
+            groups += [
+                {"params": [initial.label_logits], "lr": config.lr_labels, "momentum": config.momentum_labels}
+            ]
+        groups += [
+            {"params": [initial.step_size], "lr": config.lr_step_size, "momentum": config.momentum_step_size}
+        ]
+        self.optimizer = torch.optim.SGD(groups)
+        self.ema_decay = config.ema
+        self.ema_images = None if config.ema is None else initial.images.detach().clone()
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """One optimiser step, then the moving average."""
+        for variable, gradient in zip(self.synthetic.variables(), gradients, strict=True):
+            variable.grad = gradient
+        self.optimizer.step()
+        if self.ema_images is not None and self.ema_decay is not None:
+            self.ema_images.lerp_(self.synthetic.images.detach(), 1 - self.ema_decay)
+
+    def candidate(self) -> SyntheticSet:
+        """A copy of the set as it would be evaluated now."""
+        found = self.synthetic.copy()
+        return (
+            found if self.ema_images is None else dataclasses.replace(found, images=self.ema_images.clone())
+        )
+
+    def consider(self, candidate: SyntheticSet, accuracy: float) -> None:
+        """Keep `candidate` if it is the best so far."""
+        if self.best is None or accuracy > self.best_accuracy:
+            self.best, self.best_iteration, self.best_accuracy = candidate, self.iteration, accuracy
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Write the checkpoint."""
+        tensors = self.synthetic.variable_tensors()
+        for name, variable in zip(tensors, self.synthetic.variables(), strict=True):
+            momentum = self.optimizer.state[variable].get("momentum_buffer")
+            if momentum is not None:
+                tensors = {**tensors, f"momentum.{name}": momentum}
+        if self.ema_images is not None:
+            tensors["ema.images"] = self.ema_images
+        if self.best is not None:
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best.variable_tensors().items()}
+        state = {
+            "iteration": self.iteration,
+            "seconds": seconds,
+            "best_iteration": self.best_iteration,
+            "best_accuracy": self.best_accuracy,
+        }
+        write_tensors(path, tensors, {"state": state})
+
+    def restore(self, path: Path) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if not path.exists():
+            return
+        file = open_tensors(path)
+        state = read_metadata(file, path, "state")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.best_iteration, self.best_accuracy = state["best_iteration"], state["best_accuracy"]
+        device = self.synthetic.images.device
+        names = self.synthetic.variable_tensors().keys()
+        with torch.no_grad():
+            for name, variable in zip(names, self.synthetic.variables(), strict=True):
+                variable.copy_(tensors[name])
+                if f"momentum.{name}" in tensors:
+                    self.optimizer.state[variable]["momentum_buffer"] = tensors[f"momentum.{name}"].to(device)
+        if self.ema_images is not None:
+            self.ema_images.copy_(tensors["ema.images"])
+        if "best.images" in tensors:
+            best = {name: tensors[f"best.{name}"].to(device) for name in names}
+            self.best = dataclasses.replace(self.synthetic, **best)

@@ -1,0 +1,216 @@
+"""Evaluation: networks trained from scratch on a synthetic set, tested on real images they never saw.
+
+    cddlib evaluate runs/contra --runs 3
+
+The published protocol: SGD with momentum 0.9 and weight decay 5e-4, the learned step size as learning rate, one
+tenth of it from half time on, DSA on every batch. Beside it, under the same protocol, random real images of the same
+number, and all training images for as many steps; these two train at the experts' learning rate, 0.01.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cddlib.augment import AugmentConfig
+from cddlib.data import DataConfig, Dataset, Images, Preprocessing, load
+from cddlib.networks import ConvNet, Network, NetworkConfig
+from cddlib.runs import (
+    Stopwatch,
+    UserError,
+    as_dict,
+    config_hash,
+    file_digest,
+    from_dict,
+    generator,
+    peak_memory_mb,
+    provenance,
+    read_json,
+    resolve_device,
+    write_json,
+)
+from cddlib.synthetic import SyntheticSet, random_real
+from cddlib.training import Fetch, accuracy, fetch_real, train_epoch
+
+REAL_LEARNING_RATE = 0.01
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How networks are trained on a synthetic set, in evaluation and in validation during distillation."""
+
+    evaluation_epochs: int = 1000
+    """Passes over the synthetic set."""
+    evaluation_batch: int = 256
+    """Images a step."""
+
+    def __post_init__(self) -> None:
+        for name in ("evaluation_epochs", "evaluation_batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def train_network(
+    network: Network,
+    fetch: Fetch,
+    size: int,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    strategy: str,
+    seed: int,
+    device: torch.device,
+) -> Float[Tensor, " p"]:
+    """Train a fresh network by the published protocol on `size` examples; returns its parameters."""
+    theta = network.init(generator(seed, "init")).to(device).requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[(epochs + 1) // 2], gamma=0.1)
+    rng = generator(seed, "epochs")
+    for _ in range(epochs):
+        train_epoch(
+            network, theta, optimizer, fetch, size, batch_size=batch_size, strategy=strategy, generator=rng
+        )
+        schedule.step()
+    return theta.detach()
+
+
+def accuracy_of_set(
+    synthetic: SyntheticSet,
+    network: Network,
+    config: EvaluateConfig,
+    strategy: str,
+    real: Images,
+    seed: int,
+) -> float:
+    """Accuracy on `real` of one network trained on `synthetic`; all on the same device."""
+    targets = synthetic.targets()
+    theta = train_network(
+        network,
+        lambda indices: (synthetic.images[indices], targets[indices]),
+        len(targets),
+        epochs=config.evaluation_epochs,
+        learning_rate=float(synthetic.step_size),
+        batch_size=config.evaluation_batch,
+        strategy=strategy,
+        seed=seed,
+        device=targets.device,
+    )
+    return accuracy(network, theta, real, synthetic.preprocessing)
+
+
+def summarise(accuracies: list[float]) -> dict[str, float | int | None]:
+    """Mean, sample standard deviation (none for one run) and number of runs."""
+    std = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    return {"mean": statistics.fmean(accuracies), "std": std, "runs": len(accuracies)}
+
+
+def evaluate_run(
+    run: Path,
+    *,
+    runs: int = 5,
+    baselines: bool = True,
+    root: Path | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Test the synthetic set of a distillation run, and write `evaluation-<hash>.json` beside it.
+
+    Every finished network is recorded at once: an interrupted evaluation goes on, and asking for more runs adds to
+    the ones already there.
+
+    Args:
+        run: folder of the distillation run.
+        runs: number of networks R.
+        baselines: also train on random real images and on all training images.
+        root: folder of the data sets.
+        device: `auto`, `cpu`, `cuda` …
+        seed: network i of a set has seed + i.
+
+    Returns:
+        The record: accuracies on the test images under `synthetic`, `random_real` and `full`, and their summary.
+    """
+    if runs < 1:
+        raise UserError(f"runs is {runs}; it must be at least 1.")
+    path = run / "synthetic.safetensors"
+    if not path.exists():
+        raise UserError(f"{run} holds no finished distillation: {path.name} is missing.")
+    dev = resolve_device(device)
+    settings = read_json(run / "config.json")
+    synthetic = SyntheticSet.load(path).to(dev)
+    dataset = load(from_dict(DataConfig, settings).data, root)
+    trainer = _Trainer(settings, dataset, synthetic, dev)
+
+    identity = {"synthetic_sha256": file_digest(path), "seed": seed, "evaluation": as_dict(trainer.config)}
+    record_path = run / f"evaluation-{config_hash(identity)}.json"
+    accuracies: dict[str, list[float]] = {"synthetic": [], "random_real": [], "full": []}
+    elapsed = 0.0
+    if record_path.exists():
+        earlier = read_json(record_path)
+        accuracies, elapsed = earlier["accuracies"], earlier["seconds"]
+    watch = Stopwatch(elapsed)
+    wanted = ("synthetic", "random_real", "full") if baselines else ("synthetic",)
+    missing = [(name, i) for name in wanted for i in range(len(accuracies[name]), runs)]
+    for name, index in tqdm(missing, desc="evaluating", unit="network"):
+        accuracies[name].append(trainer.accuracy(name, seed + index))
+        record = {
+            **identity,
+            "summary": {key: summarise(values) for key, values in accuracies.items() if values},
+            "accuracies": accuracies,
+            "seconds": watch.seconds(),
+            "peak_memory_mb": peak_memory_mb(dev),
+            **provenance(dev),
+        }
+        write_json(record_path, record)
+    return read_json(record_path)
+
+
+class _Trainer:
+    """Trains one network on the synthetic set or on a baseline, and tests it."""
+
+    def __init__(
+        self, settings: dict[str, Any], dataset: Dataset, synthetic: SyntheticSet, device: torch.device
+    ) -> None:
+        self.config = from_dict(EvaluateConfig, settings)
+        self.strategy = from_dict(AugmentConfig, settings).augment
+        self.network = ConvNet(from_dict(NetworkConfig, settings), dataset.shape, len(dataset.classes))
+        self.dataset, self.synthetic, self.device = dataset, synthetic, device
+
+    def accuracy(self, name: str, seed: int) -> float:
+        """Test accuracy of one network trained on the set called `name`."""
+        test = self.dataset.test.to(self.device)
+        if name == "synthetic":
+            return accuracy_of_set(self.synthetic, self.network, self.config, self.strategy, test, seed)
+        size = len(self.synthetic.labels)
+        epochs = self.config.evaluation_epochs
+        if name == "random_real":
+            classes = len(self.dataset.classes)
+            train = random_real(
+                self.dataset.split[0], classes, size // classes, generator(seed, "random real")
+            )
+        else:  # all training images, in whole epochs, for about as many steps as the synthetic set gets
+            train = self.dataset.train
+            steps = epochs * -(-size // self.config.evaluation_batch)
+            epochs = max(1, round(steps / -(-len(train.labels) // self.config.evaluation_batch)))
+        return self._train_on_real(train.to(self.device), test, epochs, self.synthetic.preprocessing, seed)
+
+    def _train_on_real(
+        self, train: Images, test: Images, epochs: int, preprocessing: Preprocessing, seed: int
+    ) -> float:
+        theta = train_network(
+            self.network,
+            fetch_real(train, preprocessing),
+            len(train.labels),
+            epochs=epochs,
+            learning_rate=REAL_LEARNING_RATE,
+            batch_size=self.config.evaluation_batch,
+            strategy=self.strategy,
+            seed=seed,
+            device=self.device,
+        )
+        return accuracy(self.network, theta, test, preprocessing)

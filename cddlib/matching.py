@@ -1,0 +1,167 @@
+"""The matching loss and its exact gradient, in memory that does not grow with the student's graph.
+
+The student starts at θ*_t and takes N steps of SGD on the synthetic set, θ_{i+1} = θ_i − α g_i with
+g_i = ∇_θ ℓ(θ_i; A_i(X_i), Y_i), where A_i is an augmentation. The matching loss is
+L = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²  (MTT, Cazenavette et al. 2022, Eq. 2).
+
+MTT differentiates L through the graph of all N steps at once. Here only the N parameter vectors are kept, and the
+chain rule is walked back one step at a time:
+
+    λ_N = 2 (θ_N − θ*_{t+M}) / ‖θ*_t − θ*_{t+M}‖²
+    for i = N−1 … 0:
+        ∂L/∂X_i −= α (∂g_i/∂X_i)ᵀ λ      ∂L/∂Y_i −= α (∂g_i/∂Y_i)ᵀ λ      ∂L/∂α −= ⟨g_i, λ⟩
+        λ       ←  λ − α (∂g_i/∂θ)ᵀ λ
+
+Each turn differentiates the scalar ⟨g_i, λ⟩ once, and frees its graph. Leaving out the last line gives TESLA's
+gradient, which is another one.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cddlib import augment
+from cddlib.networks import Network
+from cddlib.runs import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MatchingConfig:
+    """How the student is trained on the synthetic set."""
+
+    student_steps: int = 20
+    """Steps N that the student takes."""
+    student_batch: int | None = None
+    """Synthetic images a step; None: all of them."""
+
+    def __post_init__(self) -> None:
+        for name in ("student_steps", "student_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+
+
+class Step(NamedTuple):
+    """The randomness of one student step."""
+
+    indices: Int64[Tensor, " b"]
+    """Which synthetic images."""
+    draw: augment.Draw | None
+    """How they are augmented."""
+
+
+def plan_student(config: MatchingConfig, size: int, strategy: str, generator: torch.Generator) -> list[Step]:
+    """Draw the N steps of a student on `size` synthetic images: shuffled passes, cut into batches."""
+    batches: list[Tensor] = []
+    while len(batches) < config.student_steps:
+        batches += torch.randperm(size, generator=generator).split(config.student_batch or size)
+    return [
+        Step(indices, augment.draw(strategy, len(indices), generator))
+        for indices in batches[: config.student_steps]
+    ]
+
+
+def matching_loss(
+    network: Network,
+    start: Float[Tensor, " p"],
+    target: Float[Tensor, " p"],
+    images: Float[Tensor, "n c h w"],
+    targets: Float[Tensor, "n classes"],
+    step_size: Float[Tensor, ""],
+    steps: list[Step],
+) -> Float[Tensor, ""]:
+    """L for the segment from `start` = θ*_t to `target` = θ*_{t+M}.
+
+    Differentiable, exactly, with respect to `images`, `targets` (class probabilities) and `step_size`; not with
+    respect to `start` and `target`. Peak memory: one step's graph and len(steps) parameter vectors.
+
+    Raises:
+        UserError: `start` equals `target`, so the loss has no scale.
+    """
+    if torch.equal(start, target):
+        raise UserError(
+            "the segment starts where it ends: the expert did not move, so there is nothing to match."
+        )
+    return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps)
+
+
+class _MatchingLoss(torch.autograd.Function):
+    """Forward: roll the student out, keeping its parameters. Backward: walk back over them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        targets: Tensor,
+        step_size: Tensor,
+        network: Network,
+        start: Tensor,
+        target: Tensor,
+        steps: list[Step],
+    ) -> Tensor:
+        path = roll_out(network, start, images, targets, step_size, steps)
+        ctx.save_for_backward(images, targets, step_size, target, *path)
+        ctx.network, ctx.steps = network, steps
+        return (path[-1] - target).square().sum() / (start - target).square().sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        images, targets, step_size, target, *path = ctx.saved_tensors
+        d_images, d_targets, d_step_size = (torch.zeros_like(x) for x in (images, targets, step_size))
+        adjoint = path[-1] - target
+        adjoint *= 2 * grad_loss / (path[0] - target).square().sum()
+        for theta, step in zip(reversed(path[:-1]), reversed(ctx.steps), strict=True):
+            indices = step.indices.to(images.device)
+            inner, by_theta, by_images, by_targets = _differentiate_step(
+                ctx.network, theta, images[indices], targets[indices], step.draw, adjoint
+            )
+            d_images.index_add_(0, indices, by_images * -step_size)
+            d_targets.index_add_(0, indices, by_targets * -step_size)
+            d_step_size -= inner
+            adjoint -= step_size * by_theta
+        return d_images, d_targets, d_step_size, None, None, None, None
+
+
+def roll_out(
+    network: Network, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[Step]
+) -> list[Tensor]:
+    """The student's parameters θ_0 … θ_N, without any graph."""
+    path = [start.detach()]
+    for step in steps:
+        indices = step.indices.to(images.device)
+        with torch.no_grad():
+            inputs = augment.apply(step.draw, images[indices])
+        theta = path[-1].detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(_loss(network, theta, inputs, targets[indices].detach()), theta)
+        path.append((theta - step_size * gradient).detach())
+    return path
+
+
+def _loss(network: Network, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The student's loss ℓ: cross-entropy with class probabilities, mean over the batch."""
+    return -(targets * F.log_softmax(network(theta, inputs), dim=1)).sum(dim=1).mean()
+
+
+def _differentiate_step(
+    network: Network,
+    theta: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    draw: augment.Draw | None,
+    adjoint: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """⟨g, λ⟩ and its derivatives with respect to θ, X and Y, for one step with gradient g."""
+    with torch.enable_grad():
+        theta, images, targets = (x.detach().requires_grad_() for x in (theta, images, targets))
+        loss = _loss(network, theta, augment.apply(draw, images), targets)
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        inner = gradient @ adjoint
+        by_theta, by_images, by_targets = torch.autograd.grad(inner, (theta, images, targets))
+    return inner.detach(), by_theta, by_images, by_targets

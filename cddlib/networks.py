@@ -1,0 +1,139 @@
+"""Networks as pure functions of (parameters, images).
+
+The parameters are one flat vector: an expert's epoch is a vector, a student's step is vector arithmetic, and a
+trajectory is a sequence of points. `Network.views` gives the tensors inside it their names and shapes.
+"""
+
+import dataclasses
+import math
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from cddlib.runs import UserError
+
+Norm = Literal["instance", "batch", "group", "layer", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """A ConvNet as the reference codes build it: blocks of convolution, norm, activation, pooling."""
+
+    depth: int = 3
+    """Number of blocks."""
+    width: int = 128
+    """Channels of every block."""
+    norm: Norm = "instance"
+    """Normalisation after each convolution; group means four groups."""
+    activation: Literal["relu", "leakyrelu", "sigmoid"] = "relu"
+    """Activation after each norm."""
+    pooling: Literal["avg", "max", "none"] = "avg"
+    """Pooling over 2x2 pixels at the end of each block."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.norm == "group" and self.width % 4:
+            raise UserError(f"width is {self.width}; with norm 'group' it must be a multiple of 4.")
+
+
+class Network(Protocol):
+    """What buffering, matching and evaluation need of a network."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Names and shapes of the parameters, in the order in which the vector holds them."""
+
+    def init(self, generator: torch.Generator) -> Float[Tensor, " p"]:
+        """Fresh parameters, on the CPU."""
+
+    def __call__(
+        self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b classes"]:
+        """Logits."""
+
+
+def parameter_count(network: Network) -> int:
+    """Length of the parameter vector."""
+    return sum(math.prod(shape) for shape in network.shapes.values())
+
+
+def views(network: Network, theta: Float[Tensor, " p"]) -> dict[str, Tensor]:
+    """The parameter vector as named tensors that share its memory."""
+    pieces = theta.split([math.prod(shape) for shape in network.shapes.values()])
+    return {
+        name: piece.view(shape) for (name, shape), piece in zip(network.shapes.items(), pieces, strict=True)
+    }
+
+
+_ACTIVATIONS = {"relu": F.relu, "leakyrelu": F.leaky_relu, "sigmoid": torch.sigmoid}
+_POOLINGS = {"avg": F.avg_pool2d, "max": F.max_pool2d}
+
+
+class ConvNet:
+    """The field's ConvNet (Gidaris & Komodakis 2018, as in DC and MTT), a pure function of (parameters, images).
+
+    Instance norm is a group norm with one channel a group, with scale and shift. Batch norm uses the statistics of
+    the batch in hand, in testing too: a pure function keeps no running averages. Images of 28 pixels are padded to
+    32 by the first convolution.
+    """
+
+    def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> None:
+        """Lay out the parameters for images of `image_shape` (channels, height, width)."""
+        self.config = config
+        self._padding = [3 if image_shape[1] == 28 else 1] + [1] * (config.depth - 1)
+        channels, size = image_shape[0], image_shape[1] + 2 * (self._padding[0] - 1)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for block in range(config.depth):
+            self.shapes[f"conv{block}.weight"] = (config.width, channels, 3, 3)
+            self.shapes[f"conv{block}.bias"] = (config.width,)
+            if config.norm != "none":
+                scale = (config.width, size, size) if config.norm == "layer" else (config.width,)
+                self.shapes[f"norm{block}.weight"] = scale
+                self.shapes[f"norm{block}.bias"] = scale
+            channels, size = config.width, size if config.pooling == "none" else size // 2
+            if size == 0:
+                raise UserError(
+                    f"depth is {config.depth}; images of {image_shape[1]} pixels allow at most {block} blocks "
+                    f"with pooling."
+                )
+        self.shapes["classifier.weight"] = (classes, config.width * size * size)
+        self.shapes["classifier.bias"] = (classes,)
+
+    def init(self, generator: torch.Generator) -> Float[Tensor, " p"]:
+        """Fresh parameters as PyTorch draws them: uniform within 1 / sqrt(fan-in); norms scale by 1 and shift by 0."""
+        pieces = []
+        fan_in = 0
+        for name, shape in self.shapes.items():
+            if name.startswith("norm"):
+                pieces.append(torch.full(shape, float(name.endswith("weight"))).flatten())
+                continue
+            if name.endswith("weight"):
+                fan_in = math.prod(shape[1:])
+            uniform = torch.rand(math.prod(shape), generator=generator)
+            pieces.append((2 * uniform - 1) / math.sqrt(fan_in))
+        return torch.cat(pieces)
+
+    def __call__(
+        self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]
+    ) -> Float[Tensor, "b classes"]:
+        p = views(self, theta)
+        x = images
+        for block in range(self.config.depth):
+            x = F.conv2d(x, p[f"conv{block}.weight"], p[f"conv{block}.bias"], padding=self._padding[block])
+            if self.config.norm != "none":
+                x = self._normalise(x, p[f"norm{block}.weight"], p[f"norm{block}.bias"])
+            x = _ACTIVATIONS[self.config.activation](x)
+            if self.config.pooling != "none":
+                x = _POOLINGS[self.config.pooling](x, 2)
+        return F.linear(x.flatten(1), p["classifier.weight"], p["classifier.bias"])
+
+    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        if self.config.norm == "layer":
+            return F.layer_norm(x, x.shape[1:], weight, bias)
+        if self.config.norm == "batch":
+            return F.batch_norm(x, None, None, weight, bias, training=True)
+        return F.group_norm(x, 4 if self.config.norm == "group" else x.shape[1], weight, bias)

@@ -1,0 +1,281 @@
+"""Run folders: atomic writes, resuming, provenance, seeds.
+
+A run folder belongs to one configuration. Asked for the same run again, it resumes or returns the finished
+result; asked for another, it refuses. Every file is written beside its place and then renamed, so a reader or a
+killed process never sees half a file.
+"""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one sentence that names the value and what is allowed."""
+
+
+# --- Seeds ------------------------------------------------------------------------------------------------------
+
+
+def generator(*keys: int | str) -> torch.Generator:
+    """A CPU generator seeded by the hash of `keys`, for example ``generator(seed, "expert", 3)``.
+
+    Each piece of work takes a stream named after itself, so no result depends on what ran before it: an interrupted
+    run needs no saved random state, and a draw is the same on every device.
+    """
+    digest = hashlib.sha256(json.dumps(keys).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# --- Devices ----------------------------------------------------------------------------------------------------
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU; any other name must exist here."""
+    _keep_freed_memory()
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device {name!r} is not available here ({str(error).splitlines()[0]}); use 'cpu' or 'auto'."
+        ) from None
+    return torch.device(name)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory for the next allocation instead of returning it to the system.
+
+    Every operation on the CPU allocates its result; fresh pages cost about as much time as the arithmetic.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
+        for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
+            ctypes.CDLL(None).mallopt(parameter, value)
+
+
+# --- Files ------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except SafetensorError as error:  # safetensors reports a full disk as its own error
+        raise OSError(f"cannot write {path}: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`; raises `UserError` naming the file if it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
+    """Write `tensors` as safetensors, atomically; each value of `metadata` goes into the header as JSON."""
+    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {key: json.dumps(value) for key, value in metadata.items()}
+    write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=header))
+
+
+def open_tensors(path: Path) -> Any:
+    """A lazy reader (`safetensors.safe_open`) of `path`; raises `UserError` saying why it cannot be read."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
+
+
+def read_metadata(file: Any, path: Path, key: str) -> Any:
+    """The JSON under `key` in the header of an open safetensors `file`."""
+    try:
+        return json.loads((file.metadata() or {})[key])
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{path} has no readable {key!r} in its header: it was written by another program."
+        ) from None
+
+
+def file_digest(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- Run folders ------------------------------------------------------------------------------------------------
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Twelve hex digits that name a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
+    """The `config_type` among `values`, which may hold more. Raises `KeyError` if a field is missing."""
+    return config_type(
+        **{field.name: values[field.name] for field in dataclasses.fields(cast(Any, config_type))}
+    )
+
+
+def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise `UserError` if `folder` belongs to the configuration `found` and not to `wanted`."""
+    details = [
+        f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here"
+        for key in sorted(found.keys() | wanted.keys())
+        if found.get(key) != wanted.get(key)
+    ]
+    if details:
+        raise UserError(
+            f"{folder} holds another run ({'; '.join(details)}); choose another folder with --out."
+        )
+
+
+class Metrics:
+    """Append-only `metrics.jsonl`: one JSON object a line, each with an `iteration`."""
+
+    def __init__(self, path: Path, *, resume_at: int) -> None:
+        """Keep the lines up to `resume_at`, the iteration of the checkpoint, and drop what a killed run added."""
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        complete = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in complete if json.loads(line)["iteration"] <= resume_at]
+        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+        self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
+
+    def write(self, **values: object) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """All lines."""
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def collect(folder: Path) -> dict[str, Any]:
+    """Everything a finished run wrote about itself: configuration, result, metrics, evaluations.
+
+    Raises:
+        UserError: `folder` holds no finished run.
+    """
+    named = {name: folder / f"{name}.json" for name in ("buffer", "config", "result")}
+    if not named["result"].exists():
+        raise UserError(f"{folder} holds no finished run: result.json is missing.")
+    record = {name: read_json(path) for name, path in named.items() if path.exists()}
+    if (folder / "metrics.jsonl").exists():
+        record["metrics"] = Metrics.read(folder / "metrics.jsonl")
+        record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]
+    return record
+
+
+# --- Provenance -------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Wall time in seconds since its start, on a clock that never jumps."""
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self._start = time.monotonic() - elapsed
+
+    def seconds(self) -> float:
+        """Seconds so far, to the millisecond."""
+        return round(time.monotonic() - self._start, 3)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Highest memory of this process so far in MB: on the GPU if `device` is one, else resident set."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The commit of the checkout that holds this package, with `+dirty` if files differ from it; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+dirty" if dirty else "")
+
+
+def _processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What a record must say about where it came from: versions, hardware, commit, date."""
+    versions = {
+        name: importlib.metadata.version(name) for name in ("cddlib", "torch", "torchvision", "numpy")
+    }
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

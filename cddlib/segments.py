@@ -1,0 +1,94 @@
+"""Which segments of a trajectory one iteration matches: windows, curricula, K concurrent start epochs.
+
+MTT draws one start epoch uniformly from a window. ConTra matches K of them at once, spaced
+R = floor((T+ - T-) / K) apart. The paper's text is not public; the spacing is its Eq. 8 as public reviews report it,
+and the rest is our reconstruction: draw one epoch as MTT does (the *anchor*), and take the K - 1 epochs of the window
+that lie at multiples of R from it. For K = 1 this is MTT.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from cddlib.runs import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentsConfig:
+    """Which segments are matched."""
+
+    segments: int = 1
+    """Segment count K: how many segments one iteration matches; 1 is MTT, FTD, DATM."""
+    expert_epochs: int = 2
+    """Length M of a segment in expert epochs."""
+    window_start: int = 0
+    """First start epoch T-."""
+    window_end: int = 20
+    """End T+ of the window; the last start epoch is T+ - 1."""
+    window_end_initial: int | None = None
+    """Curriculum (DATM): the window's end at iteration 0. None: the whole window at once."""
+    expansion_iterations: int = 1000
+    """Curriculum: iterations until the window has grown to T+."""
+
+    def __post_init__(self) -> None:
+        if self.segments < 1:
+            raise UserError(f"segments is {self.segments}; it must be at least 1.")
+        if self.expert_epochs < 1:
+            raise UserError(f"expert_epochs is {self.expert_epochs}; it must be at least 1.")
+        if self.expansion_iterations < 1:
+            raise UserError(f"expansion_iterations is {self.expansion_iterations}; it must be at least 1.")
+        if not 0 <= self.window_start < self.window_end:
+            raise UserError(
+                f"the window [{self.window_start}, {self.window_end}) is empty or starts before epoch 0; "
+                f"window_start must be 0 or more and below window_end."
+            )
+        if (
+            self.window_end_initial is not None
+            and not self.window_start < self.window_end_initial <= self.window_end
+        ):
+            raise UserError(
+                f"window_end_initial is {self.window_end_initial}; it must lie above window_start "
+                f"({self.window_start}) and not above window_end ({self.window_end})."
+            )
+        smallest = (self.window_end_initial or self.window_end) - self.window_start
+        if self.segments > smallest:
+            raise UserError(
+                f"segments is {self.segments}, but the window [{self.window_start}, "
+                f"{self.window_start + smallest}) has only {smallest} start epochs; use at most {smallest}."
+            )
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise `UserError` unless the last segment ends inside trajectories of epochs 0 … `epochs`."""
+        if self.window_end + self.expert_epochs > epochs + 1:
+            raise UserError(
+                f"segments start before epoch {self.window_end} and are {self.expert_epochs} epochs long, but the "
+                f"experts stop at epoch {epochs}; window_end + expert_epochs may be at most {epochs + 1}."
+            )
+
+
+class Segments(NamedTuple):
+    """The segments of one iteration."""
+
+    starts: list[int]
+    """K start epochs, ascending."""
+    anchor: int
+    """Which of them is the one that MTT would have drawn."""
+
+
+def window(config: SegmentsConfig, iteration: int) -> tuple[int, int]:
+    """The window [T-, T+) at an iteration. DATM: the end grows linearly to T+, rounded down."""
+    if config.window_end_initial is None or iteration >= config.expansion_iterations:
+        return config.window_start, config.window_end
+    grown = (config.window_end - config.window_end_initial) * iteration // config.expansion_iterations
+    return config.window_start, config.window_end_initial + grown
+
+
+def draw_segments(config: SegmentsConfig, iteration: int, generator: torch.Generator) -> Segments:
+    """K distinct start epochs inside the window, spaced R; the anchor is uniform over the window."""
+    lower, upper = window(config, iteration)
+    spacing = (upper - lower) // config.segments
+    drawn = lower + int(torch.randint(upper - lower, (), generator=generator))
+    anchor = min((drawn - lower) // spacing, config.segments - 1)
+    first = drawn - anchor * spacing
+    return Segments([first + k * spacing for k in range(config.segments)], anchor)

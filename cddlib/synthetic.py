@@ -1,0 +1,188 @@
+"""The synthetic set: images, labels and the learned step size, all that distillation optimises.
+
+A saved set is trainable without anything else: images in the network's input space, hard labels or label logits,
+step size, and the preprocessing that leads to and from that space.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cddlib.data import Dataset, Images, Preprocessing, preprocessing_from
+from cddlib.runs import UserError, generator, open_tensors, read_metadata, write_tensors
+from cddlib.training import fetch_real, predict
+from cddlib.trajectory import Buffer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticConfig:
+    """The synthetic set before the first iteration."""
+
+    ipc: int = 1
+    """Synthetic images per class."""
+    init: Literal["real", "correct", "noise"] = "real"
+    """Start from random real images, from real images that an expert classifies correctly (DATM), or from noise."""
+    soft_labels: bool = False
+    """Learn label logits, starting from the experts' (DATM), instead of keeping hard labels."""
+    step_size: float = 0.01
+    """The student's step size α before the first iteration."""
+
+    def __post_init__(self) -> None:
+        if self.ipc < 1:
+            raise UserError(f"ipc is {self.ipc}; it must be at least 1.")
+        if not 0 < self.step_size < float("inf"):
+            raise UserError(f"step_size is {self.step_size}; it must be positive.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SyntheticSet:
+    """A synthetic set, class-major: the first `ipc` images belong to class 0."""
+
+    images: Float[Tensor, "n c h w"]
+    labels: Int64[Tensor, " n"]
+    label_logits: Float[Tensor, "n classes"] | None
+    """Learned soft labels; None: `labels` are all there is."""
+    step_size: Float[Tensor, ""]
+    preprocessing: Preprocessing
+    classes: tuple[str, ...]
+
+    def targets(self) -> Float[Tensor, "n classes"]:
+        """Class probabilities: softmax of the logits, or one-hot labels."""
+        return class_probabilities(self.labels, self.label_logits, len(self.classes)).to(self.images.dtype)
+
+    def variable_tensors(self) -> dict[str, Tensor]:
+        """What distillation optimises, by name: images, label logits if they are learned, step size."""
+        found = {"images": self.images, "label_logits": self.label_logits, "step_size": self.step_size}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def variables(self) -> list[Tensor]:
+        """What distillation optimises, in that order."""
+        return list(self.variable_tensors().values())
+
+    def copy(self) -> "SyntheticSet":
+        """A set of its own memory, outside any graph."""
+        copies = {name: tensor.detach().clone() for name, tensor in self.variable_tensors().items()}
+        return dataclasses.replace(self, **copies)
+
+    def pictures(self) -> Float[Tensor, "n c h w"]:
+        """The images as pixels between 0 and 1, for showing."""
+        return self.preprocessing.inverse(self.images).clamp(0, 1)
+
+    def to(self, device: torch.device) -> "SyntheticSet":
+        """The same set on `device`."""
+        return dataclasses.replace(
+            self,
+            images=self.images.to(device),
+            labels=self.labels.to(device),
+            label_logits=None if self.label_logits is None else self.label_logits.to(device),
+            step_size=self.step_size.to(device),
+            preprocessing=self.preprocessing.to(device),
+        )
+
+    def save(self, path: Path, **metadata: object) -> None:
+        """Write the set to one safetensors file, with `metadata` as JSON in its header."""
+        tensors = {**self.variable_tensors(), "labels": self.labels}
+        tensors |= {f"preprocessing.{name}": value for name, value in self.preprocessing.tensors().items()}
+        write_tensors(path, tensors, {"classes": self.classes, **metadata})
+
+    @staticmethod
+    def load(path: Path) -> "SyntheticSet":
+        """Read a set that `save` wrote; raises `UserError` if the file is anything else."""
+        file = open_tensors(path)
+        classes = tuple(read_metadata(file, path, "classes"))
+        prefix = "preprocessing."
+        try:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            found = SyntheticSet(
+                images=tensors["images"],
+                labels=tensors["labels"],
+                label_logits=tensors.get("label_logits"),
+                step_size=tensors["step_size"],
+                preprocessing=preprocessing_from(
+                    {
+                        name.removeprefix(prefix): value
+                        for name, value in tensors.items()
+                        if name.startswith(prefix)
+                    }
+                ),
+                classes=classes,
+            )
+            found.targets()
+            found.pictures()
+        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{path} is not a synthetic set ({error}).") from None
+        return found
+
+
+def class_probabilities(
+    labels: Int64[Tensor, " n"], logits: Float[Tensor, "n classes"] | None, classes: int
+) -> Tensor:
+    """Softmax of `logits` if there are any, else one-hot `labels` as floats."""
+    return F.one_hot(labels, classes).float() if logits is None else logits.softmax(dim=1)
+
+
+def random_real(train: Images, classes: int, ipc: int, rng: torch.Generator) -> Images:
+    """`ipc` random images of every class, class-major.
+
+    Raises:
+        UserError: a class has fewer images.
+    """
+    chosen = []
+    for label in range(classes):
+        members = torch.nonzero(train.labels == label).flatten()
+        if len(members) < ipc:
+            raise UserError(f"ipc is {ipc}, but class {label} has only {len(members)} images to choose from.")
+        chosen.append(members[torch.randperm(len(members), generator=rng)[:ipc]])
+    return train.select(torch.cat(chosen))
+
+
+def initialise(
+    config: SyntheticConfig, dataset: Dataset, buffer: Buffer, seed: int, device: torch.device
+) -> SyntheticSet:
+    """The synthetic set before the first iteration; its real images come from the training part of the split.
+
+    Label logits start as the logits that the experts' last parameters give the real image, averaged over the experts
+    that are right about it, or over all if none is (DATM). With noise images they are those of a real image of the
+    class.
+
+    Raises:
+        UserError: a class has fewer than `ipc` images, or fewer that the expert gets right with init `correct`.
+    """
+    rng = generator(seed, "initialise")
+    classes = len(dataset.classes)
+    preprocessing = buffer.preprocessing.to(device)
+    train = dataset.split[0]
+
+    def expert_logits(expert: int, data: Images) -> Tensor:
+        theta = buffer.parameters(expert, buffer.epochs).to(device)
+        data = data.to(device)
+        return predict(buffer.network, theta, fetch_real(data, preprocessing), len(data.labels)).cpu()
+
+    if config.init == "correct":
+        expert = int(torch.randint(len(buffer.experts), (), generator=rng))
+        right = expert_logits(expert, train).argmax(1) == train.labels
+        train = train.select(torch.nonzero(right).flatten())
+    chosen = random_real(train, classes, config.ipc, rng)
+    logits = None
+    if config.soft_labels:
+        every = torch.stack([expert_logits(expert, chosen) for expert in range(len(buffer.experts))])
+        right = (every.argmax(2) == chosen.labels).float()
+        weight = torch.where(right.sum(0) > 0, right, 1.0)
+        logits = (every * weight[:, :, None]).sum(0) / weight.sum(0)[:, None]
+    images = buffer.preprocessing(chosen.images)
+    if config.init == "noise":
+        images = torch.randn(images.shape, generator=rng)
+    return SyntheticSet(
+        images=images,
+        labels=chosen.labels,
+        label_logits=logits,
+        step_size=torch.tensor(config.step_size),
+        preprocessing=buffer.preprocessing,
+        classes=dataset.classes,
+    ).to(device)

@@ -40,9 +40,7 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         names = self.augment.split("_")
         if self.augment != "none" and (not set(names) <= CHANGES.keys() or len(set(names)) < len(names)):
-            raise UserError(
-                f"augment is {self.augment!r}; join some of {', '.join(CHANGES)} with _, or say none."
-            )
+            raise UserError(f"augment is {self.augment!r}; join some of {', '.join(CHANGES)} with _, or say none.")
 
 
 class Draw(NamedTuple):

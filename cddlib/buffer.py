@@ -9,6 +9,7 @@ bytes as one that was not. Experts differ only by their seed.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -17,15 +18,13 @@ from cddlib.augment import AugmentConfig
 from cddlib.data import DataConfig, Images, Preprocessing, fit_preprocessing, load
 from cddlib.networks import ConvNet, Network, NetworkConfig
 from cddlib.runs import (
-    Stopwatch,
+    Recorder,
     UserError,
     as_dict,
     config_hash,
     file_digest,
     from_dict,
     generator,
-    peak_memory_mb,
-    provenance,
     read_json,
     refuse_other_run,
     resolve_device,
@@ -68,9 +67,7 @@ class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
             raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
 
 
-def train_buffer(
-    config: BufferConfig, out: Path, *, root: Path | None = None, device: str = "auto"
-) -> Buffer:
+def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, device: str = "auto") -> Buffer:
     """Train the experts that `out` lacks, then open it.
 
     Args:
@@ -93,40 +90,31 @@ def train_buffer(
         "classes": len(dataset.classes),
     }
     identity = {**shared, "data": data}
+    manifest: dict[str, Any] = {"config": as_dict(config), "data": data, "experts": []}
     if (out / "buffer.json").exists():
-        found = read_json(out / "buffer.json")
-        earlier = {key: value for key, value in found["config"].items() if key != "experts"}
-        refuse_other_run(out, {**earlier, "data": found["data"]}, identity)
-        config = dataclasses.replace(config, experts=max(config.experts, found["config"]["experts"]))
+        manifest = read_json(out / "buffer.json")
+        earlier = {key: value for key, value in manifest["config"].items() if key != "experts"}
+        refuse_other_run(out, {**earlier, "data": manifest["data"]}, identity)
+        manifest["config"]["experts"] = max(config.experts, manifest["config"]["experts"])
+        if len(manifest["experts"]) == manifest["config"]["experts"]:
+            return Buffer(out)
 
-    out.mkdir(parents=True, exist_ok=True)
-    watch = Stopwatch()
+    recorder = Recorder(dev)
+    write_json(out / "buffer.json", manifest)
     preprocessing = fit_preprocessing(dataset, zca=config.zca)
     write_tensors(out / "preprocessing.safetensors", preprocessing.tensors(), {})
     train, validation = dataset.split
     parts = (train if config.holdout else dataset.train, validation, dataset.test)
     on_device = tuple(part.to(dev) for part in parts)
-
-    manifest = {"config": as_dict(config), "data": data, "experts": []}
-    trained = 0
-    for expert in range(config.experts):
+    for expert in range(len(manifest["experts"]), manifest["config"]["experts"]):
         path = expert_path(out, expert)
         if not path.exists() or read_expert_header(path, "buffer") != config_hash(identity):
-            _train_expert(
-                config, expert, network, on_device, preprocessing.to(dev), path, config_hash(identity)
-            )
-            trained += 1
+            _train_expert(config, expert, network, on_device, preprocessing.to(dev), path, config_hash(identity))
         manifest["experts"].append(
             {"file": path.name, "sha256": file_digest(path), **read_expert_header(path, "expert")}
         )
         write_json(out / "buffer.json", manifest)
-    if trained:
-        record = {
-            "experts_trained": trained,
-            "seconds": watch.seconds(),
-            "peak_memory_mb": peak_memory_mb(dev),
-        }
-        write_json(out / "result.json", {**record, **provenance(dev)})
+    write_json(out / "result.json", recorder.report())
     return Buffer(out)
 
 
@@ -164,9 +152,7 @@ def _train_expert(
             generator=generator(seed, "epoch", epoch),
         )
         if not loss < float("inf"):
-            raise UserError(
-                f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate."
-            )
+            raise UserError(f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")
         snapshots.append(theta.detach().clone())
         losses.append(loss)
         accuracies.append(accuracy(network, theta, validation, preprocessing))

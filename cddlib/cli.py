@@ -57,9 +57,7 @@ class BufferCommand(_Machine, BufferConfig):
 
     def run(self) -> None:
         """Train what is missing."""
-        buffer = train_buffer(
-            from_dict(BufferConfig, vars(self)), self.out, root=self.root, device=self.device
-        )
+        buffer = train_buffer(from_dict(BufferConfig, vars(self)), self.out, root=self.root, device=self.device)
         tests = [expert["test_accuracy"] for expert in buffer.experts]
         print(
             f"{len(tests)} experts of {buffer.epochs} epochs and {parameter_count(buffer.network):,} parameters in "
@@ -164,8 +162,8 @@ def _parse(arguments: list[str]) -> Any:
     missing: Any = tyro.MISSING
     buffer = distillation = None
     if arguments[:1] == ["buffer"]:
-        recipe = buffer_recipe(chosen.get("data", "digits"))
-        buffer = BufferCommand(**dataclasses.asdict(recipe), out=missing)
+        experts = buffer_recipe(chosen.get("data", "digits"))
+        buffer = BufferCommand(**dataclasses.asdict(experts), out=missing)
     elif arguments[:1] == ["distill"]:
         recipe = _distill_recipe(chosen)
         distillation = DistillCommand(**dataclasses.asdict(recipe), buffer=missing, out=missing)
@@ -181,7 +179,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[RecordCommand, command("record")]
     )
     return tyro.cli(
-        commands,  # type: ignore[arg-type]
+        commands,
         prog="cddlib",
         args=arguments,
         description="Dataset distillation by concurrent trajectory matching. Typical order: data, buffer, distill, "
@@ -208,11 +206,7 @@ def _distill_recipe(chosen: dict[str, Any]) -> DistillConfig:
         return distill_recipe(**chosen)
     experts = Buffer(Path(folder)).config
     chosen.setdefault("data", experts["data"])
-    fields = [
-        field.name
-        for base in (NetworkConfig, AugmentConfig, DataConfig)
-        for field in dataclasses.fields(base)
-    ]
+    fields = [field.name for base in (NetworkConfig, AugmentConfig, DataConfig) for field in dataclasses.fields(base)]
     return distill_recipe(**{**{name: experts[name] for name in fields}, **chosen})
 
 

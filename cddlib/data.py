@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, cast, get_args
+from typing import Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -101,9 +101,7 @@ class Dataset:
         return self.train.select(keep), self.train.select(held_out)
 
 
-def stratified_split(
-    labels: Int64[Tensor, " n"], fraction: float
-) -> tuple[Int64[Tensor, " a"], Int64[Tensor, " b"]]:
+def stratified_split(labels: Int64[Tensor, " n"], fraction: float) -> tuple[Int64[Tensor, " a"], Int64[Tensor, " b"]]:
     """Two disjoint sets of indices that cover all: the second holds `fraction` of every class, at least one image."""
     rng = generator("split")
     keep, held_out = [], []
@@ -137,9 +135,7 @@ def load(name: str, root: Path | None = None) -> Dataset:
     path = (root or default_root()) / f"{name}.safetensors"
     if not path.exists():
         source = "" if name in _DOWNLOADS else " --source FOLDER"
-        raise UserError(
-            f"{name} is not in {path.parent}; run `cddlib data {name}{source} --root {path.parent}` first."
-        )
+        raise UserError(f"{name} is not in {path.parent}; run `cddlib data {name}{source} --root {path.parent}` first.")
     return _read(name, path)
 
 
@@ -148,9 +144,7 @@ def _read(name: str, path: Path) -> Dataset:
     file = open_tensors(path)
     missing = set(TENSORS) - set(file.keys())
     if missing:
-        raise UserError(
-            f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set."
-        )
+        raise UserError(f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set.")
     classes = tuple(read_metadata(file, path, "classes"))
     try:
         tensors = {key: file.get_tensor(key) for key in TENSORS}
@@ -160,9 +154,7 @@ def _read(name: str, path: Path) -> Dataset:
         images, labels = tensors[f"{part}_images"], tensors[f"{part}_labels"]
         wrong = (
             f"{part}_images is {images.dtype}{list(images.shape)}, not uint8[n, c, h, w]"
-            if images.dtype != torch.uint8
-            or images.ndim != 4
-            or images.shape[1:] != tensors["train_images"].shape[1:]
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != tensors["train_images"].shape[1:]
             else f"{part}_labels is {labels.dtype}{list(labels.shape)}, not int64[{len(images)}]"
             if labels.dtype != torch.int64 or labels.shape != (len(images),)
             else f"{part} has no images"
@@ -188,9 +180,7 @@ def _digits() -> Dataset:
     images = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8)).unsqueeze(1)
     every = Images(images, torch.from_numpy(bunch.target).long())
     train, test = stratified_split(every.labels, 0.2)
-    return Dataset(
-        "digits", every.select(train), every.select(test), tuple(str(name) for name in bunch.target_names)
-    )
+    return Dataset("digits", every.select(train), every.select(test), tuple(str(name) for name in bunch.target_names))
 
 
 # --- Preparing --------------------------------------------------------------------------------------------------
@@ -248,17 +238,13 @@ def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor],
     if name == "tiny_imagenet":
         size = 64
         if not annotations.exists():
-            raise UserError(
-                f"{annotations} does not exist: {source} is not in Tiny ImageNet's original layout."
-            )
+            raise UserError(f"{annotations} does not exist: {source} is not in Tiny ImageNet's original layout.")
         val = _annotated(annotations, train.class_to_idx)
     else:
         found = tv.ImageFolder(str(source / "val"))
         if found.classes != train.classes:
             odd = sorted(set(found.classes) ^ set(train.classes))
-            raise UserError(
-                f"train/ and val/ in {source} do not have the same classes; they differ in {odd[:5]}."
-            )
+            raise UserError(f"train/ and val/ in {source} do not have the same classes; they differ in {odd[:5]}.")
         val = found.samples
     tensors = {}
     for part, samples in (("train", train.samples), ("test", val)):
@@ -281,9 +267,7 @@ def _annotated(annotations: Path, class_to_idx: dict[str, int]) -> list[tuple[st
     """Tiny ImageNet's validation images: file name and class, tab-separated, a line each."""
     rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
     present = [(annotations.parent / "images" / file, wnid) for file, wnid in rows]
-    return [
-        (str(path), class_to_idx[wnid]) for path, wnid in present if path.exists() and wnid in class_to_idx
-    ]
+    return [(str(path), class_to_idx[wnid]) for path, wnid in present if path.exists() and wnid in class_to_idx]
 
 
 class _Decoder(torch.utils.data.Dataset[Tensor]):
@@ -313,6 +297,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _PUBLISHED = {"cifar10": _CIFAR, "cifar100": _CIFAR, "tiny_imagenet": _IMAGENET, "imagefolder": _IMAGENET}
 
 
+@runtime_checkable
 class Preprocessing(Protocol):
     """An invertible map from pixels to what a network sees. It is saved with whatever was made in its space."""
 

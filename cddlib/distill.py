@@ -9,6 +9,7 @@ selects the best iterate. A run resumes from its checkpoint and ends with the sa
 
 import dataclasses
 import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,11 @@ from cddlib.matching import MatchingConfig, matching_loss, plan_student
 from cddlib.networks import NetworkConfig
 from cddlib.runs import (
     Metrics,
-    Stopwatch,
+    Recorder,
     UserError,
     as_dict,
     generator,
     open_tensors,
-    peak_memory_mb,
-    provenance,
     read_json,
     read_metadata,
     refuse_other_run,
@@ -130,7 +129,7 @@ def distill(
     state.restore(out / "checkpoint.safetensors")
     metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
     validation = dataset.split[1].to(dev)
-    watch = Stopwatch(state.seconds)
+    recorder = Recorder(dev, elapsed=state.seconds)
 
     def validate() -> dict[str, object]:
         candidate = state.candidate()
@@ -153,13 +152,13 @@ def distill(
             due = config.validate_every > 0 and (last or state.iteration % config.validate_every == 0)
             metrics.write(**record, **(validate() if due else {}))
             if due or last or state.iteration % config.checkpoint_every == 0:
-                state.save(out / "checkpoint.safetensors", watch.seconds())
+                state.save(out / "checkpoint.safetensors", recorder.seconds())
             progress.update()
             progress.set_postfix(loss=f"{record['loss']:.3f}", best=f"{state.best_accuracy:.1%}")
     finally:
         metrics.close()
         progress.close()
-    return _finish(state, config, buffer, out, watch, dev)
+    return _finish(state, config, buffer, out, recorder)
 
 
 def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
@@ -176,12 +175,10 @@ def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
 
 def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str, Any]:
     """One iteration: gradients, guard, optimiser step. Returns the line for the metrics."""
-    watch = Stopwatch()
+    began = time.monotonic()
     number = state.iteration + 1
     gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration)
-    if not all(bool(gradient.isfinite().all()) for gradient in gradients) or not record["loss"] < float(
-        "inf"
-    ):
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients) or not record["loss"] < float("inf"):
         raise UserError(
             f"iteration {number}: the loss of the segments {record['starts']} is {record['losses']} and its gradient "
             f"is not finite; the last good state is in the checkpoint; lower --lr-images or --step-size."
@@ -201,20 +198,14 @@ def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str
         **record,
         "step_size": step_size,
         "skipped": skipped,
-        "seconds": watch.seconds(),
+        "seconds": round(time.monotonic() - began, 4),
     }
 
 
-def _finish(
-    state: "_State", config: DistillConfig, buffer: Buffer, out: Path, watch: Stopwatch, device: torch.device
-) -> SyntheticSet:
+def _finish(state: "_State", config: DistillConfig, buffer: Buffer, out: Path, recorder: Recorder) -> SyntheticSet:
     """Write the selected set, then the record that marks the run as finished."""
-    selected, iteration = (
-        (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
-    )
-    selected.save(
-        out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration
-    )
+    selected, iteration = (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
+    selected.save(out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration)
     lines = [line for line in Metrics.read(out / "metrics.jsonl") if "loss" in line]
     result = {
         "selected_iteration": iteration,
@@ -222,11 +213,9 @@ def _finish(
         "validation_accuracy": state.best_accuracy if state.best else None,
         "validation_held_out_from_experts": buffer.config["holdout"],
         "iterations_skipped": sum(line["skipped"] for line in lines),
-        "seconds": watch.seconds(),
         "seconds_per_iteration": statistics.median(line["seconds"] for line in lines),
-        "peak_memory_mb": peak_memory_mb(device),
     }
-    write_json(out / "result.json", {**result, **provenance(device)})
+    write_json(out / "result.json", {**result, **recorder.report()})
     return selected
 
 
@@ -280,12 +269,8 @@ class _State:
             variable.requires_grad_()
         groups = [{"params": [initial.images], "lr": config.lr_images, "momentum": config.momentum_images}]
         if initial.label_logits is not None:
-            groups += [
-                {"params": [initial.label_logits], "lr": config.lr_labels, "momentum": config.momentum_labels}
-            ]
-        groups += [
-            {"params": [initial.step_size], "lr": config.lr_step_size, "momentum": config.momentum_step_size}
-        ]
+            groups += [{"params": [initial.label_logits], "lr": config.lr_labels, "momentum": config.momentum_labels}]
+        groups += [{"params": [initial.step_size], "lr": config.lr_step_size, "momentum": config.momentum_step_size}]
         self.optimizer = torch.optim.SGD(groups)
         self.ema_decay = config.ema
         self.ema_images = None if config.ema is None else initial.images.detach().clone()
@@ -301,9 +286,7 @@ class _State:
     def candidate(self) -> SyntheticSet:
         """A copy of the set as it would be evaluated now."""
         found = self.synthetic.copy()
-        return (
-            found if self.ema_images is None else dataclasses.replace(found, images=self.ema_images.clone())
-        )
+        return found if self.ema_images is None else dataclasses.replace(found, images=self.ema_images.clone())
 
     def consider(self, candidate: SyntheticSet, accuracy: float) -> None:
         """Keep `candidate` if it is the best so far."""

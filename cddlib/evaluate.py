@@ -21,15 +21,13 @@ from cddlib.augment import AugmentConfig
 from cddlib.data import DataConfig, Dataset, Images, Preprocessing, load
 from cddlib.networks import ConvNet, Network, NetworkConfig
 from cddlib.runs import (
-    Stopwatch,
+    Recorder,
     UserError,
     as_dict,
     config_hash,
     file_digest,
     from_dict,
     generator,
-    peak_memory_mb,
-    provenance,
     read_json,
     resolve_device,
     write_json,
@@ -73,9 +71,7 @@ def train_network(
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[(epochs + 1) // 2], gamma=0.1)
     rng = generator(seed, "epochs")
     for _ in range(epochs):
-        train_epoch(
-            network, theta, optimizer, fetch, size, batch_size=batch_size, strategy=strategy, generator=rng
-        )
+        train_epoch(network, theta, optimizer, fetch, size, batch_size=batch_size, strategy=strategy, generator=rng)
         schedule.step()
     return theta.detach()
 
@@ -153,7 +149,7 @@ def evaluate_run(
     if record_path.exists():
         earlier = read_json(record_path)
         accuracies, elapsed = earlier["accuracies"], earlier["seconds"]
-    watch = Stopwatch(elapsed)
+    recorder = Recorder(dev, elapsed=elapsed)
     wanted = ("synthetic", "random_real", "full") if baselines else ("synthetic",)
     missing = [(name, i) for name in wanted for i in range(len(accuracies[name]), runs)]
     for name, index in tqdm(missing, desc="evaluating", unit="network"):
@@ -162,9 +158,7 @@ def evaluate_run(
             **identity,
             "summary": {key: summarise(values) for key, values in accuracies.items() if values},
             "accuracies": accuracies,
-            "seconds": watch.seconds(),
-            "peak_memory_mb": peak_memory_mb(dev),
-            **provenance(dev),
+            **recorder.report(),
         }
         write_json(record_path, record)
     return read_json(record_path)
@@ -190,9 +184,7 @@ class _Trainer:
         epochs = self.config.evaluation_epochs
         if name == "random_real":
             classes = len(self.dataset.classes)
-            train = random_real(
-                self.dataset.split[0], classes, size // classes, generator(seed, "random real")
-            )
+            train = random_real(self.dataset.split[0], classes, size // classes, generator(seed, "random real"))
         else:  # all training images, in whole epochs, for about as many steps as the synthetic set gets
             train = self.dataset.train
             steps = epochs * -(-size // self.config.evaluation_batch)

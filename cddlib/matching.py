@@ -61,8 +61,7 @@ def plan_student(config: MatchingConfig, size: int, strategy: str, generator: to
     while len(batches) < config.student_steps:
         batches += torch.randperm(size, generator=generator).split(config.student_batch or size)
     return [
-        Step(indices, augment.draw(strategy, len(indices), generator))
-        for indices in batches[: config.student_steps]
+        Step(indices, augment.draw(strategy, len(indices), generator)) for indices in batches[: config.student_steps]
     ]
 
 
@@ -84,9 +83,7 @@ def matching_loss(
         UserError: `start` equals `target`, so the loss has no scale.
     """
     if torch.equal(start, target):
-        raise UserError(
-            "the segment starts where it ends: the expert did not move, so there is nothing to match."
-        )
+        raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
     return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps)
 
 
@@ -111,7 +108,7 @@ class _MatchingLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         images, targets, step_size, target, *path = ctx.saved_tensors
         d_images, d_targets, d_step_size = (torch.zeros_like(x) for x in (images, targets, step_size))
         adjoint = path[-1] - target

@@ -1,12 +1,13 @@
 """Networks as pure functions of (parameters, images).
 
 The parameters are one flat vector: an expert's epoch is a vector, a student's step is vector arithmetic, and a
-trajectory is a sequence of points. `Network.views` gives the tensors inside it their names and shapes.
+trajectory is a sequence of points. `views` gives the tensors inside it their names and shapes.
 """
 
 import dataclasses
 import math
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class NetworkConfig:
             raise UserError(f"width is {self.width}; with norm 'group' it must be a multiple of 4.")
 
 
+@runtime_checkable
 class Network(Protocol):
     """What buffering, matching and evaluation need of a network."""
 
@@ -50,9 +52,7 @@ class Network(Protocol):
     def init(self, generator: torch.Generator) -> Float[Tensor, " p"]:
         """Fresh parameters, on the CPU."""
 
-    def __call__(
-        self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b classes"]:
+    def __call__(self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits."""
 
 
@@ -64,13 +64,15 @@ def parameter_count(network: Network) -> int:
 def views(network: Network, theta: Float[Tensor, " p"]) -> dict[str, Tensor]:
     """The parameter vector as named tensors that share its memory."""
     pieces = theta.split([math.prod(shape) for shape in network.shapes.values()])
-    return {
-        name: piece.view(shape) for (name, shape), piece in zip(network.shapes.items(), pieces, strict=True)
-    }
+    return {name: piece.view(shape) for (name, shape), piece in zip(network.shapes.items(), pieces, strict=True)}
 
 
-_ACTIVATIONS = {"relu": F.relu, "leakyrelu": F.leaky_relu, "sigmoid": torch.sigmoid}
-_POOLINGS = {"avg": F.avg_pool2d, "max": F.max_pool2d}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leakyrelu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+}
+_POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {"avg": F.avg_pool2d, "max": F.max_pool2d}
 
 
 class ConvNet:
@@ -117,9 +119,7 @@ class ConvNet:
             pieces.append((2 * uniform - 1) / math.sqrt(fan_in))
         return torch.cat(pieces)
 
-    def __call__(
-        self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]
-    ) -> Float[Tensor, "b classes"]:
+    def __call__(self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         p = views(self, theta)
         x = images
         for block in range(self.config.depth):

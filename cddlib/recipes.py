@@ -65,9 +65,7 @@ def buffer_recipe(data: str, **overrides: Any) -> BufferConfig:
     return BufferConfig(**{**values, **overrides})
 
 
-def distill_recipe(
-    method: str = "contra", data: str = "digits", ipc: int = 1, **overrides: Any
-) -> DistillConfig:
+def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **overrides: Any) -> DistillConfig:
     """The configuration of `method` for `ipc` images per class of `data`.
 
     Any field of `DistillConfig` can be given as a keyword. Values for an IPC that was not published are those of
@@ -88,9 +86,7 @@ def distill_recipe(
         values["segments"] = segments = overrides.get("segments", CONTRA_SEGMENTS)
         values["window_end"] = max(values["window_end"], segments)
     elif overrides.get("segments", 1) != 1:
-        raise UserError(
-            f"segments is {overrides['segments']}; mtt matches one segment: use --method contra for more."
-        )
+        raise UserError(f"segments is {overrides['segments']}; mtt matches one segment: use --method contra for more.")
     return DistillConfig(**{**values, **overrides})
 
 

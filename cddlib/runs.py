@@ -132,9 +132,7 @@ def read_metadata(file: Any, path: Path, key: str) -> Any:
     try:
         return json.loads((file.metadata() or {})[key])
     except (KeyError, ValueError):
-        raise UserError(
-            f"{path} has no readable {key!r} in its header: it was written by another program."
-        ) from None
+        raise UserError(f"{path} has no readable {key!r} in its header: it was written by another program.") from None
 
 
 def file_digest(path: Path) -> str:
@@ -158,9 +156,7 @@ def config_hash(config: dict[str, Any]) -> str:
 
 def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
     """The `config_type` among `values`, which may hold more. Raises `KeyError` if a field is missing."""
-    return config_type(
-        **{field.name: values[field.name] for field in dataclasses.fields(cast(Any, config_type))}
-    )
+    return config_type(**{field.name: values[field.name] for field in dataclasses.fields(cast(Any, config_type))})
 
 
 def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -171,9 +167,7 @@ def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]
         if found.get(key) != wanted.get(key)
     ]
     if details:
-        raise UserError(
-            f"{folder} holds another run ({'; '.join(details)}); choose another folder with --out."
-        )
+        raise UserError(f"{folder} holds another run ({'; '.join(details)}); choose another folder with --out.")
 
 
 class Metrics:
@@ -221,36 +215,12 @@ def collect(folder: Path) -> dict[str, Any]:
 # --- Provenance -------------------------------------------------------------------------------------------------
 
 
-class Stopwatch:
-    """Wall time in seconds since its start, on a clock that never jumps."""
-
-    def __init__(self, elapsed: float = 0.0) -> None:
-        self._start = time.monotonic() - elapsed
-
-    def seconds(self) -> float:
-        """Seconds so far, to the millisecond."""
-        return round(time.monotonic() - self._start, 3)
-
-
-def peak_memory_mb(device: torch.device) -> float:
-    """Highest memory of this process so far in MB: on the GPU if `device` is one, else resident set."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
-
-
-@functools.cache
 def _commit() -> str | None:
     """The commit of the checkout that holds this package, with `+dirty` if files differ from it; None outside git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "."], capture_output=True, text=True
-        ).stdout.strip()
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+dirty" if dirty else "")
@@ -262,20 +232,40 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
-    """What a record must say about where it came from: versions, hardware, commit, date."""
-    versions = {
-        name: importlib.metadata.version(name) for name in ("cddlib", "torch", "torchvision", "numpy")
-    }
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+class Recorder:
+    """Started with a piece of work, it says at the end what it took and where it ran."""
+
+    def __init__(self, device: torch.device, *, elapsed: float = 0.0) -> None:
+        """Start the clock, at `elapsed` seconds if the work was interrupted; note the code's commit as it is now."""
+        self._device = device
+        self._start = time.monotonic() - elapsed  # a clock that never jumps
+        self._commit = _commit()
+
+    def seconds(self) -> float:
+        """Wall time so far."""
+        return round(time.monotonic() - self._start, 3)
+
+    def report(self) -> dict[str, Any]:
+        """Seconds, peak memory of the process in MB (of the GPU, if on one), versions, hardware, commit, date."""
+        versions = {name: importlib.metadata.version(name) for name in ("cddlib", "torch", "torchvision", "numpy")}
+        gpu = self._device.type == "cuda"
+        return {
+            "seconds": self.seconds(),
+            "peak_memory_mb": _peak_memory_mb(self._device),
+            "versions": {"python": platform.python_version(), **versions},
+            "device": torch.cuda.get_device_name(self._device) if gpu else _processor(),
+            "threads": torch.get_num_threads(),
+            "commit": self._commit,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Highest allocated memory of the GPU, or highest resident set of this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)

@@ -43,10 +43,7 @@ class SegmentsConfig:
                 f"the window [{self.window_start}, {self.window_end}) is empty or starts before epoch 0; "
                 f"window_start must be 0 or more and below window_end."
             )
-        if (
-            self.window_end_initial is not None
-            and not self.window_start < self.window_end_initial <= self.window_end
-        ):
+        if self.window_end_initial is not None and not self.window_start < self.window_end_initial <= self.window_end:
             raise UserError(
                 f"window_end_initial is {self.window_end_initial}; it must lie above window_start "
                 f"({self.window_start}) and not above window_end ({self.window_end})."

@@ -6,7 +6,7 @@ step size, and the preprocessing that leads to and from that space.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class SyntheticSet:
 
     def copy(self) -> "SyntheticSet":
         """A set of its own memory, outside any graph."""
-        copies = {name: tensor.detach().clone() for name, tensor in self.variable_tensors().items()}
+        copies: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in self.variable_tensors().items()}
         return dataclasses.replace(self, **copies)
 
     def pictures(self) -> Float[Tensor, "n c h w"]:
@@ -105,11 +105,7 @@ class SyntheticSet:
                 label_logits=tensors.get("label_logits"),
                 step_size=tensors["step_size"],
                 preprocessing=preprocessing_from(
-                    {
-                        name.removeprefix(prefix): value
-                        for name, value in tensors.items()
-                        if name.startswith(prefix)
-                    }
+                    {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
                 ),
                 classes=classes,
             )
@@ -120,9 +116,7 @@ class SyntheticSet:
         return found
 
 
-def class_probabilities(
-    labels: Int64[Tensor, " n"], logits: Float[Tensor, "n classes"] | None, classes: int
-) -> Tensor:
+def class_probabilities(labels: Int64[Tensor, " n"], logits: Float[Tensor, "n classes"] | None, classes: int) -> Tensor:
     """Softmax of `logits` if there are any, else one-hot `labels` as floats."""
     return F.one_hot(labels, classes).float() if logits is None else logits.softmax(dim=1)
 

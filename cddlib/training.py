@@ -44,17 +44,13 @@ def train_epoch(
 
 
 @torch.no_grad()
-def predict(
-    network: Network, theta: Float[Tensor, " p"], fetch: Fetch, size: int
-) -> Float[Tensor, "n classes"]:
+def predict(network: Network, theta: Float[Tensor, " p"], fetch: Fetch, size: int) -> Float[Tensor, "n classes"]:
     """Logits for all of `size` examples."""
     batches = torch.arange(size, device=theta.device).split(500)
     return torch.cat([network(theta, fetch(indices)[0]) for indices in batches])
 
 
-def accuracy(
-    network: Network, theta: Float[Tensor, " p"], data: Images, preprocessing: Preprocessing
-) -> float:
+def accuracy(network: Network, theta: Float[Tensor, " p"], data: Images, preprocessing: Preprocessing) -> float:
     """Fraction of `data` that the network gets right."""
     logits = predict(network, theta, fetch_real(data, preprocessing), len(data.labels))
     return (logits.argmax(1) == data.labels).double().mean().item()

@@ -1,5 +1,7 @@
 """cddlib: dataset distillation by concurrent trajectory matching.
 
+From real images to a tested synthetic set::
+
     import cddlib
     buffer = cddlib.train_buffer(cddlib.buffer_recipe("digits"), Path("runs/buffer"))
     config = cddlib.distill_recipe("contra", "digits", ipc=1, segments=4)

@@ -1,5 +1,7 @@
 """Buffering: train experts on real data and keep their parameters after every epoch.
 
+On the command line::
+
     cddlib buffer --data digits --out runs/buffer
     cddlib buffer --data cifar10 --root DIR --experts 100 --epochs 50 --out runs/cifar10      # as MTT
 

@@ -1,5 +1,7 @@
 """Data sets as tensors: uint8 images and labels, one safetensors file each, and the map to what a network sees.
 
+Prepare a data set once::
+
     cddlib data cifar10 --root DIR                            # downloads, once
     cddlib data tiny_imagenet --source tiny-imagenet-200      # from a folder you have
 

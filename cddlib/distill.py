@@ -1,5 +1,7 @@
 """Distillation: the loop of concurrent trajectory matching.
 
+On the command line::
+
     cddlib distill --method contra --data digits --ipc 1 --segments 4 --buffer runs/buffer --out runs/contra
 
 One iteration draws K segments of one expert, computes each segment's exact gradient one after the other, combines

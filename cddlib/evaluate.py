@@ -1,5 +1,7 @@
 """Evaluation: networks trained from scratch on a synthetic set, tested on real images they never saw.
 
+On the command line::
+
     cddlib evaluate runs/contra --runs 3
 
 The published protocol: SGD with momentum 0.9 and weight decay 5e-4, the learned step size as learning rate, one

@@ -5,7 +5,7 @@ g_i = ∇_θ ℓ(θ_i; A_i(X_i), Y_i), where A_i is an augmentation. The matchin
 L = ‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²  (MTT, Cazenavette et al. 2022, Eq. 2).
 
 MTT differentiates L through the graph of all N steps at once. Here only the N parameter vectors are kept, and the
-chain rule is walked back one step at a time:
+chain rule is walked back one step at a time::
 
     λ_N = 2 (θ_N − θ*_{t+M}) / ‖θ*_t − θ*_{t+M}‖²
     for i = N−1 … 0:
@@ -104,7 +104,7 @@ class _MatchingLoss(torch.autograd.Function):
         path = roll_out(network, start, images, targets, step_size, steps)
         ctx.save_for_backward(images, targets, step_size, target, *path)
         ctx.network, ctx.steps = network, steps
-        return (path[-1] - target).square().sum() / (start - target).square().sum()
+        return distances_to_target([start, path[-1]], target)[-1]
 
     @staticmethod
     @once_differentiable
@@ -139,6 +139,11 @@ def roll_out(
             (gradient,) = torch.autograd.grad(_loss(network, theta, inputs, targets[indices].detach()), theta)
         path.append((theta - step_size * gradient).detach())
     return path
+
+
+def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:
+    """‖θ_i − θ*_{t+M}‖² / ‖θ_0 − θ*_{t+M}‖² for i = 0 … N; the last one is the matching loss."""
+    return torch.stack([(theta - target).square().sum() for theta in path]) / (path[0] - target).square().sum()
 
 
 def _loss(network: Network, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:

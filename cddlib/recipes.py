@@ -1,5 +1,7 @@
 """Recipes: a complete configuration for every (method, data set, IPC).
 
+The methods so far::
+
     mtt     matching training trajectories (Cazenavette et al. 2022): one segment
     contra  concurrent matching: the same with K segments, in a window at least K wide
 
@@ -8,6 +10,7 @@ ConTra's own are not public: `contra` takes MTT's. The digits' values are ours, 
 data sets start from CIFAR-10's, untuned.
 """
 
+import dataclasses
 from typing import Any
 
 from cddlib.buffer import BufferConfig
@@ -32,6 +35,44 @@ _MTT: dict[tuple[str, int], tuple[int, int, int, int | None, float, float, float
     ("tiny_imagenet", 10): (20, 2, 40, 200, 1e4, 1e-4, 0.01),
     ("tiny_imagenet", 50): (20, 2, 40, 300, 1e4, 1e-4, 0.01),
 }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How much work a chapter of the book does: overrides of the recipes, and the number of seeds."""
+
+    buffer: dict[str, Any]
+    distill: dict[str, Any]
+    seeds: int
+
+
+PROFILES = {
+    "ci": Profile(
+        buffer={"width": 8, "experts": 2, "epochs": 10},
+        distill={
+            "width": 8,
+            "window_end": 8,
+            "iterations": 4,
+            "student_steps": 3,
+            "validate_every": 2,
+            "evaluation_epochs": 5,
+        },
+        seeds=2,
+    ),
+    "quick": Profile(
+        buffer={"experts": 3}, distill={"iterations": 40, "validate_every": 8, "evaluation_epochs": 200}, seeds=3
+    ),
+    "full": Profile(buffer={}, distill={}, seeds=3),
+}
+
+
+def profile(name: str) -> Profile:
+    """The profile called `name`: ci (seconds), quick (minutes on a CPU, the digits) or full (the whole recipe)."""
+    if name not in PROFILES:
+        raise UserError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}.")
+    return PROFILES[name]
+
+
 _UNTUNED = {1: _MTT["cifar10", 1], 10: _MTT["cifar10", 10], 50: _MTT["cifar10", 50]}
 _DIGITS: dict[str, Any] = {
     "iterations": 150,
@@ -84,7 +125,7 @@ def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, *
     }
     if method == "contra":
         values["segments"] = segments = overrides.get("segments", CONTRA_SEGMENTS)
-        values["window_end"] = max(values["window_end"], segments)
+        overrides = {"window_end": max(values["window_end"], segments), **overrides}
     elif overrides.get("segments", 1) != 1:
         raise UserError(f"segments is {overrides['segments']}; mtt matches one segment: use --method contra for more.")
     return DistillConfig(**{**values, **overrides})

@@ -1,8 +1,10 @@
 """The buffer on disk: expert trajectories, written once, read one parameter vector at a time.
 
-buffer.json                 configuration, data, and the finished experts with their accuracies and checksums
-preprocessing.safetensors   the map from pixels to network input that the experts saw
-expert-000.safetensors      one tensor a parameter, time (epochs 0 … T) as the leading axis
+A buffer is a folder::
+
+    buffer.json                 configuration, data, and the finished experts with their accuracies and checksums
+    preprocessing.safetensors   the map from pixels to network input that the experts saw
+    expert-000.safetensors      one tensor a parameter, time (epochs 0 … T) as the leading axis
 """
 
 import functools

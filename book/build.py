@@ -1,0 +1,106 @@
+"""Build the book: papermill executes copies of the chapters, Jupyter Book renders them, a page says how they ran.
+
+    python book/build.py --profile quick
+
+The sources are never written to. `_build/stage` mirrors the repository: the chapters there carry their outputs, and
+`book/provenance.md` is made from their papermill metadata. A failing cell, an unknown parameter or a Sphinx warning
+fails the build.
+"""
+
+import argparse
+import ast
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def execute(source: Path, target: Path, parameters: dict[str, Any]) -> nbformat.NotebookNode:
+    """Execute a copy of `source` with all its parameters spelled out; unknown ones are refused."""
+    inspected = papermill.inspect_notebook(str(source))
+    declared = {name: ast.literal_eval(entry["default"]) for name, entry in inspected.items()}
+    unknown = sorted(parameters.keys() - declared.keys())
+    if unknown:
+        raise ValueError(f"{source.name} has no parameter {', '.join(unknown)}; it has {', '.join(declared)}.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    papermill.execute_notebook(
+        str(source), str(target), declared | parameters, cwd=str(source.parent), kernel_name="python3", progress_bar=False
+    )
+    notebook = nbformat.read(target, as_version=4)
+    notebook.metadata.pop("widgets", None)  # their state would pull scripts from a network
+    for cell in notebook.cells:
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.metadata.tags.append("hide-input")
+    nbformat.write(notebook, target)
+    return notebook
+
+
+def provenance(notebooks: dict[str, nbformat.NotebookNode]) -> str:
+    """The provenance page: how each chapter ran, and with what."""
+    names = ("cddlib", "torch", "torchvision", "numpy", "papermill", "jupyter-book", "matplotlib", "seaborn")
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    lines = [
+        "# Provenance",
+        "",
+        "How the pages of this build were made, from the metadata that papermill left in the executed chapters.",
+        "",
+        "| chapter | parameters | seconds | finished (UTC) |",
+        "|---|---|---|---|",
+    ]
+    for name, notebook in notebooks.items():
+        run = notebook.metadata.papermill
+        parameters = ", ".join(f"`{key}={value!r}`" for key, value in run.parameters.items())
+        lines.append(f"| {name} | {parameters} | {run.duration:.0f} | {run.end_time[:19]} |")
+    lines += [
+        "",
+        "| what | which |",
+        "|---|---|",
+        f"| commit | {commit or 'not in a git checkout'} |",
+        f"| Python | {platform.python_version()} on {platform.system()} {platform.machine()} |",
+        *(f"| {name} | {importlib.metadata.version(name)} |" for name in names),
+        f"| threads | {os.environ['OMP_NUM_THREADS']} |",
+        "",
+        "Records of longer runs carry their own provenance, in `book/results/*.json`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Stage, execute, render."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="quick", choices=("ci", "quick", "full"))
+    parser.add_argument("--output", type=Path, default=ROOT, help="where _build goes")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars are not for pages
+
+    stage = arguments.output / "_build" / "stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, stage)
+    shutil.copytree(ROOT / "book", stage / "book", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+
+    executed = {}
+    for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        print(f"executing {source.name}", flush=True)
+        executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
+    (stage / "book" / "provenance.md").write_text(provenance(executed))
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    command = [str(jupyter_book), "build", str(stage), "--path-output", str(arguments.output)]
+    subprocess.run([*command, "-W", "-n", "--keep-going", "--all"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -54,7 +54,7 @@ class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
     batch_size: int = 256
     """Real images a step."""
     holdout: bool = True
-    """Keep the validation images out of training. The published codes train on all images: --no-holdout."""
+    """Keep the validation images out of training. The published codes train on all images (--no-holdout)."""
     seed: int = 0
     """Seed of the first expert; expert i has seed + i."""
 

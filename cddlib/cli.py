@@ -24,7 +24,7 @@ class _Machine:
     """Where to run."""
 
     root: Path | None = None
-    """Folder of the data sets. Default: $CDDLIB_DATA, else the user's cache folder."""
+    """Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder."""
     device: str = "auto"
     """auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …"""
 
@@ -36,11 +36,11 @@ class DataCommand:
     name: tyro.conf.Positional[str]
     """fashion_mnist, cifar10, cifar100, tiny_imagenet or imagefolder; digits needs nothing."""
     root: Path | None = None
-    """Folder for the data sets. Default: $CDDLIB_DATA, else the user's cache folder."""
+    """Folder for the data sets; without it $CDDLIB_DATA, else the user's cache folder."""
     source: Path | None = None
-    """For tiny_imagenet and imagefolder: a folder that holds train/ and val/."""
+    """A folder that holds train/ and val/, for tiny_imagenet and imagefolder."""
     size: int = 64
-    """For imagefolder: pixels of a side."""
+    """Pixels of a side, for imagefolder."""
 
     def run(self) -> None:
         """Prepare."""
@@ -72,7 +72,7 @@ class DistillCommand(_Machine, DistillConfig):
     buffer: Path
     """Folder of the buffer whose experts are matched."""
     out: Path
-    """Folder of the run: it resumes, or returns the finished result."""
+    """Folder of the run; it resumes, or returns the finished result."""
 
     def run(self) -> None:
         """Distil, or resume."""

@@ -13,7 +13,7 @@ class CombineConfig:
     """How the segments' losses are weighed."""
 
     balance: float | None = None
-    """β: weigh the drawn segment 1 and the mean of the others β, over 1 + β. None: the mean of all K.
+    """Weight β of the mean of the other segments against the anchor's 1, over 1 + β; without it the mean of all K.
 
     β = 0 is MTT, β = K - 1 the mean. Our reconstruction of the paper's balance coefficient."""
 

@@ -39,7 +39,7 @@ class DataConfig:
     """Which images, and how a network sees them."""
 
     data: str = "digits"
-    """Data set: digits, fashion_mnist, cifar10, cifar100, tiny_imagenet or imagefolder."""
+    """One of digits, fashion_mnist, cifar10, cifar100, tiny_imagenet, imagefolder."""
     zca: bool = False
     """Whiten the pixels (ZCA, as MTT and DATM do) instead of normalising each channel."""
 

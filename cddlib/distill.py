@@ -74,11 +74,11 @@ class DistillConfig(
     momentum_step_size: float = 0.5
     """Momentum of the student's step size."""
     loss_threshold: float | None = None
-    """Skip an iteration whose loss is above this (DATM's guard). None: never skip."""
+    """Skip an iteration whose loss is above this (DATM's guard); without it, never skip."""
     ema: float | None = None
-    """Decay of a moving average of the images that is evaluated and saved in their place (FTD). None: no average."""
+    """Decay of a moving average of the images that is evaluated and saved in their place (FTD)."""
     validate_every: int = 100
-    """Iterations between validations; the first is before iteration 1, the last after the final one. 0: never."""
+    """Iterations between validations, before the first and after the last one too; 0 means never."""
     validation_runs: int = 1
     """Networks trained for each validation."""
     checkpoint_every: int = 20

@@ -116,7 +116,7 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
         axis.plot(steps, mean, marker=marker, markevery=max(1, len(steps) // 10), label=label)
         axis.fill_between(steps, mean - spread, mean + spread, alpha=0.25)
     axis.axhline(1, color="0.4", linestyle=":")
-    axis.set(xlabel="student step i", ylabel="‖θ_i − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²")
+    axis.set(xlabel="student step i", ylabel="matching loss if it stopped here")
     axis.legend()
     return figure
 

@@ -37,7 +37,7 @@ class MatchingConfig:
     student_steps: int = 20
     """Steps N that the student takes."""
     student_batch: int | None = None
-    """Synthetic images a step; None: all of them."""
+    """Synthetic images a step; without it, all of them."""
 
     def __post_init__(self) -> None:
         for name in ("student_steps", "student_batch"):

@@ -19,7 +19,7 @@ class SegmentsConfig:
     """Which segments are matched."""
 
     segments: int = 1
-    """Segment count K: how many segments one iteration matches; 1 is MTT, FTD, DATM."""
+    """How many segments K one iteration matches; 1 is MTT, FTD, DATM."""
     expert_epochs: int = 2
     """Length M of a segment in expert epochs."""
     window_start: int = 0
@@ -27,9 +27,9 @@ class SegmentsConfig:
     window_end: int = 20
     """End T+ of the window; the last start epoch is T+ - 1."""
     window_end_initial: int | None = None
-    """Curriculum (DATM): the window's end at iteration 0. None: the whole window at once."""
+    """The window's end at iteration 0 of a curriculum (DATM); without it the whole window at once."""
     expansion_iterations: int = 1000
-    """Curriculum: iterations until the window has grown to T+."""
+    """Iterations until the curriculum's window has grown to T+."""
 
     def __post_init__(self) -> None:
         if self.segments < 1:

@@ -47,7 +47,7 @@ class SyntheticSet:
     images: Float[Tensor, "n c h w"]
     labels: Int64[Tensor, " n"]
     label_logits: Float[Tensor, "n classes"] | None
-    """Learned soft labels; None: `labels` are all there is."""
+    """Learned soft labels, or None if `labels` are all there is."""
     step_size: Float[Tensor, ""]
     preprocessing: Preprocessing
     classes: tuple[str, ...]

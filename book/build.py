@@ -33,7 +33,12 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> nbformat.
         raise ValueError(f"{source.name} has no parameter {', '.join(unknown)}; it has {', '.join(declared)}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(
-        str(source), str(target), declared | parameters, cwd=str(source.parent), kernel_name="python3", progress_bar=False
+        str(source),
+        str(target),
+        declared | parameters,
+        cwd=str(source.parent),
+        kernel_name="python3",
+        progress_bar=False,
     )
     notebook = nbformat.read(target, as_version=4)
     notebook.metadata.pop("widgets", None)  # their state would pull scripts from a network

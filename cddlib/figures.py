@@ -123,18 +123,28 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
 
 def memory_against_steps(record: Mapping[str, Any]) -> Figure:
     """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
+    table = pd.DataFrame(record["measurements"])
+    table["above"] = table["peak_mb"] - table["start_mb"]
     figure, axis = plt.subplots()
-    sns.lineplot(
-        pd.DataFrame(record["rows"]),
-        x="student_steps",
-        y="peak_memory_mb",
-        hue="implementation",
-        style="implementation",
-        markers=True,
-    )
+    sns.lineplot(table, x="student_steps", y="above", hue="implementation", style="implementation", markers=True)
     axis.set(xlabel="student steps N", ylabel="peak memory above the start, MB")
     axis.set_ylim(bottom=0)
     return figure
+
+
+def memory_in_words(record: Mapping[str, Any]) -> str:
+    """The numbers behind `memory_against_steps`, and where they were measured."""
+    table = pd.DataFrame(record["measurements"])
+    parts = []
+    for implementation, mine in table.groupby("implementation"):
+        above = (mine["peak_mb"] - mine["start_mb"]).round().astype(int)
+        pairs = ", ".join(f"{mb} MB at N = {steps}" for steps, mb in zip(mine["student_steps"], above, strict=True))
+        parts.append(f"{implementation}: {pairs}")
+    config = record["config"]
+    return (
+        f"Above the process's {table['start_mb'].median():.0f} MB, with {config['images']} images and width "
+        f"{config['width']} on {record['device']}: " + "; ".join(parts) + "."
+    )
 
 
 # --- Concurrent matching ----------------------------------------------------------------------------------------

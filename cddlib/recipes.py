@@ -25,12 +25,12 @@ _DEPTHS = {"tiny_imagenet": 4, "imagefolder": 4}
 
 # (data set, IPC): N, M, T+, synthetic images a step, images' rate, step size's rate, first step size
 _MTT: dict[tuple[str, int], tuple[int, int, int, int | None, float, float, float]] = {
-    ("cifar10", 1): (50, 2, 2, None, 100, 1e-7, 0.01),
-    ("cifar10", 10): (30, 2, 20, None, 100, 1e-5, 0.001),
-    ("cifar10", 50): (30, 2, 40, None, 1000, 1e-5, 0.001),
-    ("cifar100", 1): (20, 3, 20, None, 1000, 1e-5, 0.01),
-    ("cifar100", 10): (20, 2, 20, None, 1000, 1e-5, 0.01),
-    ("cifar100", 50): (80, 2, 40, 125, 1000, 1e-5, 0.01),
+    ("cifar10", 1): (50, 2, 2, None, 100.0, 1e-7, 0.01),
+    ("cifar10", 10): (30, 2, 20, None, 100.0, 1e-5, 0.001),
+    ("cifar10", 50): (30, 2, 40, None, 1000.0, 1e-5, 0.001),
+    ("cifar100", 1): (20, 3, 20, None, 1000.0, 1e-5, 0.01),
+    ("cifar100", 10): (20, 2, 20, None, 1000.0, 1e-5, 0.01),
+    ("cifar100", 50): (80, 2, 40, 125, 1000.0, 1e-5, 0.01),
     ("tiny_imagenet", 1): (10, 2, 10, None, 1e4, 1e-4, 0.01),
     ("tiny_imagenet", 10): (20, 2, 40, 200, 1e4, 1e-4, 0.01),
     ("tiny_imagenet", 50): (20, 2, 40, 300, 1e4, 1e-4, 0.01),

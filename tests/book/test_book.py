@@ -1,0 +1,78 @@
+"""The book builds from executed chapters, and its pages work without a kernel or a network."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHAPTERS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory) -> Path:
+    """The whole book in profile ci."""
+    output = tmp_path_factory.mktemp("book")
+    command = [sys.executable, str(ROOT / "book" / "build.py"), "--profile", "ci", "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return output / "_build" / "html"
+
+
+class Images(HTMLParser):
+    """Sources and alternative texts of the images in a page's article."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            values = dict(attrs)
+            self.found.append((values.get("src", ""), values.get("alt") or ""))
+
+
+def test_every_page_is_there(html):
+    for page in ("book/intro", "book/how-to-run", "book/glossary", "book/api", "book/provenance", "book/bibliography"):
+        assert (html / f"{page}.html").exists()
+    for chapter in CHAPTERS:
+        assert (html / "notebooks" / f"{chapter}.html").exists()
+
+
+def test_every_image_says_what_it_shows(html):
+    for chapter in CHAPTERS:
+        images = Images((html / "notebooks" / f"{chapter}.html").read_text()).found
+        assert images, chapter
+        for source, alt in images:
+            assert len(alt) > 20 and alt not in source, (chapter, source[:60])
+
+
+def test_no_page_shows_an_error(html):
+    for chapter in CHAPTERS:
+        text = (html / "notebooks" / f"{chapter}.html").read_text()
+        assert "Traceback" not in text and "cell_output_error" not in text
+
+
+def test_the_slider_needs_no_kernel_and_no_network(html):
+    text = (html / "notebooks" / "05_concurrent_matching.html").read_text()
+    slider = re.search(r'<div id="turn-k">.*?</figure></div>', text, re.DOTALL).group()
+    assert 'type="range"' in slider and "http" not in slider
+    assert slider.count("<figure") == 3 and len(re.findall(r"<figure[^>]* hidden", slider)) == 2
+    assert "jupyter-widgets" not in text
+
+
+def test_equations_need_no_network(html):
+    text = (html / "notebooks" / "02_matching.html").read_text()
+    path = re.search(r'src="([^"]*mathjax[^"]*)"', text).group(1).split("?")[0]
+    assert (html / "notebooks" / path).resolve().exists()
+
+
+def test_provenance_names_every_chapter(html):
+    text = (html / "book" / "provenance.html").read_text()
+    for chapter in CHAPTERS:
+        assert chapter in text
+    assert "profile=" in text and "torch" in text

@@ -2,14 +2,15 @@
 
 From real images to a tested synthetic set::
 
+    from pathlib import Path
     import cddlib
     buffer = cddlib.train_buffer(cddlib.buffer_recipe("digits"), Path("runs/buffer"))
     config = cddlib.distill_recipe("contra", "digits", ipc=1, segments=4)
     synthetic = cddlib.distill(config, buffer, Path("runs/contra"))
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
-The modules, in the order in which data flows: runs, data, augment, networks, training, trajectory, buffer, segments,
-matching, combine, synthetic, evaluate, distill, recipes, figures, cli.
+The modules, in the order in which data flows: runs, data, preprocessing, augment, networks, training, trajectory,
+buffer, segments, matching, combine, synthetic, evaluate, distill, recipes, figures, cli.
 """
 
 from cddlib.buffer import BufferConfig, train_buffer

@@ -17,8 +17,9 @@ import torch
 from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
-from cddlib.data import DataConfig, Images, Preprocessing, fit_preprocessing, load
+from cddlib.data import DataConfig, Images, load
 from cddlib.networks import ConvNet, Network, NetworkConfig
+from cddlib.preprocessing import Preprocessing, fit_preprocessing
 from cddlib.runs import (
     Recorder,
     UserError,
@@ -34,7 +35,7 @@ from cddlib.runs import (
     write_tensors,
 )
 from cddlib.training import accuracy, fetch_real, train_epoch
-from cddlib.trajectory import Buffer, expert_path, read_expert_header, write_trajectory
+from cddlib.trajectory import Buffer, expert_path, read_expert_record, write_trajectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +66,11 @@ class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
         for name in ("experts", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
+        for name, limit in (("momentum", 1.0), ("weight_decay", float("inf"))):
+            if not 0 <= getattr(self, name) < limit:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below {limit}.")
 
 
 def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, device: str = "auto") -> Buffer:
@@ -95,28 +99,33 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     manifest: dict[str, Any] = {"config": as_dict(config), "data": data, "experts": []}
     if (out / "buffer.json").exists():
         manifest = read_json(out / "buffer.json")
-        earlier = {key: value for key, value in manifest["config"].items() if key != "experts"}
-        refuse_other_run(out, {**earlier, "data": manifest["data"]}, identity)
-        manifest["config"]["experts"] = max(config.experts, manifest["config"]["experts"])
-        if len(manifest["experts"]) == manifest["config"]["experts"]:
+        try:
+            earlier = {key: value for key, value in manifest["config"].items() if key != "experts"}
+            refuse_other_run(out, {**earlier, "data": manifest["data"]}, identity)
+            manifest["config"]["experts"] = max(config.experts, manifest["config"]["experts"])
+            missing = manifest["config"]["experts"] - len(manifest["experts"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(f"{out / 'buffer.json'} is not a buffer's description ({error!r}).") from None
+        if not missing and (out / "result.json").exists():
             return Buffer(out)
 
     recorder = Recorder(dev)
+    (out / "result.json").unlink(missing_ok=True)  # of the smaller buffer that grows
     write_json(out / "buffer.json", manifest)
     preprocessing = fit_preprocessing(dataset, zca=config.zca)
     write_tensors(out / "preprocessing.safetensors", preprocessing.tensors(), {})
     train, validation = dataset.split
     parts = (train if config.holdout else dataset.train, validation, dataset.test)
     on_device = tuple(part.to(dev) for part in parts)
+    trained = 0
     for expert in range(len(manifest["experts"]), manifest["config"]["experts"]):
         path = expert_path(out, expert)
-        if not path.exists() or read_expert_header(path, "buffer") != config_hash(identity):
+        if not path.exists() or read_expert_record(path)["buffer"] != config_hash(identity):
             _train_expert(config, expert, network, on_device, preprocessing.to(dev), path, config_hash(identity))
-        manifest["experts"].append(
-            {"file": path.name, "sha256": file_digest(path), **read_expert_header(path, "expert")}
-        )
+            trained += 1
+        manifest["experts"].append({"file": path.name, "sha256": file_digest(path), **read_expert_record(path)})
         write_json(out / "buffer.json", manifest)
-    write_json(out / "result.json", recorder.report())
+    write_json(out / "result.json", {"experts_trained": trained, **recorder.report()})
     return Buffer(out)
 
 
@@ -153,16 +162,17 @@ def _train_expert(
             strategy=config.augment,
             generator=generator(seed, "epoch", epoch),
         )
-        if not loss < float("inf"):
+        if not loss < float("inf") or not bool(theta.isfinite().all()):
             raise UserError(f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")
         snapshots.append(theta.detach().clone())
         losses.append(loss)
         accuracies.append(accuracy(network, theta, validation, preprocessing))
         progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracies[-1]:.1%}")
     record = {
+        "buffer": buffer,
         "seed": seed,
         "train_loss": losses,
         "validation_accuracy": accuracies,
         "test_accuracy": accuracy(network, theta, test, preprocessing),
     }
-    write_trajectory(path, network, snapshots, {"buffer": buffer, "expert": record})
+    write_trajectory(path, network, snapshots, record)

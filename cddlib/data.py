@@ -12,13 +12,12 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, cast, get_args, runtime_checkable
+from typing import Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Int64, UInt8
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -26,7 +25,7 @@ from torchvision import datasets as tv
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from cddlib.runs import UserError, generator, open_tensors, read_metadata, write_tensors
+from cddlib.runs import UserError, check_classes, generator, open_tensors, read_metadata, write_tensors
 
 DataName = Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagefolder"]
 DATA_NAMES: tuple[str, ...] = get_args(DataName)
@@ -147,7 +146,7 @@ def _read(name: str, path: Path) -> Dataset:
     missing = set(TENSORS) - set(file.keys())
     if missing:
         raise UserError(f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set.")
-    classes = tuple(read_metadata(file, path, "classes"))
+    classes = check_classes(read_metadata(file, path, "classes"), path)
     try:
         tensors = {key: file.get_tensor(key) for key in TENSORS}
     except SafetensorError as error:
@@ -225,7 +224,8 @@ def _download(name: str, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
         try:
             found = _DOWNLOADS[name](folder, train=part == "train", download=True)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{name} cannot be downloaded to {folder} ({error}).") from None
+            reason = " ".join(str(error).split())  # torchvision's has several lines
+            raise UserError(f"{name} cannot be downloaded to {folder} ({reason}).") from None
         images = torch.as_tensor(found.data)
         # torchvision keeps CIFAR as n x h x w x c and Fashion-MNIST as n x h x w
         tensors[f"{part}_images"] = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
@@ -235,7 +235,7 @@ def _download(name: str, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor], list[str]]:
     """Decode and resize the images of a folder in parallel."""
-    train = tv.ImageFolder(str(source / "train"))
+    train = _image_folder(source / "train")
     annotations = source / "val" / "val_annotations.txt"
     if name == "tiny_imagenet":
         size = 64
@@ -243,7 +243,7 @@ def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor],
             raise UserError(f"{annotations} does not exist: {source} is not in Tiny ImageNet's original layout.")
         val = _annotated(annotations, train.class_to_idx)
     else:
-        found = tv.ImageFolder(str(source / "val"))
+        found = _image_folder(source / "val")
         if found.classes != train.classes:
             odd = sorted(set(found.classes) ^ set(train.classes))
             raise UserError(f"train/ and val/ in {source} do not have the same classes; they differ in {odd[:5]}.")
@@ -254,10 +254,13 @@ def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor],
         loader = torch.utils.data.DataLoader(
             _Decoder([path for path, _ in samples], size),
             batch_size=64,
+            collate_fn=_stack,
             num_workers=0 if len(samples) < 1024 else os.cpu_count() or 0,
         )
         start = 0
         for batch in tqdm(loader, desc=f"reading {part}", unit="batch"):
+            if isinstance(batch, UserError):
+                raise batch
             images[start : start + len(batch)] = batch
             start += len(batch)
         tensors[f"{part}_images"] = images
@@ -265,14 +268,25 @@ def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor],
     return tensors, train.classes
 
 
+def _image_folder(folder: Path) -> tv.ImageFolder:
+    try:
+        return tv.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} is not a folder of images by class ({error}).") from None
+
+
 def _annotated(annotations: Path, class_to_idx: dict[str, int]) -> list[tuple[str, int]]:
     """Tiny ImageNet's validation images: file name and class, tab-separated, a line each."""
     rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-    present = [(annotations.parent / "images" / file, wnid) for file, wnid in rows]
-    return [(str(path), class_to_idx[wnid]) for path, wnid in present if path.exists() and wnid in class_to_idx]
+    found = [
+        (str(annotations.parent / "images" / file), class_to_idx[wnid]) for file, wnid in rows if wnid in class_to_idx
+    ]
+    if not found:
+        raise UserError(f"{annotations} names no image of the classes in train/.")
+    return found
 
 
-class _Decoder(torch.utils.data.Dataset[Tensor]):
+class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
     """Image files as uint8 tensors of one size."""
 
     def __init__(self, paths: list[str], size: int) -> None:
@@ -284,127 +298,13 @@ class _Decoder(torch.utils.data.Dataset[Tensor]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        """The image, or the error: what a worker process raises arrives with its traceback as the message."""
         try:
             return self.resize(tv.folder.pil_loader(self.paths[index]))
         except OSError as error:
-            raise UserError(f"{self.paths[index]} is not a readable image ({error}).") from None
+            return UserError(f"{self.paths[index]} is not a readable image ({error}).")
 
 
-# --- What a network sees ----------------------------------------------------------------------------------------
-
-# The published codes use CIFAR-10's numbers for CIFAR-100 too, and ImageNet's for everything cut from it.
-_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_PUBLISHED = {"cifar10": _CIFAR, "cifar100": _CIFAR, "tiny_imagenet": _IMAGENET, "imagefolder": _IMAGENET}
-
-
-@runtime_checkable
-class Preprocessing(Protocol):
-    """An invertible map from pixels to what a network sees. It is saved with whatever was made in its space."""
-
-    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Pixels to network input, float32."""
-
-    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Network input to pixels, where 0 is black and 1 is white; not clipped."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What defines the map, for a file."""
-
-    def to(self, device: torch.device) -> "Preprocessing":
-        """The same map on `device`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalisation:
-    """Subtract a mean and divide by a standard deviation, per channel."""
-
-    mean: Float[Tensor, " c"]
-    std: Float[Tensor, " c"]
-
-    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
-
-    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Pixels, 0 black and 1 white."""
-        return images * self.std[:, None, None] + self.mean[:, None, None]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Mean and standard deviation."""
-        return {"mean": self.mean, "std": self.std}
-
-    def to(self, device: torch.device) -> "Normalisation":
-        """The same map on `device`."""
-        return Normalisation(self.mean.to(device), self.std.to(device))
-
-
-@dataclasses.dataclass(frozen=True)
-class Whitening:
-    """ZCA whitening W = U diag(s^-1/2) U^T of centred pixels in [0, 1], with its exact inverse U diag(s^1/2) U^T.
-
-    s are the eigenvalues of the training set's pixel covariance (unbiased) plus 0.1, as MTT and DATM set it.
-    """
-
-    mean: Float[Tensor, " d"]
-    eigenvectors: Float[Tensor, "d d"]
-    eigenvalues: Float[Tensor, " d"]
-
-    @functools.cached_property
-    def _matrices(self) -> tuple[Tensor, Tensor]:
-        root = self.eigenvalues.sqrt()
-        u = self.eigenvectors
-        return (u / root) @ u.T, (u * root) @ u.T
-
-    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        return ((images.flatten(1).float() / 255 - self.mean) @ self._matrices[0]).view(images.shape)
-
-    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Pixels, 0 black and 1 white."""
-        return (images.flatten(1) @ self._matrices[1] + self.mean).view(images.shape)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Mean, eigenvectors and eigenvalues."""
-        return {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
-
-    def to(self, device: torch.device) -> "Whitening":
-        """The same map on `device`."""
-        return Whitening(self.mean.to(device), self.eigenvectors.to(device), self.eigenvalues.to(device))
-
-
-def fit_preprocessing(dataset: Dataset, *, zca: bool) -> Preprocessing:
-    """The map for `dataset`: whitening fitted on all training images, or normalisation.
-
-    Normalisation takes the published mean and standard deviation where there are some, else the training set's.
-    """
-    images = dataset.train.images
-    if zca:
-        return _fit_whitening(images)
-    if dataset.name in _PUBLISHED:
-        mean, std = _PUBLISHED[dataset.name]
-        return Normalisation(torch.tensor(mean), torch.tensor(std))
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])])
-    weights = counts.double() / counts.sum(dim=1, keepdim=True)
-    mean_c = weights @ levels
-    std_c = (weights @ levels**2 - mean_c**2).sqrt()
-    return Normalisation(mean_c.float(), std_c.float())
-
-
-def _fit_whitening(images: UInt8[Tensor, "n c h w"], epsilon: float = 0.1) -> Whitening:
-    n, d = len(images), images[0].numel()
-
-    def chunks() -> Iterator[Tensor]:
-        return (chunk.flatten(1).double() / 255 for chunk in images.split(4096))
-
-    mean = cast(Tensor, sum(chunk.sum(0) for chunk in chunks())) / n
-    covariance = torch.zeros(d, d, dtype=torch.float64)
-    for chunk in chunks():
-        covariance += (chunk - mean).T @ (chunk - mean)
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance / (n - 1))
-    return Whitening(mean.float(), eigenvectors.float(), (eigenvalues.clamp(min=0) + epsilon).float())
-
-
-def preprocessing_from(tensors: dict[str, Tensor]) -> Preprocessing:
-    """The map that `tensors()` gave to a file."""
-    return Whitening(**tensors) if "eigenvalues" in tensors else Normalisation(**tensors)
+def _stack(found: list[Tensor | UserError]) -> Tensor | UserError:
+    return next((item for item in found if isinstance(item, UserError)), None) or torch.stack(cast(list[Tensor], found))

@@ -96,6 +96,9 @@ class DistillConfig(
         for name in ("lr_images", "lr_labels", "lr_step_size", "validate_every"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("momentum_images", "momentum_labels", "momentum_step_size"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below 1.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must lie between 0 and 1.")
 
@@ -117,13 +120,13 @@ def distill(
             state is then in the checkpoint).
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
-    run = {**as_dict(config), "buffer_id": buffer.id}
+    run = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
     if (out / "config.json").exists():
         refuse_other_run(out, read_json(out / "config.json"), run)
-    if (out / "result.json").exists():
-        return SyntheticSet.load(out / "synthetic.safetensors")
-    _check_buffer(config, buffer)
     dev = resolve_device(device)
+    if (out / "result.json").exists():
+        return SyntheticSet.load(out / "synthetic.safetensors").to(dev)
+    _check_buffer(config, buffer)
     dataset = load(config.data, root)
     buffer.check_data(dataset)
     state = _State(config, initialise(config, dataset, buffer, config.seed, dev))
@@ -147,6 +150,7 @@ def distill(
         if state.iteration < 0:
             state.iteration = 0
             metrics.write(iteration=0, **(validate() if config.validate_every else {}))
+            state.save(out / "checkpoint.safetensors", recorder.seconds())
         progress.update(state.iteration)
         while state.iteration < config.iterations:
             record = _iterate(state, config, buffer)
@@ -188,6 +192,11 @@ def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str
     skipped = config.loss_threshold is not None and record["loss"] > config.loss_threshold
     if not skipped:
         state.step(gradients)
+    if not all(bool(variable.isfinite().all()) for variable in state.synthetic.variables()[:-1]):
+        raise UserError(
+            f"iteration {number}: the images or label logits are no longer finite; the last good state is in the "
+            f"checkpoint; lower --lr-images or --lr-labels."
+        )
     step_size = state.synthetic.step_size.item()
     if not 0 < step_size < float("inf"):
         raise UserError(

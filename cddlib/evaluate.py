@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
-from cddlib.data import DataConfig, Dataset, Images, Preprocessing, load
+from cddlib.data import DataConfig, Dataset, Images, load
 from cddlib.networks import ConvNet, Network, NetworkConfig
+from cddlib.preprocessing import Preprocessing
 from cddlib.runs import (
     Recorder,
     UserError,
@@ -141,8 +142,15 @@ def evaluate_run(
     dev = resolve_device(device)
     settings = read_json(run / "config.json")
     synthetic = SyntheticSet.load(path).to(dev)
-    dataset = load(from_dict(DataConfig, settings).data, root)
-    trainer = _Trainer(settings, dataset, synthetic, dev)
+    try:
+        dataset = load(from_dict(DataConfig, settings).data, root)
+        trainer = _Trainer(settings, dataset, synthetic, dev)
+        fingerprint = settings["data_fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
+
+    if fingerprint != dataset.fingerprint:
+        raise UserError(f"{run} was distilled from another version of {dataset.name} than the one in --root.")
 
     identity = {"synthetic_sha256": file_digest(path), "seed": seed, "evaluation": as_dict(trainer.config)}
     record_path = run / f"evaluation-{config_hash(identity)}.json"

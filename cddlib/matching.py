@@ -82,7 +82,7 @@ def matching_loss(
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.
     """
-    if torch.equal(start, target):
+    if (start - target).square().sum() == 0:
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
     return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps)
 

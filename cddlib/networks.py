@@ -85,6 +85,8 @@ class ConvNet:
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> None:
         """Lay out the parameters for images of `image_shape` (channels, height, width)."""
+        if image_shape[1] != image_shape[2]:
+            raise UserError(f"images are {image_shape[1]} by {image_shape[2]} pixels; they must be square.")
         self.config = config
         self._padding = [3 if image_shape[1] == 28 else 1] + [1] * (config.depth - 1)
         channels, size = image_shape[0], image_shape[1] + 2 * (self._padding[0] - 1)

@@ -82,9 +82,12 @@ def _keep_freed_memory() -> None:
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is written over
     try:
         write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -111,7 +114,11 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
-    """Write `tensors` as safetensors, atomically; each value of `metadata` goes into the header as JSON."""
+    """Write `tensors` as safetensors, atomically, with the one value of `metadata` as JSON in the header.
+
+    One, because safetensors writes several in random order, and the same run has to give the same bytes.
+    """
+    assert len(metadata) <= 1
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {key: json.dumps(value) for key, value in metadata.items()}
     write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=header))
@@ -133,6 +140,13 @@ def read_metadata(file: Any, path: Path, key: str) -> Any:
         return json.loads((file.metadata() or {})[key])
     except (KeyError, ValueError):
         raise UserError(f"{path} has no readable {key!r} in its header: it was written by another program.") from None
+
+
+def check_classes(classes: Any, path: Path) -> tuple[str, ...]:
+    """`classes` from the header of `path` as a tuple of names; raises `UserError` if they are anything else."""
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{path} has classes in its header that are not a list of names: {classes!r}.")
+    return tuple(classes)
 
 
 def file_digest(path: Path) -> str:
@@ -250,12 +264,12 @@ class Recorder:
 
     def report(self) -> dict[str, Any]:
         """Seconds, peak memory of the process in MB (of the GPU, if on one), versions, hardware, commit, date."""
-        versions = {name: importlib.metadata.version(name) for name in ("cddlib", "torch", "torchvision", "numpy")}
+        versions = {name: importlib.metadata.version(name) for name in ("cddlib", "torchvision", "numpy")}
         gpu = self._device.type == "cuda"
         return {
             "seconds": self.seconds(),
             "peak_memory_mb": _peak_memory_mb(self._device),
-            "versions": {"python": platform.python_version(), **versions},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
             "device": torch.cuda.get_device_name(self._device) if gpu else _processor(),
             "threads": torch.get_num_threads(),
             "commit": self._commit,

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int64
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cddlib.data import Dataset, Images, Preprocessing, preprocessing_from
-from cddlib.runs import UserError, generator, open_tensors, read_metadata, write_tensors
+from cddlib.data import Dataset, Images
+from cddlib.preprocessing import Preprocessing, preprocessing_from
+from cddlib.runs import UserError, check_classes, generator, open_tensors, read_metadata, write_tensors
 from cddlib.training import fetch_real, predict
 from cddlib.trajectory import Buffer
 
@@ -54,7 +55,9 @@ class SyntheticSet:
 
     def targets(self) -> Float[Tensor, "n classes"]:
         """Class probabilities: softmax of the logits, or one-hot labels."""
-        return class_probabilities(self.labels, self.label_logits, len(self.classes)).to(self.images.dtype)
+        if self.label_logits is not None:
+            return self.label_logits.softmax(dim=1)
+        return F.one_hot(self.labels, len(self.classes)).to(self.images.dtype)
 
     def variable_tensors(self) -> dict[str, Tensor]:
         """What distillation optimises, by name: images, label logits if they are learned, step size."""
@@ -86,16 +89,17 @@ class SyntheticSet:
         )
 
     def save(self, path: Path, **metadata: object) -> None:
-        """Write the set to one safetensors file, with `metadata` as JSON in its header."""
+        """Write the set to one safetensors file, with class names and `metadata` as JSON in its header."""
         tensors = {**self.variable_tensors(), "labels": self.labels}
         tensors |= {f"preprocessing.{name}": value for name, value in self.preprocessing.tensors().items()}
-        write_tensors(path, tensors, {"classes": self.classes, **metadata})
+        write_tensors(path, tensors, {"synthetic": {"classes": self.classes, **metadata}})
 
     @staticmethod
     def load(path: Path) -> "SyntheticSet":
         """Read a set that `save` wrote; raises `UserError` if the file is anything else."""
         file = open_tensors(path)
-        classes = tuple(read_metadata(file, path, "classes"))
+        header = read_metadata(file, path, "synthetic")
+        classes = check_classes(header.get("classes") if isinstance(header, dict) else header, path)
         prefix = "preprocessing."
         try:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -109,16 +113,18 @@ class SyntheticSet:
                 ),
                 classes=classes,
             )
-            found.targets()
-            found.pictures()
+            n = len(found.labels)
+            if (found.images.ndim, found.images.shape[0], found.step_size.ndim) != (4, n, 0):
+                raise TypeError(
+                    f"images {list(found.images.shape)}, step size {list(found.step_size.shape)}, {n} labels"
+                )
+            if found.targets().shape != (n, len(classes)):
+                raise TypeError(f"targets {list(found.targets().shape)} for {n} labels of {len(classes)} classes")
+            if found.pictures().shape != found.images.shape:
+                raise TypeError("the preprocessing has another number of channels than the images")
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{path} is not a synthetic set ({error}).") from None
         return found
-
-
-def class_probabilities(labels: Int64[Tensor, " n"], logits: Float[Tensor, "n classes"] | None, classes: int) -> Tensor:
-    """Softmax of `logits` if there are any, else one-hot `labels` as floats."""
-    return F.one_hot(labels, classes).float() if logits is None else logits.softmax(dim=1)
 
 
 def random_real(train: Images, classes: int, ipc: int, rng: torch.Generator) -> Images:

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cddlib import augment
-from cddlib.data import Images, Preprocessing
+from cddlib.data import Images
 from cddlib.networks import Network
+from cddlib.preprocessing import Preprocessing
 
 Fetch = Callable[[Int64[Tensor, " b"]], tuple[Tensor, Tensor]]
 """Network inputs and targets (classes, or a probability for each) at some indices."""

@@ -16,8 +16,9 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cddlib.data import Dataset, Preprocessing, preprocessing_from
+from cddlib.data import Dataset
 from cddlib.networks import ConvNet, Network, NetworkConfig, views
+from cddlib.preprocessing import Preprocessing, preprocessing_from
 from cddlib.runs import (
     UserError,
     config_hash,
@@ -35,13 +36,13 @@ def expert_path(folder: Path, expert: int) -> Path:
 
 
 def write_trajectory(
-    path: Path, network: Network, snapshots: list[Float[Tensor, " p"]], metadata: dict[str, object]
+    path: Path, network: Network, snapshots: list[Float[Tensor, " p"]], record: dict[str, Any]
 ) -> None:
-    """Write the parameter vectors of epochs 0 … T as one stacked tensor a parameter."""
+    """Write the parameter vectors of epochs 0 … T as one stacked tensor a parameter, with `record` in the header."""
     write_tensors(
         path,
         {name: torch.stack([views(network, theta)[name] for theta in snapshots]) for name in network.shapes},
-        metadata,
+        {"expert": record},
     )
 
 
@@ -98,6 +99,8 @@ class Buffer:
             self._files[expert] = open_tensors(expert_path(self.folder, expert))
         file = self._files[expert]
         try:
+            if not 0 <= epoch <= self.epochs:
+                raise IndexError("out of range")
             pieces = [file.get_slice(name)[epoch] for name in self.network.shapes]
             wrong = [
                 f"{name} has shape {list(piece.shape)}, not {list(shape)}"
@@ -111,6 +114,6 @@ class Buffer:
         return torch.cat([piece.flatten() for piece in pieces])
 
 
-def read_expert_header(path: Path, key: str) -> Any:
-    """What `write_trajectory` was given as `metadata[key]`."""
-    return read_metadata(open_tensors(path), path, key)
+def read_expert_record(path: Path) -> dict[str, Any]:
+    """The `record` that `write_trajectory` was given."""
+    return read_metadata(open_tensors(path), path, "expert")

@@ -18,8 +18,8 @@ from cddlib.runs import UserError
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = ["runs", "data", "augment", "networks", "training", "trajectory", "buffer", "segments", "matching"]
-MODULES += ["combine", "synthetic", "evaluate", "distill", "recipes", "figures", "cli", "__main__"]
+MODULES = ["runs", "data", "preprocessing", "augment", "networks", "training", "trajectory", "buffer", "segments"]
+MODULES += ["matching", "combine", "synthetic", "evaluate", "distill", "recipes", "figures", "cli", "__main__"]
 
 
 def locked() -> dict[str, str]:

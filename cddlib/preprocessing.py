@@ -1,0 +1,132 @@
+"""What a network sees: an invertible map from pixels to its input.
+
+Normalisation of each channel, or ZCA whitening as MTT and DATM use it on CIFAR. Everything made in a network's input
+space carries its map with it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from cddlib.data import Dataset
+
+# The published codes use CIFAR-10's numbers for CIFAR-100 too, and ImageNet's for everything cut from it.
+_CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_PUBLISHED = {"cifar10": _CIFAR, "cifar100": _CIFAR, "tiny_imagenet": _IMAGENET, "imagefolder": _IMAGENET}
+
+
+@runtime_checkable
+class Preprocessing(Protocol):
+    """An invertible map from pixels to what a network sees. It is saved with whatever was made in its space."""
+
+    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Pixels to network input, float32."""
+
+    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Network input to pixels, where 0 is black and 1 is white; not clipped."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What defines the map, for a file."""
+
+    def to(self, device: torch.device) -> "Preprocessing":
+        """The same map on `device`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Subtract a mean and divide by a standard deviation, per channel."""
+
+    mean: Float[Tensor, " c"]
+    std: Float[Tensor, " c"]
+
+    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Pixels, 0 black and 1 white."""
+        return images * self.std[:, None, None] + self.mean[:, None, None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Mean and standard deviation."""
+        return {"mean": self.mean, "std": self.std}
+
+    def to(self, device: torch.device) -> "Normalisation":
+        """The same map on `device`."""
+        return Normalisation(self.mean.to(device), self.std.to(device))
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitening:
+    """ZCA whitening W = U diag(s^-1/2) U^T of centred pixels in [0, 1], with its exact inverse U diag(s^1/2) U^T.
+
+    s are the eigenvalues of the training set's pixel covariance (unbiased) plus 0.1, as MTT and DATM set it.
+    """
+
+    mean: Float[Tensor, " d"]
+    eigenvectors: Float[Tensor, "d d"]
+    eigenvalues: Float[Tensor, " d"]
+
+    @functools.cached_property
+    def _matrices(self) -> tuple[Tensor, Tensor]:
+        root = self.eigenvalues.sqrt()
+        u = self.eigenvectors
+        return (u / root) @ u.T, (u * root) @ u.T
+
+    def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        return ((images.flatten(1).float() / 255 - self.mean) @ self._matrices[0]).view(images.shape)
+
+    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Pixels, 0 black and 1 white."""
+        return (images.flatten(1) @ self._matrices[1] + self.mean).view(images.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Mean, eigenvectors and eigenvalues."""
+        return {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
+
+    def to(self, device: torch.device) -> "Whitening":
+        """The same map on `device`."""
+        return Whitening(self.mean.to(device), self.eigenvectors.to(device), self.eigenvalues.to(device))
+
+
+def fit_preprocessing(dataset: Dataset, *, zca: bool) -> Preprocessing:
+    """The map for `dataset`: whitening fitted on all training images, or normalisation.
+
+    Normalisation takes the published mean and standard deviation where there are some, else the training set's.
+    """
+    images = dataset.train.images
+    if zca:
+        return _fit_whitening(images)
+    if dataset.name in _PUBLISHED:
+        mean, std = _PUBLISHED[dataset.name]
+        return Normalisation(torch.tensor(mean), torch.tensor(std))
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])])
+    weights = counts.double() / counts.sum(dim=1, keepdim=True)
+    mean_c = weights @ levels
+    std_c = (weights @ levels**2 - mean_c**2).sqrt()
+    return Normalisation(mean_c.float(), std_c.float())
+
+
+def _fit_whitening(images: UInt8[Tensor, "n c h w"], epsilon: float = 0.1) -> Whitening:
+    n, d = len(images), images[0].numel()
+
+    def chunks() -> Iterator[Tensor]:
+        return (chunk.flatten(1).double() / 255 for chunk in images.split(4096))
+
+    mean = cast(Tensor, sum(chunk.sum(0) for chunk in chunks())) / n
+    covariance = torch.zeros(d, d, dtype=torch.float64)
+    for chunk in chunks():
+        covariance += (chunk - mean).T @ (chunk - mean)
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance / (n - 1))
+    return Whitening(mean.float(), eigenvectors.float(), (eigenvalues.clamp(min=0) + epsilon).float())
+
+
+def preprocessing_from(tensors: dict[str, Tensor]) -> Preprocessing:
+    """The map that `tensors()` gave to a file."""
+    return Whitening(**tensors) if "eigenvalues" in tensors else Normalisation(**tensors)

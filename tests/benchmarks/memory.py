@@ -1,0 +1,124 @@
+"""Peak memory of one segment's gradient as the student takes more steps: cddlib's walk beside the textbook's graph.
+
+    python tests/benchmarks/memory.py --to book/results/memory.json
+
+CIFAR's shape, MTT's ConvNet, full-batch steps with all augmentation. Each measurement has a process of its own.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+import cddlib
+from cddlib import augment
+from cddlib.matching import MatchingConfig, Step
+from cddlib.networks import Network
+from cddlib.runs import Recorder, resolve_device, write_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured."""
+
+    to: Path
+    """File of the record."""
+    student_steps: tuple[int, ...] = (10, 80)
+    """Student steps N."""
+    width: int = 128
+    """Channels of the ConvNet."""
+    images: int = 10
+    """Synthetic images."""
+    threads: int = 1
+    """Threads of the CPU."""
+    device: str = "cpu"
+    """Where it runs: `auto`, `cpu`, `cuda` …"""
+
+
+def textbook(
+    network: Network,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+    steps: list[Step],
+) -> Tensor:
+    """The matching loss with the graph of all steps, as MTT's code has it."""
+    theta = start.clone().requires_grad_()
+    for indices, draw in steps:
+        chosen = indices.to(images.device)
+        loss = F.cross_entropy(network(theta, augment.apply(draw, images[chosen])), targets[chosen])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = theta - step_size * gradient
+    return (theta - target).square().sum() / (start - target).square().sum()
+
+
+IMPLEMENTATIONS = {"cddlib": cddlib.matching_loss, "textbook": textbook}
+
+
+def measure(options: Options, implementation: str, student_steps: int) -> dict[str, Any]:
+    """Loss and gradient once; memory and time that they took."""
+    torch.set_num_threads(options.threads)
+    device = resolve_device(options.device)
+    rng = cddlib.generator("memory")
+    network = cddlib.ConvNet(cddlib.NetworkConfig(width=options.width), (3, 32, 32), 10)
+    start = network.init(rng)
+    target = start + 0.01 * torch.randn(start.shape, generator=rng)
+    images = torch.randn(options.images, 3, 32, 32, generator=rng)
+    targets = F.one_hot(torch.arange(options.images) % 10, 10).float()
+    steps = cddlib.plan_student(
+        MatchingConfig(student_steps=student_steps), options.images, augment.AugmentConfig().augment, rng
+    )
+    start, target, images, targets, step_size = (
+        tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
+    )
+    variables = [images.requires_grad_(), step_size.requires_grad_()]
+
+    recorder = Recorder(device)
+    before = recorder.report()["peak_memory_mb"]
+    loss = IMPLEMENTATIONS[implementation](network, start, target, images, targets, step_size, steps)
+    gradient, _ = torch.autograd.grad(loss, variables)
+    after = recorder.report()
+    return {
+        "implementation": implementation,
+        "student_steps": student_steps,
+        "start_mb": before,
+        "peak_mb": after["peak_memory_mb"],
+        "seconds": after["seconds"],
+        "loss": loss.item(),
+        "image_gradient_norm": gradient.norm().item(),
+    }
+
+
+def main(options: Options) -> None:
+    """Measure everything, print a table, write the record."""
+    recorder = Recorder(resolve_device(options.device))
+    torch.set_num_threads(options.threads)
+    fresh = concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
+    )
+    print(f"{'':10}{'steps':>6}{'peak MB':>10}{'above start':>13}{'seconds':>9}")
+    measurements = []
+    for implementation in IMPLEMENTATIONS:
+        for student_steps in options.student_steps:
+            m = fresh.submit(measure, options, implementation, student_steps).result()
+            above = m["peak_mb"] - m["start_mb"]
+            print(
+                f"{implementation:10}{student_steps:6}{m['peak_mb']:10.0f}{above:13.0f}{m['seconds']:9.1f}", flush=True
+            )
+            measurements.append(m)
+    fresh.shutdown()
+    config = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name != "to"}
+    report = {key: value for key, value in recorder.report().items() if key != "peak_memory_mb"}  # not this process's
+    write_json(options.to, {"config": config, "measurements": measurements, **report})
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

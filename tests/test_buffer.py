@@ -1,0 +1,293 @@
+"""Buffers: the files on disk, reading them lazily, and training experts that survive any interruption."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cddlib
+from cddlib import buffer as buffering
+from cddlib import cli, data, runs
+from cddlib.networks import ConvNet, NetworkConfig, views
+from cddlib.runs import UserError
+from cddlib.trajectory import Buffer, expert_path, read_expert_record, write_trajectory
+
+recipe = partial(cddlib.buffer_recipe, "digits", width=8, experts=2, epochs=6)
+train = partial(cddlib.train_buffer, device="cpu")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What must not depend on interruptions: everything but the provenance."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
+
+
+def test_files_are_those_of_the_design(buffer: Buffer) -> None:
+    names = {"buffer.json", "result.json", "preprocessing.safetensors", "expert-000.safetensors"}
+    assert {path.name for path in buffer.folder.iterdir()} == names | {"expert-001.safetensors"}
+    manifest = json.loads((buffer.folder / "buffer.json").read_text())
+    assert manifest["config"] == runs.as_dict(recipe())
+    digits = data.load("digits")
+    fingerprint = {"name": "digits", "fingerprint": digits.fingerprint, "shape": [1, 8, 8], "classes": 10}
+    assert manifest["data"] == fingerprint
+    for index, expert in enumerate(manifest["experts"]):
+        path = buffer.folder / expert["file"]
+        assert path == expert_path(buffer.folder, index)
+        assert expert["sha256"] == runs.file_digest(path)
+        assert expert["seed"] == index
+        assert len(expert["train_loss"]) == 6
+        assert len(expert["validation_accuracy"]) == 7
+        shapes = {name: (7, *shape) for name, shape in buffer.network.shapes.items()}
+        assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == shapes
+
+
+def test_experts_learn(buffer: Buffer) -> None:
+    for expert in buffer.experts:
+        assert expert["train_loss"][-1] < expert["train_loss"][0]
+        assert expert["validation_accuracy"][-1] > 0.5 > expert["validation_accuracy"][0]
+        assert expert["test_accuracy"] > 0.5
+
+
+def test_recorded_accuracies_are_those_of_the_stored_parameters(buffer: Buffer) -> None:
+    digits = data.load("digits")
+    for part, epoch, name in ((digits.split[1], 0, "validation_accuracy"), (digits.test, 6, "test_accuracy")):
+        logits = buffer.network(buffer.parameters(1, epoch), buffer.preprocessing(part.images))
+        found = buffer.experts[1][name]
+        accuracy = (logits.argmax(1) == part.labels).double().mean().item()
+        assert accuracy == pytest.approx(found[0] if isinstance(found, list) else found)
+
+
+def test_snapshots_of_different_epochs_differ(buffer: Buffer) -> None:
+    for expert in range(2):
+        thetas = [buffer.parameters(expert, epoch) for epoch in range(7)]
+        for i in range(7):
+            for j in range(i):
+                assert (thetas[i] - thetas[j]).norm() > 1e-2  # no aliasing of the live vector
+
+
+def test_trajectories_begin_at_the_initialisation(buffer: Buffer) -> None:
+    for expert in range(2):
+        start = buffer.network.init(cddlib.generator(expert, "init"))
+        assert torch.equal(buffer.parameters(expert, 0), start)
+
+
+def test_parameters_are_the_stored_tensors_in_the_networks_order(buffer: Buffer) -> None:
+    stored = load_file(expert_path(buffer.folder, 1))
+    found = views(buffer.network, buffer.parameters(1, 4))
+    assert all(torch.equal(found[name], stored[name][4]) for name in stored)
+
+
+READ_ONE_EPOCH = """
+import sys
+from pathlib import Path
+from cddlib.trajectory import Buffer
+
+def kb(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+Buffer(Path(sys.argv[1])).parameters(0, 3)  # imports and allocates all that reading needs
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+before = kb("VmRSS")
+theta = Buffer(Path(sys.argv[2])).parameters(0, 150)
+print(kb("VmHWM") - before, float(theta[0]))
+"""
+
+
+def test_reading_one_epoch_reads_only_its_bytes(buffer: Buffer, tmp_path: Path) -> None:
+    manifest = json.loads((buffer.folder / "buffer.json").read_text())
+    manifest["config"] |= {"width": 64, "depth": 3, "epochs": 300, "experts": 1}
+    runs.write_json(tmp_path / "buffer.json", manifest)
+    network = ConvNet(NetworkConfig(width=64, depth=3), (1, 8, 8), 10)
+    size = len(network.init(torch.Generator()))
+    write_trajectory(expert_path(tmp_path, 0), network, [torch.full((size,), float(t)) for t in range(301)], {})
+    assert expert_path(tmp_path, 0).stat().st_size > 90e6
+    arguments = [sys.executable, "-c", READ_ONE_EPOCH, str(buffer.folder), str(tmp_path)]
+    printed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    growth_kb, first = printed.split()
+    assert float(first) == 150
+    assert int(growth_kb) < 10_000
+
+
+def test_experts_differ_only_by_their_seed(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(seed=1, experts=1), tmp_path)
+    alone, second = (load_file(path) for path in (expert_path(tmp_path, 0), expert_path(buffer.folder, 1)))
+    assert all(torch.equal(alone[name], second[name]) for name in second)
+    records = [read_expert_record(path) for path in (expert_path(tmp_path, 0), expert_path(buffer.folder, 1))]
+    assert records[0].pop("buffer") != records[1].pop("buffer")
+    assert records[0] == records[1]
+
+
+def test_training_again_gives_the_same_bytes(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(), tmp_path)
+    assert contents(tmp_path) == contents(buffer.folder)
+
+
+def kill_at_random(arguments: list[str], started: Path, longest: float, rng: random.Random) -> int:
+    """Start the command line, wait until `started` exists, then kill it within `longest` seconds."""
+    command = [str(Path(sys.executable).with_name("cddlib")), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while not started.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, longest))
+    process.kill()
+    return process.wait()
+
+
+def test_a_killed_buffer_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        options = ["--width", "8", "--experts", "12", "--epochs", "6", "--device", "cpu", "--zca"]
+        return ["buffer", *options, "--out", str(tmp_path / name)]
+
+    assert cli.main(arguments("whole")) == 0
+    rng = random.Random(0)
+    killed = tmp_path / "killed"
+    codes = [
+        kill_at_random(arguments("killed"), started, 0.4, rng)
+        for started in (killed / "buffer.json", expert_path(killed, 0), expert_path(killed, 2))
+    ]
+    assert codes == [-signal.SIGKILL] * 3
+    with pytest.raises(UserError, match=r"of 12 experts; run the same `cddlib buffer` again to finish\.$"):
+        Buffer(killed)
+    assert cli.main(arguments("killed")) == 0
+    found, wanted = contents(killed), contents(tmp_path / "whole")
+    assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("file", ["expert-001.safetensors", "buffer.json", "result.json"])
+def test_interrupted_before_any_file_it_ends_with_the_same_files(
+    buffer: Buffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    replace, times = os.replace, {"buffer.json": 2}  # not the claim of the folder, but the first expert's entry
+
+    def interrupted(source: Path, target: Path) -> None:
+        times[target.name] = times.get(target.name, 1) - 1
+        if target.name == file and times[file] == 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), tmp_path)
+    assert train(recipe(), tmp_path).id == buffer.id
+    assert contents(tmp_path) == contents(buffer.folder)
+    assert (tmp_path / "result.json").exists()
+
+
+def test_finished_experts_are_not_trained_again(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    monkeypatch.setattr(buffering, "_train_expert", None)  # calling it fails
+    assert train(recipe(), tmp_path / "b").id == buffer.id
+    assert train(recipe(experts=1), tmp_path / "b").id == buffer.id  # asking for fewer takes none away
+
+
+def test_a_finished_buffer_grows(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(experts=1), tmp_path)
+    assert len(train(recipe(experts=2), tmp_path).experts) == 2
+    assert contents(tmp_path) == contents(buffer.folder)
+
+
+def test_another_configuration_is_refused(buffer: Buffer) -> None:
+    before = contents(buffer.folder)
+    with pytest.raises(UserError, match=r"holds another run \(learning_rate is 0\.1 there and 0\.2 here\); choose"):
+        train(recipe(learning_rate=0.2), buffer.folder)
+    with pytest.raises(UserError, match=r"\(epochs is 6 there and 7 here; seed is 0 there and 5 here\)"):
+        train(recipe(epochs=7, seed=5), buffer.folder)
+    assert contents(buffer.folder) == before
+
+
+def test_missing_and_damaged_descriptions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no buffer; train one with `cddlib buffer --out "):
+        Buffer(tmp_path)
+    for text, message in (("{", "cannot be read as JSON"), ("{}", "is not a buffer's"), ("[]", "is not a buffer's")):
+        (tmp_path / "buffer.json").write_text(text)
+        for call in (Buffer, partial(train, recipe())):
+            with pytest.raises(UserError, match=rf"buffer\.json {message}"):
+                call(tmp_path) if call is Buffer else call(out=tmp_path)
+
+
+def test_a_truncated_expert_is_named(buffer: Buffer, tmp_path: Path) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    path = expert_path(tmp_path / "b", 1)
+    path.write_bytes(path.read_bytes()[:-100])
+    opened = Buffer(tmp_path / "b")
+    assert torch.equal(opened.parameters(0, 6), buffer.parameters(0, 6))
+    with pytest.raises(UserError, match=r"expert-001\.safetensors is truncated"):
+        opened.parameters(1, 0)
+    path.unlink()
+    with pytest.raises(UserError, match=r"expert-001\.safetensors does not exist"):
+        opened.parameters(1, 0)
+
+
+def test_experts_that_do_not_fit_are_named(buffer: Buffer, tmp_path: Path) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    network = ConvNet(NetworkConfig(width=4, depth=2), (1, 8, 8), 10)
+    theta = network.init(torch.Generator())
+    write_trajectory(expert_path(tmp_path / "b", 0), network, [theta] * 7, {})
+    with pytest.raises(UserError, match=r"expert-000.* does not fit buffer\.json: conv0\.weight has shape \[4, 1, 3"):
+        Buffer(tmp_path / "b").parameters(0, 0)
+    for epoch in (7, -1):
+        with pytest.raises(UserError, match=rf"expert-001.* does not fit buffer\.json: epoch {epoch} of 6 cannot"):
+            Buffer(tmp_path / "b").parameters(1, epoch)
+
+
+def test_divergence_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^expert 0 diverged in epoch \d \(loss nan\); lower --learning-rate\.$"):
+        train(recipe(learning_rate=1e30), tmp_path)
+    assert not expert_path(tmp_path, 0).exists()
+
+
+def test_divergence_in_the_last_step_is_reported(tmp_path: Path) -> None:
+    one_step = recipe(learning_rate=3e38, epochs=1, batch_size=2000, weight_decay=1e3)
+    with pytest.raises(UserError, match="expert 0 diverged in epoch 1"):
+        train(one_step, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--holdout", "--no-holdout"])
+def test_validation_images_are_held_out_unless_told_otherwise(tmp_path: Path, monkeypatch, flag: str) -> None:
+    seen = []
+    fetch = buffering.fetch_real
+    monkeypatch.setattr(buffering, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
+    options = ["--width", "8", "--experts", "1", "--epochs", "1", "--device", "cpu"]
+    assert cli.main(["buffer", *options, flag, "--out", str(tmp_path)]) == 0
+    digits = data.load("digits")
+    wanted = digits.split[0] if flag == "--holdout" else digits.train
+    assert [images.images.shape for images in seen] == [wanted.images.shape]
+    assert torch.equal(seen[0].images, wanted.images)
+    assert Buffer(tmp_path).config["holdout"] is (flag == "--holdout")
+
+
+@pytest.mark.parametrize("field", ["experts", "epochs", "batch_size"])
+def test_counts_must_be_positive(field: str) -> None:
+    with pytest.raises(UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
+        recipe(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"momentum": -1.0}, {"weight_decay": -1.0}]
+)
+def test_impossible_rates_are_refused(wrong: dict[str, float]) -> None:
+    (name, value) = next(iter(wrong.items()))
+    with pytest.raises(UserError, match=rf"^{name} is {value}; it must "):
+        recipe(**wrong)
+
+
+def test_check_data_refuses_other_images(buffer: Buffer) -> None:
+    digits = data.load("digits")
+    buffer.check_data(digits)
+    other = data.Dataset("cifar10", digits.train, digits.test, digits.classes)
+    with pytest.raises(UserError, match=r"holds experts of digits, not of cifar10\.$"):
+        buffer.check_data(other)
+    fewer = data.Dataset("digits", digits.train, digits.split[1], digits.classes)
+    with pytest.raises(UserError, match=rf"another version of digits: its fingerprint is {digits.fingerprint}, this "):
+        buffer.check_data(fewer)

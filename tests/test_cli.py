@@ -1,0 +1,200 @@
+"""The command line: help, sentences instead of tracebacks, and the whole way from a buffer to a record."""
+
+import functools
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import cddlib
+from cddlib import cli, runs
+from cddlib.trajectory import Buffer
+
+COMMANDS = ("data", "buffer", "distill", "evaluate", "record")
+
+
+def run(*arguments: object) -> int:
+    """Exit code, also where the parser itself exits."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return exit_.code
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What stderr says, without the frame and line breaks of the parser's messages."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return " ".join(err.replace("│", " ").split())
+
+
+def test_help_names_every_command(capsys) -> None:
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    for command in COMMANDS:
+        assert command in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data"], ["--root", "--source", "--size"]),
+        (["buffer"], ["--out", "--experts", "--epochs", "--holdout", "--zca", "(default: 5)", "default: auto"]),
+        (["buffer", "--data", "cifar10"], ["(default: 100)"]),
+        (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 150)"]),
+        (["distill", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
+        (["evaluate"], ["--runs", "--baselines", "--seed"]),
+        (["record"], ["--to"]),
+    ],
+)
+def test_each_commands_help_shows_options_and_the_recipes_defaults(capsys, arguments, words) -> None:
+    assert run(*arguments, "--help") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for word in words:
+        assert word in out
+
+
+def test_the_installed_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    script = Path(sys.executable).with_name("cddlib")
+    done = subprocess.run([script, "evaluate", tmp_path / "none"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        f"cddlib: {tmp_path / 'none'} holds no finished distillation: synthetic.safetensors is missing.\n"
+    )
+
+
+OUT = ["--out", "OUT"]
+BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "mnist"], "unknown data set 'mnist'; choose one of digits, fashion_mnist, cifar10"),
+        (["data", "digits"], "digits comes with scikit-learn; nothing needs to be prepared."),
+        (["data", "imagefolder", "--root", "OUT"], "imagefolder needs --source, a folder that holds train/ and val/"),
+        (["buffer", "--data", "mnist", *OUT], "unknown data set 'mnist'; choose one of digits, fashion_mnist"),
+        (["buffer", "--data", "cifar10", "--root", "OUT", *OUT], "run `cddlib data cifar10 --root "),
+        (["buffer", "--device", "cuda:99", *OUT], "device 'cuda:99' is not available here"),
+        (["buffer", "--device", "gpu", *OUT], "device 'gpu' is not available here"),
+        (["buffer", "--experts", "0", *OUT], "experts is 0; it must be at least 1."),
+        (["buffer", "--epochs", "many", *OUT], "Error parsing --epochs: invalid literal for int()"),
+        (["buffer", "--momentum", "-1", *OUT], "momentum is -1.0; it must"),
+        (["buffer", "--depth", "9", *OUT], "depth is 9; images of 8 pixels allow at most 3 blocks with pooling."),
+        (["buffer"], "--out PATH"),
+        (["distill", "--method", "dsa", *BOTH], "unknown method 'dsa'; choose one of mtt, contra"),
+        (["distill", "--data", "mnist", *BOTH], "unknown data set 'mnist'; choose one of digits"),
+        (["distill", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
+        (["distill", *OUT], "--buffer PATH"),
+        (["distill", "--segments", "0", *BOTH], "segments is 0; it must be at least 1."),
+        (["distill", "--segments", "20", *BOTH], "the experts stop at epoch 6"),
+        (["distill", "--segments", "5", "--window-end", "4", *BOTH], "has only 4 start epochs; use at most 4."),
+        (["distill", "--method", "mtt", "--segments", "2", *BOTH], "segments is 2; mtt matches one segment"),
+        (["distill", "--segments", "two", *BOTH], "Error parsing --segments: invalid literal for int()"),
+        (["distill", "--ipc", "0", *BOTH], "ipc is 0; it must be at least 1."),
+        (["distill", "--ipc", "0.5", *BOTH], "Error parsing --ipc: invalid literal for int()"),
+        (["distill", "--ipc", "900", "--window-end", "4", *BOTH], "ipc is 900, but class 0 has only"),
+        (["distill", "--window-end", "4", "--width", "16", *BOTH], "width is 16, but the experts in"),
+        (["distill", "--window-end", "4", *BOTH, "--device", "cuda:99"], "device 'cuda:99' is not available here"),
+        (["distill", "--init", "zeros", *BOTH], "zeros"),
+        (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
+        (["evaluate", "OUT", "--runs", "0"], "runs is 0; it must be at least 1."),
+        (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
+        (["train"], "train"),
+        (["buffer", "--colour", "1", *OUT], "--colour"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_sentence(buffer: Buffer, tmp_path: Path, capsys, arguments, message) -> None:
+    places = {"OUT": str(tmp_path / "out"), "BUFFER": str(buffer.folder), "OUT/none": str(tmp_path / "none")}
+    assert run(*(places.get(argument, argument) for argument in arguments)) not in (0, None)
+    assert message in sentence(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_user_errors_sentence_is_one_line(tmp_path: Path, capsys) -> None:
+    assert run("buffer", "--device", "cuda:99", "--out", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cddlib: device 'cuda:99' is not available here (")
+    assert error.count("\n") == 1
+
+
+def test_interruption_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> None:
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "train_buffer", interrupted)
+    assert run("buffer", "--out", tmp_path) == 130
+    assert capsys.readouterr().err == "\ncddlib: interrupted; the same command resumes.\n"
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    assert run("buffer", "--experts", 1, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "file" / "b") == 1
+    assert sentence(capsys).startswith("cddlib: ")
+
+
+TINY = ["--experts", "1", "--epochs", "4", "--width", "8", "--device", "cpu"]
+SHORT = [
+    "--iterations",
+    "2",
+    "--student-steps",
+    "3",
+    "--window-end",
+    "3",
+    "--segments",
+    "2",
+    "--evaluation-epochs",
+    "2",
+]
+
+
+def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, capsys) -> None:
+    buffer, out, record = tmp_path / "buffer", tmp_path / "run", tmp_path / "record.json"
+    assert run("buffer", *TINY, "--zca", "--augment", "flip", "--out", buffer) == 0
+    assert capsys.readouterr().out.startswith("1 experts of 4 epochs and ")
+    assert run("distill", *SHORT, "--buffer", buffer, "--out", out, "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("contra, K = 2, 1 images per class: iteration ")
+    assert str(out / "synthetic.safetensors") in said
+    config = runs.read_json(out / "config.json")
+    assert (config["zca"], config["width"], config["augment"]) == (True, 8, "flip")
+    tensors = cddlib.SyntheticSet.load(out / "synthetic.safetensors").preprocessing.tensors()
+    assert "eigenvalues" in tensors
+    assert run("evaluate", out, "--runs", "2", "--device", "cpu") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:20].strip() for line in lines] == ["synthetic set", "random real images", "all training images"]
+    assert all("±" in line and line.endswith("% (2 networks)") for line in lines)
+    assert run("record", out, "--to", record) == 0
+    found = json.loads(record.read_text())
+    assert found.keys() == {"config", "result", "metrics", "evaluations"}
+    assert found["config"] == config
+    assert run("record", buffer, "--to", record) == 0
+    assert json.loads(record.read_text()).keys() == {"buffer", "result"}
+
+
+def test_options_override_the_recipe_of_method_and_data(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
+    seen = {}
+    monkeypatch.setattr(cli, "distill", lambda config, *_args, **_kwargs: seen.update(config=config))
+    monkeypatch.setattr(cli, "read_json", lambda _: {"validation_accuracy": 0.5, "selected_iteration": 1, "seconds": 1})
+    options = ["--method", "mtt", "--ipc", "7", "--lr-images", "5", "--window-end", "3", "--no-zca"]
+    assert run("distill", *options, "--buffer", buffer.folder, "--out", tmp_path) == 0
+    wanted = cddlib.distill_recipe("mtt", "digits", 7, lr_images=5.0, window_end=3, width=8)
+    assert seen["config"] == wanted
+    assert type(seen["config"]) is cddlib.DistillConfig
+
+
+def test_the_example_in_the_docstring_runs(quick: dict[str, object], tmp_path: Path, monkeypatch) -> None:
+    paragraphs = cddlib.__doc__.split("\n\n")
+    (example,) = (paragraph for paragraph in paragraphs if paragraph.startswith("    "))
+    assert len(example.splitlines()) <= 10
+    tiny = functools.partial(cddlib.buffer_recipe, width=8, experts=2, epochs=6)
+    monkeypatch.setattr(cddlib, "buffer_recipe", tiny)
+    monkeypatch.setattr(cddlib, "distill_recipe", functools.partial(cddlib.distill_recipe, **quick))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(textwrap.dedent(example), names)
+    assert names["record"]["summary"]["synthetic"]["runs"] == 3

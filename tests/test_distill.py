@@ -1,0 +1,417 @@
+"""The loop: it optimises, resumes with the same bytes, selects on validation images, and refuses what does not fit."""
+
+import dataclasses
+import importlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import cddlib
+from cddlib import cli, data, runs
+from cddlib.distill import DistillConfig, concurrent_gradient
+from cddlib.runs import UserError
+from cddlib.synthetic import SyntheticSet, initialise
+from cddlib.trajectory import Buffer
+
+module = importlib.import_module("cddlib.distill")  # the package's attribute of this name is the function
+distill = partial(cddlib.distill, device="cpu")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def recipe(quick: dict[str, object]):
+    """Configurations of a second; `validate_every=0` for those that need the last iterate."""
+    return lambda **overrides: cddlib.distill_recipe("contra", **{**quick, "segments": 2, **overrides})
+
+
+def first(config: DistillConfig, buffer: Buffer) -> SyntheticSet:
+    return initialise(config, data.load("digits"), buffer, config.seed, CPU)
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    """All lines, without what depends on the clock."""
+    lines = runs.Metrics.read(folder / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def outcome(folder: Path) -> tuple[object, ...]:
+    """What must not depend on interruptions."""
+    result = runs.read_json(folder / "result.json")
+    kept = {key: result[key] for key in ("selected_iteration", "validation_accuracy", "iterations_skipped")}
+    return (
+        (folder / "synthetic.safetensors").read_bytes(),
+        metrics(folder),
+        kept,
+        runs.read_json(folder / "config.json"),
+    )
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
+    """Make the loop stop as by Ctrl-C when it begins this iteration."""
+    iterate = module._iterate
+
+    def interrupted(state, *rest):
+        if state.iteration == iteration:
+            raise KeyboardInterrupt
+        return iterate(state, *rest)
+
+    monkeypatch.setattr(module, "_iterate", interrupted)
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+def test_distillation_lowers_the_matching_loss(buffer: Buffer, recipe, tmp_path: Path, segments: int) -> None:
+    config = recipe(segments=segments, iterations=12, validate_every=0)
+    before, after = first(config, buffer), distill(config, buffer, tmp_path)
+
+    def loss(synthetic: SyntheticSet) -> float:
+        for variable in synthetic.variables():
+            variable.requires_grad_()
+        return sum(concurrent_gradient(config, buffer, synthetic, i)[1]["loss"] for i in range(1000, 1008)) / 8
+
+    assert not torch.equal(before.images, after.images)
+    assert loss(after) < loss(before) - 0.01
+    lines = metrics(tmp_path)
+    assert [line["iteration"] for line in lines] == list(range(13))
+    for line in lines[1:]:
+        assert len(set(line["starts"])) == len(line["losses"]) == segments
+        assert line["loss"] == pytest.approx(sum(line["losses"]) / segments)
+    result = runs.read_json(tmp_path / "result.json")
+    assert (result["selected_iteration"], result["selected_by"]) == (12, "last iterate")
+    assert {"seconds", "peak_memory_mb", "versions", "device", "commit", "finished"} <= result.keys()
+    assert runs.read_json(tmp_path / "config.json") == {
+        **runs.as_dict(config),
+        "buffer_id": buffer.id,
+        "data_fingerprint": buffer.data["fingerprint"],
+    }
+
+
+FULL = {"soft_labels": True, "ema": 0.9, "momentum_labels": 0.9, "lr_labels": 0.5}
+
+
+@pytest.mark.parametrize("overrides", [{}, FULL, {**FULL, "validate_every": 0}, {"student_batch": 4, "balance": 0.5}])
+@pytest.mark.parametrize("iteration", [1, 4, 5])
+def test_interrupted_and_resumed_gives_the_same(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, overrides: dict[str, object], iteration: int
+) -> None:
+    config = recipe(**overrides)
+    distill(config, buffer, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, iteration)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, buffer, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "synthetic.safetensors").exists()
+    assert (tmp_path / "parts" / "checkpoint.safetensors").exists()
+    distill(config, buffer, tmp_path / "parts")
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("file", ["config.json", "checkpoint.safetensors", "synthetic.safetensors", "result.json"])
+def test_interrupted_before_any_file_it_gives_the_same(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, file: str
+) -> None:
+    replace = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target.name == file:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    distill(recipe(**FULL), buffer, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe(**FULL), buffer, tmp_path / "parts")
+    distill(recipe(**FULL), buffer, tmp_path / "parts")
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def kill_at_random(arguments: list[str], metrics_file: Path, lines: int, rng: random.Random) -> int:
+    """Start the command line, wait for some lines of metrics, then kill it within a tenth of a second."""
+    command = [str(Path(sys.executable).with_name("cddlib")), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+    def written() -> int:
+        return metrics_file.read_text().count("\n") if metrics_file.exists() else 0
+
+    while written() < lines and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.1))
+    process.kill()
+    return process.wait()
+
+
+def test_killed_runs_end_with_the_same_bytes(buffer: Buffer, tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        options = (
+            "--iterations 60 --student-steps 5 --window-end 4 --segments 2 --checkpoint-every 3 --validate-every 7"
+        )
+        options += " --evaluation-epochs 5 --soft-labels --ema 0.9 --device cpu"
+        return ["distill", "--buffer", str(buffer.folder), "--out", str(tmp_path / name), *options.split()]
+
+    assert cli.main(arguments("whole")) == 0
+    rng = random.Random(0)
+    file = tmp_path / "killed" / "metrics.jsonl"
+    codes = [kill_at_random(arguments("killed"), file, lines, rng) for lines in (1, 15, 34)]
+    assert codes == [-signal.SIGKILL] * 3
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert cli.main(arguments("killed")) == 0
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_a_finished_run_is_returned(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    fresh = distill(recipe(), buffer, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.setattr(module, "concurrent_gradient", None)  # calling it fails
+    monkeypatch.setattr(module, "accuracy_of_set", None)
+    again = distill(recipe(), buffer.folder, tmp_path)
+    for name, tensor in fresh.variable_tensors().items():
+        assert torch.equal(tensor, again.variable_tensors()[name])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_another_run_in_the_folder_is_refused(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe(), buffer, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match=r"run holds another run \(seed is 0 there and 1 here\); choose another folder"):
+        distill(recipe(seed=1), buffer, tmp_path / "run")
+    other = cddlib.train_buffer(
+        cddlib.buffer_recipe("digits", width=8, experts=1, epochs=6, seed=9), tmp_path / "other", device="cpu"
+    )
+    with pytest.raises(UserError, match=r"holds another run \(buffer_id is '\w+' there and '\w+' here\)"):
+        distill(recipe(), other, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"width": 16}, r"^width is 16, but the experts in .* were trained with 8\.$"),
+        ({"norm": "batch"}, r"^norm is 'batch', but the experts in .* were trained with 'instance'\.$"),
+        ({"data": "fashion_mnist"}, r"^data is 'fashion_mnist', but the experts in .* were trained with 'digits'\.$"),
+        ({"zca": True}, r"^zca is True, but the experts in .* were trained with False\.$"),
+        ({"augment": "flip"}, r"^augment is 'flip', but the experts in .* were trained with 'crop_scale_rotate'\.$"),
+        ({"window_end": 6}, r"the experts stop at epoch 6; window_end \+ expert_epochs may be at most 7\.$"),
+    ],
+)
+def test_a_buffer_that_does_not_fit_is_refused(buffer: Buffer, recipe, tmp_path: Path, wrong, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        distill(dataclasses.replace(recipe(), **wrong), buffer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_experts_of_another_version_of_the_data_are_refused(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    manifest = runs.read_json(tmp_path / "b" / "buffer.json")
+    manifest["data"]["fingerprint"] = "0" * 16
+    runs.write_json(tmp_path / "b" / "buffer.json", manifest)
+    with pytest.raises(
+        UserError, match=r"another version of digits: its fingerprint is 0{16}, this one's [0-9a-f]{16}"
+    ):
+        distill(recipe(), tmp_path / "b", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_guard_skips_iterations_of_high_loss(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    config = recipe(validate_every=0, iterations=4, ema=0.5)
+
+    def told(config, buffer, synthetic, iteration):
+        gradients, record = concurrent_gradient(config, buffer, synthetic, iteration)
+        return gradients, {**record, "loss": (0.5, 1.5, 1.0, 2.0)[iteration]}
+
+    monkeypatch.setattr(module, "concurrent_gradient", told)
+    distill(dataclasses.replace(config, loss_threshold=1.0), buffer, tmp_path / "some")
+    lines = metrics(tmp_path / "some")
+    assert [line["skipped"] for line in lines[1:]] == [False, True, False, True]
+    assert lines[2]["step_size"] == lines[1]["step_size"] != lines[3]["step_size"]
+    assert runs.read_json(tmp_path / "some" / "result.json")["iterations_skipped"] == 2
+    never = distill(dataclasses.replace(config, loss_threshold=0.1), buffer, tmp_path / "none")
+    assert torch.equal(never.images, first(config, buffer).images)
+    assert never.step_size == torch.tensor(config.step_size)
+
+
+def iterates(config: DistillConfig, buffer: Buffer, steps: int) -> list[dict[str, torch.Tensor]]:
+    """Textbook SGD with momentum on the combined gradient: v ← m v + g, x ← x − r v. Also the average of images."""
+    synthetic = first(config, buffer)
+    for variable in synthetic.variables():
+        variable.requires_grad_()
+    kinds = {"images": "images", "label_logits": "labels", "step_size": "step_size"}
+    velocity = {name: torch.zeros_like(tensor) for name, tensor in synthetic.variable_tensors().items()}
+    average = synthetic.images.detach().clone()
+    found = []
+    for iteration in range(steps):
+        gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
+        with torch.no_grad():
+            for (name, x), gradient in zip(synthetic.variable_tensors().items(), gradients, strict=True):
+                velocity[name] = getattr(config, f"momentum_{kinds[name]}") * velocity[name] + gradient
+                x -= getattr(config, f"lr_{kinds[name]}") * velocity[name]
+        if config.ema is not None:
+            average = config.ema * average + (1 - config.ema) * synthetic.images.detach()
+        found.append({**synthetic.copy().variable_tensors(), "average": average})
+    return found
+
+
+def test_the_optimiser_is_sgd_with_momentum(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    overrides = {"momentum_images": 0.7, "momentum_step_size": 0.3, "lr_step_size": 1e-3, "lr_labels": 2.0}
+    config = recipe(iterations=4, validate_every=0, soft_labels=True, **overrides)
+    found = distill(config, buffer, tmp_path).variable_tensors()
+    wanted, start = iterates(config, buffer, 4)[-1], first(config, buffer).variable_tensors()
+    for name, tensor in found.items():
+        moved = (wanted[name] - start[name]).abs().max()
+        assert moved > 1e-5
+        assert (tensor - wanted[name]).abs().max() < 1e-3 * moved
+
+
+def test_the_moving_average_is_saved_in_place_of_the_images(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    config = recipe(iterations=4, validate_every=0, ema=0.8)
+    found, wanted = distill(config, buffer, tmp_path), iterates(config, buffer, 4)[-1]
+    moved = (wanted["average"] - first(config, buffer).images).abs().max()
+    assert (found.images - wanted["average"]).abs().max() < 1e-3 * moved
+    assert (found.images - wanted["images"]).abs().max() > 0.1 * moved
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
+    buffer: Buffer, recipe, tmp_path, monkeypatch
+) -> None:
+    loss = module.matching_loss
+    calls = []
+
+    def spoiled(*arguments):
+        calls.append(1)
+        return loss(*arguments) * (float("nan") if len(calls) == 9 else 1)  # two segments: in iteration 5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "matching_loss", spoiled)
+        with pytest.raises(
+            UserError, match=r"^iteration 5: the loss of the segments \[\d, \d\] is \[nan, .* not finite"
+        ):
+            distill(recipe(validate_every=0), buffer, tmp_path / "run")
+    state = runs.read_metadata(runs.open_tensors(tmp_path / "run" / "checkpoint.safetensors"), tmp_path, "state")
+    assert state["iteration"] == 4
+    distill(recipe(validate_every=0), buffer, tmp_path / "run")
+    distill(recipe(validate_every=0), buffer, tmp_path / "whole")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_exploding_images_stop_the_run(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^iteration 2: .* gradient is not finite; .* lower --lr-images"):
+        distill(recipe(lr_images=1e30), buffer, tmp_path)
+    assert not (tmp_path / "synthetic.safetensors").exists()
+
+
+def test_images_that_are_not_finite_are_never_saved(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    def huge(*arguments):
+        gradients, record = concurrent_gradient(*arguments)
+        return [gradient.sign() * 1e38 for gradient in gradients], record  # finite, but not times the rate
+
+    monkeypatch.setattr(module, "concurrent_gradient", huge)
+    with pytest.raises(UserError, match="iteration 1"):
+        distill(recipe(iterations=1, validate_every=0, lr_step_size=0.0), buffer, tmp_path)
+    assert not (tmp_path / "synthetic.safetensors").exists()
+
+
+def test_a_step_size_that_is_not_positive_stops_the_run(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^iteration \d: the step size became -\d.*; lower --lr-step-size \(10\.0\)\.$"
+    ):
+        distill(recipe(lr_step_size=10.0, lr_images=-0.0, iterations=50, seed=1), buffer, tmp_path)
+
+
+def test_nothing_depends_on_the_test_images(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    distill(recipe(), buffer, tmp_path / "plain")
+    digits = data.load("digits")
+    poisoned = dataclasses.replace(digits, test=data.Images(digits.test.images * 0, digits.test.labels))
+    poisoned.__dict__["fingerprint"] = digits.fingerprint
+    monkeypatch.setattr(module, "load", lambda *_: poisoned)
+    distill(recipe(), buffer, tmp_path / "poisoned")
+    assert outcome(tmp_path / "poisoned") == outcome(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(("accuracies", "best"), [((0.1, 0.9, 0.5), 2), ((0.9, 0.8, 0.9), 0), ((0.0, 0.1, 0.2), 4)])
+def test_the_best_iterate_on_the_validation_images_is_selected(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, accuracies: tuple[float, ...], best: int
+) -> None:
+    told = iter(accuracies)
+    seen = []
+
+    def accuracy(synthetic: SyntheticSet, *rest) -> float:
+        seen.append((synthetic, rest))
+        return next(told)
+
+    monkeypatch.setattr(module, "accuracy_of_set", accuracy)
+    config = recipe(iterations=4, validate_every=2)
+    found = distill(config, buffer, tmp_path)
+    validation = data.load("digits").split[1]
+    for _, (_network, _config, strategy, real, seed) in seen:
+        assert torch.equal(real.images, validation.images)
+        assert (strategy, seed) == (config.augment, config.seed)
+    result = runs.read_json(tmp_path / "result.json")
+    assert result["selected_iteration"] == best
+    assert result["selected_by"] == "validation accuracy"
+    assert result["validation_accuracy"] == max(accuracies)
+    wanted = [first(config, buffer).images, *(step["images"] for step in iterates(config, buffer, best))][-1]
+    assert torch.allclose(found.images, wanted, atol=1e-4)
+    lines = {line["iteration"]: line.get("validation_accuracy") for line in metrics(tmp_path)}
+    assert lines == {0: [accuracies[0]], 1: None, 2: [accuracies[1]], 3: None, 4: [accuracies[2]]}
+
+
+def test_the_last_iterate_is_validated_too(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    distill(recipe(iterations=5, validate_every=3, validation_runs=2), buffer, tmp_path)
+    validated = {line["iteration"]: len(line.get("validation_accuracy", [])) for line in metrics(tmp_path)}
+    assert validated == {0: 2, 1: 0, 2: 0, 3: 2, 4: 0, 5: 2}
+
+
+@pytest.fixture
+def full_disk():
+    """Files cannot grow beyond 4 KB: a checkpoint does not fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+
+    yield fill
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_gives_a_message_and_keeps_what_was_there(
+    buffer: Buffer, tmp_path: Path, monkeypatch, capsys, full_disk
+) -> None:
+    options = "--iterations 6 --student-steps 5 --window-end 4 --checkpoint-every 2 --validate-every 0 --device cpu"
+    arguments = ["distill", "--buffer", str(buffer.folder), "--out", str(tmp_path / "run"), *options.split()]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        assert cli.main(arguments) == 130
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    before = checkpoint.read_bytes()
+    assert len(before) > 4096
+    full_disk()
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "what was finished before is kept, and the same command resumes" in error
+    assert checkpoint.read_bytes() == before
+    assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_damaged_checkpoint_is_named(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe(), buffer, tmp_path)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors is truncated"):
+        distill(recipe(), buffer, tmp_path)

@@ -1,0 +1,234 @@
+"""Evaluation: the published protocol, its baselines, and records that grow and survive interruptions."""
+
+import dataclasses
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cddlib
+from cddlib import augment, data, evaluate, runs
+from cddlib.evaluate import EvaluateConfig, accuracy_of_set, summarise, train_network
+from cddlib.networks import ConvNet, NetworkConfig
+from cddlib.runs import UserError
+from cddlib.synthetic import SyntheticSet
+from cddlib.trajectory import Buffer
+
+evaluate_run = partial(cddlib.evaluate_run, device="cpu")
+CPU = torch.device("cpu")
+DSA = "color_crop_cutout_flip_scale_rotate"
+NETWORK = ConvNet(NetworkConfig(width=4, depth=1), (1, 8, 8), 10)
+
+
+def reference(images: torch.Tensor, targets: torch.Tensor, *, epochs: int, rate: float, batch: int, seed: int):
+    """The protocol written out: SGD, momentum 0.9, weight decay 5e-4, a tenth of the rate from half time on."""
+    theta = NETWORK.init(cddlib.generator(seed, "init"))
+    velocity = torch.zeros_like(theta)
+    rng = cddlib.generator(seed, "epochs")
+    for epoch in range(epochs):
+        for chosen in torch.randperm(len(images), generator=rng).split(batch):
+            theta.requires_grad_()
+            inputs = augment.apply(augment.draw(DSA, len(chosen), rng), images[chosen])
+            loss = F.cross_entropy(NETWORK(theta, inputs), targets[chosen])
+            (gradient,) = torch.autograd.grad(loss, theta)
+            with torch.no_grad():
+                velocity = 0.9 * velocity + gradient + 5e-4 * theta
+                theta = theta - (rate if epoch < epochs / 2 else rate / 10) * velocity
+    return theta
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 4, 5])
+def test_networks_are_trained_by_the_published_protocol(epochs: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(10, 1, 8, 8, generator=rng), torch.rand(10, 10, generator=rng).softmax(1)
+    found = train_network(
+        NETWORK,
+        lambda indices: (images[indices], targets[indices]),
+        10,
+        epochs=epochs,
+        learning_rate=0.5,
+        batch_size=4,
+        strategy=DSA,
+        seed=3,
+        device=CPU,
+    )
+    wanted = reference(images, targets, epochs=epochs, rate=0.5, batch=4, seed=3)
+    assert (wanted - NETWORK.init(cddlib.generator(3, "init"))).abs().max() > 0.01
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not found.requires_grad
+
+
+def test_a_set_is_trained_at_its_own_step_size_on_its_soft_labels(buffer: Buffer) -> None:
+    digits = data.load("digits")
+    rng = torch.Generator().manual_seed(0)
+    synthetic = SyntheticSet(
+        images=torch.randn(20, 1, 8, 8, generator=rng),
+        labels=torch.arange(10).repeat_interleave(2),
+        label_logits=3 * torch.randn(20, 10, generator=rng),
+        step_size=torch.tensor(0.25),
+        preprocessing=buffer.preprocessing,
+        classes=digits.classes,
+    )
+    config = EvaluateConfig(evaluation_epochs=6, evaluation_batch=8)
+    found = accuracy_of_set(synthetic, NETWORK, config, DSA, digits.split[1], 5)
+    theta = reference(synthetic.images, synthetic.label_logits.softmax(1), epochs=6, rate=0.25, batch=8, seed=5)
+    right = NETWORK(theta, buffer.preprocessing(digits.split[1].images)).argmax(1) == digits.split[1].labels
+    assert found == pytest.approx(right.double().mean().item(), abs=0.01)
+
+
+def test_summary_has_the_sample_standard_deviation() -> None:
+    values = [0.1, 0.4, 0.25, 0.9]
+    summary = summarise(values)
+    assert summary == {"mean": pytest.approx(np.mean(values)), "std": pytest.approx(np.std(values, ddof=1)), "runs": 4}
+    assert summarise([0.5]) == {"mean": 0.5, "std": None, "runs": 1}
+
+
+@pytest.mark.parametrize("field", ["evaluation_epochs", "evaluation_batch"])
+def test_counts_must_be_positive(field: str) -> None:
+    with pytest.raises(UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
+        EvaluateConfig(**{field: 0})
+
+
+@pytest.fixture(scope="module")
+def finished(buffer: Buffer, quick: dict[str, object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    cddlib.distill(cddlib.distill_recipe("contra", **quick, ipc=2), buffer, folder, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished distillation that a test may write to."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def record_of(run: Path) -> dict:
+    (path,) = run.glob("evaluation-*.json")
+    return json.loads(path.read_text())
+
+
+def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
+    record = evaluate_run(run, runs=2)
+    assert record == record_of(run)
+    assert record["synthetic_sha256"] == runs.file_digest(run / "synthetic.safetensors")
+    assert record["evaluation"] == {"evaluation_epochs": 5, "evaluation_batch": 256}
+    assert record["seed"] == 0
+    assert record["accuracies"].keys() == {"synthetic", "random_real", "full"}
+    for name, accuracies in record["accuracies"].items():
+        assert len(accuracies) == 2
+        assert record["summary"][name] == summarise(accuracies)
+    assert {"seconds", "peak_memory_mb", "versions", "device", "commit", "finished"} <= record.keys()
+
+
+def test_networks_are_tested_on_the_test_images(run: Path) -> None:
+    synthetic = SyntheticSet.load(run / "synthetic.safetensors")
+    config = runs.from_dict(cddlib.DistillConfig, runs.read_json(run / "config.json"))
+    network = ConvNet(NetworkConfig(width=8, depth=2), (1, 8, 8), 10)
+    wanted = [
+        accuracy_of_set(synthetic, network, config, config.augment, data.load("digits").test, seed) for seed in (4, 5)
+    ]
+    assert evaluate_run(run, runs=2, baselines=False, seed=4)["accuracies"]["synthetic"] == wanted
+
+
+def test_adding_runs_keeps_the_earlier_ones(run: Path) -> None:
+    one, three = evaluate_run(run, runs=1), evaluate_run(run, runs=3)
+    for name, accuracies in three["accuracies"].items():
+        assert len(accuracies) == 3
+        assert accuracies[:1] == one["accuracies"][name]
+    assert evaluate_run(run, runs=2) == three  # asking for fewer takes none away
+    assert len(list(run.glob("evaluation-*.json"))) == 1
+
+
+def test_finished_networks_are_not_trained_again(run: Path, monkeypatch) -> None:
+    record = evaluate_run(run, runs=2)
+    monkeypatch.setattr(evaluate, "train_network", None)  # calling it fails
+    assert evaluate_run(run, runs=2) == record
+
+
+def test_baselines_are_optional_and_can_be_added_later(run: Path) -> None:
+    without = evaluate_run(run, runs=1, baselines=False)
+    assert without["summary"].keys() == {"synthetic"}
+    both = evaluate_run(run, runs=1)
+    assert both["summary"].keys() == {"synthetic", "random_real", "full"}
+    assert both["accuracies"]["synthetic"] == without["accuracies"]["synthetic"]
+
+
+def test_an_interrupted_evaluation_resumes(run: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
+    whole = evaluate_run(Path(shutil.copytree(finished, tmp_path / "whole")), runs=2)
+    train = train_network
+    calls = []
+
+    def interrupted(*arguments, **options):
+        calls.append(options["seed"])
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train(*arguments, **options)
+
+    monkeypatch.setattr(evaluate, "train_network", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_run(run, runs=2)
+    assert {name: len(values) for name, values in record_of(run)["accuracies"].items()} == {
+        "synthetic": 2,
+        "random_real": 1,
+        "full": 0,
+    }
+    assert evaluate_run(run, runs=2)["accuracies"] == whole["accuracies"]
+    assert len(calls) == 7  # three before, one lost, three after
+
+
+def test_another_seed_has_a_record_of_its_own(run: Path) -> None:
+    first, second = (evaluate_run(run, runs=1, baselines=False, seed=seed) for seed in (0, 7))
+    assert first["accuracies"] != second["accuracies"]
+    assert len(list(run.glob("evaluation-*.json"))) == 2
+
+
+def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monkeypatch) -> None:
+    digits = data.load("digits")
+    preprocessing = SyntheticSet.load(run / "synthetic.safetensors").preprocessing
+    seen = {}
+    train = train_network
+
+    def spy(network, fetch, size, **options):
+        inputs, labels = fetch(torch.arange(size))
+        seen.setdefault(size, []).append((inputs, labels, options))
+        return train(network, fetch, size, **options)
+
+    monkeypatch.setattr(evaluate, "train_network", spy)
+    evaluate_run(run, runs=2)
+    few = [found for found in seen[20] if found[1].dtype == torch.int64]  # the synthetic set has probabilities
+    assert len(few) == 2
+    assert not torch.equal(few[0][0], few[1][0])
+    train_rows = {row.numpy().tobytes() for row in preprocessing(digits.split[0].images)}
+    for seed, (inputs, labels, options) in enumerate(few):
+        assert labels.tolist() == [label for label in range(10) for _ in range(2)]
+        assert {row.numpy().tobytes() for row in inputs} <= train_rows
+        assert (options["learning_rate"], options["epochs"], options["batch_size"]) == (0.01, 5, 256)
+        assert (options["strategy"], options["seed"]) == ("crop_scale_rotate", seed)
+    for inputs, labels, options in seen[len(digits.train.labels)]:
+        assert torch.equal(inputs, preprocessing(digits.train.images))
+        assert torch.equal(labels, digits.train.labels)
+        assert (options["learning_rate"], options["epochs"]) == (0.01, 1)  # 5 steps: one epoch has 6
+
+
+def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^runs is 0; it must be at least 1\.$"):
+        evaluate_run(run, runs=0)
+    with pytest.raises(UserError, match=r"none holds no finished distillation: synthetic\.safetensors is missing\.$"):
+        evaluate_run(tmp_path / "none")
+    (run / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json"):
+        evaluate_run(run)
+
+
+def test_another_synthetic_set_in_the_folder_has_a_record_of_its_own(run: Path) -> None:
+    evaluate_run(run, runs=1, baselines=False)
+    path = run / "synthetic.safetensors"
+    synthetic = SyntheticSet.load(path)
+    dataclasses.replace(synthetic, images=-synthetic.images).save(path)
+    evaluate_run(run, runs=1, baselines=False)
+    assert len(list(run.glob("evaluation-*.json"))) == 2

@@ -1,0 +1,210 @@
+"""The synthetic set: initialisation, saving and loading."""
+
+import dataclasses
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cddlib import data, runs
+from cddlib.preprocessing import fit_preprocessing
+from cddlib.runs import UserError
+from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
+from cddlib.trajectory import Buffer
+
+CPU = torch.device("cpu")
+
+
+def start(buffer: Buffer, seed: int = 0, **config: object) -> SyntheticSet:
+    return initialise(SyntheticConfig(**config), data.load("digits"), buffer, seed, CPU)
+
+
+def rows(images: torch.Tensor) -> list[tuple[float, ...]]:
+    return [tuple(image.flatten().tolist()) for image in images]
+
+
+def last_logits(buffer: Buffer, images: torch.Tensor) -> list[torch.Tensor]:
+    """Logits of every finished expert."""
+    return [buffer.network(buffer.parameters(expert, buffer.epochs), images) for expert in range(len(buffer.experts))]
+
+
+def right(buffer: Buffer, synthetic: SyntheticSet) -> torch.Tensor:
+    """experts x images: who classifies which image correctly."""
+    return torch.stack([logits.argmax(1) == synthetic.labels for logits in last_logits(buffer, synthetic.images)])
+
+
+def test_real_images_are_distinct_training_images_class_major(buffer: Buffer) -> None:
+    synthetic = start(buffer, ipc=20)
+    assert synthetic.labels.tolist() == [label for label in range(10) for _ in range(20)]
+    assert synthetic.label_logits is None
+    assert synthetic.step_size == torch.tensor(0.01)
+    assert synthetic.classes == tuple("0123456789")
+    train, validation = data.load("digits").split
+    allowed = set(zip(rows(buffer.preprocessing(train.images)), train.labels.tolist(), strict=True))
+    chosen = list(zip(rows(synthetic.images), synthetic.labels.tolist(), strict=True))
+    assert set(chosen) <= allowed
+    assert len(set(chosen)) == 200
+    assert not set(rows(synthetic.images)) & set(rows(buffer.preprocessing(validation.images)))
+
+
+def test_the_seed_chooses_the_images(buffer: Buffer) -> None:
+    assert torch.equal(start(buffer, seed=1).images, start(buffer, seed=1).images)
+    assert not torch.equal(start(buffer, seed=1).images, start(buffer, seed=2).images)
+
+
+def test_correct_images_are_classified_correctly_by_an_expert(buffer: Buffer) -> None:
+    assert not right(buffer, start(buffer, ipc=20, init="real")).all(1).any()
+    synthetic = start(buffer, ipc=20, init="correct")
+    assert right(buffer, synthetic).all(1).any()
+    assert synthetic.labels.tolist() == [label for label in range(10) for _ in range(20)]
+
+
+def test_noise_is_standard_normal(buffer: Buffer) -> None:
+    synthetic = start(buffer, ipc=50, init="noise")
+    assert synthetic.images.shape == (500, 1, 8, 8)
+    assert synthetic.images.mean().abs() < 0.03
+    assert (synthetic.images.std() - 1).abs() < 0.03
+    assert synthetic.labels.tolist() == [label for label in range(10) for _ in range(50)]
+
+
+def test_soft_labels_average_over_the_experts_that_are_right(buffer: Buffer) -> None:
+    synthetic = start(buffer, ipc=60, soft_labels=True)
+    every = last_logits(buffer, synthetic.images)
+    how_many = right(buffer, synthetic).sum(0)
+    assert set(how_many.tolist()) == {0, 1, 2}  # all cases are there
+    for i, label in enumerate(synthetic.labels):
+        good = [logits[i] for logits in every if logits[i].argmax() == label] or [logits[i] for logits in every]
+        assert torch.allclose(synthetic.label_logits[i], sum(good) / len(good), atol=1e-4)
+
+
+def test_soft_labels_of_noise_are_those_of_real_images(buffer: Buffer) -> None:
+    noise, real = (start(buffer, ipc=2, soft_labels=True, init=init) for init in ("noise", "real"))
+    assert torch.equal(noise.label_logits, real.label_logits)
+
+
+@pytest.mark.parametrize("init", ["real", "correct", "noise"])
+def test_more_images_than_a_class_has_are_refused(buffer: Buffer, init: str) -> None:
+    with pytest.raises(UserError, match=r"^ipc is 500, but class 0 has only \d+ images to choose from\.$"):
+        start(buffer, ipc=500, init=init)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ipc": 0}, r"^ipc is 0; it must be at least 1\.$"),
+        ({"step_size": 0.0}, r"^step_size is 0\.0; it must be positive\.$"),
+        ({"step_size": float("nan")}, r"^step_size is nan; it must be positive\.$"),
+    ],
+)
+def test_impossible_configurations_are_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SyntheticConfig(**wrong)
+
+
+@pytest.mark.parametrize("zca", [False, True])
+@pytest.mark.parametrize("soft_labels", [False, True])
+def test_a_saved_set_comes_back(buffer: Buffer, tmp_path: Path, zca: bool, soft_labels: bool) -> None:
+    path = tmp_path / "synthetic.safetensors"
+    preprocessing = fit_preprocessing(data.load("digits"), zca=zca)
+    saved = dataclasses.replace(start(buffer, ipc=2, soft_labels=soft_labels), preprocessing=preprocessing)
+    for variable in saved.variables():
+        variable.requires_grad_()  # as in distillation
+    saved.save(path, iteration=7)
+    found = SyntheticSet.load(path)
+    assert found.variable_tensors().keys() == saved.variable_tensors().keys()
+    for name, tensor in found.variable_tensors().items():
+        assert torch.equal(tensor, saved.variable_tensors()[name])
+        assert not tensor.requires_grad
+    assert torch.equal(found.labels, saved.labels)
+    assert found.classes == saved.classes
+    assert torch.equal(found.pictures(), saved.pictures())
+    assert type(found.preprocessing) is type(preprocessing)
+    assert runs.read_metadata(runs.open_tensors(path), path, "synthetic")["iteration"] == 7
+
+
+def test_saving_twice_gives_the_same_bytes(buffer: Buffer, tmp_path: Path) -> None:
+    synthetic = start(buffer)
+    files = set()
+    for _ in range(10):
+        synthetic.save(tmp_path / "s", config={"a": 1}, buffer_id="b", iteration=3)
+        files.add((tmp_path / "s").read_bytes())
+    assert len(files) == 1
+
+
+def test_other_files_are_refused(buffer: Buffer, tmp_path: Path) -> None:
+    for name in ("expert-000.safetensors", "preprocessing.safetensors"):
+        with pytest.raises(UserError, match=rf"{name} has no readable 'synthetic' in its header"):
+            SyntheticSet.load(buffer.folder / name)
+    with pytest.raises(UserError, match=r"buffer\.json is truncated or not a safetensors file"):
+        SyntheticSet.load(buffer.folder / "buffer.json")
+    with pytest.raises(UserError, match=r"none does not exist\.$"):
+        SyntheticSet.load(tmp_path / "none")
+
+
+DAMAGE = {
+    "without images": lambda tensors: tensors.pop("images"),
+    "without labels": lambda tensors: tensors.pop("labels"),
+    "without step size": lambda tensors: tensors.pop("step_size"),
+    "without preprocessing": lambda tensors: tensors.pop("preprocessing.mean"),
+    "float labels": lambda tensors: tensors.update(labels=tensors["labels"].float()),
+    "labels out of range": lambda tensors: tensors.update(labels=tensors["labels"] + 1),
+    "fewer labels": lambda tensors: tensors.update(labels=tensors["labels"][1:].clone()),
+    "fewer logits": lambda tensors: tensors.update(label_logits=tensors["label_logits"][1:].clone()),
+    "other classes": lambda tensors: tensors.update(label_logits=tensors["label_logits"][:, 1:].clone()),
+    "flat images": lambda tensors: tensors.update(images=tensors["images"].flatten(1)),
+    "two step sizes": lambda tensors: tensors.update(step_size=torch.ones(2)),
+    "three means": lambda tensors: tensors.update({"preprocessing.mean": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_set_that_is_not_whole_is_refused(buffer: Buffer, tmp_path: Path, monkeypatch, case: str) -> None:
+    path = tmp_path / "set.safetensors"
+    start(buffer, soft_labels=True).save(path)
+    tensors = load_file(path)
+    if case in ("labels out of range", "float labels", "fewer labels"):
+        del tensors["label_logits"]  # where the labels are all there is
+    DAMAGE[case](tensors)
+    save_file(tensors, path, metadata={"synthetic": '{"classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]}'})
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it, without shape checks
+    with pytest.raises(UserError, match=r"set\.safetensors is not a synthetic set \("):
+        SyntheticSet.load(path)
+
+
+def test_class_names_of_another_kind_are_refused(buffer: Buffer, tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    start(buffer).save(path)
+    save_file(load_file(path), path, metadata={"synthetic": '{"classes": 10}'})
+    with pytest.raises(UserError, match=r"set\.safetensors has classes in its header that are not a list of names"):
+        SyntheticSet.load(path)
+
+
+def test_targets_are_probabilities(buffer: Buffer) -> None:
+    hard, soft = start(buffer, ipc=3), start(buffer, ipc=3, soft_labels=True)
+    assert torch.equal(hard.targets(), torch.eye(10).repeat_interleave(3, 0))
+    exponentials = soft.label_logits.double().exp()
+    wanted = exponentials / exponentials.sum(1, keepdim=True)
+    assert torch.allclose(soft.targets().double(), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_pictures_are_pixels(buffer: Buffer, zca: bool) -> None:
+    digits = data.load("digits")
+    preprocessing = fit_preprocessing(digits, zca=zca)
+    images = digits.train.images[:10]
+    synthetic = dataclasses.replace(start(buffer), images=preprocessing(images), preprocessing=preprocessing)
+    assert torch.allclose(synthetic.pictures(), images / 255, atol=1e-5)
+    loud = dataclasses.replace(synthetic, images=100 * torch.randn(synthetic.images.shape, generator=torch.Generator()))
+    assert loud.pictures().min() == 0
+    assert loud.pictures().max() == 1
+
+
+def test_a_copy_has_its_own_memory(buffer: Buffer) -> None:
+    synthetic = start(buffer, soft_labels=True)
+    copy = synthetic.copy()
+    for variable in synthetic.variables():
+        variable += 1
+    for name, tensor in copy.variable_tensors().items():
+        assert torch.allclose(tensor + 1, synthetic.variable_tensors()[name])

@@ -43,7 +43,7 @@ class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
     """How experts are trained: plain SGD at a constant learning rate, as in MTT."""
 
     experts: int = 100
-    """Number of experts. A finished buffer grows when asked for more."""
+    """Number of experts. A finished buffer grows when asked for more, and keeps what it has when asked for fewer."""
     epochs: int = 50
     """Epochs T of each expert; the buffer keeps T + 1 parameter vectors."""
     learning_rate: float = 0.01
@@ -57,7 +57,7 @@ class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
     holdout: bool = True
     """Keep the validation images out of training. The published codes train on all images (--no-holdout)."""
     seed: int = 0
-    """Seed of the first expert; expert i has seed + i."""
+    """Seed of the first expert; expert i has seed + i, so independent buffers have seeds at least `experts` apart."""
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)

@@ -17,7 +17,7 @@ from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
 from cddlib.networks import NetworkConfig, parameter_count
 from cddlib.recipes import buffer_recipe, distill_recipe
-from cddlib.runs import UserError, collect, read_json, write_json
+from cddlib.runs import UserError, collect, keep_freed_memory, read_json, write_json
 from cddlib.trajectory import Buffer
 
 Root = Path | None
@@ -78,8 +78,8 @@ def distill_data(
     measured = "" if accuracy is None else f" (validation accuracy {accuracy:.1%})"
     print(
         f"{config.method}, K = {config.segments}, {config.ipc} images per class: iteration "
-        f"{result['selected_iteration']} of {config.iterations} selected{measured}, {result['seconds']:.0f} s; "
-        f"the synthetic set is {out / 'synthetic.safetensors'}"
+        f"{result['selected_iteration']} of {config.iterations} selected{measured}, {result['iterations_skipped']} "
+        f"skipped, {result['seconds']:.0f} s; the synthetic set is {out / 'synthetic.safetensors'}"
     )
 
 
@@ -123,6 +123,7 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` give, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    keep_freed_memory()
     try:
         chosen = _choices(arguments)
         is_distillation = arguments[:1] == ["distill"]

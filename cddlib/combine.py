@@ -13,9 +13,10 @@ class CombineConfig:
     """How the segments' losses are weighed."""
 
     balance: float | None = None
-    """Weight β of the mean of the other segments against the anchor's 1, over 1 + β; without it the mean of all K.
+    """Weight β of the other segments. The anchor weighs 1 / (1 + β), the others share β / (1 + β).
 
-    β = 0 is MTT, β = K - 1 the mean. Our reconstruction of the paper's balance coefficient."""
+    0 matches the anchor alone, K - 1 is the mean; without it, the mean. Our reconstruction of the paper's balance
+    coefficient."""
 
     def __post_init__(self) -> None:
         if self.balance is not None and not 0 <= self.balance < float("inf"):

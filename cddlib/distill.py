@@ -43,6 +43,8 @@ from cddlib.segments import SegmentsConfig, draw_segments
 from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
+MOST_SKIPPED = 100  # iterations in a row that the loss guard may skip before the run stops
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(
@@ -116,8 +118,8 @@ def distill(
         device: `auto`, `cpu`, `cuda` …
 
     Raises:
-        UserError: `out` holds another run, `buffer` does not fit, or the loss is no longer finite (the last good
-            state is then in the checkpoint).
+        UserError: `out` holds another run, `buffer` does not fit, or the run diverges; the message then says which
+            iteration the checkpoint holds.
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
     run = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
@@ -139,7 +141,15 @@ def distill(
     def validate() -> dict[str, object]:
         candidate = state.candidate()
         accuracies = [
-            accuracy_of_set(candidate, buffer.network, config, config.augment, validation, config.seed + i)
+            accuracy_of_set(
+                candidate,
+                buffer.network,
+                config,
+                config.augment,
+                validation,
+                purpose="validation",
+                seed=config.seed + i,
+            )
             for i in range(config.validation_runs)
         ]
         state.consider(candidate, statistics.fmean(accuracies))
@@ -160,7 +170,7 @@ def distill(
             if due or last or state.iteration % config.checkpoint_every == 0:
                 state.save(out / "checkpoint.safetensors", recorder.seconds())
             progress.update()
-            progress.set_postfix(loss=f"{record['loss']:.3f}", best=f"{state.best_accuracy:.1%}")
+            progress.set_postfix(state.report(record["loss"]))
     finally:
         metrics.close()
         progress.close()
@@ -184,25 +194,27 @@ def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str
     began = time.monotonic()
     number = state.iteration + 1
     gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration)
+    stopped = f"iteration {number}, segments from epochs {record['starts']}: "
+    kept = f"the checkpoint holds iteration {state.saved_at}; start again in another folder with a lower"
     if not all(bool(gradient.isfinite().all()) for gradient in gradients) or not record["loss"] < float("inf"):
         raise UserError(
-            f"iteration {number}: the loss of the segments {record['starts']} is {record['losses']} and its gradient "
-            f"is not finite; the last good state is in the checkpoint; lower --lr-images or --step-size."
+            f"{stopped}the losses are {record['losses']} and their gradient is not finite; {kept} --lr-images or "
+            f"--step-size."
         )
     skipped = config.loss_threshold is not None and record["loss"] > config.loss_threshold
+    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
+    if state.skipped_in_a_row == MOST_SKIPPED:
+        raise UserError(
+            f"{stopped}the loss has been above loss_threshold ({config.loss_threshold}) for {MOST_SKIPPED} "
+            f"iterations; {kept} --step-size, or a higher --loss-threshold."
+        )
     if not skipped:
         state.step(gradients)
     if not all(bool(variable.isfinite().all()) for variable in state.synthetic.variables()[:-1]):
-        raise UserError(
-            f"iteration {number}: the images or label logits are no longer finite; the last good state is in the "
-            f"checkpoint; lower --lr-images or --lr-labels."
-        )
+        raise UserError(f"{stopped}images or label logits are no longer finite; {kept} --lr-images or --lr-labels.")
     step_size = state.synthetic.step_size.item()
     if not 0 < step_size < float("inf"):
-        raise UserError(
-            f"iteration {number}: the step size became {step_size}; the last good state is in the checkpoint; "
-            f"lower --lr-step-size ({config.lr_step_size})."
-        )
+        raise UserError(f"{stopped}the step size became {step_size}; {kept} --lr-step-size ({config.lr_step_size}).")
     state.iteration = number
     return {
         "iteration": number,
@@ -235,8 +247,11 @@ def concurrent_gradient(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """The combined gradient of K segments with respect to `synthetic.variables`, and what was matched.
 
-    The segments share an expert, drawn uniformly; each has its own batches and augmentation. Nothing random depends
-    on earlier iterations.
+    The segments share an expert, drawn uniformly; each has its own batches and augmentation. That is our choice: the
+    paper's is not known. Nothing random depends on earlier iterations.
+
+    Returns:
+        A gradient for each variable, in its shape; and the iteration's loss, losses, start epochs, anchor and expert.
     """
     rng = generator(config.seed, "iteration", iteration)
     expert = int(torch.randint(len(buffer.experts), (), generator=rng))
@@ -272,6 +287,8 @@ class _State:
 
     def __init__(self, config: DistillConfig, initial: SyntheticSet) -> None:
         self.iteration = -1  # iterations done; -1: not even the validation before the first
+        self.saved_at = 0  # iteration of the checkpoint
+        self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.best: SyntheticSet | None = None
         self.best_iteration, self.best_accuracy = 0, 0.0
@@ -304,13 +321,23 @@ class _State:
         if self.best is None or accuracy > self.best_accuracy:
             self.best, self.best_iteration, self.best_accuracy = candidate, self.iteration, accuracy
 
+    def report(self, loss: float) -> dict[str, str]:
+        """What the progress bar shows."""
+        found = {"loss": f"{loss:.3f}"}
+        if self.best is not None:
+            found["best"] = f"{self.best_accuracy:.1%}"
+        if self.skipped_in_a_row:
+            found["skipped in a row"] = str(self.skipped_in_a_row)
+        return found
+
     def save(self, path: Path, seconds: float) -> None:
         """Write the checkpoint."""
-        tensors = self.synthetic.variable_tensors()
-        for name, variable in zip(tensors, self.synthetic.variables(), strict=True):
+        variables = self.synthetic.variable_tensors()
+        tensors = dict(variables)
+        for name, variable in variables.items():
             momentum = self.optimizer.state[variable].get("momentum_buffer")
             if momentum is not None:
-                tensors = {**tensors, f"momentum.{name}": momentum}
+                tensors[f"momentum.{name}"] = momentum
         if self.ema_images is not None:
             tensors["ema.images"] = self.ema_images
         if self.best is not None:
@@ -318,10 +345,12 @@ class _State:
         state = {
             "iteration": self.iteration,
             "seconds": seconds,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "best_iteration": self.best_iteration,
             "best_accuracy": self.best_accuracy,
         }
         write_tensors(path, tensors, {"state": state})
+        self.saved_at = self.iteration
 
     def restore(self, path: Path) -> None:
         """Continue from the checkpoint, if there is one."""
@@ -330,17 +359,18 @@ class _State:
         file = open_tensors(path)
         state = read_metadata(file, path, "state")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.iteration = self.saved_at = state["iteration"]
+        self.seconds, self.skipped_in_a_row = state["seconds"], state["skipped_in_a_row"]
         self.best_iteration, self.best_accuracy = state["best_iteration"], state["best_accuracy"]
         device = self.synthetic.images.device
-        names = self.synthetic.variable_tensors().keys()
+        variables = self.synthetic.variable_tensors()
         with torch.no_grad():
-            for name, variable in zip(names, self.synthetic.variables(), strict=True):
+            for name, variable in variables.items():
                 variable.copy_(tensors[name])
                 if f"momentum.{name}" in tensors:
                     self.optimizer.state[variable]["momentum_buffer"] = tensors[f"momentum.{name}"].to(device)
         if self.ema_images is not None:
             self.ema_images.copy_(tensors["ema.images"])
         if "best.images" in tensors:
-            best = {name: tensors[f"best.{name}"].to(device) for name in names}
+            best: dict[str, Any] = {name: tensors[f"best.{name}"].to(device) for name in variables}
             self.best = dataclasses.replace(self.synthetic, **best)

@@ -7,7 +7,6 @@ killed process never sees half a file.
 
 import ctypes
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -52,7 +51,6 @@ def generator(*keys: int | str) -> torch.Generator:
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one, else the CPU; any other name must exist here."""
-    _keep_freed_memory()
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -64,11 +62,11 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory for the next allocation instead of returning it to the system.
+def keep_freed_memory() -> None:
+    """Ask glibc, for the whole process, to keep freed memory for the next allocation.
 
-    Every operation on the CPU allocates its result; fresh pages cost about as much time as the arithmetic.
+    Every operation on the CPU allocates its result, and giving pages back to the system only to ask for them again
+    takes time. The command line calls this; a program that uses the library may.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
@@ -264,7 +262,7 @@ class Recorder:
 
     def report(self) -> dict[str, Any]:
         """Seconds, peak memory of the process in MB (of the GPU, if on one), versions, hardware, commit, date."""
-        versions = {name: importlib.metadata.version(name) for name in ("cddlib", "torchvision", "numpy")}
+        versions = {name: _version(name) for name in ("cddlib", "torchvision", "numpy")}
         gpu = self._device.type == "cuda"
         return {
             "seconds": self.seconds(),
@@ -275,6 +273,14 @@ class Recorder:
             "commit": self._commit,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+
+
+def _version(package: str) -> str | None:
+    """A package's version; None for one that runs from a checkout without being installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _peak_memory_mb(device: torch.device) -> float:

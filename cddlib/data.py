@@ -198,6 +198,9 @@ def prepare(name: str, root: Path | None = None, *, source: Path | None = None, 
         source: a folder in Tiny ImageNet's original layout, or with `train/<class>/*` and `val/<class>/*`.
         size: pixels of a side, for imagefolder: the shorter side is resized to it with antialiasing, then the
             middle is cut out.
+
+    Raises:
+        UserError: a download fails, a folder has another layout, or an image cannot be read.
     """
     check_data_name(name)
     root = root or default_root()

@@ -151,16 +151,12 @@ def memory_in_words(record: Mapping[str, Any]) -> str:
 
 
 def read_runs(folders: Mapping[tuple[int, int], Path]) -> pd.DataFrame:
-    """Metrics of runs keyed by (segments, seed): a row an iteration, with the seconds and student steps so far.
-
-    Seconds are those of the iterations alone; validation between them is not counted.
-    """
+    """Metrics of runs keyed by (segments, seed): a row an iteration, with the segments matched until then."""
     tables = []
     for (segments, seed), folder in folders.items():
         table = pd.DataFrame(Metrics.read(folder / "metrics.jsonl"))
         table["segments"], table["seed"] = segments, seed
-        table["elapsed"] = table["seconds"].fillna(0).cumsum()
-        table["walks"] = table["iteration"] * segments
+        table["matched"] = table["iteration"] * segments
         accuracy = table["validation_accuracy"]
         table["accuracy"] = accuracy.map(lambda values: np.mean(values) if isinstance(values, list) else np.nan)
         tables.append(table)
@@ -172,7 +168,7 @@ def accuracy_by_segments(runs: pd.DataFrame) -> Figure:
     table = runs.dropna(subset="accuracy").rename(columns={"segments": "K"})
     figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.6), sharey=True)
     for axis, x, label in zip(
-        axes, ("iteration", "walks"), ("iterations", "segments matched = K · iterations"), strict=True
+        axes, ("iteration", "matched"), ("iterations", "segments matched = K · iterations"), strict=True
     ):
         sns.lineplot(
             table, x=x, y="accuracy", hue="K", style="K", markers=True, palette="colorblind", errorbar="sd", ax=axis
@@ -194,24 +190,38 @@ def loss_by_segments(runs: pd.DataFrame) -> Figure:
 
 
 def accuracy_table(runs: pd.DataFrame) -> str:
-    """Markdown table of validation accuracy for each K: at equal iterations, at equal compute, and seconds."""
+    """Markdown of validation accuracy for each K: at equal iterations, and at equal compute, with paired differences.
+
+    Equal compute takes, for each K, its last validated iterate within the matched segments that the smallest K spent.
+    """
     measured = runs.dropna(subset="accuracy")
-    iterations = measured["iteration"].max()
-    budget = measured.groupby("segments")["walks"].max().min()
+    last, budget = measured["iteration"].max(), measured.groupby("segments")["matched"].max().min()
     lines = [
-        "Validation accuracy, mean ± standard deviation over "
-        f"{runs['seed'].nunique()} seeds; median seconds an iteration on this machine.",
+        f"Validation accuracy, mean ± standard deviation over {runs['seed'].nunique()} seeds; in brackets, segments "
+        "matched until then; below it, the difference to the smallest K with the same seed; median seconds an "
+        "iteration on this machine.",
         "",
-        f"| K | after {iterations} iterations | after at most {budget} matched segments | seconds |",
+        f"| K | after {last} iterations | after at most {budget} matched segments | seconds |",
         "|---|---|---|---|",
     ]
+    reference: list[pd.Series] = []
     for segments, mine in measured.groupby("segments"):
-        within = mine[mine["walks"] <= budget]
-        ends = [part[part["iteration"] == part["iteration"].max()]["accuracy"] for part in (mine, within)]
-        cells = " | ".join(f"{end.mean():.1%} ± {end.std():.1%}" for end in ends)
+        within = mine[(mine["matched"] <= budget) & (mine["iteration"] > 0)]
+        ends = [part[part["iteration"] == part["iteration"].max()].set_index("seed") for part in (mine, within)]
+        reference = reference or [end["accuracy"] for end in ends]
+        cells = [_accuracy_cell(end, first) for end, first in zip(ends, reference, strict=True)]
         seconds = runs[runs["segments"] == segments]["seconds"].median()
-        lines.append(f"| {segments} | {cells} | {seconds:.3f} |")
+        lines.append(f"| {segments} | {cells[0]} | {cells[1]} | {seconds:.3f} |")
     return "\n".join(lines)
+
+
+def _accuracy_cell(end: pd.DataFrame, reference: pd.Series) -> str:
+    """Mean ± sd of the last accuracies, the segments matched for them, and the paired difference to `reference`."""
+    if end.empty:
+        return "not validated that early"
+    difference = 100 * (end["accuracy"] - reference)
+    cell = f"{end['accuracy'].mean():.1%} ± {end['accuracy'].std():.1%} ({end['matched'].iloc[0]})"
+    return cell if not difference.any() else f"{cell}<br>{difference.mean():+.1f} ± {difference.std():.1f} points"
 
 
 def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str, name: str) -> str:
@@ -243,7 +253,8 @@ def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str,
     )
     return (
         f'<div id="{name}"><label>{html.escape(label)} '
-        f'<input type="range" min="0" max="{len(frames) - 1}" value="0" step="1" aria-valuetext="{first}" '
+        f'<input type="range" min="0" max="{len(frames) - 1}" value="0" step="1" autocomplete="off" '
+        f'aria-valuetext="{first}" '
         f'oninput="{script}"> <output>{first}</output></label>{"".join(blocks)}</div>'
     )
 
@@ -259,7 +270,7 @@ def accuracy_bars(accuracies: Mapping[str, Sequence[float]]) -> Figure:
     return figure
 
 
-def test_accuracies(evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
+def accuracies_by_set(evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str, list[float]]:
     """Test accuracies by name, from evaluation records keyed by K; the first one has the baselines."""
     accuracies = {f"distilled, K = {k}": record["accuracies"]["synthetic"] for k, record in evaluations.items()}
     baselines = next(iter(evaluations.values()))["accuracies"]

@@ -128,7 +128,10 @@ class _MatchingLoss(torch.autograd.Function):
 def roll_out(
     network: Network, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[Step]
 ) -> list[Tensor]:
-    """The student's parameters θ_0 … θ_N, without any graph."""
+    """The student's parameters θ_0 … θ_N, N + 1 vectors of length p, without any graph.
+
+    Arguments and their shapes are those of `matching_loss`.
+    """
     path = [start.detach()]
     for step in steps:
         indices = step.indices.to(images.device)

@@ -1,8 +1,8 @@
 """Run folders: atomic writes, resuming, provenance, seeds.
 
 A run folder belongs to one configuration. Asked for the same run again, it resumes or returns the finished
-result; asked for another, it refuses. Every file is written beside its place and then renamed, so a reader or a
-killed process never sees half a file.
+result; asked for another, it refuses. Every file but the append-only `metrics.jsonl` is written beside its place and
+then renamed, so a reader or a killed process never sees half a file.
 """
 
 import ctypes
@@ -50,7 +50,7 @@ def generator(*keys: int | str) -> torch.Generator:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU; any other name must exist here."""
+    """`auto` is the first GPU if there is one, else the CPU; raises `UserError` for a device that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

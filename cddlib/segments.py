@@ -2,8 +2,9 @@
 
 MTT draws one start epoch uniformly from a window. ConTra matches K of them at once, spaced
 R = floor((T+ - T-) / K) apart. The paper's text is not public; the spacing is its Eq. 8 as public reviews report it,
-and the rest is our reconstruction: draw one epoch as MTT does (the *anchor*), and take the K - 1 epochs of the window
-that lie at multiples of R from it. For K = 1 this is MTT.
+and the rest is our reconstruction: draw one epoch t as MTT does (the *anchor*), let it be the k-th of the K with
+k = min(floor((t - T-) / R), K - 1), and take the others R apart on both sides. For K = 1 this is MTT. If K does not
+divide the window, its last epochs are matched only when one of them is the anchor.
 """
 
 import dataclasses

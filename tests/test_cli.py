@@ -179,7 +179,11 @@ def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, caps
 def test_options_override_the_recipe_of_method_and_data(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
     seen = {}
     monkeypatch.setattr(cli, "distill", lambda config, *_args, **_kwargs: seen.update(config=config))
-    monkeypatch.setattr(cli, "read_json", lambda _: {"validation_accuracy": 0.5, "selected_iteration": 1, "seconds": 1})
+    monkeypatch.setattr(
+        cli,
+        "read_json",
+        lambda _: {"validation_accuracy": 0.5, "selected_iteration": 1, "iterations_skipped": 0, "seconds": 1},
+    )
     options = ["--method", "mtt", "--ipc", "7", "--lr-images", "5", "--window-end", "3", "--no-zca"]
     assert run("distill", *options, "--buffer", buffer.folder, "--out", tmp_path) == 0
     wanted = cddlib.distill_recipe("mtt", "digits", 7, lr_images=5.0, window_end=3, width=8)

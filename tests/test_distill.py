@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(module, "matching_loss", spoiled)
         with pytest.raises(
-            UserError, match=r"^iteration 5: the loss of the segments \[\d, \d\] is \[nan, .* not finite"
+            UserError, match=r"^iteration 5, segments from epochs \[\d, \d\]: the losses are \[nan, .* not finite"
         ):
             distill(recipe(validate_every=0), buffer, tmp_path / "run")
     state = runs.read_metadata(runs.open_tensors(tmp_path / "run" / "checkpoint.safetensors"), tmp_path, "state")
@@ -307,7 +307,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 
 
 def test_exploding_images_stop_the_run(buffer: Buffer, recipe, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^iteration 2: .* gradient is not finite; .* lower --lr-images"):
+    with pytest.raises(
+        UserError,
+        match=r"^iteration 2, .* gradient is not finite; the checkpoint holds iteration 0; .* lower --lr-images",
+    ):
         distill(recipe(lr_images=1e30), buffer, tmp_path)
     assert not (tmp_path / "synthetic.safetensors").exists()
 
@@ -325,7 +328,7 @@ def test_images_that_are_not_finite_are_never_saved(buffer: Buffer, recipe, tmp_
 
 def test_a_step_size_that_is_not_positive_stops_the_run(buffer: Buffer, recipe, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"^iteration \d: the step size became -\d.*; lower --lr-step-size \(10\.0\)\.$"
+        UserError, match=r"^iteration \d, .*: the step size became -\d.* lower --lr-step-size \(10\.0\)\.$"
     ):
         distill(recipe(lr_step_size=10.0, lr_images=-0.0, iterations=50, seed=1), buffer, tmp_path)
 
@@ -347,17 +350,17 @@ def test_the_best_iterate_on_the_validation_images_is_selected(
     told = iter(accuracies)
     seen = []
 
-    def accuracy(synthetic: SyntheticSet, *rest) -> float:
-        seen.append((synthetic, rest))
+    def accuracy(synthetic: SyntheticSet, *rest, **streams) -> float:
+        seen.append((synthetic, (*rest, streams)))
         return next(told)
 
     monkeypatch.setattr(module, "accuracy_of_set", accuracy)
     config = recipe(iterations=4, validate_every=2)
     found = distill(config, buffer, tmp_path)
     validation = data.load("digits").split[1]
-    for _, (_network, _config, strategy, real, seed) in seen:
+    for _, (_network, _config, strategy, real, streams) in seen:
         assert torch.equal(real.images, validation.images)
-        assert (strategy, seed) == (config.augment, config.seed)
+        assert (strategy, streams) == (config.augment, {"purpose": "validation", "seed": config.seed})
     result = runs.read_json(tmp_path / "result.json")
     assert result["selected_iteration"] == best
     assert result["selected_by"] == "validation accuracy"
@@ -415,3 +418,9 @@ def test_a_damaged_checkpoint_is_named(buffer: Buffer, recipe, tmp_path: Path, m
     checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"checkpoint\.safetensors is truncated"):
         distill(recipe(), buffer, tmp_path)
+
+
+def test_a_guard_that_skips_everything_stops_the_run(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MOST_SKIPPED", 3)
+    with pytest.raises(UserError, match=r"iteration 3, .* above loss_threshold \(0\.001\) for 3 iterations"):
+        distill(recipe(loss_threshold=0.001), buffer, tmp_path)

@@ -27,9 +27,9 @@ NETWORK = ConvNet(NetworkConfig(width=4, depth=1), (1, 8, 8), 10)
 
 def reference(images: torch.Tensor, targets: torch.Tensor, *, epochs: int, rate: float, batch: int, seed: int):
     """The protocol written out: SGD, momentum 0.9, weight decay 5e-4, a tenth of the rate from half time on."""
-    theta = NETWORK.init(cddlib.generator(seed, "init"))
+    theta = NETWORK.init(cddlib.generator("evaluation", seed, "init"))
     velocity = torch.zeros_like(theta)
-    rng = cddlib.generator(seed, "epochs")
+    rng = cddlib.generator("evaluation", seed, "epochs")
     for epoch in range(epochs):
         for chosen in torch.randperm(len(images), generator=rng).split(batch):
             theta.requires_grad_()
@@ -54,6 +54,7 @@ def test_networks_are_trained_by_the_published_protocol(epochs: int) -> None:
         learning_rate=0.5,
         batch_size=4,
         strategy=DSA,
+        purpose="evaluation",
         seed=3,
         device=CPU,
     )
@@ -75,7 +76,7 @@ def test_a_set_is_trained_at_its_own_step_size_on_its_soft_labels(buffer: Buffer
         classes=digits.classes,
     )
     config = EvaluateConfig(evaluation_epochs=6, evaluation_batch=8)
-    found = accuracy_of_set(synthetic, NETWORK, config, DSA, digits.split[1], 5)
+    found = accuracy_of_set(synthetic, NETWORK, config, DSA, digits.split[1], purpose="evaluation", seed=5)
     theta = reference(synthetic.images, synthetic.label_logits.softmax(1), epochs=6, rate=0.25, batch=8, seed=5)
     right = NETWORK(theta, buffer.preprocessing(digits.split[1].images)).argmax(1) == digits.split[1].labels
     assert found == pytest.approx(right.double().mean().item(), abs=0.01)
@@ -129,10 +130,32 @@ def test_networks_are_tested_on_the_test_images(run: Path) -> None:
     synthetic = SyntheticSet.load(run / "synthetic.safetensors")
     config = runs.from_dict(cddlib.DistillConfig, runs.read_json(run / "config.json"))
     network = ConvNet(NetworkConfig(width=8, depth=2), (1, 8, 8), 10)
+    test = data.load("digits").test
     wanted = [
-        accuracy_of_set(synthetic, network, config, config.augment, data.load("digits").test, seed) for seed in (4, 5)
+        accuracy_of_set(synthetic, network, config, config.augment, test, purpose="evaluation", seed=seed)
+        for seed in (4, 5)
     ]
     assert evaluate_run(run, runs=2, baselines=False, seed=4)["accuracies"]["synthetic"] == wanted
+
+
+def test_no_network_starts_where_an_expert_or_another_purpose_did(buffer: Buffer) -> None:
+    starts = [buffer.parameters(expert, 0) for expert in range(len(buffer.experts))]
+    for purpose in ("validation", "evaluation"):
+        for seed in range(3):
+            fresh = train_network(
+                buffer.network,
+                lambda indices: (indices, indices),  # never called: nothing is trained in 0 epochs
+                0,
+                epochs=0,
+                learning_rate=1.0,
+                batch_size=1,
+                strategy="none",
+                purpose=purpose,
+                seed=seed,
+                device=CPU,
+            )
+            assert not any(torch.equal(fresh, start) for start in starts)
+            starts.append(fresh)
 
 
 def test_adding_runs_keeps_the_earlier_ones(run: Path) -> None:

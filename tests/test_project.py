@@ -168,3 +168,12 @@ def test_readme_python(small_digits):
     exec(block, names)
     assert names["images"].shape == (10, 1, 8, 8)
     assert names["record"]["summary"]["synthetic"]["runs"] == 3
+
+
+def test_the_committed_record_shows_constant_memory():
+    """Growth from N = 10 to N = 80 is the 70 parameter vectors more that are kept, and no graph."""
+    measured = json.loads((ROOT / "book" / "results" / "memory.json").read_text())["measurements"]
+    above = {(m["implementation"], m["student_steps"]): m["peak_mb"] - m["start_mb"] for m in measured}
+    vectors = 70 * 320_010 * 4 / 1e6
+    assert above["cddlib", 80] - above["cddlib", 10] < 1.1 * vectors
+    assert above["textbook", 80] - above["textbook", 10] > 10 * vectors

@@ -35,7 +35,14 @@ from cddlib.runs import (
     write_tensors,
 )
 from cddlib.training import accuracy, fetch_real, train_epoch
-from cddlib.trajectory import Buffer, expert_path, read_expert_record, write_trajectory
+from cddlib.trajectory import (
+    PREPROCESSING,
+    Buffer,
+    expert_path,
+    read_expert_record,
+    read_preprocessing,
+    write_trajectory,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,45 +95,55 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     dev = resolve_device(device)
     dataset = load(config.data, root)
     network = ConvNet(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
-    shared = {key: value for key, value in as_dict(config).items() if key != "experts"}
     data = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "shape": list(dataset.shape),
         "classes": len(dataset.classes),
     }
-    identity = {**shared, "data": data}
     manifest: dict[str, Any] = {"config": as_dict(config), "data": data, "experts": []}
+    identity = config_hash(_identity(manifest))
     if (out / "buffer.json").exists():
-        manifest = read_json(out / "buffer.json")
-        try:
-            earlier = {key: value for key, value in manifest["config"].items() if key != "experts"}
-            refuse_other_run(out, {**earlier, "data": manifest["data"]}, identity)
-            manifest["config"]["experts"] = max(config.experts, manifest["config"]["experts"])
-            missing = manifest["config"]["experts"] - len(manifest["experts"])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{out / 'buffer.json'} is not a buffer's description ({error!r}).") from None
-        if not missing and (out / "result.json").exists():
+        manifest = _resume(out, manifest)
+        if len(manifest["experts"]) == manifest["config"]["experts"] and (out / "result.json").exists():
             return Buffer(out)
 
     recorder = Recorder(dev)
     (out / "result.json").unlink(missing_ok=True)  # of the smaller buffer that grows
     write_json(out / "buffer.json", manifest)
-    preprocessing = fit_preprocessing(dataset, zca=config.zca)
-    write_tensors(out / "preprocessing.safetensors", preprocessing.tensors(), {})
+    if not (out / PREPROCESSING).exists():
+        write_tensors(out / PREPROCESSING, fit_preprocessing(dataset, zca=config.zca).tensors(), {})
+    preprocessing = read_preprocessing(out).to(dev)
     train, validation = dataset.split
     parts = (train if config.holdout else dataset.train, validation, dataset.test)
     on_device = tuple(part.to(dev) for part in parts)
     trained = 0
     for expert in range(len(manifest["experts"]), manifest["config"]["experts"]):
         path = expert_path(out, expert)
-        if not path.exists() or read_expert_record(path)["buffer"] != config_hash(identity):
-            _train_expert(config, expert, network, on_device, preprocessing.to(dev), path, config_hash(identity))
+        if not path.exists() or read_expert_record(path)["buffer"] != identity:
+            _train_expert(config, expert, network, on_device, preprocessing, path, identity)
             trained += 1
         manifest["experts"].append({"file": path.name, "sha256": file_digest(path), **read_expert_record(path)})
         write_json(out / "buffer.json", manifest)
     write_json(out / "result.json", {"experts_trained": trained, **recorder.report()})
     return Buffer(out)
+
+
+def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What makes a buffer another buffer: everything but the number of its experts."""
+    return {**{key: value for key, value in manifest["config"].items() if key != "experts"}, "data": manifest["data"]}
+
+
+def _resume(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of the buffer in `out`, grown to the experts of `wanted`; refuse another buffer."""
+    manifest = read_json(out / "buffer.json")
+    try:
+        refuse_other_run(out, _identity(manifest), _identity(wanted))
+        manifest["config"]["experts"] = max(wanted["config"]["experts"], manifest["config"]["experts"])
+        len(manifest["experts"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{out / 'buffer.json'} is not a buffer's description ({error!r}).") from None
+    return manifest
 
 
 def _train_expert(

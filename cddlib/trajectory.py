@@ -29,6 +29,14 @@ from cddlib.runs import (
     write_tensors,
 )
 
+PREPROCESSING = "preprocessing.safetensors"
+
+
+def read_preprocessing(folder: Path) -> Preprocessing:
+    """The map from pixels to network input that the experts in `folder` see."""
+    file = open_tensors(folder / PREPROCESSING)
+    return preprocessing_from({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
+
 
 def expert_path(folder: Path, expert: int) -> Path:
     """File of an expert's trajectory."""
@@ -80,8 +88,7 @@ class Buffer:
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
         """The map from pixels to network input that the experts saw."""
-        file = open_tensors(self.folder / "preprocessing.safetensors")
-        return preprocessing_from({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        return read_preprocessing(self.folder)
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise `UserError` unless the experts were trained on `dataset`."""

@@ -29,7 +29,7 @@ class Options:
 
     to: Path
     """File of the record."""
-    student_steps: tuple[int, ...] = (10, 80)
+    student_steps: tuple[int, ...] = (10, 20, 40, 80)
     """Student steps N."""
     width: int = 128
     """Channels of the ConvNet."""

@@ -37,7 +37,7 @@ _MTT: dict[tuple[str, int], tuple[int, int, int, int | None, float, float, float
 }
 _NOT_WHITENED = (("cifar10", 50), ("cifar100", 10))  # by its authors; their buffers then need --no-zca
 _DIGITS: dict[str, Any] = {
-    "iterations": 150,
+    "iterations": 100,
     "student_steps": 20,
     "expert_epochs": 2,
     "window_end": 12,

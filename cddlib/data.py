@@ -258,7 +258,7 @@ def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor],
             _Decoder([path for path, _ in samples], size),
             batch_size=64,
             collate_fn=_stack,
-            num_workers=0 if len(samples) < 1024 else os.cpu_count() or 0,
+            num_workers=0 if len(samples) < 1024 else _usable_cpus(),
         )
         start = 0
         for batch in tqdm(loader, desc=f"reading {part}", unit="batch"):
@@ -269,6 +269,11 @@ def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor],
         tensors[f"{part}_images"] = images
         tensors[f"{part}_labels"] = torch.tensor([label for _, label in samples])
     return tensors, train.classes
+
+
+def _usable_cpus() -> int:
+    """Processors that this process may use, where the system tells; else all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _image_folder(folder: Path) -> tv.ImageFolder:

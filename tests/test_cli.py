@@ -45,7 +45,7 @@ def test_help_names_every_command(capsys) -> None:
         (["data"], ["--root", "--source", "--size"]),
         (["buffer"], ["--out", "--experts", "--epochs", "--holdout", "--zca", "(default: 5)", "default: auto"]),
         (["buffer", "--data", "cifar10"], ["(default: 100)"]),
-        (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 150)"]),
+        (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 100)"]),
         (["distill", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
         (["evaluate"], ["--runs", "--baselines", "--seed"]),
         (["record"], ["--to"]),

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import os
 from pathlib import Path
-from typing import Literal, NamedTuple, cast, get_args
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ from tqdm.auto import tqdm
 
 from cddlib.runs import UserError, check_classes, generator, open_tensors, read_metadata, write_tensors
 
-DataName = Literal["digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagefolder"]
-DATA_NAMES: tuple[str, ...] = get_args(DataName)
+DATA_NAMES = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagefolder")
 VALIDATION_FRACTION = 0.1
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 

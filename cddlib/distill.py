@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
 from cddlib.combine import CombineConfig, weighted_sum, weights
-from cddlib.data import DataConfig, load
+from cddlib.data import DataConfig, Images, load
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching import MatchingConfig, matching_loss, plan_student
 from cddlib.networks import NetworkConfig
@@ -138,35 +138,20 @@ def distill(
     validation = dataset.split[1].to(dev)
     recorder = Recorder(dev, elapsed=state.seconds)
 
-    def validate() -> dict[str, object]:
-        candidate = state.candidate()
-        accuracies = [
-            accuracy_of_set(
-                candidate,
-                buffer.network,
-                config,
-                config.augment,
-                validation,
-                purpose="validation",
-                seed=config.seed + i,
-            )
-            for i in range(config.validation_runs)
-        ]
-        state.consider(candidate, statistics.fmean(accuracies))
-        return {"validation_accuracy": accuracies}
-
     progress = tqdm(total=config.iterations, desc=f"{config.method} K={config.segments}", unit="it")
     try:
         if state.iteration < 0:
             state.iteration = 0
-            metrics.write(iteration=0, **(validate() if config.validate_every else {}))
+            metrics.write(
+                iteration=0, **(_validate(state, config, buffer, validation) if config.validate_every else {})
+            )
             state.save(out / "checkpoint.safetensors", recorder.seconds())
         progress.update(state.iteration)
         while state.iteration < config.iterations:
             record = _iterate(state, config, buffer)
             last = state.iteration == config.iterations
             due = config.validate_every > 0 and (last or state.iteration % config.validate_every == 0)
-            metrics.write(**record, **(validate() if due else {}))
+            metrics.write(**record, **(_validate(state, config, buffer, validation) if due else {}))
             if due or last or state.iteration % config.checkpoint_every == 0:
                 state.save(out / "checkpoint.safetensors", recorder.seconds())
             progress.update()
@@ -187,6 +172,18 @@ def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
                     f"{field.name} is {wanted!r}, but the experts in {buffer.folder} were trained with {found!r}."
                 )
     config.check_epochs(buffer.epochs)
+
+
+def _validate(state: "_State", config: DistillConfig, buffer: Buffer, validation: Images) -> dict[str, Any]:
+    """Measure the set as it is now on the validation images; keep it if it is the best so far."""
+    candidate = state.candidate()
+    seeds = range(config.seed, config.seed + config.validation_runs)
+    accuracies = [
+        accuracy_of_set(candidate, buffer.network, config, config.augment, validation, purpose="validation", seed=seed)
+        for seed in seeds
+    ]
+    state.consider(candidate, statistics.fmean(accuracies))
+    return {"validation_accuracy": accuracies}
 
 
 def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str, Any]:

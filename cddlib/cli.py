@@ -18,6 +18,15 @@ from cddlib.evaluate import evaluate_run
 from cddlib.networks import NetworkConfig, parameter_count
 from cddlib.recipes import buffer_recipe, distill_recipe
 from cddlib.runs import UserError, collect, keep_freed_memory, read_json, write_json
+from cddlib.study import (
+    Comparison,
+    comparison_runs,
+    correlation_runs,
+    remedies,
+    run_study,
+    segment_counts,
+    study_record,
+)
 from cddlib.trajectory import Buffer
 
 Root = Path | None
@@ -109,14 +118,73 @@ def evaluate(
         print(f"{names[key]:20} {100 * summary['mean']:5.1f}{spread} % ({summary['runs']} networks)")
 
 
+def correlate(
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    buffer: Path,
+    out: Path,
+    replicates: int = 3,
+    jobs: int = 0,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Match one fixed segment at a time and follow the others' losses, as the paper's correlation study does.
+
+    Args:
+        config: What every run has in common; --probe-starts names the segments.
+        buffer: Folder of the buffer whose experts are matched.
+        out: Folder of the study; it resumes.
+        replicates: Times that everything is repeated, each with a seed and an expert of its own.
+        jobs: Processes that share the runs; 0 runs one after the other in this one.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    runs = correlation_runs(config, replicates, len(Buffer(buffer).experts))
+    run_study(config, runs, buffer, out, jobs=jobs, root=root, device=device)
+    print(f"{len(runs)} runs are finished; `cddlib record {out} --to FILE` gathers them")
+
+
+def compare(
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    buffer: Path,
+    out: Path,
+    what: Comparison = "segments",
+    counts: tuple[int, ...] = (1, 2, 4, 8),
+    seeds: int = 3,
+    networks: int = 3,
+    jobs: int = 0,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Compare segment counts, or remedies against forgetting, at equal compute.
+
+    Args:
+        config: What every run has in common. Iterations, and iterations between measurements, count matched segments.
+        buffer: Folder of the buffer whose experts are matched.
+        out: Folder of the study; it resumes.
+        what: Segment counts, or the remedies against forgetting with --segments K.
+        counts: The segment counts K that are compared.
+        seeds: Distillations of each variant.
+        networks: Networks that test each synthetic set.
+        jobs: Processes that share the runs; 0 runs one after the other in this one.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    variants = segment_counts(counts) if what == "segments" else remedies(config.segments)
+    runs = comparison_runs(config, variants, seeds)
+    run_study(config, runs, buffer, out, networks=networks, jobs=jobs, root=root, device=device)
+    print(f"{len(runs)} runs are finished; `cddlib record {out} --to FILE` gathers them")
+
+
 def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
     """Gather everything a finished run wrote about itself into one JSON record, as the book shows it.
 
     Args:
-        folder: Folder of a buffer or a distillation.
+        folder: Folder of a buffer, a distillation, or a study.
         to: The record to write.
     """
-    write_json(to, collect(folder))
+    write_json(to, study_record(folder) if (folder / "study.json").exists() else collect(folder))
     print(f"wrote {to}")
 
 
@@ -126,12 +194,14 @@ def main(arguments: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         chosen = _choices(arguments)
-        is_distillation = arguments[:1] == ["distill"]
+        recipe = _distill_recipe(chosen if arguments[:1] in (["distill"], ["correlate"], ["compare"]) else {})
         commands: dict[str, Callable[..., None]] = {
             "data": data,
             "buffer": functools.partial(buffer, config=buffer_recipe(chosen.get("data", "digits"))),
-            "distill": functools.partial(distill_data, config=_distill_recipe(chosen if is_distillation else {})),
+            "distill": functools.partial(distill_data, config=recipe),
             "evaluate": evaluate,
+            "correlate": functools.partial(correlate, config=recipe),
+            "compare": functools.partial(compare, config=recipe),
             "record": record,
         }
         tyro.extras.subcommand_cli_from_dict(
@@ -139,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
             prog="cddlib",
             args=arguments,
             description="Dataset distillation by concurrent trajectory matching. "
-            "In order: data, buffer, distill, evaluate.",
+            "In order: data, buffer, distill, evaluate; correlate and compare are the book's studies.",
         )
     except UserError as error:
         print(f"cddlib: {error}", file=sys.stderr)

@@ -20,7 +20,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
-from cddlib.combine import CombineConfig, weighted_sum, weights
+from cddlib.combine import CombineConfig, gramian, weighted_sum, weights
+from cddlib.consolidate import ConsolidateConfig
+from cddlib.continual import accumulated_error
+from cddlib.correlation import ProbeConfig, Probes
 from cddlib.data import DataConfig, Images, load
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching import MatchingConfig, matching_loss, plan_student
@@ -31,15 +34,13 @@ from cddlib.runs import (
     UserError,
     as_dict,
     generator,
-    open_tensors,
     read_json,
-    read_metadata,
     refuse_other_run,
     resolve_device,
     write_json,
-    write_tensors,
 )
-from cddlib.segments import SegmentsConfig, draw_segments
+from cddlib.segments import Segments, SegmentsConfig, draw_segments
+from cddlib.state import OptimizerConfig, State
 from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
@@ -49,7 +50,10 @@ MOST_SKIPPED = 100  # iterations in a row that the loss guard may skip before th
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(
     EvaluateConfig,
+    ProbeConfig,
+    OptimizerConfig,
     SyntheticConfig,
+    ConsolidateConfig,
     CombineConfig,
     MatchingConfig,
     SegmentsConfig,
@@ -63,22 +67,8 @@ class DistillConfig(
     """Name of the recipe."""
     iterations: int = 5000
     """Optimiser steps on the synthetic set."""
-    lr_images: float = 1000.0
-    """Learning rate of the images."""
-    momentum_images: float = 0.5
-    """Momentum of the images."""
-    lr_labels: float = 2.0
-    """Learning rate of the label logits, with soft labels."""
-    momentum_labels: float = 0.9
-    """Momentum of the label logits."""
-    lr_step_size: float = 1e-5
-    """Learning rate of the student's step size."""
-    momentum_step_size: float = 0.5
-    """Momentum of the student's step size."""
     loss_threshold: float | None = None
     """Skip an iteration whose loss is above this (DATM's guard); without it, never skip."""
-    ema: float | None = None
-    """Decay of a moving average of the images that is evaluated and saved in their place (FTD)."""
     validate_every: int = 100
     """Iterations between validations, before the first and after the last one too; 0 means never."""
     validation_runs: int = 1
@@ -95,14 +85,8 @@ class DistillConfig(
         for name in ("iterations", "validation_runs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("lr_images", "lr_labels", "lr_step_size", "validate_every"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("momentum_images", "momentum_labels", "momentum_step_size"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below 1.")
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema is {self.ema}; it must lie between 0 and 1.")
+        if self.validate_every < 0:
+            raise UserError(f"validate_every is {self.validate_every}; it must be 0 or more.")
 
 
 def distill(
@@ -131,28 +115,28 @@ def distill(
     _check_buffer(config, buffer)
     dataset = load(config.data, root)
     buffer.check_data(dataset)
-    state = _State(config, initialise(config, dataset, buffer, config.seed, dev))
+    state = State(config, config, initialise(config, dataset, buffer, config.seed, dev))
     write_json(out / "config.json", run)
     state.restore(out / "checkpoint.safetensors")
     metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
     validation = dataset.split[1].to(dev)
+    probes = Probes(
+        config, buffer, starts=config.probe_starts, expert=config.probe_expert, seed=config.seed, device=dev
+    )
     recorder = Recorder(dev, elapsed=state.seconds)
 
     progress = tqdm(total=config.iterations, desc=f"{config.method} K={config.segments}", unit="it")
     try:
         if state.iteration < 0:
             state.iteration = 0
-            metrics.write(
-                iteration=0, **(_validate(state, config, buffer, validation) if config.validate_every else {})
-            )
+            metrics.write(iteration=0, **_measure(state, config, buffer, validation, probes))
             state.save(out / "checkpoint.safetensors", recorder.seconds())
         progress.update(state.iteration)
         while state.iteration < config.iterations:
             record = _iterate(state, config, buffer)
-            last = state.iteration == config.iterations
-            due = config.validate_every > 0 and (last or state.iteration % config.validate_every == 0)
-            metrics.write(**record, **(_validate(state, config, buffer, validation) if due else {}))
-            if due or last or state.iteration % config.checkpoint_every == 0:
+            measured = _measure(state, config, buffer, validation, probes)
+            metrics.write(**record, **measured)
+            if "validation_accuracy" in measured or _due(config.checkpoint_every, state.iteration, config):
                 state.save(out / "checkpoint.safetensors", recorder.seconds())
             progress.update()
             progress.set_postfix(state.report(record["loss"]))
@@ -172,9 +156,38 @@ def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
                     f"{field.name} is {wanted!r}, but the experts in {buffer.folder} were trained with {found!r}."
                 )
     config.check_epochs(buffer.epochs)
+    latest = buffer.epochs - config.expert_epochs
+    if config.probe_starts and config.probe_starts[-1] > latest:
+        raise UserError(
+            f"probe_starts is {config.probe_starts}, but the experts stop at epoch {buffer.epochs} and segments are "
+            f"{config.expert_epochs} epochs long; probes may start at epoch {latest} at the latest."
+        )
+    for name, expert in (("expert", config.expert), ("probe_expert", config.probe_expert)):
+        if expert is not None and expert >= len(buffer.experts):
+            raise UserError(f"{name} is {expert}, but {buffer.folder} holds experts 0 to {len(buffer.experts) - 1}.")
 
 
-def _validate(state: "_State", config: DistillConfig, buffer: Buffer, validation: Images) -> dict[str, Any]:
+def _due(every: int, iteration: int, config: DistillConfig) -> bool:
+    """Whether it is time for what happens `every` so many iterations (0: never), at the start and at the end."""
+    return every > 0 and (iteration % every == 0 or iteration == config.iterations)
+
+
+def _measure(state: State, config: DistillConfig, buffer: Buffer, validation: Images, probes: Probes) -> dict[str, Any]:
+    """What is due of validation, the probes' losses and the study of their gradients, as entries for the metrics."""
+    found: dict[str, Any] = {}
+    if _due(config.validate_every, state.iteration, config):
+        found |= _validate(state, config, buffer, validation)
+    if probes.starts and _due(config.probe_every, state.iteration, config):
+        found["probe_losses"] = probes.losses(state.synthetic)
+    if _due(config.study_every, state.iteration, config):
+        found["geometry"] = probes.geometry(state.synthetic, config.rates(state.synthetic))
+        found["accumulated_error"] = accumulated_error(
+            config, buffer, state.synthetic, expert=config.probe_expert, seed=config.seed
+        )
+    return found
+
+
+def _validate(state: State, config: DistillConfig, buffer: Buffer, validation: Images) -> dict[str, Any]:
     """Measure the set as it is now on the validation images; keep it if it is the best so far."""
     candidate = state.candidate()
     seeds = range(config.seed, config.seed + config.validation_runs)
@@ -186,7 +199,7 @@ def _validate(state: "_State", config: DistillConfig, buffer: Buffer, validation
     return {"validation_accuracy": accuracies}
 
 
-def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str, Any]:
+def _iterate(state: State, config: DistillConfig, buffer: Buffer) -> dict[str, Any]:
     """One iteration: gradients, guard, optimiser step. Returns the line for the metrics."""
     began = time.monotonic()
     number = state.iteration + 1
@@ -222,7 +235,7 @@ def _iterate(state: "_State", config: DistillConfig, buffer: Buffer) -> dict[str
     }
 
 
-def _finish(state: "_State", config: DistillConfig, buffer: Buffer, out: Path, recorder: Recorder) -> SyntheticSet:
+def _finish(state: State, config: DistillConfig, buffer: Buffer, out: Path, recorder: Recorder) -> SyntheticSet:
     """Write the selected set, then the record that marks the run as finished."""
     selected, iteration = (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
     selected.save(out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration)
@@ -251,16 +264,17 @@ def concurrent_gradient(
         A gradient for each variable, in its shape; and the iteration's loss, losses, start epochs, anchor and expert.
     """
     rng = generator(config.seed, "iteration", iteration)
-    expert = int(torch.randint(len(buffer.experts), (), generator=rng))
-    segments = draw_segments(config, iteration, rng)
+    experts = len(buffer.experts)
+    expert, segments = _draw(config, experts, iteration, rng)
+    replayed = _draw_earlier(config, experts, iteration)
     device, size = synthetic.images.device, len(synthetic.labels)
     variables = synthetic.variables()
     losses, gradients = [], []
-    for start in segments.starts:
+    for owner, start in [(expert, start) for start in segments.starts] + replayed:
         loss = matching_loss(
             buffer.network,
-            buffer.parameters(expert, start).to(device),
-            buffer.parameters(expert, start + config.expert_epochs).to(device),
+            buffer.parameters(owner, start).to(device),
+            buffer.parameters(owner, start + config.expert_epochs).to(device),
             synthetic.images,
             synthetic.targets(),
             synthetic.step_size,
@@ -268,106 +282,33 @@ def concurrent_gradient(
         )
         gradients.append(torch.autograd.grad(loss, variables))
         losses.append(loss.item())
-    shares = weights(config, config.segments, segments.anchor)
+    shares = weights(config, gramian(gradients, config.rates(synthetic)), losses, segments.anchor, rng)
+    averaged = shares if config.combine == "mean" else [1 / len(losses)] * len(losses)
     matched = {
-        "loss": sum(share * loss for share, loss in zip(shares, losses, strict=True)),
+        "loss": sum(share * loss for share, loss in zip(averaged, losses, strict=True)),
         "losses": losses,
         "starts": segments.starts,
         "anchor": segments.anchor,
         "expert": expert,
+        **({"replayed": replayed} if config.replay else {}),
+        **({"weights": shares} if config.combine != "mean" else {}),
     }
     return weighted_sum(gradients, shares), matched
 
 
-class _State:
-    """Everything that changes from iteration to iteration, and its checkpoint."""
+def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
+    """The expert and the segments of an iteration; `rng` is the iteration's generator."""
+    expert = int(torch.randint(experts, (), generator=rng))
+    segments = draw_segments(config, iteration, rng)
+    return (expert if config.expert is None else config.expert), segments
 
-    def __init__(self, config: DistillConfig, initial: SyntheticSet) -> None:
-        self.iteration = -1  # iterations done; -1: not even the validation before the first
-        self.saved_at = 0  # iteration of the checkpoint
-        self.skipped_in_a_row = 0
-        self.seconds = 0.0
-        self.best: SyntheticSet | None = None
-        self.best_iteration, self.best_accuracy = 0, 0.0
-        self.synthetic = initial
-        for variable in initial.variables():
-            variable.requires_grad_()
-        groups = [{"params": [initial.images], "lr": config.lr_images, "momentum": config.momentum_images}]
-        if initial.label_logits is not None:
-            groups += [{"params": [initial.label_logits], "lr": config.lr_labels, "momentum": config.momentum_labels}]
-        groups += [{"params": [initial.step_size], "lr": config.lr_step_size, "momentum": config.momentum_step_size}]
-        self.optimizer = torch.optim.SGD(groups)
-        self.ema_decay = config.ema
-        self.ema_images = None if config.ema is None else initial.images.detach().clone()
 
-    def step(self, gradients: list[Tensor]) -> None:
-        """One optimiser step, then the moving average."""
-        for variable, gradient in zip(self.synthetic.variables(), gradients, strict=True):
-            variable.grad = gradient
-        self.optimizer.step()
-        if self.ema_images is not None and self.ema_decay is not None:
-            self.ema_images.lerp_(self.synthetic.images.detach(), 1 - self.ema_decay)
-
-    def candidate(self) -> SyntheticSet:
-        """A copy of the set as it would be evaluated now."""
-        found = self.synthetic.copy()
-        return found if self.ema_images is None else dataclasses.replace(found, images=self.ema_images.clone())
-
-    def consider(self, candidate: SyntheticSet, accuracy: float) -> None:
-        """Keep `candidate` if it is the best so far."""
-        if self.best is None or accuracy > self.best_accuracy:
-            self.best, self.best_iteration, self.best_accuracy = candidate, self.iteration, accuracy
-
-    def report(self, loss: float) -> dict[str, str]:
-        """What the progress bar shows."""
-        found = {"loss": f"{loss:.3f}"}
-        if self.best is not None:
-            found["best"] = f"{self.best_accuracy:.1%}"
-        if self.skipped_in_a_row:
-            found["skipped in a row"] = str(self.skipped_in_a_row)
-        return found
-
-    def save(self, path: Path, seconds: float) -> None:
-        """Write the checkpoint."""
-        variables = self.synthetic.variable_tensors()
-        tensors = dict(variables)
-        for name, variable in variables.items():
-            momentum = self.optimizer.state[variable].get("momentum_buffer")
-            if momentum is not None:
-                tensors[f"momentum.{name}"] = momentum
-        if self.ema_images is not None:
-            tensors["ema.images"] = self.ema_images
-        if self.best is not None:
-            tensors |= {f"best.{name}": tensor for name, tensor in self.best.variable_tensors().items()}
-        state = {
-            "iteration": self.iteration,
-            "seconds": seconds,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "best_iteration": self.best_iteration,
-            "best_accuracy": self.best_accuracy,
-        }
-        write_tensors(path, tensors, {"state": state})
-        self.saved_at = self.iteration
-
-    def restore(self, path: Path) -> None:
-        """Continue from the checkpoint, if there is one."""
-        if not path.exists():
-            return
-        file = open_tensors(path)
-        state = read_metadata(file, path, "state")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        self.iteration = self.saved_at = state["iteration"]
-        self.seconds, self.skipped_in_a_row = state["seconds"], state["skipped_in_a_row"]
-        self.best_iteration, self.best_accuracy = state["best_iteration"], state["best_accuracy"]
-        device = self.synthetic.images.device
-        variables = self.synthetic.variable_tensors()
-        with torch.no_grad():
-            for name, variable in variables.items():
-                variable.copy_(tensors[name])
-                if f"momentum.{name}" in tensors:
-                    self.optimizer.state[variable]["momentum_buffer"] = tensors[f"momentum.{name}"].to(device)
-        if self.ema_images is not None:
-            self.ema_images.copy_(tensors["ema.images"])
-        if "best.images" in tensors:
-            best: dict[str, Any] = {name: tensors[f"best.{name}"].to(device) for name in variables}
-            self.best = dataclasses.replace(self.synthetic, **best)
+def _draw_earlier(config: DistillConfig, experts: int, iteration: int) -> list[tuple[int, int]]:
+    """Experts and start epochs of `replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
+    rng = generator(config.seed, "replay", iteration)
+    chosen = torch.randperm(iteration, generator=rng)[: config.replay].tolist()
+    found = []
+    for earlier in chosen:
+        expert, segments = _draw(config, experts, earlier, generator(config.seed, "iteration", earlier))
+        found.append((expert, segments.starts[segments.anchor]))
+    return found

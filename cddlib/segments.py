@@ -31,12 +31,20 @@ class SegmentsConfig:
     """The window's end at iteration 0 of a curriculum (DATM); without it the whole window at once."""
     expansion_iterations: int = 1000
     """Iterations until the curriculum's window has grown to T+."""
+    expert: int | None = None
+    """Match only this expert's segments; without it, an expert is drawn every iteration."""
+    replay: int = 0
+    """Segments of earlier iterations, drawn at random, that are matched again beside the K (rehearsal)."""
 
     def __post_init__(self) -> None:
         if self.segments < 1:
             raise UserError(f"segments is {self.segments}; it must be at least 1.")
         if self.expert_epochs < 1:
             raise UserError(f"expert_epochs is {self.expert_epochs}; it must be at least 1.")
+        for name in ("expert", "replay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} is {value}; it must be 0 or more.")
         if self.expansion_iterations < 1:
             raise UserError(f"expansion_iterations is {self.expansion_iterations}; it must be at least 1.")
         if not 0 <= self.window_start < self.window_end:

@@ -8,13 +8,19 @@ import torch
 import cddlib
 from cddlib.combine import CombineConfig, weighted_sum, weights
 
+
+def mean_weights(config: CombineConfig, segments: int, anchor: int) -> list[float]:
+    """Weights of the rule mean, which looks at neither inner products nor losses."""
+    return weights(config, torch.eye(segments).double(), [1.0] * segments, anchor, cddlib.generator("combine"))
+
+
 BETAS = st.none() | st.floats(0, 1e6)
 
 
 @hypothesis.given(balance=BETAS, segments=st.integers(1, 50), data=st.data())
 def test_weights_sum_to_one(balance: float | None, segments: int, data: st.DataObject) -> None:
     anchor = data.draw(st.integers(0, segments - 1))
-    found = weights(CombineConfig(balance=balance), segments, anchor)
+    found = mean_weights(CombineConfig(balance=balance), segments, anchor)
     assert len(found) == segments
     assert sum(found) == pytest.approx(1)
     assert min(found) >= 0
@@ -23,7 +29,7 @@ def test_weights_sum_to_one(balance: float | None, segments: int, data: st.DataO
 @hypothesis.given(balance=st.floats(0, 1e6), segments=st.integers(2, 50), data=st.data())
 def test_the_others_share_beta_times_the_anchor(balance: float, segments: int, data: st.DataObject) -> None:
     anchor = data.draw(st.integers(0, segments - 1))
-    found = weights(CombineConfig(balance=balance), segments, anchor)
+    found = mean_weights(CombineConfig(balance=balance), segments, anchor)
     others = found[:anchor] + found[anchor + 1 :]
     assert len(set(others)) == 1
     assert sum(others) == pytest.approx(balance * found[anchor])
@@ -32,15 +38,15 @@ def test_the_others_share_beta_times_the_anchor(balance: float, segments: int, d
 @pytest.mark.parametrize("anchor", [0, 1, 3])
 def test_the_known_betas(anchor: int) -> None:
     alone = [float(k == anchor) for k in range(4)]
-    assert weights(CombineConfig(balance=0.0), 4, anchor) == alone
-    assert weights(CombineConfig(balance=3.0), 4, anchor) == pytest.approx([0.25] * 4)
-    assert weights(CombineConfig(balance=None), 4, anchor) == [0.25] * 4
-    assert weights(CombineConfig(balance=0.5), 4, anchor)[anchor] == pytest.approx(2 / 3)
+    assert mean_weights(CombineConfig(balance=0.0), 4, anchor) == alone
+    assert mean_weights(CombineConfig(balance=3.0), 4, anchor) == pytest.approx([0.25] * 4)
+    assert mean_weights(CombineConfig(balance=None), 4, anchor) == [0.25] * 4
+    assert mean_weights(CombineConfig(balance=0.5), 4, anchor)[anchor] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("balance", [None, 0.0, 0.3, 10.0])
 def test_one_segment_has_all_the_weight(balance: float | None) -> None:
-    assert weights(CombineConfig(balance=balance), 1, 0) == [1]
+    assert mean_weights(CombineConfig(balance=balance), 1, 0) == [1]
 
 
 @pytest.mark.parametrize("segments", [1, 2, 5])

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = ["runs", "data", "preprocessing", "augment", "networks", "training", "trajectory", "buffer", "segments"]
-MODULES += ["matching", "combine", "synthetic", "evaluate", "distill", "recipes", "figures", "cli", "__main__"]
+MODULES += ["matching", "combine", "consolidate", "synthetic", "correlation", "continual", "evaluate", "state"]
+MODULES += ["distill", "recipes", "study", "figures", "cli", "__main__"]
 
 
 def locked() -> dict[str, str]:

@@ -1,0 +1,261 @@
+"""How matching one segment changes the others.
+
+First a fixed set of segments, the *probes*, whose losses and gradients any run can follow; then pure functions on what
+it recorded. In every matrix the row is the segment that is matched and the column the one that is measured.
+
+    pearson       correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
+                  describe it. All losses fall together as the set improves, so `differences` correlates their changes
+    net_change    by how much a loss has changed in the end, relative to its start
+    cosines       between the segments' gradients: −1 is conflict, +1 agreement
+    transfer      what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
+
+A claim about signs needs a test: `permutation_test` for two curves, `sign_flip_test` for repeated measurements.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cddlib.augment import AugmentConfig
+from cddlib.combine import gramian
+from cddlib.matching import MatchingConfig, matching_loss, plan_student
+from cddlib.runs import UserError, generator
+from cddlib.segments import SegmentsConfig
+from cddlib.synthetic import SyntheticSet
+from cddlib.trajectory import Buffer
+
+Matrix = Float[np.ndarray, "matched measured"]
+
+
+# --- Probes -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Which segments a run follows, whatever it matches."""
+
+    probe_starts: tuple[int, ...] = ()
+    """Start epochs of the probes, ascending; none follows nothing."""
+    probe_expert: int = 0
+    """The expert whose segments they are."""
+    probe_every: int = 1
+    """Iterations between measurements of the probes' losses."""
+    study_every: int = 0
+    """Iterations between measurements of their gradients, of transfer, and of the accumulated error; 0 means never."""
+
+    def __post_init__(self) -> None:
+        if list(self.probe_starts) != sorted({start for start in self.probe_starts if start >= 0}):
+            raise UserError(f"probe_starts is {self.probe_starts}; epochs must be 0 or more, ascending, each once.")
+        if self.probe_expert < 0:
+            raise UserError(f"probe_expert is {self.probe_expert}; it must be 0 or more.")
+        for name, least in (("probe_every", 1), ("study_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.study_every and not self.probe_starts:
+            raise UserError(f"study_every is {self.study_every}, but probe_starts names no segments to study.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig(MatchingConfig, SegmentsConfig, AugmentConfig):
+    """What a probe's student needs to know: its steps, the segments' length, the augmentation."""
+
+
+class Probes:
+    """A fixed set of segments, each with students whose batches and augmentation never change.
+
+    So a loss is a function of the synthetic set alone, and two of its values differ only by what happened to the set.
+    """
+
+    def __init__(
+        self, config: Any, buffer: Buffer, *, starts: Sequence[int], expert: int, seed: int, device: torch.device
+    ) -> None:
+        """Read the segments' ends.
+
+        Args:
+            config: has the fields of `StudentConfig`.
+            buffer: trajectories.
+            starts: start epochs of the P segments.
+            expert: whose.
+            seed: the students' seed.
+            device: where they train.
+        """
+        self.config, self.network, self.starts, self.seed = config, buffer.network, tuple(starts), seed
+        self.ends = [
+            tuple(buffer.parameters(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
+            for start in starts
+        ]
+
+    def loss(self, synthetic: SyntheticSet, probe: int, *, draw: int = 0) -> Float[Tensor, ""]:
+        """Matching loss of the probe of that index; another `draw` is another student on the same segment."""
+        stream = generator(self.seed, "probe", self.starts[probe], draw)
+        steps = plan_student(self.config, len(synthetic.labels), self.config.augment, stream)
+        start, target = self.ends[probe]
+        return matching_loss(
+            self.network, start, target, synthetic.images, synthetic.targets(), synthetic.step_size, steps
+        )
+
+    def losses(self, synthetic: SyntheticSet) -> list[float]:
+        """Matching loss of every probe."""
+        with torch.no_grad():
+            return [self.loss(synthetic, probe).item() for probe in range(len(self.starts))]
+
+    def geometry(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
+        """Inner products of the probes' gradients, and the losses after a real step on each probe.
+
+        Args:
+            synthetic: where to measure; it is not changed.
+            rates: learning rate of each of its variables, in the order of `variable_tensors`.
+
+        Returns:
+            JSON values: `losses` (P), `after` (P x P: row stepped on, column measured) and `products`, for each
+            variable the 2P x 2P inner products of the gradients of two students a probe, first all the first ones.
+        """
+        here = synthetic.copy()
+        variables = here.variables()
+        for variable in variables:
+            variable.requires_grad_()
+        count = len(self.starts)
+        gradients, losses = [], []
+        for draw, probe in itertools.product((0, 1), range(count)):
+            loss = self.loss(here, probe, draw=draw)
+            gradients.append(torch.autograd.grad(loss, variables))
+            losses.append(loss.item())
+        after = []
+        for gradient in gradients[:count]:
+            stepped = synthetic.copy()
+            for variable, rate, slope in zip(stepped.variables(), rates, gradient, strict=True):
+                variable -= rate * slope  # the first step of torch.optim.SGD, with or without momentum
+            after.append(self.losses(stepped))
+        products = {
+            name: gramian([[gradient[v]] for gradient in gradients], [1.0]).tolist()
+            for v, name in enumerate(synthetic.variable_tensors())
+        }
+        return {"losses": losses[:count], "after": after, "products": products}
+
+
+# --- Curves of losses -------------------------------------------------------------------------------------------
+
+
+def pearson(losses: Float[np.ndarray, "matched times measured"], *, differences: bool = False) -> Matrix:
+    """C_ij = corr(L_i, L_j) over the times of the run that matched i; nan where a curve is constant.
+
+    Args:
+        losses: `losses[i, s, j]`, loss of segment j at time s of the run that matched segment i.
+        differences: correlate the changes from one time to the next instead of the losses.
+    """
+    curves = np.diff(losses, axis=1) if differences else np.asarray(losses)
+    centred = curves - curves.mean(axis=1, keepdims=True)
+    own = np.stack([run[:, matched] for matched, run in enumerate(centred)])
+    covariance = np.einsum("is,isj->ij", own, centred)
+    norms = np.sqrt((own**2).sum(axis=1))[:, None] * np.sqrt((centred**2).sum(axis=1))
+    return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=norms > 0)
+
+
+def net_change(losses: Float[np.ndarray, "matched times measured"]) -> Matrix:
+    """(L_j(end) − L_j(start)) / L_j(start) in the run that matched i; above 0, matching i hurt j."""
+    return losses[:, -1] / losses[:, 0] - 1
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------
+
+
+def cosines(products: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    """Cosines of the angles between vectors with these inner products."""
+    lengths = np.sqrt(np.diagonal(products))
+    return products / np.outer(lengths, lengths)
+
+
+def between_draws(products: Float[np.ndarray, "n n"]) -> Matrix:
+    """Cosines between segment i's gradient by one student and segment j's by another, from 2P x 2P inner products.
+
+    The diagonal is the noise ceiling: what the cosine of a segment with itself comes to, given how much two students
+    on the same segment differ. Symmetric: both orders are averaged.
+    """
+    count = len(products) // 2
+    across = cosines(np.asarray(products))[:count, count:]
+    return (across + across.T) / 2
+
+
+def length_ratios(products: Float[np.ndarray, "n n"]) -> Matrix:
+    """‖g_i‖ / ‖g_j‖ of the first students' gradients."""
+    lengths = np.sqrt(np.diagonal(np.asarray(products)))[: len(products) // 2]
+    return lengths[:, None] / lengths[None, :]
+
+
+def transfer(losses: Float[np.ndarray, " measured"], after: Matrix) -> Matrix:
+    """Z_ij = 1 − L_j(after a step on i) / L_j; above 0, the step on i helped j."""
+    return 1 - np.asarray(after) / np.asarray(losses)
+
+
+def predicted_transfer(geometry: dict[str, Any], rates: dict[str, float]) -> Matrix:
+    """Z_ij to first order, Σ_v η_v ⟨g_i,v, g_j,v⟩ / L_j, from what `Probes.geometry` returned."""
+    count = len(geometry["losses"])
+    inner = sum(rate * np.asarray(geometry["products"][name])[:count, :count] for name, rate in rates.items())
+    return np.asarray(inner) / np.asarray(geometry["losses"])
+
+
+# --- Summaries and tests ----------------------------------------------------------------------------------------
+
+
+def off_diagonal(matrix: Matrix) -> Float[np.ndarray, " pairs"]:
+    """The entries off the diagonal."""
+    return np.asarray(matrix)[~np.eye(len(matrix), dtype=bool)]
+
+
+def negative_shares(matrix: Matrix) -> tuple[float, float]:
+    """Share of negative entries below the diagonal (a later segment matched, an earlier one measured), and above it."""
+    matrix = np.asarray(matrix)
+    lower, upper = np.tril_indices(len(matrix), -1), np.triu_indices(len(matrix), 1)
+    return float((matrix[lower] < 0).mean()), float((matrix[upper] < 0).mean())
+
+
+def permutation_test(
+    first: Float[np.ndarray, "replicates times"],
+    second: Float[np.ndarray, "replicates times"],
+    *,
+    permutations: int = 9999,
+    seed: int = 0,
+) -> float:
+    """P-value of "the correlation is not negative", one-sided: small where it is negative beyond chance.
+
+    Shuffles the times of `second` within each replicate, and asks how often the mean correlation over the replicates
+    is as low as the observed one. Give it changes of losses, not losses: times of a trend cannot be exchanged.
+    """
+    rng = np.random.default_rng(seed)
+    standard = [
+        (x - x.mean(axis=1, keepdims=True)) / np.where((s := x.std(axis=1, keepdims=True)) > 0, s, np.inf)
+        for x in (np.asarray(first), np.asarray(second))
+    ]
+    observed = (standard[0] * standard[1]).mean()
+    shuffled = np.broadcast_to(standard[1], (permutations, *standard[1].shape))
+    chance = (standard[0] * rng.permuted(shuffled, axis=2)).mean(axis=(1, 2))
+    return float((1 + (chance <= observed + 1e-12).sum()) / (permutations + 1))
+
+
+def sign_flip_test(values: Float[np.ndarray, " replicates"], *, permutations: int = 9999, seed: int = 0) -> float:
+    """P-value of "the mean is not negative", one-sided, from flipping the signs of repeated measurements.
+
+    Exact, over all 2^n flips, up to n = 13; the smallest value that n measurements allow is 2^−n.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) <= 13:
+        signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
+        return float((signs @ values <= values.sum() + 1e-12).mean())
+    signs = np.random.default_rng(seed).choice([-1, 1], (permutations, len(values)))
+    return float((1 + (signs @ values <= values.sum() + 1e-12).sum()) / (permutations + 1))
+
+
+def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """P-values corrected for being several (Holm 1979)."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values)
+    scaled = p_values[order] * (len(p_values) - np.arange(len(p_values)))
+    found = np.empty_like(p_values)
+    found[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return found

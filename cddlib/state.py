@@ -1,0 +1,161 @@
+"""The state of a distillation: everything that changes from iteration to iteration, and its checkpoint."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cddlib.consolidate import ConsolidateConfig, Consolidation
+from cddlib.runs import UserError, open_tensors, read_metadata, write_tensors
+from cddlib.synthetic import SyntheticSet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How the synthetic set is stepped: SGD with a rate and a momentum for each of its variables."""
+
+    lr_images: float = 1000.0
+    """Learning rate of the images."""
+    momentum_images: float = 0.5
+    """Momentum of the images."""
+    lr_labels: float = 2.0
+    """Learning rate of the label logits, with soft labels."""
+    momentum_labels: float = 0.9
+    """Momentum of the label logits."""
+    lr_step_size: float = 1e-5
+    """Learning rate of the student's step size."""
+    momentum_step_size: float = 0.5
+    """Momentum of the student's step size."""
+    ema: float | None = None
+    """Decay of a moving average of the images that is evaluated and saved in their place (FTD)."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr_images", "lr_labels", "lr_step_size"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in ("momentum_images", "momentum_labels", "momentum_step_size"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below 1.")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UserError(f"ema is {self.ema}; it must lie between 0 and 1.")
+
+    def rates(self, synthetic: SyntheticSet) -> list[float]:
+        """The learning rate of each of the set's variables, in the order of `variable_tensors`."""
+        rates = {"images": self.lr_images, "label_logits": self.lr_labels, "step_size": self.lr_step_size}
+        return [rates[name] for name in synthetic.variable_tensors()]
+
+
+class State:
+    """Everything that changes from iteration to iteration, and its checkpoint."""
+
+    def __init__(self, config: OptimizerConfig, consolidate: ConsolidateConfig, initial: SyntheticSet) -> None:
+        """Before the first iteration: the set is `initial`, which is changed in place."""
+        self.iteration = -1  # iterations done; -1: not even the validation before the first
+        self.saved_at = 0  # iteration of the checkpoint
+        self.skipped_in_a_row = 0
+        self.seconds = 0.0
+        self.best: SyntheticSet | None = None
+        self.best_iteration, self.best_accuracy = 0, 0.0
+        self.synthetic = initial
+        for variable in initial.variables():
+            variable.requires_grad_()
+        momenta = {
+            "images": config.momentum_images,
+            "label_logits": config.momentum_labels,
+            "step_size": config.momentum_step_size,
+        }
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": [variable], "lr": rate, "momentum": momenta[name]}
+                for (name, variable), rate in zip(
+                    initial.variable_tensors().items(), config.rates(initial), strict=True
+                )
+            ]
+        )
+        self.ema_decay = config.ema
+        self.ema_images = None if config.ema is None else initial.images.detach().clone()
+        held = consolidate.consolidation != "none"
+        self.consolidation = Consolidation(consolidate, initial.images) if held else None
+
+    def step(self, gradients: list[Tensor]) -> None:
+        """One optimiser step, then the remedy that holds images, then the moving average."""
+        images = self.synthetic.images
+        before = images.detach().clone()
+        for variable, gradient in zip(self.synthetic.variables(), gradients, strict=True):
+            variable.grad = gradient
+        self.optimizer.step()
+        if self.consolidation is not None:
+            self.consolidation.after_step(images, before, gradients[0], self.iteration + 1)
+        if self.ema_images is not None and self.ema_decay is not None:
+            self.ema_images.lerp_(images.detach(), 1 - self.ema_decay)
+
+    def candidate(self) -> SyntheticSet:
+        """A copy of the set as it would be evaluated now."""
+        found = self.synthetic.copy()
+        return found if self.ema_images is None else dataclasses.replace(found, images=self.ema_images.clone())
+
+    def consider(self, candidate: SyntheticSet, accuracy: float) -> None:
+        """Keep `candidate` if it is the best so far."""
+        if self.best is None or accuracy > self.best_accuracy:
+            self.best, self.best_iteration, self.best_accuracy = candidate, self.iteration, accuracy
+
+    def report(self, loss: float) -> dict[str, str]:
+        """What the progress bar shows."""
+        found = {"loss": f"{loss:.3f}"}
+        if self.best is not None:
+            found["best"] = f"{self.best_accuracy:.1%}"
+        if self.skipped_in_a_row:
+            found["skipped in a row"] = str(self.skipped_in_a_row)
+        return found
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Write the checkpoint."""
+        variables = self.synthetic.variable_tensors()
+        tensors = dict(variables)
+        for name, variable in variables.items():
+            momentum = self.optimizer.state[variable].get("momentum_buffer")
+            if momentum is not None:
+                tensors[f"momentum.{name}"] = momentum
+        if self.ema_images is not None:
+            tensors["ema.images"] = self.ema_images
+        if self.consolidation is not None:
+            tensors |= {f"consolidation.{name}": tensor for name, tensor in self.consolidation.tensors.items()}
+        if self.best is not None:
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best.variable_tensors().items()}
+        state = {
+            "iteration": self.iteration,
+            "seconds": seconds,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "best_iteration": self.best_iteration,
+            "best_accuracy": self.best_accuracy,
+        }
+        write_tensors(path, tensors, {"state": state})
+        self.saved_at = self.iteration
+
+    def restore(self, path: Path) -> None:
+        """Continue from the checkpoint, if there is one."""
+        if not path.exists():
+            return
+        file = open_tensors(path)
+        state = read_metadata(file, path, "state")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        self.iteration = self.saved_at = state["iteration"]
+        self.seconds, self.skipped_in_a_row = state["seconds"], state["skipped_in_a_row"]
+        self.best_iteration, self.best_accuracy = state["best_iteration"], state["best_accuracy"]
+        device = self.synthetic.images.device
+        variables = self.synthetic.variable_tensors()
+        with torch.no_grad():
+            for name, variable in variables.items():
+                variable.copy_(tensors[name])
+                if f"momentum.{name}" in tensors:
+                    self.optimizer.state[variable]["momentum_buffer"] = tensors[f"momentum.{name}"].to(device)
+        if self.ema_images is not None:
+            self.ema_images.copy_(tensors["ema.images"])
+        if self.consolidation is not None:
+            for name, tensor in self.consolidation.tensors.items():
+                tensor.copy_(tensors[f"consolidation.{name}"])
+        if "best.images" in tensors:
+            best: dict[str, Any] = {name: tensors[f"best.{name}"].to(device) for name in variables}
+            self.best = dataclasses.replace(self.synthetic, **best)

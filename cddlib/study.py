@@ -1,0 +1,269 @@
+"""Studies: families of distillations that differ in one thing, run side by side and gathered in one record.
+
+On the command line::
+
+    cddlib correlate --data digits --ipc 1 --buffer runs/buffer --out runs/correlation --probe-starts 0 3 6 9
+    cddlib compare --what segments --data digits --ipc 1 --buffer runs/buffer --out runs/segments
+    cddlib compare --what remedies --segments 4 --data digits --ipc 1 --buffer runs/buffer --out runs/remedies
+
+Every run has a folder of its own below the study's and resumes from it, so a study that was stopped goes on when it is
+asked for again. `jobs` processes work on the runs, each with its share of the cores.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from cddlib.distill import DistillConfig, distill
+from cddlib.evaluate import evaluate_run
+from cddlib.runs import Metrics, UserError, as_dict, keep_freed_memory, read_json, refuse_other_run, write_json
+from cddlib.trajectory import Buffer
+
+Comparison = Literal["segments", "remedies"]
+
+
+# --- What is run ------------------------------------------------------------------------------------------------
+
+
+def correlation_runs(base: DistillConfig, replicates: int, experts: int) -> dict[str, DistillConfig]:
+    """The runs of a correlation study, by name.
+
+    In each replicate, one run for every probe matches nothing but that probe's segment; `sequential` matches a segment
+    of the window at a time and `concurrent` as many as there are probes, spread over the window. Replicate r has seed
+    `base.seed + r` and expert r (modulo their number), and follows that expert's probes.
+    """
+    runs = {}
+    for replicate in range(replicates):
+        expert = replicate % experts
+        shared = dataclasses.replace(
+            base, seed=base.seed + replicate, expert=expert, probe_expert=expert, segments=1, validate_every=0
+        )
+        folder = f"replicate-{replicate}"
+        for start in base.probe_starts:
+            window: dict[str, Any] = {
+                "window_start": start,
+                "window_end": start + 1,
+                "window_end_initial": None,
+                "study_every": 0,
+            }
+            runs[f"{folder}/matched-{start:02d}"] = dataclasses.replace(shared, **window)
+        runs[f"{folder}/sequential"] = dataclasses.replace(shared, study_every=base.iterations)
+        runs[f"{folder}/concurrent"] = dataclasses.replace(
+            shared, study_every=base.iterations, segments=len(base.probe_starts)
+        )
+    return runs
+
+
+def remedies(segments: int) -> dict[str, dict[str, Any]]:
+    """Ways to match segments without forgetting the others, as changes of a configuration.
+
+    The first three match one segment an iteration, all others `segments` of them.
+    """
+    concurrent: dict[str, Any] = {"segments": segments}
+    rehearsal: dict[str, Any] = {"segments": 1, "replay": segments - 1}
+    rules = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda")
+    return {
+        "sequential": {"segments": 1},
+        "ewc": {"segments": 1, "consolidation": "ewc"},
+        "si": {"segments": 1, "consolidation": "si"},
+        "replay": rehearsal,
+        "gem": {**rehearsal, "combine": "gem"},
+        "concurrent": concurrent,
+        "balance": {**concurrent, "balance": 1.0},
+        **{rule: {**concurrent, "combine": rule} for rule in rules},
+    }
+
+
+def segment_counts(counts: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """Segment counts K, as changes of a configuration."""
+    return {f"K={count}": {"segments": count} for count in counts}
+
+
+def comparison_runs(
+    base: DistillConfig, variants: Mapping[str, Mapping[str, Any]], seeds: int
+) -> dict[str, DistillConfig]:
+    """Every variant with every seed, by name, at equal compute.
+
+    `base.iterations`, `validate_every` and `probe_every` count matched segments: a variant that matches k segments an
+    iteration takes `iterations // k` iterations, and measures as often by compute. The last iterate and the first are
+    studied (gradients, accumulated error) if there are probes.
+    """
+    runs = {}
+    for name, changes in variants.items():
+        cost = changes["segments"] + changes.get("replay", 0)
+        iterations = base.iterations // cost
+        if iterations < 1:
+            raise UserError(f"iterations is {base.iterations}; {name} matches {cost} segments in its first one.")
+        paced: dict[str, Any] = {
+            "iterations": iterations,
+            "validate_every": -(-base.validate_every // cost),
+            "probe_every": max(1, base.probe_every // cost),
+            "study_every": iterations if base.probe_starts else 0,
+        }
+        for seed in range(base.seed, base.seed + seeds):
+            runs[f"{name}/seed-{seed}"] = dataclasses.replace(base, **changes, **paced, seed=seed)
+    return runs
+
+
+# --- Running it -------------------------------------------------------------------------------------------------
+
+
+def run_study(
+    base: DistillConfig,
+    runs: Mapping[str, DistillConfig],
+    buffer: Path,
+    out: Path,
+    *,
+    networks: int = 0,
+    jobs: int = 0,
+    root: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Run, resume, or read every run, and return the study's record.
+
+    Args:
+        base: what the runs have in common.
+        runs: configurations by name; a run's folder is `out/name`.
+        buffer: folder of the experts.
+        out: the study's folder.
+        networks: networks that test each synthetic set, and random real images once a seed; 0 tests nothing.
+        jobs: processes that share the runs; 0 runs them in this process, one after the other.
+        root: folder of the data sets.
+        device: `auto`, `cpu`, `cuda` …
+
+    Raises:
+        UserError: `out` holds another study, or some runs failed; the others are finished first.
+    """
+    description = {"config": as_dict(base), "runs": sorted(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
+    if (out / "study.json").exists():
+        refuse_other_run(out, read_json(out / "study.json"), description)
+    write_json(out / "study.json", description)
+    work = [
+        (name, config, buffer, out / name, networks, _brings_baselines(name, runs), root, device)
+        for name, config in runs.items()
+    ]
+    failed = _in_processes(work, jobs) if jobs else _one_by_one(work)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
+    return study_record(out)
+
+
+def _brings_baselines(name: str, runs: Mapping[str, DistillConfig]) -> bool:
+    """Whether a run also tests random real images: the first one of its seed."""
+    return name == next(other for other, config in runs.items() if config.seed == runs[name].seed)
+
+
+def _one(
+    name: str,
+    config: DistillConfig,
+    buffer: Path,
+    out: Path,
+    networks: int,
+    baselines: bool,
+    root: Path | None,
+    device: str,
+) -> str | None:
+    """Do one run; returns why it failed."""
+    try:
+        distill(config, buffer, out, root=root, device=device)
+        if networks:
+            evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=config.seed)
+    except UserError as error:
+        return f"{name}: {error}"
+    return None
+
+
+def _one_by_one(work: list[tuple[Any, ...]]) -> list[str]:
+    return [reason for task in tqdm(work, desc="study", unit="run") if (reason := _one(*task))]
+
+
+def _in_processes(work: list[tuple[Any, ...]], jobs: int) -> list[str]:
+    """A process for every run, `jobs` at a time; no process does two, so that each one's peak memory is its own."""
+    threads = max(1, torch.get_num_threads() // jobs)
+    quiet = os.environ.get("TQDM_DISABLE")
+    os.environ["TQDM_DISABLE"] = "1"  # for the children, whose bars would overwrite each other
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+            jobs, multiprocessing.get_context("spawn"), _prepare, (threads,), max_tasks_per_child=1
+        ) as pool:
+            futures = [pool.submit(_one, *task) for task in work]
+            done = tqdm(concurrent.futures.as_completed(futures), total=len(work), desc="study", unit="run")
+            return [reason for future in done if (reason := future.result())]
+    finally:
+        os.environ.pop("TQDM_DISABLE")
+        os.environ.update({} if quiet is None else {"TQDM_DISABLE": quiet})
+
+
+def _prepare(threads: int) -> None:
+    """What a child does first."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
+# --- The record -------------------------------------------------------------------------------------------------
+
+DENSE = ("iteration", "loss", "starts", "expert", "step_size", "seconds", "replayed")
+SPARSE = ("validation_accuracy", "probe_losses", "geometry", "accumulated_error")
+
+
+def study_record(out: Path) -> dict[str, Any]:
+    """Everything that the runs of a finished study wrote, small enough to commit.
+
+    Returns:
+        JSON values: `config` of the base; and for each of `runs` its `changes` of that configuration, its `metrics`
+        (a list of values for what every iteration has, and of [iteration, value] for what only some have), `result`,
+        and `evaluations`.
+
+    Raises:
+        UserError: `out` holds no study, or one that is not finished.
+    """
+    description = read_json(out / "study.json")
+    runs = {}
+    for name in description["runs"]:
+        if not (out / name / "result.json").exists():
+            raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")
+        config = read_json(out / name / "config.json")
+        runs[name] = {
+            "changes": {key: config[key] for key, value in description["config"].items() if config[key] != value},
+            "metrics": _columns(Metrics.read(out / name / "metrics.jsonl")),
+            "result": read_json(out / name / "result.json"),
+            "evaluations": [read_json(path)["accuracies"] for path in sorted((out / name).glob("evaluation-*.json"))],
+        }
+    return {**description, "runs": runs}
+
+
+def _columns(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Metrics by name instead of by line, in six digits."""
+    iterations = [line for line in lines if "loss" in line]
+    dense = {key: [line[key] for line in iterations] for key in DENSE if key in iterations[0]}
+    sparse = {key: [[line["iteration"], line[key]] for line in lines if key in line] for key in SPARSE}
+    return _rounded({**dense, **{key: values for key, values in sparse.items() if values}})
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return value
+
+
+def lines_of(metrics: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """The lines that `metrics` of a record were made from, in order, as far as it keeps them."""
+    lines: dict[int, dict[str, Any]] = {}
+    for key in DENSE:
+        for iteration, value in zip(metrics["iteration"], metrics.get(key, []), strict=False):
+            lines.setdefault(iteration, {})[key] = value
+    for key in SPARSE:
+        for iteration, value in metrics.get(key, []):
+            lines.setdefault(iteration, {"iteration": iteration})[key] = value
+    return [lines[iteration] for iteration in sorted(lines)]

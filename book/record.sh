@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Makes the records of the studies, book/results/*.json, from the repository's root, in its environment:
+#
+#     book/record.sh ROOT RUNS [NAME…]
+#
+# ROOT holds the data sets (see `cddlib data`), RUNS is a folder for the runs; without names every record is made.
+# Every command resumes where it was stopped. JOBS processes share the runs, and OMP_NUM_THREADS cores are shared by
+# them. The settings are small enough for a CPU: networks of width 32, few and short student steps, few iterations.
+# Learning rates and first step sizes were chosen in trials of a minute, so that the probes' losses fall.
+set -euo pipefail
+
+root=$1 runs=$2
+shift 2
+jobs=${JOBS:-3}
+results=book/results
+cifar10="--data cifar10 --root $root --buffer $runs/cifar10 --window-end 18 --jobs $jobs"
+ipc1="--ipc 1 --student-steps 20 --lr-images 100 --step-size 0.012 --lr-step-size 1e-7"
+ipc10="--ipc 10 --student-steps 12 --student-batch 50 --lr-images 200 --step-size 0.014 --lr-step-size 1e-6"
+ipc50="--ipc 50 --student-steps 12 --student-batch 50 --lr-images 1000 --step-size 0.012 --lr-step-size 1e-6"
+cifar10_probes="--probe-starts 0 4 8 12 16"
+digits="--data digits --buffer $runs/digits --jobs $jobs"
+digits_probes="--probe-starts 0 2 4 6 8 10"
+
+buffers() {
+    cddlib buffer --data digits --out "$runs/digits"
+    cddlib buffer --data cifar10 --root "$root" --width 32 --experts 3 --epochs 20 --no-holdout --out "$runs/cifar10"
+    cddlib record "$runs/cifar10" --to $results/study-buffer-cifar10.json
+}
+
+study() { # NAME COMMAND OPTIONS…
+    local name=$1 command=$2
+    shift 2
+    # shellcheck disable=SC2068 # the options are words
+    cddlib "$command" $@ --out "$runs/$name"
+    cddlib record "$runs/$name" --to "$results/$name.json"
+}
+
+correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 10"; }
+correlation-digits-ipc10() { study correlation-digits-ipc10 correlate "$digits --ipc 10 $digits_probes --iterations 16 --replicates 5"; }
+remedies-digits-ipc1() { study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 128 --validate-every 16 --probe-every 4 --seeds 5"; }
+correlation-cifar10-ipc1() { study correlation-cifar10-ipc1 correlate "$cifar10 $ipc1 $cifar10_probes --iterations 30"; }
+correlation-cifar10-ipc10() { study correlation-cifar10-ipc10 correlate "$cifar10 $ipc10 $cifar10_probes --iterations 20"; }
+correlation-cifar10-ipc50() { study correlation-cifar10-ipc50 correlate "$cifar10 $ipc50 $cifar10_probes --iterations 20"; }
+segments-cifar10-ipc1() { study segments-cifar10-ipc1 compare "$cifar10 $ipc1 --probe-starts 0 2 4 6 8 10 12 14 16 --iterations 320 --validate-every 40 --probe-every 8 --evaluation-epochs 300 --networks 2"; }
+segments-cifar10-ipc10() { study segments-cifar10-ipc10 compare "$cifar10 $ipc10 $cifar10_probes --counts 1 4 --iterations 96 --validate-every 24 --probe-every 8 --evaluation-epochs 200 --networks 2"; }
+segments-cifar10-ipc50() { study segments-cifar10-ipc50 compare "$cifar10 $ipc50 $cifar10_probes --counts 1 4 --iterations 96 --validate-every 24 --probe-every 8 --evaluation-epochs 60 --networks 2"; }
+
+all="buffers correlation-digits-ipc1 correlation-digits-ipc10 remedies-digits-ipc1 correlation-cifar10-ipc1
+ segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50"
+for name in ${@:-$all}; do
+    echo "== $name"
+    "$name"
+done

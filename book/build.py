@@ -21,6 +21,8 @@ from typing import Any
 import nbformat
 import papermill
 
+from cddlib.claims import claims_table, committed_findings
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -102,6 +104,7 @@ def main() -> None:
         print(f"executing {source.name}", flush=True)
         executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
     (stage / "book" / "provenance.md").write_text(provenance(executed))
+    (stage / "book" / "claims.md").write_text(claims_table(committed_findings()) + "\n")
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [str(jupyter_book), "build", str(stage), "--path-output", str(arguments.output)]
     subprocess.run([*command, "-W", "-n", "--keep-going", "--all"], check=True)

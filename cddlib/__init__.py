@@ -10,7 +10,8 @@ From real images to a tested synthetic set::
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
 The modules, in the order in which data flows: runs, data, preprocessing, augment, networks, training, trajectory,
-buffer, segments, matching, combine, synthetic, evaluate, distill, recipes, figures, cli.
+buffer, segments, matching, combine, consolidate, synthetic, correlation, continual, evaluate, state, distill, recipes,
+study, findings, claims, figures, study_figures, cli.
 """
 
 from cddlib.buffer import BufferConfig, train_buffer

@@ -4,12 +4,12 @@ First a fixed set of segments, the *probes*, whose losses and gradients any run 
 it recorded. In every matrix the row is the segment that is matched and the column the one that is measured.
 
     pearson       correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
-                  describe it. All losses fall together as the set improves, so `differences` correlates their changes
+                  describe it. All losses fall together as the set improves, so `changes` of them can be given as well
     net_change    by how much a loss has changed in the end, relative to its start
     cosines       between the segments' gradients: −1 is conflict, +1 agreement
     transfer      what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
 
-A claim about signs needs a test: `permutation_test` for two curves, `sign_flip_test` for repeated measurements.
+A claim about signs needs a test: `permutation_test` for two curves, `t_test` for a number measured once a replicate.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import scipy.stats
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -142,14 +143,12 @@ class Probes:
 # --- Curves of losses -------------------------------------------------------------------------------------------
 
 
-def pearson(losses: Float[np.ndarray, "matched times measured"], *, differences: bool = False) -> Matrix:
+def pearson(curves: Float[np.ndarray, "matched times measured"]) -> Matrix:
     """C_ij = corr(L_i, L_j) over the times of the run that matched i; nan where a curve is constant.
 
     Args:
-        losses: `losses[i, s, j]`, loss of segment j at time s of the run that matched segment i.
-        differences: correlate the changes from one time to the next instead of the losses.
+        curves: `curves[i, s, j]`, the loss of segment j at time s of the run that matched segment i; or `changes`.
     """
-    curves = np.diff(losses, axis=1) if differences else np.asarray(losses)
     centred = curves - curves.mean(axis=1, keepdims=True)
     own = np.stack([run[:, matched] for matched, run in enumerate(centred)])
     covariance = np.einsum("is,isj->ij", own, centred)
@@ -157,9 +156,23 @@ def pearson(losses: Float[np.ndarray, "matched times measured"], *, differences:
     return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=norms > 0)
 
 
+def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.ndarray, "matched times measured"]:
+    """Ranks of every curve's changes from one time to the next, for `pearson` to correlate (Spearman's correlation).
+
+    Changes, because the losses of all segments fall together; ranks, because the first steps away from real images
+    change every loss far more than all later ones, and would decide any other correlation.
+    """
+    return scipy.stats.rankdata(np.diff(losses, axis=1), axis=1)
+
+
 def net_change(losses: Float[np.ndarray, "matched times measured"]) -> Matrix:
     """(L_j(end) − L_j(start)) / L_j(start) in the run that matched i; above 0, matching i hurt j."""
     return losses[:, -1] / losses[:, 0] - 1
+
+
+def rise(losses: Float[np.ndarray, "matched times measured"]) -> Matrix:
+    """(L_j(end) − min L_j) / min L_j in the run that matched i: what j had won on the way, and lost again."""
+    return losses[:, -1] / losses.min(axis=1) - 1
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------
@@ -225,7 +238,7 @@ def permutation_test(
     """P-value of "the correlation is not negative", one-sided: small where it is negative beyond chance.
 
     Shuffles the times of `second` within each replicate, and asks how often the mean correlation over the replicates
-    is as low as the observed one. Give it changes of losses, not losses: times of a trend cannot be exchanged.
+    is as low as the observed one. Give it `changes` of losses, not losses: times of a trend cannot be exchanged.
     """
     rng = np.random.default_rng(seed)
     standard = [
@@ -238,17 +251,9 @@ def permutation_test(
     return float((1 + (chance <= observed + 1e-12).sum()) / (permutations + 1))
 
 
-def sign_flip_test(values: Float[np.ndarray, " replicates"], *, permutations: int = 9999, seed: int = 0) -> float:
-    """P-value of "the mean is not negative", one-sided, from flipping the signs of repeated measurements.
-
-    Exact, over all 2^n flips, up to n = 13; the smallest value that n measurements allow is 2^−n.
-    """
-    values = np.asarray(values, dtype=float)
-    if len(values) <= 13:
-        signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
-        return float((signs @ values <= values.sum() + 1e-12).mean())
-    signs = np.random.default_rng(seed).choice([-1, 1], (permutations, len(values)))
-    return float((1 + (signs @ values <= values.sum() + 1e-12).sum()) / (permutations + 1))
+def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..."]:
+    """P-value of "the mean over replicates is not negative", one-sided, by Student's t."""
+    return np.asarray(scipy.stats.ttest_1samp(values, 0, axis=0, alternative="less").pvalue)
 
 
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from cddlib.runs import Metrics, UserError, read_json
+from cddlib.runs import Metrics
 from cddlib.segments import SegmentsConfig, draw_segments
 from cddlib.trajectory import Buffer
 
@@ -29,14 +29,6 @@ def use_style() -> None:
     """Colour-blind palette, white background, text that stays readable at 640 pixels."""
     sns.set_theme(style="whitegrid", palette="colorblind", font_scale=1.0)
     plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
-
-
-def read_record(name: str) -> dict[str, Any]:
-    """The committed record `book/results/<name>.json`, found from the repository's root or from notebooks/."""
-    for folder in (Path.cwd(), Path.cwd().parent):
-        if (folder / "book" / "results").is_dir():
-            return read_json(folder / "book" / "results" / f"{name}.json")
-    raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
 
 
 def _as_percent(axes: Any) -> None:
@@ -121,9 +113,15 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
     return figure
 
 
+def _by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
+    """The measurements of single segments."""
+    table = pd.DataFrame(record["measurements"])
+    return table[table["implementation"].isin(("cddlib", "textbook"))].copy()
+
+
 def memory_against_steps(record: Mapping[str, Any]) -> Figure:
     """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
-    table = pd.DataFrame(record["measurements"])
+    table = _by_steps(record)
     table["above"] = table["peak_mb"] - table["start_mb"]
     figure, axis = plt.subplots()
     sns.lineplot(table, x="student_steps", y="above", hue="implementation", style="implementation", markers=True)
@@ -134,7 +132,7 @@ def memory_against_steps(record: Mapping[str, Any]) -> Figure:
 
 def memory_in_words(record: Mapping[str, Any]) -> str:
     """The numbers behind `memory_against_steps`, and where they were measured."""
-    table = pd.DataFrame(record["measurements"])
+    table = _by_steps(record)
     parts = []
     for implementation, mine in table.groupby("implementation"):
         above = (mine["peak_mb"] - mine["start_mb"]).round().astype(int)
@@ -156,26 +154,34 @@ def read_runs(folders: Mapping[tuple[int, int], Path]) -> pd.DataFrame:
     for (segments, seed), folder in folders.items():
         table = pd.DataFrame(Metrics.read(folder / "metrics.jsonl"))
         table["segments"], table["seed"] = segments, seed
+        table["variant"] = f"K = {segments}"
         table["matched"] = table["iteration"] * segments
+        table["elapsed"] = table["seconds"].fillna(0).cumsum()
         accuracy = table["validation_accuracy"]
         table["accuracy"] = accuracy.map(lambda values: np.mean(values) if isinstance(values, list) else np.nan)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
 
 
-def accuracy_by_segments(runs: pd.DataFrame) -> Figure:
-    """Validation accuracy against iterations, and against matched segments (equal compute); mean ± sd over seeds."""
-    table = runs.dropna(subset="accuracy").rename(columns={"segments": "K"})
-    figure, axes = plt.subplots(1, 2, figsize=(7.6, 3.6), sharey=True)
-    for axis, x, label in zip(
-        axes, ("iteration", "matched"), ("iterations", "segments matched = K · iterations"), strict=True
-    ):
-        sns.lineplot(
-            table, x=x, y="accuracy", hue="K", style="K", markers=True, palette="colorblind", errorbar="sd", ax=axis
-        )
-        axis.set(xlabel=label, ylabel="validation accuracy")
-        _as_percent(axis)
-    axes[1].get_legend().remove()
+def accuracy_curves(table: pd.DataFrame) -> Figure:
+    """Validation accuracy against iterations, matched segments and seconds of matching; mean ± sd over seeds.
+
+    Args:
+        table: from `read_runs` or `findings.curves`; seconds are averaged over seeds.
+    """
+    measured = table.dropna(subset="accuracy")
+    labels = {"iteration": "iterations", "matched": "segments matched = K · iterations", "elapsed": "seconds matching"}
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.5), sharey=True)
+    for axis, (x, label) in zip(axes, labels.items(), strict=True):
+        for (variant, mine), marker in zip(measured.groupby("variant", sort=False), MARKERS, strict=False):
+            points = mine.groupby("iteration").agg(x=(x, "mean"), mean=("accuracy", "mean"), sd=("accuracy", "std"))
+            spread = points["sd"].fillna(0)
+            axis.plot(points["x"], points["mean"], marker=marker, markersize=4, label=variant)
+            axis.fill_between(points["x"], points["mean"] - spread, points["mean"] + spread, alpha=0.2)
+        axis.set(xlabel=label)
+    axes[0].set_ylabel("validation accuracy")
+    axes[-1].legend(fontsize=8)
+    _as_percent(axes[0])
     return figure
 
 

@@ -113,11 +113,18 @@ def _mtt(data: str, ipc: int) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-    """How much work a chapter of the book does: overrides of the recipes, and the number of seeds."""
+    """How much work a chapter of the book does."""
 
     buffer: dict[str, Any]
+    """Overrides of the buffer's recipe."""
     distill: dict[str, Any]
+    """Overrides of the distillation's recipe."""
     seeds: int
+    """Repetitions."""
+    correlate_iterations: int
+    """Iterations of each run of a correlation study."""
+    compare_iterations: int
+    """Matched segments of each run of a comparison."""
 
 
 PROFILES = {
@@ -132,11 +139,17 @@ PROFILES = {
             "evaluation_epochs": 5,
         },
         seeds=2,
+        correlate_iterations=3,
+        compare_iterations=8,
     ),
     "quick": Profile(
-        buffer={"experts": 3}, distill={"iterations": 32, "validate_every": 8, "evaluation_epochs": 200}, seeds=3
+        buffer={"experts": 3},
+        distill={"iterations": 32, "validate_every": 8, "evaluation_epochs": 200},
+        seeds=3,
+        correlate_iterations=16,
+        compare_iterations=64,
     ),
-    "full": Profile(buffer={}, distill={}, seeds=3),
+    "full": Profile(buffer={}, distill={}, seeds=3, correlate_iterations=200, compare_iterations=5000),
 }
 
 

@@ -224,6 +224,14 @@ def collect(folder: Path) -> dict[str, Any]:
     return record
 
 
+def read_record(name: str) -> dict[str, Any]:
+    """The committed record `book/results/<name>.json`, found from the repository's root or from notebooks/."""
+    for folder in (Path.cwd(), Path.cwd().parent):
+        if (folder / "book" / "results").is_dir():
+            return read_json(folder / "book" / "results" / f"{name}.json")
+    raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
+
+
 # --- Provenance -------------------------------------------------------------------------------------------------
 
 

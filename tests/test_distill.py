@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,12 @@ import pytest
 import torch
 
 import cddlib
-from cddlib import cli, data, runs
+from cddlib import cli, combine, data, runs
+from cddlib.consolidate import ConsolidateConfig
 from cddlib.distill import DistillConfig, concurrent_gradient
 from cddlib.runs import UserError
+from cddlib.segments import draw_segments
+from cddlib.state import State
 from cddlib.synthetic import SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
@@ -424,3 +428,237 @@ def test_a_guard_that_skips_everything_stops_the_run(buffer: Buffer, recipe, tmp
     monkeypatch.setattr(module, "MOST_SKIPPED", 3)
     with pytest.raises(UserError, match=r"iteration 3, .* above loss_threshold \(0\.001\) for 3 iterations"):
         distill(recipe(loss_threshold=0.001), buffer, tmp_path)
+
+
+# --- Combining, holding, replaying, measuring -------------------------------------------------------------------
+
+RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
+
+
+def segment_gradients(
+    config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int, matched: list[tuple[int, int]]
+) -> list[tuple[float, tuple[torch.Tensor, ...]]]:
+    """Loss and gradient of each (expert, start epoch), with the iteration's batches and augmentations in this order."""
+    rng = runs.generator(config.seed, "iteration", iteration)
+    torch.randint(len(buffer.experts), (), generator=rng)
+    draw_segments(config, iteration, rng)
+    found = []
+    for expert, start in matched:
+        steps = cddlib.plan_student(config, len(synthetic.labels), config.augment, rng)
+        loss = cddlib.matching_loss(
+            buffer.network,
+            buffer.parameters(expert, start),
+            buffer.parameters(expert, start + config.expert_epochs),
+            synthetic.images,
+            synthetic.targets(),
+            synthetic.step_size,
+            steps,
+        )
+        found.append((loss.item(), torch.autograd.grad(loss, synthetic.variables())))
+    return found
+
+
+def ready(config: DistillConfig, buffer: Buffer) -> SyntheticSet:
+    """The first set, to be differentiated."""
+    synthetic = first(config, buffer)
+    for variable in synthetic.variables():
+        variable.requires_grad_()
+    return synthetic
+
+
+def test_one_expert_is_matched_at_the_start_epochs_that_all_would_be(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    for expert in (None, 0, 1):
+        distill(recipe(expert=expert, iterations=8, validate_every=0), buffer, tmp_path / f"{expert}")
+    every, zero, one = (metrics(tmp_path / name)[1:] for name in ("None", "0", "1"))
+    assert {line["expert"] for line in every} == {0, 1}
+    assert {line["expert"] for line in zero} == {0}
+    assert {line["expert"] for line in one} == {1}
+    draws = [[(line["starts"], line["anchor"]) for line in lines] for lines in (every, zero, one)]
+    assert draws[0] == draws[1] == draws[2]
+    same = next(line for line in every)
+    assert same["losses"] == (zero, one)[same["expert"]][0]["losses"]  # as long as the sets have not parted
+
+
+@pytest.mark.parametrize("expert", [None, 1])
+def test_replay_matches_anchors_of_earlier_iterations(buffer: Buffer, recipe, tmp_path: Path, expert) -> None:
+    distill(recipe(replay=2, iterations=9, validate_every=0, expert=expert), buffer, tmp_path)
+    lines = metrics(tmp_path)[1:]
+    anchors = [(line["expert"], line["starts"][line["anchor"]]) for line in lines]
+    for index, line in enumerate(lines):
+        replayed = Counter(tuple(pair) for pair in line["replayed"])
+        assert replayed.total() == min(2, index)
+        assert replayed <= Counter(anchors[:index])  # each earlier iteration at most once
+        assert len(line["losses"]) == len(line["starts"]) + len(line["replayed"])
+    assert lines[0]["replayed"] == []
+    assert len({tuple(map(tuple, line["replayed"])) for line in lines[3:]}) > 1
+
+
+def test_without_replay_no_line_names_any(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    distill(recipe(validate_every=0), buffer, tmp_path)
+    assert all({"replayed", "weights"}.isdisjoint(line) for line in metrics(tmp_path))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"balance": 0.7}, {"combine": "gem"}, {"combine": "gradnorm"}])
+def test_replays_gradient_is_the_weighted_sum_of_all(buffer: Buffer, recipe, overrides: dict[str, object]) -> None:
+    config = recipe(replay=2, **overrides)
+    synthetic = ready(config, buffer)
+    found, record = concurrent_gradient(config, buffer, synthetic, 5)
+    matched = [(record["expert"], start) for start in record["starts"]] + record["replayed"]
+    assert len(matched) == 4
+    parts = segment_gradients(config, buffer, synthetic, 5, matched)
+    assert record["losses"] == pytest.approx([loss for loss, _ in parts])
+    shares = record.get("weights", [0.25] * 4)
+    if "balance" in overrides:
+        shares = [1 / 1.7 if k == record["anchor"] else 0.7 / 3 / 1.7 for k in range(4)]
+    for v, gradient in enumerate(found):
+        wanted = sum(share * part[v] for share, (_, part) in zip(shares, parts, strict=True))
+        torch.testing.assert_close(gradient, wanted)
+    losses = [loss for loss, _ in parts]
+    averaged = shares if "combine" not in overrides else [0.25] * 4
+    assert record["loss"] == pytest.approx(sum(share * loss for share, loss in zip(averaged, losses, strict=True)))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_runs_in_the_loop_and_records_its_weights(buffer: Buffer, recipe, tmp_path: Path, rule: str) -> None:
+    config = recipe(combine=rule, segments=3, iterations=3, validate_every=0)
+    for name in ("one", "two"):
+        distill(config, buffer, tmp_path / name)
+    assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
+    lines = metrics(tmp_path / "one")[1:]
+    for line in lines:
+        assert len(line["weights"]) == 3
+        assert line["loss"] == pytest.approx(sum(line["losses"]) / 3)
+    synthetic = ready(config, buffer)
+    found, record = concurrent_gradient(config, buffer, synthetic, 0)
+    assert record["weights"] == lines[0]["weights"]
+    parts = segment_gradients(config, buffer, synthetic, 0, [(record["expert"], start) for start in record["starts"]])
+    gradients = [gradient for _, gradient in parts]
+    products = combine.gramian(gradients, config.rates(synthetic))
+    wanted = combine.weights(config, products, record["losses"], record["anchor"], stream_after(config, buffer, 0))
+    assert record["weights"] == pytest.approx(wanted, rel=1e-4)
+    for v, gradient in enumerate(found):
+        summed = sum(share * part[v] for share, part in zip(record["weights"], gradients, strict=True))
+        torch.testing.assert_close(gradient, summed)
+
+
+def stream_after(config: DistillConfig, buffer: Buffer, iteration: int) -> torch.Generator:
+    """The iteration's generator after the segments' students are drawn."""
+    rng = runs.generator(config.seed, "iteration", iteration)
+    torch.randint(len(buffer.experts), (), generator=rng)
+    draw_segments(config, iteration, rng)
+    for _ in range(config.segments):
+        cddlib.plan_student(config, len(first(config, buffer).labels), config.augment, rng)
+    return rng
+
+
+@pytest.mark.parametrize("kind", ["ewc", "si"])
+def test_images_are_held_after_the_optimisers_step(buffer: Buffer, recipe, tmp_path: Path, kind: str) -> None:
+    held = {"consolidation": kind, "consolidation_strength": 0.5, "consolidate_every": 2}
+    config = recipe(iterations=5, validate_every=0, ema=0.8, **held)
+    found = distill(config, buffer, tmp_path)
+    synthetic = ready(config, buffer)
+    x = synthetic.images.detach()
+    velocity, anchor, average = torch.zeros_like(x), x.clone(), x.clone()
+    omega, gathered = torch.zeros_like(x), torch.zeros_like(x)
+    rate = {"lr_images": 0.0, "lr_labels": 0.0}
+    state = State(dataclasses.replace(config, **rate), ConsolidateConfig(), synthetic)
+    for iteration in range(5):
+        gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
+        state.step(gradients)  # the step size alone
+        velocity = config.momentum_images * velocity + gradients[0]
+        step = -config.lr_images * velocity
+        x += step
+        gathered += gradients[0] ** 2 if kind == "ewc" else -gradients[0] * step
+        if iteration >= 2:
+            x -= (x - anchor) * (1 - 1 / (1 + 0.5 * omega / omega.mean()))
+        if iteration % 2 == 1:
+            way = (x - anchor) ** 2
+            omega += gathered if kind == "ewc" else gathered.clamp(min=0) / (way + way.mean())
+            anchor, gathered = x.clone(), torch.zeros_like(x)
+        average = 0.8 * average + 0.2 * x
+    moved = (average - first(config, buffer).images).abs().max()
+    assert (found.images - average).abs().max() < 1e-3 * moved
+    free = distill(recipe(iterations=5, validate_every=0, ema=0.8), buffer, tmp_path / "free")
+    assert (found.images - free.images).abs().max() > 0.02 * moved
+
+
+PROBES = {"probe_starts": (0, 2, 4), "probe_expert": 1, "probe_every": 2, "study_every": 3}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"consolidation": "ewc", "consolidate_every": 3, "replay": 1},
+        {"consolidation": "si", "consolidate_every": 3, "combine": "pcgrad", "segments": 3, "ema": 0.9},
+        {"replay": 2, "combine": "gem", "expert": 0},
+        {**PROBES, "combine": "pcgrad", "segments": 3},
+    ],
+)
+def test_interrupted_with_remedies_and_probes_it_gives_the_same(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, overrides: dict[str, object]
+) -> None:
+    config = recipe(**{"iterations": 7, "validate_every": 0, **overrides})
+    distill(config, buffer, tmp_path / "whole")
+    for iteration in (3, 5):  # a checkpoint of 2, before the first consolidation; and of 4, between two
+        with monkeypatch.context() as patch:
+            interrupt_at(patch, iteration)
+            with pytest.raises(KeyboardInterrupt):
+                distill(config, buffer, tmp_path / "parts")
+    distill(config, buffer, tmp_path / "parts")
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_probes_are_measured_on_time(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    distill(recipe(iterations=7, validate_every=0, **PROBES), buffer, tmp_path)
+    lines = metrics(tmp_path)
+    measured = {name: [line["iteration"] for line in lines if name in line] for name in lines[0]}
+    assert measured["probe_losses"] == [0, 2, 4, 6, 7]
+    assert measured["geometry"] == measured["accumulated_error"] == [0, 3, 6, 7]
+    for line in lines:
+        assert len(line.get("probe_losses", [0, 0, 0])) == 3
+        if "geometry" in line and "probe_losses" in line:
+            assert line["geometry"]["losses"] == line["probe_losses"]
+    assert lines[0]["probe_losses"] != lines[2]["probe_losses"]
+
+
+def test_probes_without_a_study_measure_losses_alone(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    distill(recipe(iterations=2, validate_every=0, probe_starts=(1,)), buffer, tmp_path)
+    assert [sorted(line.keys() & {"probe_losses", "geometry", "accumulated_error"}) for line in metrics(tmp_path)] == [
+        ["probe_losses"]
+    ] * 3
+
+
+def test_measuring_changes_nothing(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    for name, overrides in (("plain", {}), ("measured", PROBES)):
+        distill(recipe(soft_labels=True, **overrides), buffer, tmp_path / name)
+    found = [SyntheticSet.load(tmp_path / name / "synthetic.safetensors") for name in ("plain", "measured")]
+    for name, tensor in found[0].variable_tensors().items():
+        assert tensor.numpy().tobytes() == found[1].variable_tensors()[name].numpy().tobytes()
+    plain, measured = (metrics(tmp_path / name) for name in ("plain", "measured"))
+    assert [{key: line[key] for key in before} for before, line in zip(plain, measured, strict=True)] == plain
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"probe_starts": (0, 5)},
+            "probe_starts is (0, 5), but the experts stop at epoch 6 and segments are 2 epochs long; probes may start "
+            "at epoch 4 at the latest.",
+        ),
+        ({"probe_expert": 2}, "probe_expert is 2, but FOLDER holds experts 0 to 1."),
+        ({"expert": 2}, "expert is 2, but FOLDER holds experts 0 to 1."),
+    ],
+)
+def test_segments_that_the_buffer_does_not_hold_are_refused(
+    buffer: Buffer, recipe, tmp_path: Path, wrong: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError) as refused:
+        distill(recipe(**wrong), buffer, tmp_path / "run")
+    assert str(refused.value) == message.replace("FOLDER", str(buffer.folder))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_last_probe_that_the_buffer_holds_is_followed(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    distill(recipe(probe_starts=(4,), probe_expert=1, expert=1, iterations=1, validate_every=0), buffer, tmp_path)
+    assert [len(line["probe_losses"]) for line in metrics(tmp_path)] == [1, 1]

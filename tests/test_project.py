@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = ["runs", "data", "preprocessing", "augment", "networks", "training", "trajectory", "buffer", "segments"]
 MODULES += ["matching", "combine", "consolidate", "synthetic", "correlation", "continual", "evaluate", "state"]
-MODULES += ["distill", "recipes", "study", "figures", "cli", "__main__"]
+MODULES += ["distill", "recipes", "study", "findings", "claims", "figures", "study_figures", "cli", "__main__"]
 
 
 def locked() -> dict[str, str]:

@@ -127,6 +127,8 @@ def test_the_curriculum_by_hand() -> None:
     ("values", "sentence"),
     [
         ({"segments": 0}, "segments is 0; it must be at least 1."),
+        ({"expert": -1}, "expert is -1; it must be 0 or more."),
+        ({"replay": -1}, "replay is -1; it must be 0 or more."),
         ({"expert_epochs": 0}, "expert_epochs is 0; it must be at least 1."),
         ({"expansion_iterations": 0}, "expansion_iterations is 0; it must be at least 1."),
         (
@@ -161,6 +163,16 @@ def test_impossible_configurations_are_refused(values: dict[str, int], sentence:
     with pytest.raises(cddlib.UserError) as refused:
         SegmentsConfig(**values)
     assert str(refused.value) == sentence
+
+
+def test_expert_and_replay_change_no_segment() -> None:
+    plain = SegmentsConfig(segments=3)
+    assert (plain.expert, plain.replay) == (None, 0)
+    for values in ({"expert": 0}, {"expert": 7}, {"replay": 1}):
+        changed = SegmentsConfig(segments=3, **values)
+        for iteration in range(5):
+            found, wanted = (draw_segments(c, iteration, cddlib.generator(iteration)) for c in (changed, plain))
+            assert found == wanted
 
 
 def test_segments_end_inside_the_trajectory() -> None:

@@ -1,5 +1,7 @@
 """Peak memory of one segment's gradient as the student takes more steps: cddlib's walk beside the textbook's graph.
 
+And of the summed gradient of K segments, one after the other, at the second of the student steps.
+
     python tests/benchmarks/memory.py --to book/results/memory.json
 
 CIFAR's shape, MTT's ConvNet, full-batch steps with all augmentation. Each measurement has a process of its own.
@@ -18,6 +20,7 @@ from torch import Tensor
 
 import cddlib
 from cddlib import augment
+from cddlib.combine import weighted_sum
 from cddlib.matching import MatchingConfig, Step
 from cddlib.networks import Network
 from cddlib.runs import Recorder, resolve_device, write_json
@@ -31,6 +34,8 @@ class Options:
     """File of the record."""
     student_steps: tuple[int, ...] = (10, 20, 40, 80)
     """Student steps N."""
+    segments: tuple[int, ...] = (1, 2, 4, 8)
+    """Segment counts K."""
     width: int = 128
     """Channels of the ConvNet."""
     images: int = 10
@@ -61,10 +66,11 @@ def textbook(
 
 
 IMPLEMENTATIONS = {"cddlib": cddlib.matching_loss, "textbook": textbook}
+SEVERAL = "cddlib, K segments"
 
 
-def measure(options: Options, implementation: str, student_steps: int) -> dict[str, Any]:
-    """Loss and gradient once; memory and time that they took."""
+def measure(options: Options, implementation: str, student_steps: int, segments: int) -> dict[str, Any]:
+    """Loss and gradient once for each segment; memory and time that they took."""
     torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
     rng = cddlib.generator("memory")
@@ -83,12 +89,17 @@ def measure(options: Options, implementation: str, student_steps: int) -> dict[s
 
     recorder = Recorder(device)
     before = recorder.report()["peak_memory_mb"]
-    loss = IMPLEMENTATIONS[implementation](network, start, target, images, targets, step_size, steps)
-    gradient, _ = torch.autograd.grad(loss, variables)
+    matching_loss = IMPLEMENTATIONS.get(implementation, cddlib.matching_loss)
+    gradients = []
+    for _ in range(segments):
+        loss = matching_loss(network, start, target, images, targets, step_size, steps)
+        gradients.append(torch.autograd.grad(loss, variables))
+    gradient, _ = weighted_sum(gradients, [1 / segments] * segments)
     after = recorder.report()
     return {
         "implementation": implementation,
         "student_steps": student_steps,
+        "segments": segments,
         "start_mb": before,
         "peak_mb": after["peak_memory_mb"],
         "seconds": after["seconds"],
@@ -104,16 +115,15 @@ def main(options: Options) -> None:
     fresh = concurrent.futures.ProcessPoolExecutor(
         1, mp_context=multiprocessing.get_context("spawn"), max_tasks_per_child=1
     )
-    print(f"{'':10}{'steps':>6}{'peak MB':>10}{'above start':>13}{'seconds':>9}")
+    print(f"{'':20}{'steps':>6}{'K':>4}{'peak MB':>10}{'above start':>13}{'seconds':>9}")
+    points = [(name, student_steps, 1) for name in IMPLEMENTATIONS for student_steps in options.student_steps]
+    points += [(SEVERAL, options.student_steps[1], segments) for segments in options.segments]
     measurements = []
-    for implementation in IMPLEMENTATIONS:
-        for student_steps in options.student_steps:
-            m = fresh.submit(measure, options, implementation, student_steps).result()
-            above = m["peak_mb"] - m["start_mb"]
-            print(
-                f"{implementation:10}{student_steps:6}{m['peak_mb']:10.0f}{above:13.0f}{m['seconds']:9.1f}", flush=True
-            )
-            measurements.append(m)
+    for name, student_steps, segments in points:
+        m = fresh.submit(measure, options, name, student_steps, segments).result()
+        above, peak = m["peak_mb"] - m["start_mb"], m["peak_mb"]
+        print(f"{name:20}{student_steps:6}{segments:4}{peak:10.0f}{above:13.0f}{m['seconds']:9.1f}", flush=True)
+        measurements.append(m)
     fresh.shutdown()
     config = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name != "to"}
     report = {key: value for key, value in recorder.report().items() if key != "peak_memory_mb"}  # not this process's

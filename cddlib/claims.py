@@ -1,0 +1,281 @@
+"""Verdicts on the paper's claims, computed from the studies' records.
+
+A verdict is mechanical. Each claim is written as an effect that the paper expects to be positive, measured once a
+replicate (its own expert or seed). If the 95 % confidence interval of the mean (Student's t over replicates) lies
+above zero the claim is *confirmed* in that setting, below zero *contradicted*, and else it is *not settled*.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from cddlib import correlation
+from cddlib.findings import (
+    Correlations,
+    Effect,
+    Record,
+    at_equal_iterations,
+    comparison,
+    correlations,
+    curves,
+    effect,
+    paired,
+)
+from cddlib.runs import read_record
+
+Verdict = Literal["confirmed", "contradicted", "not settled", "not tested"]
+
+CORRELATION_STUDIES = {
+    "digits, IPC 1": "correlation-digits-ipc1",
+    "CIFAR-10, IPC 1": "correlation-cifar10-ipc1",
+    "CIFAR-10, IPC 10": "correlation-cifar10-ipc10",
+    "CIFAR-10, IPC 50": "correlation-cifar10-ipc50",
+}
+"""Committed records of correlation studies by the name of their setting; `book/record.sh` makes them."""
+
+SEGMENT_STUDIES = {
+    "CIFAR-10, IPC 1": "segments-cifar10-ipc1",
+    "CIFAR-10, IPC 10": "segments-cifar10-ipc10",
+    "CIFAR-10, IPC 50": "segments-cifar10-ipc50",
+}
+"""Committed records of comparisons of segment counts."""
+
+REMEDY_STUDIES = {"digits, IPC 1": "remedies-digits-ipc1"}
+"""Committed records of comparisons of remedies."""
+
+CLAIMS = {
+    "C1": "Matching some segments is negatively correlated with matching others.",
+    "C2": "With few images per class the negative pairs lie below the diagonal, with many above it.",
+    "C3": "Matching one segment at a time raises the others' losses: it forgets.",
+    "C4": "This raises the accumulated trajectory error.",
+    "C5": "Concurrent matching makes nearly all correlations positive, and helps more than EWC and SI.",
+    "C6": "Concurrent matching gives better accuracy.",
+    "C7": "It transfers better to other architectures, and is lossless at 20 % of CIFAR.",
+    "C8": "It needs no more memory; an iteration takes longer in proportion to K.",
+}
+"""The paper's claims, as its abstract and public reviews report them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What one measure says about one claim in one setting."""
+
+    claim: str
+    setting: str
+    measure: str
+    effect: str
+    verdict: Verdict
+
+
+def verdict(found: Effect) -> Verdict:
+    """Of the claim that the effect is positive."""
+    if found.low > 0:
+        return "confirmed"
+    return "contradicted" if found.high < 0 else "not settled"
+
+
+def _finding(claim: str, setting: str, measure: str, found: Effect, *, scale: float = 1.0, unit: str = "") -> Finding:
+    low, mean, high = (scale * value for value in (found.low, found.mean, found.high))
+    interval = f" [{low:+.2f}, {high:+.2f}]" if found.count > 1 else ""
+    return Finding(
+        claim=claim,
+        setting=setting,
+        measure=measure,
+        effect=f"{mean:+.2f}{unit}{interval}, n = {found.count}",
+        verdict=verdict(found),
+    )
+
+
+def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding]:
+    """What a correlation study says about C1, C2, C3 and C5."""
+    found = [
+        _of_pairs(setting, "losses correlate negatively (t test, Holm)", study.pearson(), study.p_values_of_losses()),
+        _of_pairs(
+            setting,
+            "changes correlate negatively (permutation test, Holm)",
+            study.pearson(changes=True),
+            study.p_values(),
+        ),
+    ]
+    if ipc in (1, 50):
+        side, sign = ("below minus above", 1) if ipc == 1 else ("above minus below", -1)
+        shares = [correlation.negative_shares(matrix) for matrix in study.pearson()]
+        found.append(
+            _finding(
+                "C2",
+                setting,
+                f"share of pairs whose losses correlate negatively, {side} the diagonal",
+                effect([sign * (below - above) for below, above in shares]),
+            )
+        )
+    others = [float(correlation.off_diagonal(matrix).mean()) for matrix in study.net_change()]
+    extra = [float(correlation.off_diagonal(matrix).mean() - np.diagonal(matrix).mean()) for matrix in study.rise()]
+    found += [
+        _finding(
+            "C3",
+            setting,
+            "the others' losses against the start, after matching one alone",
+            effect(others),
+            scale=100,
+            unit=" %",
+        ),
+        _finding(
+            "C3",
+            setting,
+            "rise of a loss above its lowest value, of the others minus of the one matched",
+            effect(extra),
+            scale=100,
+            unit=" %",
+        ),
+    ]
+    for changes, what in ((False, "losses"), (True, "changes")):
+        negative = {
+            control: [
+                float((correlation.off_diagonal(m) < 0).mean()) for m in study.pearson_in(control, changes=changes)
+            ]
+            for control in ("sequential", "concurrent")
+        }
+        fewer = np.asarray(negative["sequential"]) - np.asarray(negative["concurrent"])
+        found.append(
+            _finding(
+                "C5",
+                setting,
+                f"share of pairs whose {what} correlate negatively within a run: sequential "
+                f"({np.mean(negative['sequential']):.0%}) minus concurrent ({np.mean(negative['concurrent']):.0%})",
+                effect(fewer.tolist()),
+            )
+        )
+    return found
+
+
+def _of_pairs(
+    setting: str, measure: str, matrices: Float[np.ndarray, "replicates p p"], p_values: Float[np.ndarray, "p p"]
+) -> Finding:
+    """C1: confirmed if any pair is negative beyond chance, contradicted if every pair is positive beyond chance."""
+    pairs = correlation.off_diagonal(p_values)
+    mean = correlation.off_diagonal(matrices.mean(axis=0))
+    positive = correlation.holm(correlation.t_test(np.array([correlation.off_diagonal(-m) for m in matrices])))
+    return Finding(
+        claim="C1",
+        setting=setting,
+        measure=f"pairs whose {measure}",
+        effect=f"{(pairs < 0.05).sum()} of {len(pairs)}; mean correlation {mean.min():+.2f} to {mean.max():+.2f}",
+        verdict="confirmed" if (pairs < 0.05).any() else "contradicted" if (positive < 0.05).all() else "not settled",
+    )
+
+
+def _of_comparison(setting: str, record: Record, concurrent: str, sequential: str) -> list[Finding]:
+    """What a comparison says about C3, C4, C5 and C6."""
+    table = comparison(record)
+    alone = table[table["variant"] == sequential]
+    found = [
+        _finding(
+            "C3",
+            setting,
+            "change of a segment's loss between two visits under ordinary sampling",
+            effect(alone["between"].dropna().tolist()),
+            scale=100,
+            unit=" %",
+        ),
+        _finding(
+            "C4",
+            setting,
+            f"accumulated error, {sequential} minus {concurrent} at equal compute, in units of the expert's way",
+            paired(table, "error", sequential, concurrent),
+        ),
+    ]
+    if {"ewc", "si"} <= set(table["variant"]):
+        for remedy in ("ewc", "si"):
+            found.append(
+                _finding(
+                    "C5",
+                    setting,
+                    f"test accuracy, {concurrent} minus {remedy.upper()} at equal compute",
+                    paired(table, "test", concurrent, remedy),
+                    scale=100,
+                    unit=" points",
+                )
+            )
+    iteration, ahead = at_equal_iterations(curves(record), concurrent, sequential)
+    return [
+        *found,
+        _finding(
+            "C6",
+            setting,
+            f"validation accuracy, {concurrent} minus {sequential} after {iteration} iterations each",
+            ahead,
+            scale=100,
+            unit=" points",
+        ),
+        _finding(
+            "C6",
+            setting,
+            f"test accuracy, {concurrent} minus {sequential} at equal compute",
+            paired(table, "test", concurrent, sequential),
+            scale=100,
+            unit=" points",
+        ),
+    ]
+
+
+_UNTESTED = Finding(
+    claim="C7",
+    setting="",
+    measure="needs other architectures and sets of 1,000 images a class",
+    effect="",
+    verdict="not tested",
+)
+
+
+def findings(
+    correlation_records: Mapping[str, Record], comparison_records: Mapping[str, Record], memory: Record | None = None
+) -> list[Finding]:
+    """Everything that the records say about the claims, in the claims' order.
+
+    Args:
+        correlation_records: correlation studies by the name of their setting.
+        comparison_records: comparisons by the name of their setting.
+        memory: the record of `tests/benchmarks/memory.py`; without it nothing is said of C7 and C8.
+    """
+    found = []
+    for setting, record in correlation_records.items():
+        found += _of_correlation(setting, correlations(record), record["config"]["ipc"])
+    for setting, record in comparison_records.items():
+        names = ("K=4", "K=1") if any(name.startswith("K=4/") for name in record["runs"]) else None
+        found += _of_comparison(setting, record, *(names or ("concurrent", "sequential")))
+    if memory is not None:
+        found += [_UNTESTED, _of_memory(memory)]
+    return sorted(found, key=lambda finding: finding.claim)
+
+
+def committed_findings() -> list[Finding]:
+    """`findings` of the records that are committed with the book; needs the repository around."""
+    read = {name: read_record(record) for name, record in {**SEGMENT_STUDIES, **REMEDY_STUDIES}.items()}
+    correlated = {name: read_record(record) for name, record in CORRELATION_STUDIES.items()}
+    return findings(correlated, read, read_record("memory"))
+
+
+def _of_memory(record: Record) -> Finding:
+    """C8: the largest K against K = 1, memory above the process's own."""
+    measured = {m["segments"]: m for m in record["measurements"] if m["implementation"] == "cddlib, K segments"}
+    least, most = measured[min(measured)], measured[max(measured)]
+    ratio = (most["peak_mb"] - most["start_mb"]) / (least["peak_mb"] - least["start_mb"])
+    return Finding(
+        claim="C8",
+        setting=f"{record['device']}, width {record['config']['width']}",
+        measure=f"memory of K = {most['segments']} over K = 1; time likewise",
+        effect=f"{ratio:.2f}; {most['seconds'] / least['seconds']:.1f}",
+        verdict="confirmed" if ratio < 1.1 else "contradicted",
+    )
+
+
+def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)) -> str:
+    """Markdown: each of `claims` in a sentence, and below it a row a finding."""
+    lines = ["| claim | setting | measure | effect [95 % interval] | verdict |", "|---|---|---|---|---|"]
+    for claim in claims:
+        lines.append(f"| **{claim}** | | **{CLAIMS[claim]}** | | |")
+        lines += [f"| | {f.setting} | {f.measure} | {f.effect} | **{f.verdict}** |" for f in found if f.claim == claim]
+    return "\n".join(lines)

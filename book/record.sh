@@ -35,17 +35,16 @@ study() { # NAME COMMAND OPTIONS…
     cddlib record "$runs/$name" --to "$results/$name.json"
 }
 
-correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 10"; }
-correlation-digits-ipc10() { study correlation-digits-ipc10 correlate "$digits --ipc 10 $digits_probes --iterations 16 --replicates 5"; }
-remedies-digits-ipc1() { study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 128 --validate-every 16 --probe-every 4 --seeds 5"; }
+correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 6"; }
+remedies-digits-ipc1() { study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 96 --validate-every 24 --probe-every 8 --seeds 4"; }
 correlation-cifar10-ipc1() { study correlation-cifar10-ipc1 correlate "$cifar10 $ipc1 $cifar10_probes --iterations 30"; }
-correlation-cifar10-ipc10() { study correlation-cifar10-ipc10 correlate "$cifar10 $ipc10 $cifar10_probes --iterations 20"; }
-correlation-cifar10-ipc50() { study correlation-cifar10-ipc50 correlate "$cifar10 $ipc50 $cifar10_probes --iterations 20"; }
+correlation-cifar10-ipc10() { study correlation-cifar10-ipc10 correlate "$cifar10 $ipc10 $cifar10_probes --iterations 16"; }
+correlation-cifar10-ipc50() { study correlation-cifar10-ipc50 correlate "$cifar10 $ipc50 $cifar10_probes --iterations 16"; }
 segments-cifar10-ipc1() { study segments-cifar10-ipc1 compare "$cifar10 $ipc1 --probe-starts 0 2 4 6 8 10 12 14 16 --iterations 320 --validate-every 40 --probe-every 8 --evaluation-epochs 300 --networks 2"; }
-segments-cifar10-ipc10() { study segments-cifar10-ipc10 compare "$cifar10 $ipc10 $cifar10_probes --counts 1 4 --iterations 96 --validate-every 24 --probe-every 8 --evaluation-epochs 200 --networks 2"; }
-segments-cifar10-ipc50() { study segments-cifar10-ipc50 compare "$cifar10 $ipc50 $cifar10_probes --counts 1 4 --iterations 96 --validate-every 24 --probe-every 8 --evaluation-epochs 60 --networks 2"; }
+segments-cifar10-ipc10() { study segments-cifar10-ipc10 compare "$cifar10 $ipc10 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 100 --networks 2"; }
+segments-cifar10-ipc50() { study segments-cifar10-ipc50 compare "$cifar10 $ipc50 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 40 --networks 2"; }
 
-all="buffers correlation-digits-ipc1 correlation-digits-ipc10 remedies-digits-ipc1 correlation-cifar10-ipc1
+all="buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
  segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50"
 for name in ${@:-$all}; do
     echo "== $name"

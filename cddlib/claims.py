@@ -119,7 +119,7 @@ def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding
             setting,
             "the others' losses against the start, after matching one alone",
             effect(others),
-            scale=100,
+            scale=100.0,
             unit=" %",
         ),
         _finding(
@@ -127,7 +127,7 @@ def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding
             setting,
             "rise of a loss above its lowest value, of the others minus of the one matched",
             effect(extra),
-            scale=100,
+            scale=100.0,
             unit=" %",
         ),
     ]
@@ -177,14 +177,16 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
             setting,
             "change of a segment's loss between two visits under ordinary sampling",
             effect(alone["between"].dropna().tolist()),
-            scale=100,
+            scale=100.0,
             unit=" %",
         ),
         _finding(
             "C4",
             setting,
-            f"accumulated error, {sequential} minus {concurrent} at equal compute, in units of the expert's way",
+            f"accumulated error, {sequential} minus {concurrent} at equal compute, relative to the expert's way",
             paired(table, "error", sequential, concurrent),
+            scale=100.0,
+            unit=" %",
         ),
     ]
     if {"ewc", "si"} <= set(table["variant"]):
@@ -195,7 +197,7 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
                     setting,
                     f"test accuracy, {concurrent} minus {remedy.upper()} at equal compute",
                     paired(table, "test", concurrent, remedy),
-                    scale=100,
+                    scale=100.0,
                     unit=" points",
                 )
             )
@@ -207,7 +209,7 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
             setting,
             f"validation accuracy, {concurrent} minus {sequential} after {iteration} iterations each",
             ahead,
-            scale=100,
+            scale=100.0,
             unit=" points",
         ),
         _finding(
@@ -215,7 +217,7 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
             setting,
             f"test accuracy, {concurrent} minus {sequential} at equal compute",
             paired(table, "test", concurrent, sequential),
-            scale=100,
+            scale=100.0,
             unit=" points",
         ),
     ]

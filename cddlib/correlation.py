@@ -156,7 +156,7 @@ def pearson(curves: Float[np.ndarray, "matched times measured"]) -> Matrix:
     return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=norms > 0)
 
 
-def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.ndarray, "matched times measured"]:
+def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.ndarray, "matched times-1 measured"]:
     """Ranks of every curve's changes from one time to the next, for `pearson` to correlate (Spearman's correlation).
 
     Changes, because the losses of all segments fall together; ranks, because the first steps away from real images

@@ -21,9 +21,21 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
+from cddlib.correlation import Probes
+from cddlib.data import load
 from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
-from cddlib.runs import Metrics, UserError, as_dict, keep_freed_memory, read_json, refuse_other_run, write_json
+from cddlib.runs import (
+    Metrics,
+    UserError,
+    as_dict,
+    keep_freed_memory,
+    read_json,
+    refuse_other_run,
+    resolve_device,
+    write_json,
+)
+from cddlib.synthetic import initialise
 from cddlib.trajectory import Buffer
 
 Comparison = Literal["segments", "remedies"]
@@ -112,6 +124,20 @@ def comparison_runs(
     return runs
 
 
+def first_geometries(
+    base: DistillConfig, buffer: Buffer, *, root: Path | None = None, device: str = "auto"
+) -> list[dict[str, Any]]:
+    """What `Probes.geometry` says of the initial synthetic set, once an expert: its probes, and a seed of its own."""
+    dev, dataset = resolve_device(device), load(base.data, root)
+    found = []
+    for expert in range(len(buffer.experts)):
+        seed = base.seed + expert
+        synthetic = initialise(base, dataset, buffer, seed, dev)
+        probes = Probes(base, buffer, starts=base.probe_starts, expert=expert, seed=seed, device=dev)
+        found.append(probes.geometry(synthetic, base.rates(synthetic)))
+    return found
+
+
 # --- Running it -------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +167,7 @@ def run_study(
     Raises:
         UserError: `out` holds another study, or some runs failed; the others are finished first.
     """
-    description = {"config": as_dict(base), "runs": sorted(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
+    description = {"config": as_dict(base), "runs": list(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
     if (out / "study.json").exists():
         refuse_other_run(out, read_json(out / "study.json"), description)
     write_json(out / "study.json", description)

@@ -39,8 +39,12 @@ def heat_maps(
         significant: p-values; an entry of the first panel below 0.05 gets a star.
         labels: of the columns and of the rows.
     """
-    figure, axes = plt.subplots(1, len(matrices), figsize=(3.1 * len(matrices) + 0.6, 3.1), squeeze=False, sharey=True)
-    for panel, (axis, (title, repeated)) in enumerate(zip(axes[0], matrices.items(), strict=True)):
+    columns = 2 if len(matrices) == 4 else 3
+    rows = -(-len(matrices) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.8 * columns + 0.6, 3.0 * rows), squeeze=False, sharex=True, sharey=True
+    )
+    for panel, (axis, (title, repeated)) in enumerate(zip(axes.flat, matrices.items(), strict=False)):
         mean = repeated.mean(axis=0)
         text = np.array([[f"{value:.2f}".replace("0.", ".") for value in row] for row in mean], dtype=object)
         if significant is not None and panel == 0:
@@ -57,12 +61,15 @@ def heat_maps(
             square=True,
             xticklabels=starts,
             yticklabels=starts,
-            cbar=panel == len(matrices) - 1,
-            cbar_kws={"shrink": 0.7},
+            cbar=False,
             ax=axis,
         )
         axis.set_title(title, fontsize=10)
-        axis.set(xlabel=labels[0], ylabel=labels[1] if panel == 0 else "")
+    for axis in axes[-1]:
+        axis.set_xlabel(labels[0])
+    for axis in axes[:, 0]:
+        axis.set_ylabel(labels[1])
+    figure.colorbar(axes[0, 0].collections[0], ax=axes, shrink=0.7)
     return figure
 
 
@@ -77,7 +84,9 @@ def transfer_prediction(study: Correlations, rates: Mapping[str, float]) -> Figu
                 mask = np.eye(len(study.starts), dtype=bool)
                 mask = mask if kind == "the same segment" else ~mask
                 predicted += correlation.predicted_transfer(geometry, dict(rates))[mask].tolist()
-                measured += correlation.transfer(geometry["losses"], np.asarray(geometry["after"]))[mask].tolist()
+                measured += correlation.transfer(np.asarray(geometry["losses"]), np.asarray(geometry["after"]))[
+                    mask
+                ].tolist()
             axis.plot(predicted, measured, marker, alpha=0.6, markersize=4, label=kind)
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.axvline(0, color="0.4", linewidth=0.8)
@@ -96,7 +105,7 @@ def sign_agreement(study: Correlations, rates: Mapping[str, float]) -> str:
         for repeated in study.geometry["sequential"]:
             predicted = correlation.off_diagonal(correlation.predicted_transfer(repeated[when], dict(rates)))
             measured = correlation.off_diagonal(
-                correlation.transfer(repeated[when]["losses"], np.asarray(repeated[when]["after"]))
+                correlation.transfer(np.asarray(repeated[when]["losses"]), np.asarray(repeated[when]["after"]))
             )
             signs += (np.sign(predicted) == np.sign(measured)).tolist()
             negative += (measured < 0).tolist()
@@ -174,13 +183,13 @@ def _cell(values: pd.Series, *, scale: float, digits: int) -> str:
 def comparison_table(table: pd.DataFrame) -> str:
     """Markdown of `findings.comparison`: a row a variant, mean ± standard deviation over seeds."""
     columns = {
-        "test": ("test accuracy, %", 100, 1),
-        "error": ("ε / way", 1, 3),
-        "forgetting": ("forgetting", 1, 3),
-        "backward": ("backward transfer", 1, 3),
-        "events": ("events, %", 100, 0),
-        "wall": ("matching, s", 1, 1),
-        "memory": ("memory, MB", 1, 0),
+        "test": ("test accuracy, %", 100.0, 1),
+        "error": ("ε / way", 1.0, 3),
+        "forgetting": ("forgetting", 1.0, 3),
+        "backward": ("backward transfer", 1.0, 3),
+        "events": ("events, %", 100.0, 0),
+        "wall": ("matching, s", 1.0, 1),
+        "memory": ("memory, MB", 1.0, 0),
     }
     lines = [
         "| variant | " + " | ".join(title for title, _, _ in columns.values()) + " |",

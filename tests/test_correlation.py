@@ -50,21 +50,38 @@ def test_rows_of_pearson_are_matched_and_columns_measured() -> None:
     np.testing.assert_allclose(correlation.pearson(losses), [[1, -1], [1, 1]])
 
 
-def test_differences_remove_a_common_trend() -> None:
+def test_changes_remove_a_common_trend() -> None:
     noise = np.array([0.1, -0.2, 0.3, -0.1, 0.2, -0.3])
     trend = 10.0 - np.arange(6)
     losses = np.stack([run_of((trend + noise).tolist(), (trend - noise).tolist())] * 2)
     assert correlation.pearson(losses)[0, 1] > 0.9
-    assert correlation.pearson(losses + trend[:, None], differences=True)[0, 1] == pytest.approx(-1)
+    assert correlation.pearson(correlation.changes(losses))[0, 1] == pytest.approx(-1)
 
 
-@hypothesis.given(losses=small_integers(3, 5, 3), differences=st.booleans())
-def test_pearson_against_corrcoef(losses: np.ndarray, differences: bool) -> None:
-    found = correlation.pearson(losses, differences=differences)
+def test_changes_are_ranks_of_each_curve_by_itself() -> None:
+    losses = np.stack([run_of([9.0, 1, 2, 2, 4], [0.0, 1, 2, 4, 4]), run_of([0.0, 5, 9, 12, 14], [4.0, 3, 3, 3, 3])])
+    wanted = [run_of([1.0, 3, 2, 4], [2.5, 2.5, 4, 1]), run_of([4.0, 3, 2, 1], [1.0, 3, 3, 3])]  # equals share a rank
+    assert correlation.changes(losses).tolist() == np.stack(wanted).tolist()
+
+
+def test_a_huge_first_step_does_not_decide_the_correlation_of_changes() -> None:
+    own, other = [200.0, 109, 108, 106, 103, 99, 94], [200.0, 118, 113, 109, 106, 104, 103]
+    losses = np.stack([run_of(own, other)] * 2)
+    assert correlation.pearson(np.diff(losses, axis=1))[0, 1] > 0.99
+    assert correlation.pearson(correlation.changes(losses))[0, 1] == pytest.approx(-1 / 7)
+
+
+@hypothesis.given(losses=small_integers(3, 5, 3), changes=st.booleans())
+def test_pearson_against_corrcoef(losses: np.ndarray, changes: bool) -> None:
+    def ranks(values: np.ndarray) -> list[float]:
+        """One more than how many are smaller, and half of the others that are equal."""
+        return [1 + (values < value).sum() + ((values == value).sum() - 1) / 2 for value in values]
+
+    found = correlation.pearson(correlation.changes(losses) if changes else losses)
     for i, j in itertools.product(range(3), repeat=2):
         own, other = losses[i, :, i], losses[i, :, j]
-        if differences:
-            own, other = own[1:] - own[:-1], other[1:] - other[:-1]
+        if changes:
+            own, other = ranks(own[1:] - own[:-1]), ranks(other[1:] - other[:-1])
         if len(set(own)) == 1 or len(set(other)) == 1:
             assert math.isnan(found[i, j])
         else:
@@ -81,6 +98,11 @@ def test_pearson_of_a_constant_curve_is_nan_whatever_the_constant(constant: floa
 def test_net_change_by_hand() -> None:
     losses = np.array([[[2.0, 4.0], [9.0, 9.0], [1.0, 5.0]], [[1.0, 8.0], [9.0, 9.0], [3.0, 2.0]]])
     np.testing.assert_allclose(correlation.net_change(losses), [[-0.5, 0.25], [2.0, -0.75]])
+
+
+def test_a_rise_is_what_was_won_and_lost_again() -> None:
+    losses = np.array([[[2.0, 4.0], [0.5, 9.0], [1.0, 5.0]], [[1.0, 8.0], [9.0, 4.0], [3.0, 2.0]]])
+    np.testing.assert_allclose(correlation.rise(losses), [[1.0, 0.25], [2.0, 0.0]])
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------
@@ -210,37 +232,22 @@ def test_permutation_test_of_a_constant_curve_says_nothing() -> None:
     assert correlation.permutation_test(np.array([UP]), np.array([FLAT]), permutations=99) == 1
 
 
-@hypothesis.given(values=st.lists(st.integers(-9, 9).map(float), min_size=1, max_size=8))
-def test_sign_flip_test_against_all_flips(values: list[float]) -> None:
-    as_low = 0
-    for signs in itertools.product((1, -1), repeat=len(values)):
-        as_low += sum(sign * value for sign, value in zip(signs, values, strict=True)) <= sum(values)
-    assert correlation.sign_flip_test(np.array(values)) == as_low / 2 ** len(values)
+def test_t_test_against_a_table_of_student_s_t() -> None:
+    values = np.array([-3.0, -1.0, -2.0, -2.0])  # mean −2, standard deviation √(2/3), so t = −2 / √(1/6) = −4.899
+    mirrored = correlation.t_test(-values)
+    assert correlation.t_test(values) == pytest.approx(0.00814, abs=1e-5)
+    assert mirrored == pytest.approx(1 - 0.00814, abs=1e-5)
+    assert correlation.t_test(np.array([-1.0, 1.0])) == pytest.approx(0.5)
+    two_values = np.array([-3.0, -1.0])  # t = −2, one degree of freedom: Cauchy's distribution
+    assert correlation.t_test(two_values) == pytest.approx(0.5 + math.atan(-2) / math.pi)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 13])
-def test_the_smallest_p_value_of_sign_flips(n: int) -> None:
-    assert correlation.sign_flip_test(-np.arange(1.0, n + 1)) == 2**-n
-    assert correlation.sign_flip_test(np.arange(1.0, n + 1)) == 1
-
-
-def test_sign_flip_test_of_many_values_samples_the_flips() -> None:
-    values = np.random.default_rng(3).normal(-0.2, 1, size=14)
-    flips = np.array(list(itertools.product((1, -1), repeat=14)))
-    exact = (flips @ values <= values.sum() + 1e-9).mean()
-    assert 0.05 < exact < 0.5
-    found = correlation.sign_flip_test(values)
-    assert found == pytest.approx(exact, abs=0.015)
-    assert correlation.sign_flip_test(values) == found
-    assert correlation.sign_flip_test(values, seed=1) != found
-    assert correlation.sign_flip_test(-np.arange(1.0, 31), permutations=99) == 1 / 100
-
-
-@pytest.mark.xfail(strict=True, reason="the tolerance for ties is absolute: 1e-12")
-@pytest.mark.parametrize("scale", [1e-13, 1e6])
-def test_sign_flip_test_does_not_depend_on_the_unit(scale: float) -> None:
-    values = -scale * np.abs(np.random.default_rng(2).normal(size=12))
-    assert correlation.sign_flip_test(values) == 2**-12
+def test_t_test_runs_over_the_replicates_of_every_entry() -> None:
+    matrices = np.random.default_rng(0).normal(-0.3, 1, size=(5, 2, 3))
+    found = correlation.t_test(matrices)
+    assert found.shape == (2, 3)
+    for i, j in itertools.product(range(2), range(3)):
+        assert found[i, j] == pytest.approx(float(correlation.t_test(matrices[:, i, j])))
 
 
 def test_holm_s_textbook_example() -> None:

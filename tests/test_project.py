@@ -101,7 +101,11 @@ def test_notebook_sources_are_stripped(path):
 def test_figures_have_captions_and_alt_texts(path):
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.search(r"^figures\.\w+\(.*;$", source, re.MULTILINE):
+        if (
+            cell["cell_type"] == "code"
+            and re.search(r"^(study_)?figures\.\w+\(", source, re.MULTILINE)
+            and source.endswith(";")
+        ):
             described = cell["metadata"]["mystnb"]
             assert len(described["figure"]["caption"]) > 40 and len(described["image"]["alt"]) > 40
 
@@ -132,10 +136,10 @@ def test_documented_commands_parse(buffer, monkeypatch, capsys):
     def reached(*arguments, **keywords):
         raise UserError("reached")
 
-    for name in ("prepare", "train_buffer", "distill", "evaluate_run", "collect"):
+    for name in ("prepare", "train_buffer", "distill", "evaluate_run", "collect", "run_study"):
         monkeypatch.setattr(cli, name, reached)
     monkeypatch.setattr(cli, "Buffer", lambda folder: buffer)
-    lines = documented(r" *cddlib (data|buffer|distill|evaluate|record) ")
+    lines = documented(r" *cddlib (data|buffer|distill|evaluate|correlate|compare|record) ")
     assert len(lines) >= 10
     for line in lines:
         cli.main(shlex.split(line)[1:])

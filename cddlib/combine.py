@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 import torchjd.aggregation
+import torchjd.linalg
 from jaxtyping import Float
 from torch import Tensor
 
@@ -85,7 +86,7 @@ def weights(
     count = len(losses)
     if count == 1:
         return [1.0]
-    if config.combine == "mean" or not bool(products.isfinite().all()):  # the loop reports what is not finite
+    if config.combine == "mean" or not _usable(products):
         return _mean(config.balance, count, anchor)
     if config.combine == "gradnorm":
         return _gradnorm(products, losses)
@@ -97,12 +98,22 @@ def weights(
     if config.combine == "cagrad":
         return torchjd.aggregation.CAGradWeighting(c=CAGRAD_RADIUS)(products).tolist()
     if config.combine == "upgrad":
-        return torchjd.aggregation.UPGradWeighting()(products).tolist()
+        return torchjd.aggregation.UPGradWeighting(projector=_projector())(products).tolist()
     if config.combine == "mgda":
         return torchjd.aggregation.MGDAWeighting()(products).tolist()
     preference = torch.zeros(count, dtype=products.dtype)
     preference[anchor] = 1
-    return torchjd.aggregation.DualProjWeighting(preference)(products).tolist()
+    return torchjd.aggregation.DualProjWeighting(preference, projector=_projector())(products).tolist()
+
+
+def _projector() -> torchjd.linalg.QuadprogProjector:
+    """Projects on the dual cone; its default for rounding, 1e-4 of the trace, would drown a short gradient."""
+    return torchjd.linalg.QuadprogProjector(reg_eps=1e-8)
+
+
+def _usable(products: Tensor) -> bool:
+    """Whether every gradient is finite, which the loop will report, and none is zero, to which no rule applies."""
+    return bool(products.isfinite().all()) and bool(products.diagonal().all())
 
 
 def _mean(balance: float | None, count: int, anchor: int) -> list[float]:

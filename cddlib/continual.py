@@ -94,13 +94,13 @@ def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, 
 def probe_table(lines: Sequence[dict[str, Any]], starts: Sequence[int], expert: int) -> tuple[Scores, Visits]:
     """Losses of the probes and the visits of the stages between, from the lines of a run's metrics.
 
-    A probe is visited when its start epoch is matched on its own expert.
+    A probe is visited when its start epoch is matched on its own expert, and the iteration is not skipped.
     """
     losses: list[list[float]] = []
     visits: list[list[bool]] = []
     seen: set[int] = set()
     for line in lines:
-        if "loss" in line:
+        if "loss" in line and not line.get("skipped"):
             seen |= set(line["starts"]) if line["expert"] == expert else set()
             seen |= {start for other, start in line.get("replayed", []) if other == expert}
         if "probe_losses" in line:
@@ -116,11 +116,11 @@ def probe_table(lines: Sequence[dict[str, Any]], starts: Sequence[int], expert: 
 
 def accumulated_error(
     config: Any, buffer: Buffer, synthetic: SyntheticSet, *, expert: int, seed: int
-) -> dict[str, list[float]]:
+) -> dict[str, list[float | int]]:
     """How far a student that never returns to the expert's path ends up from it, and why (FTD, Eqs. 6-8).
 
-    One student is trained on the synthetic set from θ*_0 over the whole trajectory, N steps for every M epochs; another
-    starts each of these segments where the expert is. With A(θ) the way that a student goes from θ::
+    One student is trained on the synthetic set from θ*_0 along the trajectory, N steps for every M epochs that it has;
+    another starts each of these segments where the expert is. With A(θ) the way that a student goes from θ::
 
         δ_{t+1} = A(θ*_t) − (θ*_{t+M} − θ*_t)        matching error: what the loss sees
         I_t     = A(θ*_t + ε_t) − A(θ*_t)            initialisation error: what starting elsewhere adds
@@ -129,7 +129,7 @@ def accumulated_error(
     Both students of a segment see the same batches and augmentations.
 
     Args:
-        config: has the fields of `cddlib.correlation.StudentConfig`.
+        config: has the fields of `MatchingConfig`, `SegmentsConfig` and `AugmentConfig`.
         buffer: trajectories.
         synthetic: what the students train on.
         expert: whose trajectory.
@@ -152,7 +152,7 @@ def accumulated_error(
     origin = buffer.parameters(expert, 0).to(device)
     student, star = origin, origin
     error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
-    found: dict[str, list[float]] = collections.defaultdict(list)
+    found: dict[str, list[float | int]] = collections.defaultdict(list)
     for end in range(config.expert_epochs, buffer.epochs + 1, config.expert_epochs):
         following = buffer.parameters(expert, end).to(device)
         from_expert, from_student = way(star, end), way(student, end)

@@ -23,11 +23,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.augment import AugmentConfig
 from cddlib.combine import gramian
-from cddlib.matching import MatchingConfig, matching_loss, plan_student
+from cddlib.matching import matching_loss, plan_student
 from cddlib.runs import UserError, generator
-from cddlib.segments import SegmentsConfig
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer
 
@@ -47,24 +45,21 @@ class ProbeConfig:
     """The expert whose segments they are."""
     probe_every: int = 1
     """Iterations between measurements of the probes' losses."""
-    study_every: int = 0
-    """Iterations between measurements of their gradients, of transfer, and of the accumulated error; 0 means never."""
+    geometry_every: int = 0
+    """Iterations between measurements of their gradients and of transfer between them; 0 means never."""
+    error_every: int = 0
+    """Iterations between measurements of the accumulated error, on `probe_expert`'s trajectory; 0 means never."""
 
     def __post_init__(self) -> None:
         if list(self.probe_starts) != sorted({start for start in self.probe_starts if start >= 0}):
             raise UserError(f"probe_starts is {self.probe_starts}; epochs must be 0 or more, ascending, each once.")
         if self.probe_expert < 0:
             raise UserError(f"probe_expert is {self.probe_expert}; it must be 0 or more.")
-        for name, least in (("probe_every", 1), ("study_every", 0)):
+        for name, least in (("probe_every", 1), ("geometry_every", 0), ("error_every", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.study_every and not self.probe_starts:
-            raise UserError(f"study_every is {self.study_every}, but probe_starts names no segments to study.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StudentConfig(MatchingConfig, SegmentsConfig, AugmentConfig):
-    """What a probe's student needs to know: its steps, the segments' length, the augmentation."""
+        if self.geometry_every and not self.probe_starts:
+            raise UserError(f"geometry_every is {self.geometry_every}, but probe_starts names no segments.")
 
 
 class Probes:
@@ -79,7 +74,7 @@ class Probes:
         """Read the segments' ends.
 
         Args:
-            config: has the fields of `StudentConfig`.
+            config: has the fields of `MatchingConfig`, `SegmentsConfig` and `AugmentConfig`.
             buffer: trajectories.
             starts: start epochs of the P segments.
             expert: whose.
@@ -107,7 +102,7 @@ class Probes:
             return [self.loss(synthetic, probe).item() for probe in range(len(self.starts))]
 
     def geometry(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
-        """Inner products of the probes' gradients, and the losses after a real step on each probe.
+        """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
 
         Args:
             synthetic: where to measure; it is not changed.
@@ -115,7 +110,8 @@ class Probes:
 
         Returns:
             JSON values: `losses` (P), `after` (P x P: row stepped on, column measured) and `products`, for each
-            variable the 2P x 2P inner products of the gradients of two students a probe, first all the first ones.
+            variable the 2P x 2P inner products, without learning rates, of the gradients of two students a probe, first
+            all the first ones.
         """
         here = synthetic.copy()
         variables = here.variables()
@@ -153,7 +149,9 @@ def pearson(curves: Float[np.ndarray, "matched times measured"]) -> Matrix:
     own = np.stack([run[:, matched] for matched, run in enumerate(centred)])
     covariance = np.einsum("is,isj->ij", own, centred)
     norms = np.sqrt((own**2).sum(axis=1))[:, None] * np.sqrt((centred**2).sum(axis=1))
-    return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=norms > 0)
+    moves = np.ptp(curves, axis=1) > 0
+    defined = np.diagonal(moves)[:, None] & moves
+    return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=defined)
 
 
 def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.ndarray, "matched times-1 measured"]:
@@ -239,6 +237,7 @@ def permutation_test(
 
     Shuffles the times of `second` within each replicate, and asks how often the mean correlation over the replicates
     is as low as the observed one. Give it `changes` of losses, not losses: times of a trend cannot be exchanged.
+    Momentum makes neighbouring changes alike, so that small p-values are somewhat too small.
     """
     rng = np.random.default_rng(seed)
     standard = [
@@ -252,7 +251,7 @@ def permutation_test(
 
 
 def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..."]:
-    """P-value of "the mean over replicates is not negative", one-sided, by Student's t."""
+    """P-value of "the mean over replicates is not negative", one-sided, by Student's t; of two replicates or more."""
     return np.asarray(scipy.stats.ttest_1samp(values, 0, axis=0, alternative="less").pvalue)
 
 

@@ -173,14 +173,15 @@ def _due(every: int, iteration: int, config: DistillConfig) -> bool:
 
 
 def _measure(state: State, config: DistillConfig, buffer: Buffer, validation: Images, probes: Probes) -> dict[str, Any]:
-    """What is due of validation, the probes' losses and the study of their gradients, as entries for the metrics."""
+    """What is due of validation, the probes' losses and gradients, and the accumulated error, for the metrics."""
     found: dict[str, Any] = {}
     if _due(config.validate_every, state.iteration, config):
         found |= _validate(state, config, buffer, validation)
     if probes.starts and _due(config.probe_every, state.iteration, config):
         found["probe_losses"] = probes.losses(state.synthetic)
-    if _due(config.study_every, state.iteration, config):
+    if _due(config.geometry_every, state.iteration, config):
         found["geometry"] = probes.geometry(state.synthetic, config.rates(state.synthetic))
+    if _due(config.error_every, state.iteration, config):
         found["accumulated_error"] = accumulated_error(
             config, buffer, state.synthetic, expert=config.probe_expert, seed=config.seed
         )

@@ -59,16 +59,11 @@ def correlation_runs(base: DistillConfig, replicates: int, experts: int) -> dict
         )
         folder = f"replicate-{replicate}"
         for start in base.probe_starts:
-            window: dict[str, Any] = {
-                "window_start": start,
-                "window_end": start + 1,
-                "window_end_initial": None,
-                "study_every": 0,
-            }
+            window: dict[str, Any] = {"window_start": start, "window_end": start + 1, "window_end_initial": None}
             runs[f"{folder}/matched-{start:02d}"] = dataclasses.replace(shared, **window)
-        runs[f"{folder}/sequential"] = dataclasses.replace(shared, study_every=base.iterations)
+        runs[f"{folder}/sequential"] = dataclasses.replace(shared, geometry_every=base.iterations)
         runs[f"{folder}/concurrent"] = dataclasses.replace(
-            shared, study_every=base.iterations, segments=len(base.probe_starts)
+            shared, geometry_every=base.iterations, segments=len(base.probe_starts)
         )
     return runs
 
@@ -104,23 +99,24 @@ def comparison_runs(
     """Every variant with every seed, by name, at equal compute.
 
     `base.iterations`, `validate_every` and `probe_every` count matched segments: a variant that matches k segments an
-    iteration takes `iterations // k` iterations, and measures as often by compute. The last iterate and the first are
-    studied (gradients, accumulated error) if there are probes.
+    iteration takes `iterations // k` iterations, and measures as often by compute. The accumulated error is measured at
+    the start and at the end.
     """
     runs = {}
     for name, changes in variants.items():
-        cost = changes["segments"] + changes.get("replay", 0)
-        iterations = base.iterations // cost
-        if iterations < 1:
+        variant = dataclasses.replace(base, **changes)
+        cost = variant.segments + variant.replay
+        if base.iterations < cost:
             raise UserError(f"iterations is {base.iterations}; {name} matches {cost} segments in its first one.")
-        paced: dict[str, Any] = {
-            "iterations": iterations,
-            "validate_every": -(-base.validate_every // cost),
-            "probe_every": max(1, base.probe_every // cost),
-            "study_every": iterations if base.probe_starts else 0,
-        }
+        paced = dataclasses.replace(
+            variant,
+            iterations=base.iterations // cost,
+            validate_every=-(-base.validate_every // cost),
+            probe_every=max(1, base.probe_every // cost),
+            error_every=base.iterations // cost,
+        )
         for seed in range(base.seed, base.seed + seeds):
-            runs[f"{name}/seed-{seed}"] = dataclasses.replace(base, **changes, **paced, seed=seed)
+            runs[f"{name}/seed-{seed}"] = dataclasses.replace(paced, seed=seed)
     return runs
 
 
@@ -159,7 +155,8 @@ def run_study(
         runs: configurations by name; a run's folder is `out/name`.
         buffer: folder of the experts.
         out: the study's folder.
-        networks: networks that test each synthetic set, and random real images once a seed; 0 tests nothing.
+        networks: networks that test each synthetic set, and the baselines once a seed; 0 tests nothing. No two seeds
+            share a network.
         jobs: processes that share the runs; 0 runs them in this process, one after the other.
         root: folder of the data sets.
         device: `auto`, `cpu`, `cuda` …
@@ -167,6 +164,8 @@ def run_study(
     Raises:
         UserError: `out` holds another study, or some runs failed; the others are finished first.
     """
+    if jobs < 0:
+        raise UserError(f"jobs is {jobs}; it must be 0 or more.")
     description = {"config": as_dict(base), "runs": list(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
     if (out / "study.json").exists():
         refuse_other_run(out, read_json(out / "study.json"), description)
@@ -200,7 +199,7 @@ def _one(
     try:
         distill(config, buffer, out, root=root, device=device)
         if networks:
-            evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=config.seed)
+            evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=config.seed * networks)
     except UserError as error:
         return f"{name}: {error}"
     return None
@@ -235,7 +234,7 @@ def _prepare(threads: int) -> None:
 
 # --- The record -------------------------------------------------------------------------------------------------
 
-DENSE = ("iteration", "loss", "starts", "expert", "step_size", "seconds", "replayed")
+DENSE = ("iteration", "loss", "starts", "expert", "step_size", "seconds", "skipped", "replayed")
 SPARSE = ("validation_accuracy", "probe_losses", "geometry", "accumulated_error")
 
 

@@ -11,9 +11,10 @@ import pytest
 
 import cddlib
 from cddlib import cli, runs
+from cddlib.study import remedies
 from cddlib.trajectory import Buffer
 
-COMMANDS = ("data", "buffer", "distill", "evaluate", "record")
+COMMANDS = ("data", "buffer", "distill", "evaluate", "correlate", "compare", "record")
 
 
 def run(*arguments: object) -> int:
@@ -48,6 +49,10 @@ def test_help_names_every_command(capsys) -> None:
         (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 100)"]),
         (["distill", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
         (["evaluate"], ["--runs", "--baselines", "--seed"]),
+        (["correlate"], ["--replicates", "--jobs", "--probe-starts", "--buffer", "(default: 100)"]),
+        (["correlate", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
+        (["compare"], ["--what", "{segments,remedies}", "--counts", "--seeds", "--networks", "(default: 1 2 4 8)"]),
+        (["compare", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
         (["record"], ["--to"]),
     ],
 )
@@ -69,6 +74,7 @@ def test_the_installed_command_says_what_is_wrong_in_one_line(tmp_path: Path) ->
 
 OUT = ["--out", "OUT"]
 BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
+FITS = ["--window-end", "4"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,13 @@ BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
         (["distill", "--window-end", "4", "--width", "16", *BOTH], "width is 16, but the experts in"),
         (["distill", "--window-end", "4", *BOTH, "--device", "cuda:99"], "device 'cuda:99' is not available here"),
         (["distill", "--init", "zeros", *BOTH], "zeros"),
+        (["distill", "--combine", "pcgrad", "--balance", "1", *BOTH], "balance is part of 'mean'."),
+        (["correlate", *FITS, *BOTH], "probe_starts names no segments to study."),
+        (["correlate", *FITS, "--probe-starts", "2", "1", *BOTH], "epochs must be 0 or more, ascending, each once."),
+        (["compare", *FITS, "--iterations", "3", *BOTH], "iterations is 3; K=4 matches 4 segments in its first one."),
+        (["compare", *FITS, "--what", "nothing", *BOTH], "nothing"),
+        (["compare", *FITS, "--counts", "1", "9", *BOTH], "has only 4 start epochs; use at most 4."),
+        (["compare", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
         (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
         (["evaluate", "OUT", "--runs", "0"], "runs is 0; it must be at least 1."),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
@@ -202,3 +215,88 @@ def test_the_example_in_the_docstring_runs(quick: dict[str, object], tmp_path: P
     names: dict[str, object] = {}
     exec(textwrap.dedent(example), names)
     assert names["record"]["summary"]["synthetic"]["runs"] == 3
+
+
+# --- Studies ----------------------------------------------------------------------------------------------------
+
+STUDY = ["--student-steps", "3", "--window-end", "4", "--evaluation-epochs", "2", "--device", "cpu"]
+
+
+def test_a_correlation_study_from_the_command_to_its_record(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    out, record = tmp_path / "study", tmp_path / "record.json"
+    command = ["correlate", *STUDY, "--probe-starts", "0", "3", "--iterations", "2", "--replicates", "2"]
+    assert run(*command, "--buffer", buffer.folder, "--out", out) == 0
+    assert capsys.readouterr().out == f"8 runs are finished; `cddlib record {out} --to FILE` gathers them\n"
+    assert run("record", out, "--to", record) == 0
+    assert capsys.readouterr().out == f"wrote {record}\n"
+    found = json.loads(record.read_text())
+    assert (found["networks"], found["buffer_id"], found["config"]["width"]) == (0, buffer.id, 8)
+    names = ("matched-00", "matched-03", "sequential", "concurrent")
+    assert list(found["runs"]) == [f"replicate-{replicate}/{name}" for replicate in (0, 1) for name in names]
+    for name, entry in found["runs"].items():
+        metrics, replicate = entry["metrics"], int(name[len("replicate-")])
+        assert metrics["expert"] == [replicate] * 2
+        assert [iteration for iteration, _ in metrics["probe_losses"]] == [0, 1, 2]
+        assert all(len(losses) == 2 for _, losses in metrics["probe_losses"])
+        assert ("geometry" in metrics) == ("matched" not in name)
+        if "matched" in name:
+            assert metrics["starts"] == [[int(name[-2:])]] * 2
+        assert entry["evaluations"] == []
+    starts = [found["runs"][f"replicate-1/{name}"]["metrics"]["starts"] for name in ("sequential", "concurrent")]
+    assert [[len(drawn) for drawn in run_] for run_ in starts] == [[1, 1], [2, 2]]
+
+
+def test_segment_counts_are_compared_from_the_command_to_the_record(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    out, record = tmp_path / "study", tmp_path / "record.json"
+    command = ["compare", *STUDY, "--iterations", "4", "--validate-every", "2", "--counts", "1", "2"]
+    command += ["--seeds", "2", "--networks", "1", "--buffer", str(buffer.folder), "--out", str(out)]
+    assert run(*command) == 0
+    assert capsys.readouterr().out == f"4 runs are finished; `cddlib record {out} --to FILE` gathers them\n"
+    assert run("record", out, "--to", record) == 0
+    found = json.loads(record.read_text())["runs"]
+    assert {name: len(entry["metrics"]["loss"]) for name, entry in found.items()} == {
+        "K=1/seed-0": 4,
+        "K=1/seed-1": 4,
+        "K=2/seed-0": 2,
+        "K=2/seed-1": 2,
+    }
+    assert all(len(entry["evaluations"][0]["synthetic"]) == 1 for entry in found.values())
+    capsys.readouterr()
+    assert run(*command, "--networks", "2") == 1
+    assert "networks is 1 there and 2 here" in sentence(capsys)
+
+
+def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    out, record = tmp_path / "study", tmp_path / "record.json"
+    command = ["compare", *STUDY, "--what", "remedies", "--segments", "2", "--iterations", "4", "--validate-every", "0"]
+    command += ["--consolidate-every", "1", "--seeds", "1", "--networks", "1", "--buffer", str(buffer.folder)]
+    assert run(*command, "--out", out) == 0
+    assert capsys.readouterr().out == f"12 runs are finished; `cddlib record {out} --to FILE` gathers them\n"
+    assert run("record", out, "--to", record) == 0
+    found = {name.removesuffix("/seed-0"): entry for name, entry in json.loads(record.read_text())["runs"].items()}
+    assert found.keys() == remedies(2).keys()
+    losses = {name: entry["metrics"]["loss"] for name, entry in found.items()}
+    assert {name: len(values) for name, values in losses.items()} == {
+        name: 4 if name in ("sequential", "ewc", "si") else 2 for name in found
+    }
+    for name, changes in remedies(2).items():
+        config = {**json.loads(record.read_text())["config"], **found[name]["changes"]}
+        assert {key: config[key] for key in changes} == changes
+        assert found[name]["metrics"].get("replayed", [None])[0] == ([] if name in ("replay", "gem") else None)
+    held = [losses[name] for name in ("sequential", "ewc", "si")]
+    assert held[0][:2] == held[1][:2] == held[2][:2]  # nothing is pulled before the second iteration
+    assert len({values[-1] for values in held}) == 3
+
+
+def test_a_study_that_is_not_finished_cannot_be_recorded(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    command = ["compare", *STUDY, "--iterations", "2", "--counts", "1", "--seeds", "1", "--lr-images", "1e30"]
+    assert run(*command, "--buffer", buffer.folder, "--out", tmp_path / "study") == 1
+    assert sentence(capsys).startswith(
+        "cddlib: 1 of 1 runs failed, the others are finished: K=1/seed-0: iteration 2, segments from epochs ["
+    )
+    assert run("record", tmp_path / "study", "--to", tmp_path / "r.json") == 1
+    assert sentence(capsys) == (
+        f"cddlib: {tmp_path / 'study'} holds a study that is not finished: K=1/seed-0 is missing; run it again to "
+        f"finish."
+    )
+    assert not (tmp_path / "r.json").exists()

@@ -269,9 +269,6 @@ def test_a_run_that_was_measured_once_has_no_stage() -> None:
     assert math.isnan(average_forgetting(-losses, visits))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="an iteration that the loss guard skipped changes nothing, but counts as a visit"
-)
 def test_an_iteration_that_was_skipped_is_no_visit() -> None:
     lines = [{"probe_losses": [1.0]}, line(0, [4], [1.0], skipped=True), line(0, [4], [0.9], skipped=False)]
     assert probe_table(lines, [4], 0)[1].tolist() == [[False], [True]]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cddlib
 from cddlib import augment, correlation
-from cddlib.correlation import ProbeConfig, Probes, StudentConfig
+from cddlib.correlation import ProbeConfig, Probes
 from cddlib.synthetic import initialise
 
 CPU = torch.device("cpu")
@@ -88,7 +88,6 @@ def test_pearson_against_corrcoef(losses: np.ndarray, changes: bool) -> None:
             assert found[i, j] == pytest.approx(np.corrcoef(own, other)[0, 1], abs=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="the mean of 0.1, 0.1, 0.1 is not 0.1")
 @pytest.mark.parametrize(("constant", "times"), [(0.1, 3), (0.7, 6), (0.9, 7)])
 def test_pearson_of_a_constant_curve_is_nan_whatever_the_constant(constant: float, times: int) -> None:
     losses = np.stack([run_of([float(t**2) for t in range(times)], [constant] * times)] * 2)
@@ -476,11 +475,3 @@ def test_impossible_probes_are_refused(fields: dict[str, Any], sentence: str) ->
 def test_possible_probes_are_not_refused() -> None:
     assert ProbeConfig().probe_starts == ()
     assert ProbeConfig(probe_starts=(0, 3, 9), probe_expert=0, probe_every=1, study_every=1).study_every == 1
-
-
-def test_a_student_config_is_all_that_probes_need(problem: Callable[..., Problem]) -> None:
-    usual = problem()
-    names = [field.name for field in dataclasses.fields(StudentConfig)]
-    least = StudentConfig(**{name: getattr(usual.config, name) for name in names})
-    probes = Probes(least, usual.buffer, starts=STARTS, expert=1, seed=7, device=CPU)
-    assert probes.losses(usual.synthetic) == usual.probes.losses(usual.synthetic)

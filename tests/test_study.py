@@ -150,6 +150,18 @@ def test_every_remedy_is_a_configuration_of_the_same_compute(recipe: Recipe, seg
     assert found["concurrent"] == recipe(segments=segments)
 
 
+def test_first_geometries_are_those_of_runs_with_that_seed_and_expert(
+    recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path
+) -> None:
+    base = recipe(probe_starts=(0, 3), seed=4, iterations=1, validate_every=0)
+    found = study.first_geometries(base, buffer, device="cpu")
+    assert len(found) == len(buffer.experts) == 2
+    for expert, geometry in enumerate(found):
+        own = dataclasses.replace(base, seed=4 + expert, probe_expert=expert, study_every=1)
+        cddlib.distill(own, buffer, tmp_path / f"{expert}", device="cpu")
+        assert runs.Metrics.read(tmp_path / f"{expert}" / "metrics.jsonl")[0]["geometry"] == geometry
+
+
 # --- Running it -------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +202,7 @@ def test_the_record_has_every_run_and_what_it_changes(recipe: Recipe, whole: Pat
     base, planned = plan(recipe)
     record = study_record(whole)
     assert record["config"] == runs.as_dict(base)
-    assert record["runs"].keys() == planned.keys()
+    assert list(record["runs"]) == list(planned)
     for name, config in planned.items():
         found = record["runs"][name]
         assert found["changes"] == differences(config, base)
@@ -238,7 +250,7 @@ def test_a_run_without_measurements_is_recorded_too(recipe: Recipe, buffer: cddl
     record = run_study(base, {"only": base}, buffer.folder, tmp_path, device="cpu")
     (found,) = record["runs"].values()
     assert found["evaluations"] == []
-    assert found["metrics"].keys() == {"iteration", "loss", "starts", "expert", "step_size", "seconds"}
+    assert found["metrics"].keys() == {*study.DENSE} - {"replayed"}
     assert [line["iteration"] for line in lines_of(found["metrics"])] == [1, 2]
 
 

@@ -6,12 +6,14 @@
 # ROOT holds the data sets (see `cddlib data`), RUNS is a folder for the runs; without names every record is made.
 # Every command resumes where it was stopped. JOBS processes share the runs, and OMP_NUM_THREADS cores are shared by
 # them. The settings are small enough for a CPU: networks of width 32, few and short student steps, few iterations.
-# Learning rates and first step sizes were chosen in trials of a minute, so that the probes' losses fall.
+# Learning rates and first step sizes were chosen in trials of a minute, so that the probes' losses fall. On a GPU:
+# WIDTH=128 JOBS=1 book/record.sh ROOT RUNS.
 set -euo pipefail
 
 root=$1 runs=$2
 shift 2
 jobs=${JOBS:-3}
+width=${WIDTH:-32}
 results=book/results
 cifar10="--data cifar10 --root $root --buffer $runs/cifar10 --window-end 18 --jobs $jobs"
 ipc1="--ipc 1 --student-steps 20 --lr-images 100 --step-size 0.012 --lr-step-size 1e-7"
@@ -23,7 +25,7 @@ digits_probes="--probe-starts 0 2 4 6 8 10"
 
 buffers() {
     cddlib buffer --data digits --out "$runs/digits"
-    cddlib buffer --data cifar10 --root "$root" --width 32 --experts 3 --epochs 20 --no-holdout --out "$runs/cifar10"
+    cddlib buffer --data cifar10 --root "$root" --width "$width" --experts 3 --epochs 20 --no-holdout --out "$runs/cifar10"
     cddlib record "$runs/cifar10" --to $results/study-buffer-cifar10.json
 }
 

@@ -51,7 +51,7 @@ CLAIMS = {
     "C2": "With few images per class the negative pairs lie below the diagonal, with many above it.",
     "C3": "Matching one segment at a time raises the others' losses: it forgets.",
     "C4": "This raises the accumulated trajectory error.",
-    "C5": "Concurrent matching makes nearly all correlations positive, and helps more than EWC and SI.",
+    "C5": "Concurrent matching makes correlations positive, does not forget, and helps more than EWC and SI.",
     "C6": "Concurrent matching gives better accuracy.",
     "C7": "It transfers better to other architectures, and is lossless at 20 % of CIFAR.",
     "C8": "It needs no more memory; an iteration takes longer in proportion to K.",
@@ -189,6 +189,16 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
             unit=" %",
         ),
     ]
+    found.append(
+        _finding(
+            "C5",
+            setting,
+            f"average forgetting, {sequential} minus {concurrent} at equal compute",
+            paired(table, "forgetting", sequential, concurrent),
+            scale=100.0,
+            unit=" % of a loss of 1",
+        )
+    )
     if {"ewc", "si"} <= set(table["variant"]):
         for remedy in ("ewc", "si"):
             found.append(

@@ -184,7 +184,10 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
         folder: Folder of a buffer, a distillation, or a study.
         to: The record to write.
     """
-    write_json(to, study_record(folder) if (folder / "study.json").exists() else collect(folder))
+    if (folder / "study.json").exists():
+        write_json(to, study_record(folder), indent=None)
+    else:
+        write_json(to, collect(folder))
     print(f"wrote {to}")
 
 

@@ -5,9 +5,10 @@ Every rule takes a weighted sum of the segments' gradients; they differ in the w
     mean       1 / K each (ConTra), or `balance` between the anchor and the others
     gradnorm   gradients of equal length, longer for segments that are matched worse (Chen et al. 2018)
     pcgrad     each gradient without its part against every other one, then the mean (Yu et al. 2020)
-    cagrad     near the mean, and as good as possible for the segment that gains least (Liu et al. 2021)
+    cagrad     near the mean, and as good as possible for the segment that gains least; longer than the mean by up to a
+               half (Liu et al. 2021)
     upgrad     each gradient projected so that it hurts no segment, then the mean (Quinton & Rey 2024)
-    mgda       the shortest convex combination (Désidéri 2012)
+    mgda       about the shortest convex combination, by Frank-Wolfe (Désidéri 2012)
     gem        the anchor's gradient projected so that it hurts no other (Lopez-Paz & Ranzato 2017)
 
 All but the first two need only the gradients' inner products, and torchjd solves for the weights. An inner product is
@@ -93,7 +94,7 @@ def weights(
     products = products / products.diagonal().mean()  # weights do not depend on the scale, and solvers like 1
     if config.combine == "pcgrad":
         with torch.random.fork_rng(devices=[]):  # torchjd shuffles with the global generator
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             return (torchjd.aggregation.PCGradWeighting()(products) / count).tolist()
     if config.combine == "cagrad":
         return torchjd.aggregation.CAGradWeighting(c=CAGRAD_RADIUS)(products).tolist()

@@ -34,13 +34,15 @@ class ConsolidateConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.consolidation_strength < float("inf"):
-            raise UserError(f"consolidation_strength is {self.consolidation_strength}; it must be positive.")
+            raise UserError(
+                f"consolidation_strength is {self.consolidation_strength}; it must be a finite number above 0."
+            )
         if self.consolidate_every < 1:
             raise UserError(f"consolidate_every is {self.consolidate_every}; it must be at least 1.")
 
 
 class Consolidation:
-    """Anchor, importance, and what has been gathered since the last consolidation; all of the images' shape."""
+    """Reference, importance, and what has been gathered since the last consolidation; all of the images' shape."""
 
     def __init__(self, config: ConsolidateConfig, images: Tensor) -> None:
         """Begin at `images`, with nothing important."""
@@ -59,7 +61,7 @@ class Consolidation:
             images: after the optimiser's step.
             before: the images before it.
             gradient: of the matching loss, at `before`.
-            iteration: its number, from 1.
+            iteration: its number, from 1. One that the loss guard skips does not come here and consolidates nothing.
         """
         reference, importance, gathered = self.tensors.values()
         gathered += gradient.square() if self.config.consolidation == "ewc" else -gradient * (images - before)

@@ -136,7 +136,7 @@ def accumulated_error(
         seed: of the students.
 
     Returns:
-        A value for each segment's end: `epoch`; the lengths `error` ‖ε‖, `matching` ‖δ‖, `initialisation` ‖I‖;
+        A value for each segment's end. `epoch`; the lengths `error` ‖ε‖, `matching` ‖δ‖, `initialisation` ‖I‖;
         `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; `travelled` ‖θ*_t − θ*_0‖; and `identity`, how far ε is from
         ε_t + I + δ by rounding, relative to it.
     """

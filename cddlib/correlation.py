@@ -1,7 +1,7 @@
 """How matching one segment changes the others.
 
 First a fixed set of segments, the *probes*, whose losses and gradients any run can follow; then pure functions on what
-it recorded. In every matrix the row is the segment that is matched and the column the one that is measured.
+it recorded. In every matrix the row is the segment that is matched and the column the one that is measured::
 
     pearson       correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
                   describe it. All losses fall together as the set improves, so `changes` of them can be given as well
@@ -109,7 +109,7 @@ class Probes:
             rates: learning rate of each of its variables, in the order of `variable_tensors`.
 
         Returns:
-            JSON values: `losses` (P), `after` (P x P: row stepped on, column measured) and `products`, for each
+            JSON values. `losses` (P), `after` (P x P: row stepped on, column measured) and `products`, for each
             variable the 2P x 2P inner products, without learning rates, of the gradients of two students a probe, first
             all the first ones.
         """

@@ -95,9 +95,9 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=1) + "\n"
+def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
+    """Write `value` as JSON, atomically; without `indent` in one line, half the size for many numbers."""
+    text = json.dumps(value, indent=indent) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 

@@ -34,7 +34,7 @@ class SegmentsConfig:
     expert: int | None = None
     """Match only this expert's segments; without it, an expert is drawn every iteration."""
     replay: int = 0
-    """Segments of earlier iterations, drawn at random, that are matched again beside the K (rehearsal)."""
+    """Earlier iterations, drawn at random, whose anchors are matched again beside the K (rehearsal)."""
 
     def __post_init__(self) -> None:
         if self.segments < 1:

@@ -10,7 +10,7 @@ Every run has a folder of its own below the study's and resumes from it, so a st
 asked for again. `jobs` processes work on the runs, each with its share of the cores.
 """
 
-import concurrent.futures
+import concurrent.futures.process
 import dataclasses
 import multiprocessing
 import os
@@ -51,6 +51,8 @@ def correlation_runs(base: DistillConfig, replicates: int, experts: int) -> dict
     of the window at a time and `concurrent` as many as there are probes, spread over the window. Replicate r has seed
     `base.seed + r` and expert r (modulo their number), and follows that expert's probes.
     """
+    if not base.probe_starts:
+        raise UserError("a correlation study needs segments to match and measure; name them with --probe-starts.")
     runs = {}
     for replicate in range(replicates):
         expert = replicate % experts
@@ -71,7 +73,8 @@ def correlation_runs(base: DistillConfig, replicates: int, experts: int) -> dict
 def remedies(segments: int) -> dict[str, dict[str, Any]]:
     """Ways to match segments without forgetting the others, as changes of a configuration.
 
-    The first three match one segment an iteration, all others `segments` of them.
+    The first three match one segment an iteration, all others `segments` of them; replay and gem one new segment, and the
+    others from earlier iterations.
     """
     concurrent: dict[str, Any] = {"segments": segments}
     rehearsal: dict[str, Any] = {"segments": 1, "replay": segments - 1}
@@ -98,8 +101,8 @@ def comparison_runs(
 ) -> dict[str, DistillConfig]:
     """Every variant with every seed, by name, at equal compute.
 
-    `base.iterations`, `validate_every` and `probe_every` count matched segments: a variant that matches k segments an
-    iteration takes `iterations // k` iterations, and measures as often by compute. The accumulated error is measured at
+    `base.iterations`, `validate_every`, `probe_every` and `expansion_iterations` count matched segments: a variant that
+    matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. The accumulated error is measured at
     the start and at the end.
     """
     runs = {}
@@ -107,12 +110,13 @@ def comparison_runs(
         variant = dataclasses.replace(base, **changes)
         cost = variant.segments + variant.replay
         if base.iterations < cost:
-            raise UserError(f"iterations is {base.iterations}; {name} matches {cost} segments in its first one.")
+            raise UserError(f"iterations is {base.iterations}; {name} matches {cost} segments an iteration.")
         paced = dataclasses.replace(
             variant,
             iterations=base.iterations // cost,
             validate_every=-(-base.validate_every // cost),
             probe_every=max(1, base.probe_every // cost),
+            expansion_iterations=max(1, base.expansion_iterations // cost),
             error_every=base.iterations // cost,
         )
         for seed in range(base.seed, base.seed + seeds):
@@ -164,11 +168,14 @@ def run_study(
     Raises:
         UserError: `out` holds another study, or some runs failed; the others are finished first.
     """
-    if jobs < 0:
-        raise UserError(f"jobs is {jobs}; it must be 0 or more.")
+    for name, value in (("jobs", jobs), ("networks", networks)):
+        if value < 0:
+            raise UserError(f"{name} is {value}; it must be 0 or more.")
+    if not runs:
+        raise UserError("there is nothing to run; give at least one seed, replicate and variant.")
     description = {"config": as_dict(base), "runs": list(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
     if (out / "study.json").exists():
-        refuse_other_run(out, read_json(out / "study.json"), description)
+        refuse_other_run(out, _identity(read_json(out / "study.json")), _identity(description))
     write_json(out / "study.json", description)
     work = [
         (name, config, buffer, out / name, networks, _brings_baselines(name, runs), root, device)
@@ -178,6 +185,13 @@ def run_study(
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
+
+
+def _identity(description: dict[str, Any]) -> dict[str, Any]:
+    """A study's description with its configuration unfolded, so that a difference can be named."""
+    unfolded = {key: value for key, value in description.items() if key not in ("config", "runs")}
+    families = ", ".join(dict.fromkeys(name.split("/")[0] for name in description["runs"]))
+    return {**description["config"], **unfolded, "runs": f"{len(description['runs'])} of {families}"}
 
 
 def _brings_baselines(name: str, runs: Mapping[str, DistillConfig]) -> bool:
@@ -200,7 +214,7 @@ def _one(
         distill(config, buffer, out, root=root, device=device)
         if networks:
             evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=config.seed * networks)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return f"{name}: {error}"
     return None
 
@@ -215,15 +229,27 @@ def _in_processes(work: list[tuple[Any, ...]], jobs: int) -> list[str]:
     quiet = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"  # for the children, whose bars would overwrite each other
     try:
-        with concurrent.futures.ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn"), _prepare, (threads,), max_tasks_per_child=1
-        ) as pool:
-            futures = [pool.submit(_one, *task) for task in work]
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # each thread waits for one process
+            futures = [pool.submit(_in_a_process, task, threads) for task in work]
             done = tqdm(concurrent.futures.as_completed(futures), total=len(work), desc="study", unit="run")
-            return [reason for future in done if (reason := future.result())]
+            try:
+                return [reason for future in done if (reason := future.result())]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # runs that have not begun
+                raise
     finally:
         os.environ.pop("TQDM_DISABLE")
         os.environ.update({} if quiet is None else {"TQDM_DISABLE": quiet})
+
+
+def _in_a_process(task: tuple[Any, ...], threads: int) -> str | None:
+    try:
+        with concurrent.futures.ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), _prepare, (threads,)
+        ) as pool:
+            return pool.submit(_one, *task).result()
+    except concurrent.futures.process.BrokenProcessPool:
+        return f"{task[0]}: its process was killed, perhaps for want of memory; fewer jobs need less."
 
 
 def _prepare(threads: int) -> None:
@@ -242,7 +268,7 @@ def study_record(out: Path) -> dict[str, Any]:
     """Everything that the runs of a finished study wrote, small enough to commit.
 
     Returns:
-        JSON values: `config` of the base; and for each of `runs` its `changes` of that configuration, its `metrics`
+        JSON values. `config` of the base; and for each of `runs` its `changes` of that configuration, its `metrics`
         (a list of values for what every iteration has, and of [iteration, value] for what only some have), `result`,
         and `evaluations`.
 

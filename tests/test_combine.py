@@ -195,19 +195,19 @@ def test_cagrad_is_the_best_of_its_ball_for_the_segment_that_gains_least(count: 
 @pytest.mark.parametrize("conflict", [0.0, 0.3])
 def test_upgrad_is_the_mean_of_projections_onto_the_dual_cone(count: int, conflict: float) -> None:
     for draw in range(DRAWS):
-        vectors = random_vectors(count, draw, conflict=conflict)
+        vectors = random_vectors(count, draw, conflict=conflict, spread=2)
         wanted = np.mean([onto_the_dual_cone(vectors, vector) for vector in vectors], axis=0)
-        assert near(rule_weights("upgrad", vectors) @ vectors, wanted, vectors[0], 1e-2)
+        assert near(rule_weights("upgrad", vectors) @ vectors, wanted, vectors.mean(axis=0), 1e-3)
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
 @pytest.mark.parametrize("conflict", [0.0, 0.3])
 def test_gem_projects_the_anchors_gradient_onto_the_dual_cone(count: int, conflict: float) -> None:
     for draw in range(DRAWS):
-        vectors = random_vectors(count, draw, conflict=conflict)
+        vectors = random_vectors(count, draw, conflict=conflict, spread=2)
         anchor = draw % count
         wanted = onto_the_dual_cone(vectors, vectors[anchor])
-        assert near(rule_weights("gem", vectors, anchor=anchor) @ vectors, wanted, vectors[anchor], 1e-2)
+        assert near(rule_weights("gem", vectors, anchor=anchor) @ vectors, wanted, vectors[anchor], 1e-3)
 
 
 @pytest.mark.parametrize("draw", range(DRAWS))
@@ -260,19 +260,20 @@ def least_gain(rule: str, vectors: np.ndarray, anchor: int) -> float:
     return float((vectors @ found / np.linalg.norm(vectors, axis=1)).min() / longest)
 
 
-@hypothesis.given(count=st.integers(2, 6), draw=st.integers(0, 10**6), conflict=st.floats(0, 0.4), data=st.data())
-def test_upgrad_and_gem_hurt_no_segment(count: int, draw: int, conflict: float, data: st.DataObject) -> None:
-    vectors = random_vectors(count, draw, conflict=conflict)
+@hypothesis.given(
+    count=st.integers(2, 6),
+    draw=st.integers(0, 10**6),
+    conflict=st.floats(0, 0.4),
+    spread=st.floats(0, 3),
+    data=st.data(),
+)
+def test_upgrad_and_gem_hurt_no_segment(
+    count: int, draw: int, conflict: float, spread: float, data: st.DataObject
+) -> None:
+    vectors = random_vectors(count, draw, conflict=conflict, spread=spread)
     anchor = data.draw(st.integers(0, count - 1))
     for rule in ("upgrad", "gem"):
-        assert least_gain(rule, vectors, anchor) > -1e-2
-
-
-@pytest.mark.xfail(strict=True, reason="torchjd adds 1e-4 of the trace to the diagonal, more than a short gradient has")
-@pytest.mark.parametrize("rule", ["upgrad", "gem"])
-def test_upgrad_and_gem_hurt_no_segment_with_a_short_gradient(rule: str) -> None:
-    for draw in range(DRAWS):
-        assert least_gain(rule, random_vectors(4, draw, conflict=0.3, spread=3), draw % 4) > -1e-2
+        assert least_gain(rule, vectors, anchor) > -1e-3
 
 
 @pytest.mark.parametrize("rule", ["mean", "pcgrad", "cagrad", "upgrad", "mgda", "gem"])
@@ -284,7 +285,7 @@ def test_opposite_gradients_leave_nothing(rule: str, ratio: float) -> None:
     wanted = vectors.mean(axis=0) if rule in ("mean", "cagrad") else 0 * vector
     if rule == "cagrad":  # the mean cannot help both, so that the shortest allowed step is best
         wanted = (1 - CAGRAD_RADIUS) * wanted
-    assert near(found, wanted, vector, 5e-3)
+    assert near(found, wanted, vector, 1e-3)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -331,16 +332,12 @@ def test_products_that_are_not_finite_give_the_mean(rule: str, spoiled: float) -
     assert weights(CombineConfig(combine=rule), products, [1.0] * 3, 1, torch.Generator()) == [1 / 3] * 3
 
 
-ZERO_FAILS = pytest.mark.xfail(strict=True, reason="0 / 0: nan from gradnorm, an error of the solver from the others")
-
-
-@pytest.mark.parametrize(
-    "rule", ["mean", "pcgrad", *(pytest.param(r, marks=ZERO_FAILS) for r in RULES if r != "pcgrad")]
-)
-def test_gradients_of_zero_give_finite_weights(rule: str) -> None:
-    products = torch.zeros(3, 3).double()
-    found = weights(CombineConfig(combine=rule), products, [1.0] * 3, 1, torch.Generator())
-    assert np.isfinite(found).all()
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("zeros", [1, 3])
+def test_a_gradient_of_zero_gives_the_mean(rule: str, zeros: int) -> None:
+    vectors = random_vectors(3, 0)
+    vectors[:zeros] = 0
+    assert rule_weights(rule, vectors).tolist() == [1 / 3] * 3
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -186,10 +186,16 @@ def test_gathering_starts_anew_after_a_consolidation() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"consolidation_strength": 0.0}, "consolidation_strength is 0.0; it must be positive."),
-        ({"consolidation_strength": -1.0}, "consolidation_strength is -1.0; it must be positive."),
-        ({"consolidation_strength": float("inf")}, "consolidation_strength is inf; it must be positive."),
-        ({"consolidation_strength": float("nan")}, "consolidation_strength is nan; it must be positive."),
+        ({"consolidation_strength": 0.0}, "consolidation_strength is 0.0; it must be a finite number above 0."),
+        ({"consolidation_strength": -1.0}, "consolidation_strength is -1.0; it must be a finite number above 0."),
+        (
+            {"consolidation_strength": float("inf")},
+            "consolidation_strength is inf; it must be a finite number above 0.",
+        ),
+        (
+            {"consolidation_strength": float("nan")},
+            "consolidation_strength is nan; it must be a finite number above 0.",
+        ),
         ({"consolidate_every": 0}, "consolidate_every is 0; it must be at least 1."),
         ({"consolidate_every": -2}, "consolidate_every is -2; it must be at least 1."),
     ],

@@ -550,6 +550,21 @@ def stream_after(config: DistillConfig, buffer: Buffer, iteration: int) -> torch
     return rng
 
 
+def test_the_rule_draws_from_the_iterations_own_stream(buffer: Buffer, recipe, monkeypatch) -> None:
+    config = recipe(combine="pcgrad", segments=3)
+    seen = []
+
+    def overheard(*arguments):
+        seen.append(arguments[-1].get_state())
+        return combine.weights(*arguments)
+
+    monkeypatch.setattr(module, "weights", overheard)
+    for iteration in (0, 4):
+        concurrent_gradient(config, buffer, ready(config, buffer), iteration)
+    assert torch.equal(seen[0], stream_after(config, buffer, 0).get_state())
+    assert torch.equal(seen[1], stream_after(config, buffer, 4).get_state())
+
+
 @pytest.mark.parametrize("kind", ["ewc", "si"])
 def test_images_are_held_after_the_optimisers_step(buffer: Buffer, recipe, tmp_path: Path, kind: str) -> None:
     held = {"consolidation": kind, "consolidation_strength": 0.5, "consolidate_every": 2}
@@ -581,7 +596,7 @@ def test_images_are_held_after_the_optimisers_step(buffer: Buffer, recipe, tmp_p
     assert (found.images - free.images).abs().max() > 0.02 * moved
 
 
-PROBES = {"probe_starts": (0, 2, 4), "probe_expert": 1, "probe_every": 2, "study_every": 3}
+PROBES = {"probe_starts": (0, 2, 4), "probe_expert": 1, "probe_every": 2, "geometry_every": 3, "error_every": 5}
 
 
 @pytest.mark.parametrize(
@@ -612,7 +627,8 @@ def test_probes_are_measured_on_time(buffer: Buffer, recipe, tmp_path: Path) -> 
     lines = metrics(tmp_path)
     measured = {name: [line["iteration"] for line in lines if name in line] for name in lines[0]}
     assert measured["probe_losses"] == [0, 2, 4, 6, 7]
-    assert measured["geometry"] == measured["accumulated_error"] == [0, 3, 6, 7]
+    assert measured["geometry"] == [0, 3, 6, 7]
+    assert measured["accumulated_error"] == [0, 5, 7]
     for line in lines:
         assert len(line.get("probe_losses", [0, 0, 0])) == 3
         if "geometry" in line and "probe_losses" in line:
@@ -620,11 +636,13 @@ def test_probes_are_measured_on_time(buffer: Buffer, recipe, tmp_path: Path) -> 
     assert lines[0]["probe_losses"] != lines[2]["probe_losses"]
 
 
-def test_probes_without_a_study_measure_losses_alone(buffer: Buffer, recipe, tmp_path: Path) -> None:
-    distill(recipe(iterations=2, validate_every=0, probe_starts=(1,)), buffer, tmp_path)
-    assert [sorted(line.keys() & {"probe_losses", "geometry", "accumulated_error"}) for line in metrics(tmp_path)] == [
-        ["probe_losses"]
-    ] * 3
+@pytest.mark.parametrize(
+    ("overrides", "measured"), [({"probe_starts": (1,)}, {"probe_losses"}), ({"error_every": 1}, {"accumulated_error"})]
+)
+def test_each_is_measured_without_the_others(buffer: Buffer, recipe, tmp_path: Path, overrides, measured) -> None:
+    distill(recipe(iterations=2, validate_every=0, **overrides), buffer, tmp_path)
+    names = {"probe_losses", "geometry", "accumulated_error", "validation_accuracy"}
+    assert [line.keys() & names for line in metrics(tmp_path)] == [measured] * 3
 
 
 def test_measuring_changes_nothing(buffer: Buffer, recipe, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ correlation-cifar10-ipc1() { study correlation-cifar10-ipc1 correlate "$cifar10 
 correlation-cifar10-ipc10() { study correlation-cifar10-ipc10 correlate "$cifar10 $ipc10 $cifar10_probes --iterations 16"; }
 correlation-cifar10-ipc50() { study correlation-cifar10-ipc50 correlate "$cifar10 $ipc50 $cifar10_probes --iterations 16"; }
 segments-cifar10-ipc1() { study segments-cifar10-ipc1 compare "$cifar10 $ipc1 --probe-starts 0 2 4 6 8 10 12 14 16 --iterations 320 --validate-every 40 --probe-every 8 --evaluation-epochs 300 --networks 2"; }
-segments-cifar10-ipc10() { study segments-cifar10-ipc10 compare "$cifar10 $ipc10 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 16 --probe-every 8 --evaluation-epochs 100 --networks 2"; }
-segments-cifar10-ipc50() { study segments-cifar10-ipc50 compare "$cifar10 $ipc50 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 16 --probe-every 8 --evaluation-epochs 40 --networks 2"; }
+segments-cifar10-ipc10() { study segments-cifar10-ipc10 compare "$cifar10 $ipc10 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 100 --networks 2"; }
+segments-cifar10-ipc50() { study segments-cifar10-ipc50 compare "$cifar10 $ipc50 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 40 --networks 2"; }
 
 all="buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
  segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50"

@@ -73,8 +73,8 @@ def correlation_runs(base: DistillConfig, replicates: int, experts: int) -> dict
 def remedies(segments: int) -> dict[str, dict[str, Any]]:
     """Ways to match segments without forgetting the others, as changes of a configuration.
 
-    The first three match one segment an iteration, all others `segments` of them; replay and gem one new segment, and the
-    others from earlier iterations.
+    The first three match one segment an iteration, all others `segments` of them; of these, replay and gem take all
+    but one from earlier iterations.
     """
     concurrent: dict[str, Any] = {"segments": segments}
     rehearsal: dict[str, Any] = {"segments": 1, "replay": segments - 1}
@@ -102,8 +102,8 @@ def comparison_runs(
     """Every variant with every seed, by name, at equal compute.
 
     `base.iterations`, `validate_every`, `probe_every` and `expansion_iterations` count matched segments: a variant that
-    matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. The accumulated error is measured at
-    the start and at the end.
+    matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. The
+    accumulated error is measured at the start and at the end.
     """
     runs = {}
     for name, changes in variants.items():

@@ -108,7 +108,7 @@ FITS = ["--window-end", "4"]
         (["distill", "--window-end", "4", *BOTH, "--device", "cuda:99"], "device 'cuda:99' is not available here"),
         (["distill", "--init", "zeros", *BOTH], "zeros"),
         (["distill", "--combine", "pcgrad", "--balance", "1", *BOTH], "balance is part of 'mean'."),
-        (["correlate", *FITS, *BOTH], "probe_starts names no segments."),
+        (["correlate", *FITS, *BOTH], "name them with --probe-starts."),
         (["correlate", *FITS, "--probe-starts", "2", "1", *BOTH], "epochs must be 0 or more, ascending, each once."),
         (["compare", *FITS, "--iterations", "3", *BOTH], "iterations is 3; K=4 matches 4 segments an iteration."),
         (["compare", *FITS, "--counts", "0", *BOTH], "segments is 0; it must be at least 1."),

@@ -462,8 +462,9 @@ def test_segments_that_lead_opposite_ways_conflict(
         ({"probe_starts": (1, 1)}, "probe_starts is (1, 1); epochs must be 0 or more, ascending, each once."),
         ({"probe_expert": -1}, "probe_expert is -1; it must be 0 or more."),
         ({"probe_every": 0}, "probe_every is 0; it must be at least 1."),
-        ({"study_every": -1}, "study_every is -1; it must be at least 0."),
-        ({"study_every": 5}, "study_every is 5, but probe_starts names no segments to study."),
+        ({"geometry_every": -1}, "geometry_every is -1; it must be at least 0."),
+        ({"error_every": -1}, "error_every is -1; it must be at least 0."),
+        ({"geometry_every": 5}, "geometry_every is 5, but probe_starts names no segments."),
     ],
 )
 def test_impossible_probes_are_refused(fields: dict[str, Any], sentence: str) -> None:
@@ -473,5 +474,5 @@ def test_impossible_probes_are_refused(fields: dict[str, Any], sentence: str) ->
 
 
 def test_possible_probes_are_not_refused() -> None:
-    assert ProbeConfig().probe_starts == ()
-    assert ProbeConfig(probe_starts=(0, 3, 9), probe_expert=0, probe_every=1, study_every=1).study_every == 1
+    assert ProbeConfig(error_every=3).probe_starts == ()
+    assert ProbeConfig(probe_starts=(0, 3, 9), probe_expert=0, probe_every=1, geometry_every=1).geometry_every == 1

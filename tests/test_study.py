@@ -71,7 +71,7 @@ def test_a_correlation_study_has_a_run_for_each_probe_and_two_controls(recipe: R
 
 
 def test_a_correlation_study_needs_probes(recipe: Recipe) -> None:
-    with pytest.raises(UserError, match="probe_starts names no segments"):
+    with pytest.raises(UserError, match="name them with --probe-starts"):
         correlation_runs(recipe(), 1, 1)
 
 
@@ -91,9 +91,23 @@ def test_variants_are_compared_at_equal_compute(recipe: Recipe) -> None:
         assert 7 <= config.validate_every * cost < 7 + cost
         assert 5 - cost < config.probe_every * cost <= max(5, cost)
         assert config.error_every == config.iterations
-        paced = {"seed", "iterations", "validate_every", "probe_every", "error_every"}
+        assert config.expansion_iterations == base.expansion_iterations // cost
+        paced = {"seed", "iterations", "validate_every", "probe_every", "error_every", "expansion_iterations"}
         assert differences(config, base).keys() - paced <= variants[variant].keys()
         assert {key: getattr(config, key) for key in variants[variant]} == variants[variant]
+
+
+@pytest.mark.parametrize("option", ["jobs", "networks"])
+def test_negative_counts_are_refused(recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path, option: str) -> None:
+    planned = comparison_runs(recipe(), segment_counts([1]), 1)
+    with pytest.raises(UserError, match=f"{option} is -1; it must be 0 or more."):
+        run_study(recipe(), planned, buffer.folder, tmp_path / "out", device="cpu", **{option: -1})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_without_runs_is_refused(recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is nothing to run"):
+        run_study(recipe(), comparison_runs(recipe(), segment_counts([1]), 0), buffer.folder, tmp_path, device="cpu")
 
 
 def test_what_is_never_measured_stays_so(recipe: Recipe) -> None:

@@ -238,16 +238,23 @@ def test_c2_expects_the_other_side_of_many_images(ipc, wanted):
     assert verdicts(claims.findings({"toy": correlation_record(ipc=ipc)}, {}), "C2") == wanted
 
 
-@pytest.mark.parametrize(("peak", "wanted"), [(110.0, "confirmed"), (170.0, "contradicted")])
+@pytest.mark.parametrize(("peak", "wanted"), [(110.0, "confirmed"), (170.0, "contradicted"), (113.0, "not settled")])
 def test_c8_compares_memory_above_the_start(peak, wanted):
     points = [
-        {"implementation": "cddlib, K segments", "segments": k, "start_mb": 50.0, "peak_mb": mb, "seconds": float(k)}
-        for k, mb in ((1, 108.0), (8, peak))
+        {
+            "implementation": "cddlib, K segments",
+            "segments": k,
+            "start_mb": 50.0,
+            "peak_mb": mb + repeat,
+            "seconds": float(k),
+        }
+        for k, mb in ((1, 108.0), (4, 500.0), (8, peak))
+        for repeat in (0, 1, 2)
     ]
     memory = {"measurements": points, "device": "a processor", "config": {"width": 128}}
     found = claims.findings({}, {}, memory)
     assert verdicts(found, "C7") == ["not tested"] and verdicts(found, "C8") == [wanted]
-    assert found[-1].effect.endswith("; 8.0")
+    assert found[-1].effect.endswith("n = 3; time 8.0")
 
 
 def test_the_table_has_every_claim_once_and_every_finding():

@@ -1,6 +1,6 @@
 """Peak memory of one segment's gradient as the student takes more steps: cddlib's walk beside the textbook's graph.
 
-And of the summed gradient of K segments, one after the other, at the second of the student steps.
+And of the summed gradient of K segments, one after the other, at the first of the student steps, repeatedly.
 
     python tests/benchmarks/memory.py --to book/results/memory.json
 
@@ -36,6 +36,8 @@ class Options:
     """Student steps N."""
     segments: tuple[int, ...] = (1, 2, 4, 8)
     """Segment counts K."""
+    repeats: int = 5
+    """Measurements of each K: a process's peak is not the same twice."""
     width: int = 128
     """Channels of the ConvNet."""
     images: int = 10
@@ -117,7 +119,7 @@ def main(options: Options) -> None:
     )
     print(f"{'':20}{'steps':>6}{'K':>4}{'peak MB':>10}{'above start':>13}{'seconds':>9}")
     points = [(name, student_steps, 1) for name in IMPLEMENTATIONS for student_steps in options.student_steps]
-    points += [(SEVERAL, options.student_steps[1], segments) for segments in options.segments]
+    points += [(SEVERAL, options.student_steps[0], segments) for segments in options.segments * options.repeats]
     measurements = []
     for name, student_steps, segments in points:
         m = fresh.submit(measure, options, name, student_steps, segments).result()

@@ -151,6 +151,28 @@ def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding
     return found
 
 
+def _of_images(studies: Mapping[str, tuple[int, Correlations]]) -> list[Finding]:
+    """C2 over the studies of one data set: negative pairs above the diagonal with most and with fewest images."""
+    found = []
+    for data in dict.fromkeys(setting.split(",")[0] for setting in studies):
+        same = sorted(
+            (ipc, [correlation.negative_shares(matrix)[1] for matrix in study.pearson()])
+            for setting, (ipc, study) in studies.items()
+            if setting.split(",")[0] == data
+        )
+        (least, few), (most, many) = same[0], same[-1]
+        if least < most:
+            found.append(
+                _finding(
+                    "C2",
+                    data,
+                    f"share of negative pairs above the diagonal (losses), IPC {most} minus IPC {least}",
+                    effect((np.asarray(many) - np.asarray(few)).tolist()),
+                )
+            )
+    return found
+
+
 def _of_pairs(
     setting: str, measure: str, matrices: Float[np.ndarray, "replicates p p"], p_values: Float[np.ndarray, "p p"]
 ) -> Finding:
@@ -252,9 +274,11 @@ def findings(
         comparison_records: comparisons by the name of their setting.
         memory: the record of `tests/benchmarks/memory.py`; without it nothing is said of C7 and C8.
     """
-    found = []
-    for setting, record in correlation_records.items():
-        found += _of_correlation(setting, correlations(record), record["config"]["ipc"])
+    studies = {
+        setting: (record["config"]["ipc"], correlations(record)) for setting, record in correlation_records.items()
+    }
+    found = [finding for setting, (ipc, study) in studies.items() for finding in _of_correlation(setting, study, ipc)]
+    found += _of_images(studies)
     for setting, record in comparison_records.items():
         names = ("K=4", "K=1") if any(name.startswith("K=4/") for name in record["runs"]) else None
         found += _of_comparison(setting, record, *(names or ("concurrent", "sequential")))

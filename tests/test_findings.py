@@ -238,6 +238,18 @@ def test_c2_expects_the_other_side_of_many_images(ipc, wanted):
     assert verdicts(claims.findings({"toy": correlation_record(ipc=ipc)}, {}), "C2") == wanted
 
 
+def test_c2_compares_few_and_many_images_of_the_same_data():
+    few, many = correlation_record(ipc=1), correlation_record(ipc=50)
+    for name, entry in many["runs"].items():
+        if "matched-00" in name:
+            for time, (_, losses) in enumerate(entry["metrics"]["probe_losses"]):
+                losses[1] = 1 + 0.05 * time
+    found = claims.findings({"toy, IPC 1": few, "toy, IPC 50": many, "other, IPC 1": few}, {})
+    (across,) = (finding for finding in found if finding.claim == "C2" and finding.setting == "toy")
+    assert across.effect == "+0.33 [+0.33, +0.33], n = 3" and across.verdict == "confirmed"
+    assert not [finding for finding in found if finding.setting == "other" and finding.claim == "C2"]
+
+
 @pytest.mark.parametrize(("peak", "wanted"), [(110.0, "confirmed"), (170.0, "contradicted"), (113.0, "not settled")])
 def test_c8_compares_memory_above_the_start(peak, wanted):
     points = [

@@ -168,7 +168,8 @@ def config_hash(config: dict[str, Any]) -> str:
 
 def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
     """The `config_type` among `values`, which may hold more. Raises `KeyError` if a field is missing."""
-    return config_type(**{field.name: values[field.name] for field in dataclasses.fields(cast(Any, config_type))})
+    found = {field.name: values[field.name] for field in dataclasses.fields(cast(Any, config_type))}
+    return config_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})  # JSON has lists
 
 
 def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

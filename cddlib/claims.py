@@ -234,16 +234,18 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
                 )
             )
     iteration, ahead = at_equal_iterations(curves(record), concurrent, sequential)
-    return [
-        *found,
-        _finding(
-            "C6",
-            setting,
-            f"validation accuracy, {concurrent} minus {sequential} after {iteration} iterations each",
-            ahead,
-            scale=100.0,
-            unit=" points",
-        ),
+    if iteration > 0:
+        found.append(
+            _finding(
+                "C6",
+                setting,
+                f"validation accuracy, {concurrent} minus {sequential} after {iteration} iterations each",
+                ahead,
+                scale=100.0,
+                unit=" points",
+            )
+        )
+    found.append(
         _finding(
             "C6",
             setting,
@@ -251,8 +253,9 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
             paired(table, "test", concurrent, sequential),
             scale=100.0,
             unit=" points",
-        ),
-    ]
+        )
+    )
+    return found
 
 
 _UNTESTED = Finding(

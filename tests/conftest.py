@@ -3,6 +3,7 @@
 import os
 
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # for the notebooks' kernels too: threads that wait for a core are slow
 
 from pathlib import Path
 

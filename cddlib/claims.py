@@ -193,69 +193,33 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
     """What a comparison says about C3, C4, C5 and C6."""
     table = comparison(record)
     alone = table[table["variant"] == sequential]
-    found = [
-        _finding(
-            "C3",
-            setting,
-            "change of a segment's loss between two visits under ordinary sampling",
-            effect(alone["between"].dropna().tolist()),
-            scale=100.0,
-            unit=" %",
-        ),
-        _finding(
+    between = effect(alone["between"].dropna().tolist())
+    error, forgetting = (paired(table, column, sequential, concurrent) for column in ("error", "forgetting"))
+    rows = [
+        ("C3", "change of a segment's loss between two visits under ordinary sampling", between, " %"),
+        (
             "C4",
-            setting,
             f"accumulated error, {sequential} minus {concurrent} at equal compute, relative to the expert's way",
-            paired(table, "error", sequential, concurrent),
-            scale=100.0,
-            unit=" %",
+            error,
+            " %",
+        ),
+        (
+            "C5",
+            f"average forgetting, {sequential} minus {concurrent} at equal compute",
+            forgetting,
+            " % of a loss of 1",
         ),
     ]
-    found.append(
-        _finding(
-            "C5",
-            setting,
-            f"average forgetting, {sequential} minus {concurrent} at equal compute",
-            paired(table, "forgetting", sequential, concurrent),
-            scale=100.0,
-            unit=" % of a loss of 1",
-        )
-    )
-    if {"ewc", "si"} <= set(table["variant"]):
-        for remedy in ("ewc", "si"):
-            found.append(
-                _finding(
-                    "C5",
-                    setting,
-                    f"test accuracy, {concurrent} minus {remedy.upper()} at equal compute",
-                    paired(table, "test", concurrent, remedy),
-                    scale=100.0,
-                    unit=" points",
-                )
-            )
+    for remedy in sorted({"ewc", "si"} & set(table["variant"])):
+        measure = f"test accuracy, {concurrent} minus {remedy.upper()} at equal compute"
+        rows.append(("C5", measure, paired(table, "test", concurrent, remedy), " points"))
     iteration, ahead = at_equal_iterations(curves(record), concurrent, sequential)
     if iteration > 0:
-        found.append(
-            _finding(
-                "C6",
-                setting,
-                f"validation accuracy, {concurrent} minus {sequential} after {iteration} iterations each",
-                ahead,
-                scale=100.0,
-                unit=" points",
-            )
-        )
-    found.append(
-        _finding(
-            "C6",
-            setting,
-            f"test accuracy, {concurrent} minus {sequential} at equal compute",
-            paired(table, "test", concurrent, sequential),
-            scale=100.0,
-            unit=" points",
-        )
-    )
-    return found
+        measure = f"validation accuracy, {concurrent} minus {sequential} after {iteration} iterations each"
+        rows.append(("C6", measure, ahead, " points"))
+    measure = f"test accuracy, {concurrent} minus {sequential} at equal compute"
+    rows.append(("C6", measure, paired(table, "test", concurrent, sequential), " points"))
+    return [_finding(claim, setting, measure, found, scale=100.0, unit=unit) for claim, measure, found, unit in rows]
 
 
 _UNTESTED = Finding(

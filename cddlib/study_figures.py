@@ -199,7 +199,12 @@ def comparison_table(table: pd.DataFrame) -> str:
         cells = [_cell(mine[key], scale=scale, digits=digits) for key, (_, scale, digits) in columns.items()]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     seeds = table["seed"].nunique()
-    return "\n".join([*lines, "", f"Mean ± standard deviation over {seeds} distillations, at equal compute."])
+    note = (
+        f"Mean ± standard deviation over {seeds} distillations, at equal compute. Memory is the peak of the process, "
+        "with data and validation: a run's own only if it had a process of its own, as in the records, not in the "
+        "runs of this build."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def baselines_in_words(record: Record) -> str:

@@ -15,7 +15,7 @@ shift 2
 jobs=${JOBS:-3}
 width=${WIDTH:-32}
 results=book/results
-cifar10="--data cifar10 --root $root --buffer $runs/cifar10 --window-end 18 --jobs $jobs"
+cifar10="--method mtt --data cifar10 --root $root --buffer $runs/cifar10 --window-end 18 --jobs $jobs"
 ipc1="--ipc 1 --student-steps 20 --lr-images 100 --step-size 0.012 --lr-step-size 1e-7"
 ipc10="--ipc 10 --student-steps 12 --student-batch 50 --lr-images 200 --step-size 0.014 --lr-step-size 1e-6"
 ipc50="--ipc 50 --student-steps 12 --student-batch 50 --lr-images 1000 --step-size 0.012 --lr-step-size 1e-6"

@@ -9,17 +9,19 @@ From real images to a tested synthetic set::
     synthetic = cddlib.distill(config, buffer, Path("runs/contra"))
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
-The modules, in the order in which data flows: runs, data, preprocessing, augment, networks, training, trajectory,
-buffer, segments, matching, combine, consolidate, synthetic, correlation, continual, evaluate, state, distill, recipes,
-study, findings, claims, figures, study_figures, cli.
+The modules, in the order in which data flows: runs, data, prepare, preprocessing, augment, networks, training,
+curriculum, trajectory, buffer, segments, matching, combine, consolidate, synthetic, exchange, export, correlation,
+continual, evaluate, state, distill, methods, recipes, plan, study, findings, claims, figures, study_figures,
+commands, cli.
 """
 
 from cddlib.buffer import BufferConfig, train_buffer
-from cddlib.data import Dataset, load, prepare
+from cddlib.data import Dataset, load
 from cddlib.distill import DistillConfig, concurrent_gradient, distill
 from cddlib.evaluate import evaluate_run
 from cddlib.matching import matching_loss, plan_student
-from cddlib.networks import ConvNet, NetworkConfig
+from cddlib.networks import ConvNet, NetworkConfig, build_network
+from cddlib.prepare import prepare
 from cddlib.recipes import buffer_recipe, distill_recipe
 from cddlib.runs import UserError, generator
 from cddlib.segments import SegmentsConfig, draw_segments
@@ -37,6 +39,7 @@ __all__ = [
     "SyntheticSet",
     "UserError",
     "buffer_recipe",
+    "build_network",
     "concurrent_gradient",
     "distill",
     "distill_recipe",

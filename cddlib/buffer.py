@@ -3,7 +3,8 @@
 On the command line::
 
     cddlib buffer --data digits --out runs/buffer
-    cddlib buffer --data cifar10 --root DIR --experts 100 --epochs 50 --out runs/cifar10      # as MTT
+    cddlib buffer --data cifar10 --root DIR --out runs/cifar10                                # as MTT
+    cddlib buffer --method datm --data cifar10 --ipc 50 --root DIR --out runs/cifar10-datm    # as DATM
 
 An expert is durable once it is finished; a run that was interrupted trains the missing ones and ends with the same
 bytes as one that was not. Experts differ only by their seed.
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
+from cddlib.curriculum import CurriculumConfig, difficulty, rank_in_class, select
 from cddlib.data import DataConfig, Images, load
-from cddlib.networks import ConvNet, Network, NetworkConfig
+from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing, fit_preprocessing
 from cddlib.runs import (
     Recorder,
@@ -28,14 +31,16 @@ from cddlib.runs import (
     file_digest,
     from_dict,
     generator,
+    open_tensors,
     read_json,
     refuse_other_run,
     resolve_device,
     write_json,
     write_tensors,
 )
-from cddlib.training import accuracy, fetch_real, train_epoch
+from cddlib.training import SharpnessConfig, accuracy, fetch_real, train_epoch
 from cddlib.trajectory import (
+    DIFFICULTY,
     PREPROCESSING,
     Buffer,
     expert_path,
@@ -46,8 +51,8 @@ from cddlib.trajectory import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
-    """How experts are trained: plain SGD at a constant learning rate, as in MTT."""
+class BufferConfig(CurriculumConfig, SharpnessConfig, DataConfig, NetworkConfig, AugmentConfig):
+    """How experts are trained: SGD at a constant learning rate, on all images, unless told otherwise."""
 
     experts: int = 100
     """Number of experts. A finished buffer grows when asked for more, and keeps what it has when asked for fewer."""
@@ -67,9 +72,8 @@ class BufferConfig(DataConfig, NetworkConfig, AugmentConfig):
     """Seed of the first expert; expert i has seed + i, so independent buffers have seeds at least `experts` apart."""
 
     def __post_init__(self) -> None:
-        DataConfig.__post_init__(self)
-        NetworkConfig.__post_init__(self)
-        AugmentConfig.__post_init__(self)
+        for base in BufferConfig.__mro__[1:-1]:
+            base.__post_init__(self)  # type: ignore[attr-defined]
         for name in ("experts", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -94,7 +98,7 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     """
     dev = resolve_device(device)
     dataset = load(config.data, root)
-    network = ConvNet(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
+    network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
     data = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -117,11 +121,12 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     train, validation = dataset.split
     parts = (train if config.holdout else dataset.train, validation, dataset.test)
     on_device = tuple(part.to(dev) for part in parts)
+    ranks = _ranks(config, out, network, on_device[0], preprocessing)
     trained = 0
     for expert in range(len(manifest["experts"]), manifest["config"]["experts"]):
         path = expert_path(out, expert)
         if not path.exists() or read_expert_record(path)["buffer"] != identity:
-            _train_expert(config, expert, network, on_device, preprocessing, path, identity)
+            _train_expert(config, expert, network, on_device, preprocessing, ranks, path, identity)
             trained += 1
         manifest["experts"].append({"file": path.name, "sha256": file_digest(path), **read_expert_record(path)})
         write_json(out / "buffer.json", manifest)
@@ -146,19 +151,39 @@ def _resume(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def _ranks(
+    config: BufferConfig, out: Path, network: Network, train: Images, preprocessing: Preprocessing
+) -> Tensor | None:
+    """How easy each training image is within its class, if the curriculum asks; computed once and kept in `out`."""
+    if not config.ranks_images:
+        return None
+    if not (out / DIFFICULTY).exists():
+        scores = difficulty(
+            network,
+            train,
+            preprocessing,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            strategy=config.augment,
+        )
+        write_tensors(out / DIFFICULTY, {"el2n": scores}, {})
+    return rank_in_class(open_tensors(out / DIFFICULTY).get_tensor("el2n").to(train.labels.device), train.labels)
+
+
 def _train_expert(
     config: BufferConfig,
     expert: int,
     network: Network,
     parts: tuple[Images, ...],
     preprocessing: Preprocessing,
+    ranks: Tensor | None,
     path: Path,
     buffer: str,
 ) -> None:
     """Train one expert and write its trajectory."""
     train, validation, test = parts
     seed = config.seed + expert
-    theta = network.init(generator(seed, "init")).to(train.images.device)
+    theta = network.init(generator(seed, "init")).to(train.labels.device)
     snapshots = [theta.clone()]  # cloned: the vector itself goes on changing
     optimizer = torch.optim.SGD(
         [theta.requires_grad_()],
@@ -169,15 +194,17 @@ def _train_expert(
     losses, accuracies = [], [accuracy(network, theta, validation, preprocessing)]
     progress = tqdm(range(1, config.epochs + 1), desc=f"expert {expert + 1}/{config.experts}", unit="epoch")
     for epoch in progress:
+        seen = train if ranks is None else train.select(select(config, ranks, epoch - 1))
         loss = train_epoch(
             network,
             theta,
             optimizer,
-            fetch_real(train, preprocessing),
-            len(train.labels),
+            fetch_real(seen, preprocessing),
+            len(seen.labels),
             batch_size=config.batch_size,
             strategy=config.augment,
             generator=generator(seed, "epoch", epoch),
+            sharpness=config,
         )
         if not loss < float("inf") or not bool(theta.isfinite().all()):
             raise UserError(f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")

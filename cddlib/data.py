@@ -1,34 +1,32 @@
-"""Data sets as tensors: uint8 images and labels, one safetensors file each, and the map to what a network sees.
+"""Data sets as tensors: uint8 images and their labels, one safetensors file each, prepared once by `cddlib.prepare`.
 
-Prepare a data set once::
-
-    cddlib data cifar10 --root DIR                            # downloads, once
-    cddlib data tiny_imagenet --source tiny-imagenet-200      # from a folder you have
-
-`digits` (1,797 handwritten digits of 8x8 pixels, inside scikit-learn) needs no preparation.
+Images stay in the file, which is mapped into memory: the system reads what is used, and a set may be larger than
+memory. `digits` (1,797 handwritten digits of 8x8 pixels, inside scikit-learn) needs no file.
 """
 
 import dataclasses
 import functools
 import hashlib
+import json
 import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, cast
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision import datasets as tv
-from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
-from cddlib.runs import UserError, check_classes, generator, open_tensors, read_metadata, write_tensors
+from cddlib.runs import UserError, check_classes, generator, read_metadata
 
-DATA_NAMES = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet", "imagefolder")
+FROM_FOLDER = ("tiny_imagenet", "imagenet", "imagefolder")
+DATA_NAMES = ("digits", "fashion_mnist", "cifar10", "cifar100", *FROM_FOLDER)
 VALIDATION_FRACTION = 0.1
+CHUNK = 4096
+"""Images that are read at a time where all of them are needed."""
 TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -37,7 +35,7 @@ class DataConfig:
     """Which images, and how a network sees them."""
 
     data: str = "digits"
-    """One of digits, fashion_mnist, cifar10, cifar100, tiny_imagenet, imagefolder."""
+    """One of digits, fashion_mnist, cifar10, cifar100, tiny_imagenet, imagenet, imagefolder."""
     zca: bool = False
     """Whiten the pixels (ZCA, as MTT and DATM do) instead of normalising each channel."""
 
@@ -51,24 +49,49 @@ def check_data_name(name: str) -> None:
         raise UserError(f"unknown data set {name!r}; choose one of {', '.join(DATA_NAMES)}.")
 
 
-class Images(NamedTuple):
-    """Labelled images."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """Labelled images: rows of a tensor that may be a mapped file. Selecting among them copies no image."""
 
-    images: UInt8[Tensor, "n c h w"]
+    store: UInt8[Tensor, "stored c h w"]
+    """The images these are taken from, in memory or mapped from a file, which nobody writes to."""
     labels: Int64[Tensor, " n"]
+    """The classes."""
+    rows: Int64[Tensor, " n"] | None = None
+    """Where each image lies in `store`; None if these are all of it, in order."""
+
+    @property
+    def images(self) -> UInt8[Tensor, "n c h w"]:
+        """The images as one tensor: for a selection a copy in memory, meant for small ones."""
+        return self.store if self.rows is None else self.store[self.rows]
+
+    def take(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m c h w"]:
+        """The images at `indices`, a copy."""
+        return self.store[indices if self.rows is None else self.rows[indices]]
+
+    def chunks(self) -> Iterator[UInt8[Tensor, "m c h w"]]:
+        """All images in order, `CHUNK` at a time."""
+        for start in range(0, len(self.labels), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            yield self.store[chunk if self.rows is None else self.rows[chunk]]
 
     def select(self, indices: Int64[Tensor, " m"]) -> "Images":
-        """The images at `indices`."""
-        return Images(self.images[indices], self.labels[indices])
+        """The same images and labels at `indices`, without a copy of the images."""
+        return Images(self.store, self.labels[indices], indices if self.rows is None else self.rows[indices])
 
     def to(self, device: torch.device) -> "Images":
-        """The same on `device`."""
-        return Images(self.images.to(device), self.labels.to(device))
+        """The same on `device`: themselves where they lie there already, else a copy of these images only."""
+        if device == self.store.device:
+            return self
+        images = torch.empty(len(self.labels), *self.store.shape[1:], dtype=torch.uint8, device=device)
+        for part, chunk in zip(images.split(CHUNK), self.chunks(), strict=True):
+            part.copy_(chunk)
+        return Images(images, self.labels.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set in memory: training and test images as uint8 tensors."""
+    """A data set: training and test images."""
 
     name: str
     train: Images
@@ -78,16 +101,19 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
-        c, h, w = self.train.images.shape[1:]
+        c, h, w = self.train.store.shape[1:]
         return c, h, w
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the SHA-256 of all images and labels."""
         digest = hashlib.sha256()
-        for tensor in (*self.train, *self.test):
-            digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.contiguous().numpy().data)
+        for part in (self.train, self.test):
+            digest.update(str((len(part.labels), *self.shape)).encode())
+            for chunk in part.chunks():
+                digest.update(chunk.contiguous().numpy().data)
+            digest.update(str(tuple(part.labels.shape)).encode())
+            digest.update(part.labels.numpy().data)
         return digest.hexdigest()[:16]
 
     @functools.cached_property
@@ -101,12 +127,16 @@ class Dataset:
         return self.train.select(keep), self.train.select(held_out)
 
 
+def indices_by_class(labels: Int64[Tensor, " n"], classes: int = 0) -> tuple[Int64[Tensor, " _"], ...]:
+    """For each class, at least for as many as `classes`, the indices of its images, ascending."""
+    return labels.argsort(stable=True).split(labels.bincount(minlength=classes).tolist())
+
+
 def stratified_split(labels: Int64[Tensor, " n"], fraction: float) -> tuple[Int64[Tensor, " a"], Int64[Tensor, " b"]]:
     """Two disjoint sets of indices that cover all: the second holds `fraction` of every class, at least one image."""
     rng = generator("split")
     keep, held_out = [], []
-    for label in labels.unique():
-        members = torch.nonzero(labels == label).flatten()
+    for members in indices_by_class(labels):
         members = members[torch.randperm(len(members), generator=rng)]
         count = max(1, round(fraction * len(members)))
         held_out.append(members[:count])
@@ -124,7 +154,7 @@ def default_root() -> Path:
 
 
 def load(name: str, root: Path | None = None) -> Dataset:
-    """The data set `name` from `<root>/<name>.safetensors`.
+    """The data set `name` from `<root>/<name>.safetensors`. Its images stay in the file until they are used.
 
     Raises:
         UserError: unknown name, data not prepared yet (says what to run), or a file that is not what it should be.
@@ -134,43 +164,56 @@ def load(name: str, root: Path | None = None) -> Dataset:
         return _digits()
     path = (root or default_root()) / f"{name}.safetensors"
     if not path.exists():
-        source = "" if name in _DOWNLOADS else " --source FOLDER"
+        source = " --source FOLDER" if name in FROM_FOLDER else ""
         raise UserError(f"{name} is not in {path.parent}; run `cddlib data {name}{source} --root {path.parent}` first.")
     return _read(name, path)
 
 
 def _read(name: str, path: Path) -> Dataset:
-    """Read and check a cached data set."""
-    file = open_tensors(path)
+    """Check a cached data set and map its images."""
+    try:
+        file = safe_open(path, framework="np")  # "pt" maps it writable: refused if it is longer than the memory
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
     missing = set(TENSORS) - set(file.keys())
     if missing:
         raise UserError(f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set.")
     classes = check_classes(read_metadata(file, path, "classes"), path)
-    try:
-        tensors = {key: file.get_tensor(key) for key in TENSORS}
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}).") from None
+    dtypes = {key: file.get_slice(key).get_dtype() for key in TENSORS}
+    shapes = {key: file.get_slice(key).get_shape() for key in TENSORS}
+    parts = {}
     for part in ("train", "test"):
-        images, labels = tensors[f"{part}_images"], tensors[f"{part}_labels"]
+        images, labels = f"{part}_images", f"{part}_labels"
+        n = shapes[images][:1]
         wrong = (
-            f"{part}_images is {images.dtype}{list(images.shape)}, not uint8[n, c, h, w]"
-            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != tensors["train_images"].shape[1:]
-            else f"{part}_labels is {labels.dtype}{list(labels.shape)}, not int64[{len(images)}]"
-            if labels.dtype != torch.int64 or labels.shape != (len(images),)
+            f"{images} is {dtypes[images]}{shapes[images]}, not U8[n, c, h, w]"
+            if dtypes[images] != "U8" or len(shapes[images]) != 4 or shapes[images][1:] != shapes["train_images"][1:]
+            else f"{labels} is {dtypes[labels]}{shapes[labels]}, not I64{n}"
+            if dtypes[labels] != "I64" or shapes[labels] != n
             else f"{part} has no images"
-            if len(images) == 0
-            else f"{part}_labels reach from {labels.min()} to {labels.max()}, with {len(classes)} classes named"
-            if labels.min() < 0 or labels.max() >= len(classes)
+            if 0 in shapes[images]
             else None
         )
+        if not wrong:
+            found = torch.from_numpy(file.get_tensor(labels))
+            if found.min() < 0 or found.max() >= len(classes):
+                wrong = f"{labels} reach from {found.min()} to {found.max()}, with {len(classes)} classes named"
         if wrong:
             raise UserError(f"{path} is not a cddlib data set: {wrong}.")
-    return _dataset(name, tensors, classes)
+        parts[part] = Images(_mapped(path, images), found)
+    return Dataset(name, parts["train"], parts["test"], classes)
 
 
-def _dataset(name: str, tensors: dict[str, Tensor], classes: tuple[str, ...]) -> Dataset:
-    train = Images(tensors["train_images"], tensors["train_labels"])
-    return Dataset(name, train, Images(tensors["test_images"], tensors["test_labels"]), classes)
+def _mapped(path: Path, key: str) -> UInt8[Tensor, "n c h w"]:
+    """The uint8 tensor `key` of a safetensors file, mapped read-only."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[key]
+    offset = 8 + length + entry["data_offsets"][0]
+    array = np.memmap(path, np.uint8, "r", offset, tuple(entry["shape"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(array)
 
 
 @functools.cache
@@ -181,137 +224,3 @@ def _digits() -> Dataset:
     every = Images(images, torch.from_numpy(bunch.target).long())
     train, test = stratified_split(every.labels, 0.2)
     return Dataset("digits", every.select(train), every.select(test), tuple(str(name) for name in bunch.target_names))
-
-
-# --- Preparing --------------------------------------------------------------------------------------------------
-
-_DOWNLOADS = {"fashion_mnist": tv.FashionMNIST, "cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}
-
-
-def prepare(name: str, root: Path | None = None, *, source: Path | None = None, size: int = 64) -> Path:
-    """Write `<root>/<name>.safetensors` and return its path; a file already there is checked and kept.
-
-    Args:
-        name: fashion_mnist, cifar10, cifar100: downloaded by torchvision. tiny_imagenet, imagefolder: from `source`.
-        root: folder of the cache.
-        source: a folder in Tiny ImageNet's original layout, or with `train/<class>/*` and `val/<class>/*`.
-        size: pixels of a side, for imagefolder: the shorter side is resized to it with antialiasing, then the
-            middle is cut out.
-
-    Raises:
-        UserError: a download fails, a folder has another layout, or an image cannot be read.
-    """
-    check_data_name(name)
-    root = root or default_root()
-    path = root / f"{name}.safetensors"
-    if name == "digits":
-        raise UserError("digits comes with scikit-learn; nothing needs to be prepared.")
-    if path.exists():
-        _read(name, path)
-        return path
-    if name in _DOWNLOADS:
-        tensors, classes = _download(name, root / "downloads")
-    elif source is None or not (source / "train").is_dir() or not (source / "val").is_dir():
-        raise UserError(f"{name} needs --source, a folder that holds train/ and val/; got {source}.")
-    else:
-        tensors, classes = _from_folder(name, source, size)
-    write_tensors(path, tensors, {"classes": classes})
-    return path
-
-
-def _download(name: str, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Fetch a data set with torchvision, which checks the downloads against its checksums."""
-    tensors = {}
-    for part in ("train", "test"):
-        try:
-            found = _DOWNLOADS[name](folder, train=part == "train", download=True)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())  # torchvision's has several lines
-            raise UserError(f"{name} cannot be downloaded to {folder} ({reason}).") from None
-        images = torch.as_tensor(found.data)
-        # torchvision keeps CIFAR as n x h x w x c and Fashion-MNIST as n x h x w
-        tensors[f"{part}_images"] = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
-        tensors[f"{part}_labels"] = torch.as_tensor(found.targets).long()
-    return tensors, list(found.classes)
-
-
-def _from_folder(name: str, source: Path, size: int) -> tuple[dict[str, Tensor], list[str]]:
-    """Decode and resize the images of a folder in parallel."""
-    train = _image_folder(source / "train")
-    annotations = source / "val" / "val_annotations.txt"
-    if name == "tiny_imagenet":
-        size = 64
-        if not annotations.exists():
-            raise UserError(f"{annotations} does not exist: {source} is not in Tiny ImageNet's original layout.")
-        val = _annotated(annotations, train.class_to_idx)
-    else:
-        found = _image_folder(source / "val")
-        if found.classes != train.classes:
-            odd = sorted(set(found.classes) ^ set(train.classes))
-            raise UserError(f"train/ and val/ in {source} do not have the same classes; they differ in {odd[:5]}.")
-        val = found.samples
-    tensors = {}
-    for part, samples in (("train", train.samples), ("test", val)):
-        images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
-        loader = torch.utils.data.DataLoader(
-            _Decoder([path for path, _ in samples], size),
-            batch_size=64,
-            collate_fn=_stack,
-            num_workers=0 if len(samples) < 1024 else _usable_cpus(),
-        )
-        start = 0
-        for batch in tqdm(loader, desc=f"reading {part}", unit="batch"):
-            if isinstance(batch, UserError):
-                raise batch
-            images[start : start + len(batch)] = batch
-            start += len(batch)
-        tensors[f"{part}_images"] = images
-        tensors[f"{part}_labels"] = torch.tensor([label for _, label in samples])
-    return tensors, train.classes
-
-
-def _usable_cpus() -> int:
-    """Processors that this process may use, where the system tells; else all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _image_folder(folder: Path) -> tv.ImageFolder:
-    try:
-        return tv.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder} is not a folder of images by class ({error}).") from None
-
-
-def _annotated(annotations: Path, class_to_idx: dict[str, int]) -> list[tuple[str, int]]:
-    """Tiny ImageNet's validation images: file name and class, tab-separated, a line each."""
-    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-    found = [
-        (str(annotations.parent / "images" / file), class_to_idx[wnid]) for file, wnid in rows if wnid in class_to_idx
-    ]
-    if not found:
-        raise UserError(f"{annotations} names no image of the classes in train/.")
-    return found
-
-
-class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
-    """Image files as uint8 tensors of one size."""
-
-    def __init__(self, paths: list[str], size: int) -> None:
-        self.paths = paths
-        self.resize = v2.Compose(
-            [v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor(), v2.ToDtype(torch.uint8)]
-        )
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor | UserError:
-        """The image, or the error: what a worker process raises arrives with its traceback as the message."""
-        try:
-            return self.resize(tv.folder.pil_loader(self.paths[index]))
-        except OSError as error:
-            return UserError(f"{self.paths[index]} is not a readable image ({error}).")
-
-
-def _stack(found: list[Tensor | UserError]) -> Tensor | UserError:
-    return next((item for item in found if isinstance(item, UserError)), None) or torch.stack(cast(list[Tensor], found))

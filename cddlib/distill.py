@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -39,9 +40,10 @@ from cddlib.runs import (
     resolve_device,
     write_json,
 )
-from cddlib.segments import Segments, SegmentsConfig, draw_segments
+from cddlib.segments import Segments, SegmentsConfig, active_subset, draw_segments
 from cddlib.state import OptimizerConfig, State
 from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
+from cddlib.training import predict
 from cddlib.trajectory import Buffer
 
 MOST_SKIPPED = 100  # iterations in a row that the loss guard may skip before the run stops
@@ -65,8 +67,6 @@ class DistillConfig(
 
     method: str = "contra"
     """Name of the recipe."""
-    iterations: int = 5000
-    """Optimiser steps on the synthetic set."""
     loss_threshold: float | None = None
     """Skip an iteration whose loss is above this (DATM's guard); without it, never skip."""
     validate_every: int = 100
@@ -82,11 +82,13 @@ class DistillConfig(
         for base in DistillConfig.__mro__[1:]:
             if dataclasses.is_dataclass(base):
                 base.__post_init__(self)  # type: ignore[attr-defined]
-        for name in ("iterations", "validation_runs", "checkpoint_every"):
+        for name in ("validation_runs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.validate_every < 0:
             raise UserError(f"validate_every is {self.validate_every}; it must be 0 or more.")
+        if self.ipc < self.subsets:
+            raise UserError(f"ipc is {self.ipc}; {self.subsets} subsets need at least {self.subsets} images a class.")
 
 
 def distill(
@@ -115,7 +117,10 @@ def distill(
     _check_buffer(config, buffer)
     dataset = load(config.data, root)
     buffer.check_data(dataset)
-    state = State(config, config, initialise(config, dataset, buffer, config.seed, dev))
+    if config.convex:
+        buffer = buffer.convexified()
+    initial = initialise(config, dataset, buffer, config.seed, dev)
+    state = State(config, config, dataclasses.replace(initial, subsets=config.subsets))
     write_json(out / "config.json", run)
     state.restore(out / "checkpoint.safetensors")
     metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
@@ -220,7 +225,11 @@ def _iterate(state: State, config: DistillConfig, buffer: Buffer) -> dict[str, A
             f"iterations; {kept} --step-size, or a higher --loss-threshold."
         )
     if not skipped:
-        state.step(gradients)
+        rows = state.synthetic.subset(active_subset(config, state.iteration))
+        if config.labels == "teacher":
+            anchor = record["starts"][record["anchor"]]
+            state.relabel(teacher_logits(config, buffer, state.synthetic, record["expert"], anchor), rows)
+        state.step(gradients, rows)
     if not all(bool(variable.isfinite().all()) for variable in state.synthetic.variables()[:-1]):
         raise UserError(f"{stopped}images or label logits are no longer finite; {kept} --lr-images or --lr-labels.")
     step_size = state.synthetic.step_size.item()
@@ -268,20 +277,24 @@ def concurrent_gradient(
     experts = len(buffer.experts)
     expert, segments = _draw(config, experts, iteration, rng)
     replayed = _draw_earlier(config, experts, iteration)
-    device, size = synthetic.images.device, len(synthetic.labels)
+    device = synthetic.images.device
+    rows = synthetic.subset(active_subset(config, iteration))
     variables = synthetic.variables()
     losses, gradients = [], []
     for owner, start in [(expert, start) for start in segments.starts] + replayed:
+        taught = config.labels == "teacher"
+        steps = plan_student(config, len(rows), config.augment, rng)
         loss = matching_loss(
             buffer.network,
             buffer.parameters(owner, start).to(device),
             buffer.parameters(owner, start + config.expert_epochs).to(device),
             synthetic.images,
-            synthetic.targets(),
+            teacher_logits(config, buffer, synthetic, owner, start).softmax(1) if taught else synthetic.targets(),
             synthetic.step_size,
-            plan_student(config, size, config.augment, rng),
+            [step._replace(indices=rows[step.indices]) for step in steps],
+            config,
         )
-        gradients.append(torch.autograd.grad(loss, variables))
+        gradients.append(torch.autograd.grad(loss, variables, allow_unused=taught, materialize_grads=taught))
         losses.append(loss.item())
     shares = weights(config, gramian(gradients, config.rates(synthetic)), losses, segments.anchor, rng)
     averaged = shares if config.combine == "mean" else [1 / len(losses)] * len(losses)
@@ -297,6 +310,15 @@ def concurrent_gradient(
     return weighted_sum(gradients, shares), matched
 
 
+def teacher_logits(
+    config: SegmentsConfig, buffer: Buffer, synthetic: SyntheticSet, expert: int, start: int | float
+) -> Float[Tensor, "n classes"]:
+    """What the network at the end of a segment says of the synthetic images (TESLA's labels for 1000 classes)."""
+    theta = buffer.parameters(expert, start + config.expert_epochs).to(synthetic.images.device)
+    images = synthetic.images.detach()
+    return predict(buffer.network, theta, lambda indices: (images[indices], synthetic.labels[indices]), len(images))
+
+
 def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
     """The expert and the segments of an iteration; `rng` is the iteration's generator."""
     expert = int(torch.randint(experts, (), generator=rng))
@@ -304,7 +326,7 @@ def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Gener
     return (expert if config.expert is None else config.expert), segments
 
 
-def _draw_earlier(config: DistillConfig, experts: int, iteration: int) -> list[tuple[int, int]]:
+def _draw_earlier(config: DistillConfig, experts: int, iteration: int) -> list[tuple[int, int | float]]:
     """Experts and start epochs of `replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
     rng = generator(config.seed, "replay", iteration)
     chosen = torch.randperm(iteration, generator=rng)[: config.replay].tolist()

@@ -9,6 +9,9 @@ tenth of it from half time on, DSA on every batch. Beside it, under the same pro
 number, and all training images for about as many steps; these two train at the reference codes' 0.01, because they
 have no learned step size. Unlike the published loop, momentum survives the drop of the rate, and there are 1000
 epochs, not 1001.
+
+A network of another architecture than the synthetic set was distilled with is trained in the same way and at the
+same rates, as MTT, FTD and ATT do.
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
 from cddlib.data import DataConfig, Dataset, Images, load
-from cddlib.networks import ConvNet, Network, NetworkConfig
+from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing
 from cddlib.runs import (
     Recorder,
@@ -70,13 +73,15 @@ def train_network(
     purpose: str,
     seed: int,
     device: torch.device,
+    begun: Float[Tensor, " p"] | None = None,
 ) -> Float[Tensor, " p"]:
-    """Train a fresh network by the published protocol on `size` examples; returns its parameters.
+    """Train a network by the published protocol on `size` examples; returns its parameters.
 
-    Its initialisation belongs to `purpose` (validation, evaluation) and `seed`: no expert ever started there, and a
-    network that helped to select a synthetic set does not test it.
+    It is fresh, or goes on from `begun`. A fresh one's initialisation belongs to `purpose` (validation, evaluation) and
+    `seed`: no expert ever started there, and a network that helped to select a synthetic set does not test it.
     """
-    theta = network.init(generator(purpose, seed, "init")).to(device).requires_grad_()
+    theta = network.init(generator(purpose, seed, "init")) if begun is None else begun
+    theta = theta.to(device).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[(epochs + 1) // 2], gamma=0.1)
     rng = generator(purpose, seed, "epochs")
@@ -84,6 +89,11 @@ def train_network(
         train_epoch(network, theta, optimizer, fetch, size, batch_size=batch_size, strategy=strategy, generator=rng)
         schedule.step()
     return theta.detach()
+
+
+def fetch_synthetic(images: Float[Tensor, "n c h w"], targets: Float[Tensor, "n classes"]) -> Fetch:
+    """Synthetic images, which are in the network's input space already."""
+    return lambda indices: (images[indices], targets[indices])
 
 
 def accuracy_of_set(
@@ -96,20 +106,31 @@ def accuracy_of_set(
     purpose: str,
     seed: int,
 ) -> float:
-    """Accuracy on `real` of one network trained on `synthetic`; all on the same device."""
+    """Accuracy on `real` of one network trained on `synthetic`; all on the same device.
+
+    A set in subsets is learned as SeqMatch does: the first subset, then the first two, and so on, each stage with all
+    its epochs.
+    """
     targets = synthetic.targets()
-    theta = train_network(
-        network,
-        lambda indices: (synthetic.images[indices], targets[indices]),
-        len(targets),
-        epochs=config.evaluation_epochs,
-        learning_rate=float(synthetic.step_size),
-        batch_size=config.evaluation_batch,
-        strategy=strategy,
-        purpose=purpose,
-        seed=seed,
-        device=targets.device,
-    )
+    theta, learned = None, []
+    for number in range(synthetic.subsets):
+        learned.append(synthetic.subset(number))
+        rows = torch.cat(learned)
+        inputs, wanted = synthetic.images[rows], targets[rows]
+        theta = train_network(
+            network,
+            fetch_synthetic(inputs, wanted),
+            len(rows),
+            epochs=config.evaluation_epochs,
+            learning_rate=float(synthetic.step_size),
+            batch_size=config.evaluation_batch,
+            strategy=strategy,
+            purpose=purpose,
+            seed=seed,
+            device=targets.device,
+            begun=theta,
+        )
+    assert theta is not None  # there is at least one subset
     return accuracy(network, theta, real, synthetic.preprocessing)
 
 
@@ -127,11 +148,12 @@ def evaluate_run(
     root: Path | None = None,
     device: str = "auto",
     seed: int = 0,
+    network: NetworkConfig | None = None,
 ) -> dict[str, Any]:
     """Test the synthetic set of a distillation run, and write `evaluation-<hash>.json` beside it.
 
     Every finished network is recorded at once: an interrupted evaluation goes on, and asking for more runs adds to
-    the ones already there.
+    the ones already there. Each `network` has a record of its own.
 
     Args:
         run: folder of the distillation run.
@@ -140,12 +162,15 @@ def evaluate_run(
         root: folder of the data sets.
         device: `auto`, `cpu`, `cuda` …
         seed: network i of a set has seed + i.
+        network: which network is trained; by default the one that the set was distilled with.
 
     Raises:
-        UserError: `run` holds no finished distillation, or the data set is missing or another version of it.
+        UserError: `run` holds no finished distillation, the data set is missing or another version of it, or the
+            network does not fit its images.
 
     Returns:
-        The record: accuracies on the test images under `synthetic`, `random_real` and `full`, and their summary.
+        The record: accuracies on the test images under `synthetic`, `random_real` and `full`, their summary, the
+        learning rates, and the network.
     """
     if runs < 1:
         raise UserError(f"runs is {runs}; it must be at least 1.")
@@ -157,7 +182,8 @@ def evaluate_run(
     synthetic = SyntheticSet.load(path).to(dev)
     try:
         dataset = load(from_dict(DataConfig, settings).data, root)
-        trainer = _Trainer(settings, dataset, synthetic, dev)
+        own = from_dict(NetworkConfig, settings)
+        trainer = _Trainer(settings, network or own, dataset, synthetic, dev)
         fingerprint = settings["data_fingerprint"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
@@ -166,6 +192,9 @@ def evaluate_run(
         raise UserError(f"{run} was distilled from another version of {dataset.name} than the one in --root.")
 
     identity = {"synthetic_sha256": file_digest(path), "seed": seed, "evaluation": as_dict(trainer.config)}
+    described = {"network": as_dict(network or own)}
+    if network not in (None, own):
+        identity |= described
     record_path = run / f"evaluation-{config_hash(identity)}.json"
     accuracies: dict[str, list[float]] = {"synthetic": [], "random_real": [], "full": []}
     elapsed = 0.0
@@ -179,6 +208,8 @@ def evaluate_run(
         accuracies[name].append(trainer.accuracy(name, seed + index))
         record = {
             **identity,
+            **described,
+            "learning_rates": trainer.learning_rates,
             "summary": {key: summarise(values) for key, values in accuracies.items() if values},
             "accuracies": accuracies,
             **recorder.report(),
@@ -191,12 +222,22 @@ class _Trainer:
     """Trains one network on the synthetic set or on a baseline, and tests it."""
 
     def __init__(
-        self, settings: dict[str, Any], dataset: Dataset, synthetic: SyntheticSet, device: torch.device
+        self,
+        settings: dict[str, Any],
+        network: NetworkConfig,
+        dataset: Dataset,
+        synthetic: SyntheticSet,
+        device: torch.device,
     ) -> None:
         self.config = from_dict(EvaluateConfig, settings)
         self.strategy = from_dict(AugmentConfig, settings).augment
-        self.network = ConvNet(from_dict(NetworkConfig, settings), dataset.shape, len(dataset.classes))
+        self.network = build_network(network, dataset.shape, len(dataset.classes))
         self.dataset, self.synthetic, self.device = dataset, synthetic, device
+        self.learning_rates = {
+            "synthetic": float(synthetic.step_size),
+            "random_real": REAL_LEARNING_RATE,
+            "full": REAL_LEARNING_RATE,
+        }
 
     def accuracy(self, name: str, seed: int) -> float:
         """Test accuracy of one network trained on the set called `name`."""
@@ -212,7 +253,8 @@ class _Trainer:
             train = random_real(self.dataset.split[0], classes, size // classes, generator(seed, "random real"))
         else:  # all training images, in whole epochs, for about as many steps as the synthetic set gets
             train = self.dataset.train
-            steps = epochs * -(-size // self.config.evaluation_batch)
+            stages = [size * (number + 1) // self.synthetic.subsets for number in range(self.synthetic.subsets)]
+            steps = epochs * sum(-(-stage // self.config.evaluation_batch) for stage in stages)
             epochs = max(1, round(steps / -(-len(train.labels) // self.config.evaluation_batch)))
         return self._train_on_real(train.to(self.device), test, epochs, self.synthetic.preprocessing, seed)
 

@@ -12,12 +12,15 @@ chain rule is walked back one step at a time::
         ∂L/∂X_i −= α (∂g_i/∂X_i)ᵀ λ      ∂L/∂Y_i −= α (∂g_i/∂Y_i)ᵀ λ      ∂L/∂α −= ⟨g_i, λ⟩
         λ       ←  λ − α (∂g_i/∂θ)ᵀ λ
 
-Each turn differentiates the scalar ⟨g_i, λ⟩ once, and frees its graph. Leaving out the last line gives TESLA's
-gradient, which is another one.
+Each turn differentiates the scalar ⟨g_i, λ⟩ once, and frees its graph. The methods of the field change little here::
+
+    TESLA   leaves out the last line: the student's path through later parameters is dropped, which is another gradient
+    ATT     ends the student at the step n* that lies nearest to the target, and walks back from there
+    PAD     keeps, in numerator and denominator, only the parameters that are furthest from the target
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +41,20 @@ class MatchingConfig:
     """Steps N that the student takes."""
     student_batch: int | None = None
     """Synthetic images a step; without it, all of them."""
+    gradient: Literal["exact", "truncated", "halved"] = "exact"
+    """The exact gradient; TESLA's, which is truncated; or that with half the images' part, as TESLA's code has it."""
+    match_step: Literal["last", "nearest"] = "last"
+    """Match the student's last parameters, or those that are nearest to the target in the L1 norm (ATT)."""
+    dropped_fraction: float = 0.0
+    """Fraction of the parameters, those already nearest to the target, that the loss leaves out (PAD)."""
 
     def __post_init__(self) -> None:
         for name in ("student_steps", "student_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+        if not 0 <= self.dropped_fraction < 1:
+            raise UserError(f"dropped_fraction is {self.dropped_fraction}; it must be 0 or more and below 1.")
 
 
 class Step(NamedTuple):
@@ -73,18 +84,20 @@ def matching_loss(
     targets: Float[Tensor, "n classes"],
     step_size: Float[Tensor, ""],
     steps: list[Step],
+    config: MatchingConfig | None = None,
 ) -> Float[Tensor, ""]:
     """L for the segment from `start` = θ*_t to `target` = θ*_{t+M}.
 
-    Differentiable, exactly, with respect to `images`, `targets` (class probabilities) and `step_size`; not with
-    respect to `start` and `target`. Peak memory: one step's graph and len(steps) parameter vectors.
+    Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
+    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's graph and
+    len(steps) parameter vectors.
 
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.
     """
     if (start - target).square().sum() == 0:
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
-    return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps)
+    return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps, config or MatchingConfig())
 
 
 class _MatchingLoss(torch.autograd.Function):
@@ -100,29 +113,37 @@ class _MatchingLoss(torch.autograd.Function):
         start: Tensor,
         target: Tensor,
         steps: list[Step],
+        config: MatchingConfig,
     ) -> Tensor:
         path = roll_out(network, start, images, targets, step_size, steps)
-        ctx.save_for_backward(images, targets, step_size, target, *path)
-        ctx.network, ctx.steps = network, steps
-        return distances_to_target([start, path[-1]], target)[-1]
+        if config.match_step == "nearest":
+            path = path[: nearest_step(path, target) + 1]
+        kept = kept_parameters(path[-1], target, config.dropped_fraction)
+        scale = (start - target)[kept].square().sum()
+        ctx.save_for_backward(images, targets, step_size, target, scale, *path)
+        ctx.network, ctx.steps, ctx.kept, ctx.gradient = network, steps[: len(path) - 1], kept, config.gradient
+        return (path[-1] - target)[kept].square().sum() / scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        images, targets, step_size, target, *path = ctx.saved_tensors
+        images, targets, step_size, target, scale, *path = ctx.saved_tensors
         d_images, d_targets, d_step_size = (torch.zeros_like(x) for x in (images, targets, step_size))
-        adjoint = path[-1] - target
-        adjoint *= 2 * grad_loss / (path[0] - target).square().sum()
+        adjoint = torch.zeros_like(target)
+        adjoint[ctx.kept] = (path[-1] - target)[ctx.kept] * (2 * grad_loss / scale)
         for theta, step in zip(reversed(path[:-1]), reversed(ctx.steps), strict=True):
             indices = step.indices.to(images.device)
-            inner, by_theta, by_images, by_targets = _differentiate_step(
+            inner, by_theta, by_images, by_targets = differentiate_step(
                 ctx.network, theta, images[indices], targets[indices], step.draw, adjoint
             )
             d_images.index_add_(0, indices, by_images * -step_size)
             d_targets.index_add_(0, indices, by_targets * -step_size)
             d_step_size -= inner
-            adjoint -= step_size * by_theta
-        return d_images, d_targets, d_step_size, None, None, None, None
+            if ctx.gradient == "exact":
+                adjoint -= step_size * by_theta
+        if ctx.gradient == "halved":
+            d_images /= 2
+        return d_images, d_targets, d_step_size, None, None, None, None, None
 
 
 def roll_out(
@@ -149,12 +170,25 @@ def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, "
     return torch.stack([(theta - target).square().sum() for theta in path]) / (path[0] - target).square().sum()
 
 
+def nearest_step(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> int:
+    """ATT's n*: which of θ_1 … θ_N is nearest to the target in the L1 norm; of equals, the last."""
+    distances = torch.stack([(theta - target).abs().sum() for theta in path[1:]])
+    return len(distances) - int(distances.flip(0).argmin())
+
+
+def kept_parameters(student: Float[Tensor, " p"], target: Float[Tensor, " p"], dropped: float) -> Tensor | slice:
+    """Indices of the parameters that PAD's loss keeps: all but the fraction `dropped` with the smallest errors."""
+    if dropped == 0:
+        return slice(None)
+    return (student - target).square().argsort(stable=True)[int(dropped * len(target)) :]
+
+
 def _loss(network: Network, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
     """The student's loss ℓ: cross-entropy with class probabilities, mean over the batch."""
     return -(targets * F.log_softmax(network(theta, inputs), dim=1)).sum(dim=1).mean()
 
 
-def _differentiate_step(
+def differentiate_step(
     network: Network,
     theta: Tensor,
     images: Tensor,

@@ -5,41 +5,51 @@ trajectory is a sequence of points. `views` gives the tensors inside it their na
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision.models import DenseNet, ResNet, VisionTransformer
+from torchvision.models.resnet import BasicBlock
 
 from cddlib.runs import UserError
 
+Architecture = Literal["convnet", "alexnet", "vgg11", "resnet18", "densenet121", "vit", "mlp"]
 Norm = Literal["instance", "batch", "group", "layer", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """A ConvNet as the reference codes build it: blocks of convolution, norm, activation, pooling."""
+    """Which network, and how it is built. By default the reference codes' ConvNet."""
 
+    network: Architecture = "convnet"
+    """Architecture. The ConvNet is blocks of convolution, norm, activation, pooling."""
     depth: int = 3
-    """Number of blocks."""
+    """Number of blocks; of the ConvNet, others ignore it."""
     width: int = 128
-    """Channels of every block."""
+    """Channels of every block; of the ConvNet, others ignore it."""
     norm: Norm = "instance"
-    """Normalisation after each convolution; group means four groups."""
+    """Normalisation after each convolution; group means four groups. vgg11, resnet18 and densenet121 take instance
+    or batch; alexnet, vit and mlp ignore it."""
     activation: Literal["relu", "leakyrelu", "sigmoid"] = "relu"
-    """Activation after each norm."""
+    """Activation after each norm; of the ConvNet, others ignore it."""
     pooling: Literal["avg", "max", "none"] = "avg"
-    """Pooling over 2x2 pixels at the end of each block."""
+    """Pooling over 2x2 pixels at the end of each block; of the ConvNet, others ignore it."""
 
     def __post_init__(self) -> None:
         for name in ("depth", "width"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.norm == "group" and self.width % 4:
+        if self.network == "convnet" and self.norm == "group" and self.width % 4:
             raise UserError(f"width is {self.width}; with norm 'group' it must be a multiple of 4.")
+        if self.network in ("vgg11", "resnet18", "densenet121") and self.norm not in _NORMS:
+            raise UserError(f"norm is {self.norm!r}; {self.network} takes 'instance' or 'batch'.")
 
 
 @runtime_checkable
@@ -54,6 +64,20 @@ class Network(Protocol):
 
     def __call__(self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Logits."""
+
+
+def build_network(config: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> Network:
+    """The network of `config` for images of `image_shape` (channels, height, width).
+
+    Raises:
+        UserError: the images are not square, or too small for the ConvNet's depth.
+    """
+    if image_shape[1] != image_shape[2]:
+        raise UserError(f"images are {image_shape[1]} by {image_shape[2]} pixels; they must be square.")
+    if config.network == "convnet":
+        return ConvNet(config, image_shape, classes)
+    builder = _BUILDERS[config.network]
+    return TorchNetwork(lambda: builder(config, image_shape[0], image_shape[1], classes))
 
 
 def parameter_count(network: Network) -> int:
@@ -84,9 +108,7 @@ class ConvNet:
     """
 
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> None:
-        """Lay out the parameters for images of `image_shape` (channels, height, width)."""
-        if image_shape[1] != image_shape[2]:
-            raise UserError(f"images are {image_shape[1]} by {image_shape[2]} pixels; they must be square.")
+        """Lay out the parameters for square images of `image_shape` (channels, height, width)."""
         self.config = config
         self._padding = [3 if image_shape[1] == 28 else 1] + [1] * (config.depth - 1)
         channels, size = image_shape[0], image_shape[1] + 2 * (self._padding[0] - 1)
@@ -139,3 +161,144 @@ class ConvNet:
         if self.config.norm == "batch":
             return F.batch_norm(x, None, None, weight, bias, training=True)
         return F.group_norm(x, 4 if self.config.norm == "group" else x.shape[1], weight, bias)
+
+
+# --- Other architectures ----------------------------------------------------------------------------------------
+#
+# One rule for images below 32 pixels: where a norm or a convolution follows, no map is halved to less than 4 pixels a
+# side. Of one pixel an instance norm leaves nothing, and of four too little: VGG-11 did not learn the digits so.
+
+
+class TorchNetwork:
+    """A `torch.nn.Module` as a pure function of (parameters, images).
+
+    Its parameters are laid out in the order of `named_parameters`. The module may hold no state but these: no
+    running averages, no dropout.
+    """
+
+    def __init__(self, build: Callable[[], nn.Module]) -> None:
+        """Take the structure of the module that `build` returns."""
+        self._build = build
+        with torch.device("meta"):  # the numbers come with every call
+            self._module = build()
+        self.shapes: dict[str, tuple[int, ...]] = {
+            name: tuple(parameter.shape) for name, parameter in self._module.named_parameters()
+        }
+
+    def init(self, generator: torch.Generator) -> Float[Tensor, " p"]:
+        """Fresh parameters as the module draws them, from a seed that `generator` gives."""
+        seed = int(torch.randint(2**63 - 1, (), generator=generator))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+            module = self._build()
+        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+    def __call__(self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention cannot be differentiated twice
+            return cast(Tensor, torch.func.functional_call(self._module, views(self, theta), (images,)))
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "instance": lambda channels: nn.GroupNorm(channels, channels),
+    "batch": functools.partial(nn.BatchNorm2d, track_running_stats=False),
+}
+
+
+def _too_small(image_side: int, side: int) -> bool:
+    return image_side < 32 and side < 4
+
+
+def _stages(
+    channels: int, side: int, kernels: Sequence[int], stages: Sequence[Sequence[int]], norm: str = "none"
+) -> tuple[list[nn.Module], int]:
+    """Stages of convolution, norm and ReLU with a 2x2 max pooling after each, and the side of the last map."""
+    layers: list[nn.Module] = []
+    image_side = side
+    for stage, (kernel, widths) in enumerate(zip(kernels, stages, strict=True), start=1):
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, kernel, padding="same")]
+            layers += [_NORMS[norm](width)] if norm != "none" else []
+            layers += [nn.ReLU()]
+            channels = width
+        if stage == len(stages) or not _too_small(image_side, side // 2):
+            layers += [nn.MaxPool2d(2)]
+            side //= 2
+    return layers, side
+
+
+def _alexnet(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
+    """AlexNet (Krizhevsky et al. 2012) as in DC and MTT: first convolution 5x5 with stride 1, one linear classifier.
+
+    Pooling is over 2x2 pixels, and there is no dropout.
+    """
+    layers, side = _stages(channels, side, (5, 5, 3), ((128,), (192,), (256, 192, 192)))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(192 * side * side, classes))
+
+
+def _vgg11(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
+    """VGG-11 (Simonyan & Zisserman 2015) as in DC and MTT: a norm after each convolution, one linear classifier.
+
+    The last map is averaged, so that images may have more than 32 pixels; there is no dropout.
+    """
+    stages = ((64,), (128,), (256, 256), (512, 512), (512, 512))
+    layers, _ = _stages(channels, side, [3] * 5, stages, config.norm)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+def _resnet18(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
+    """ResNet-18 (He et al. 2016) with a stem for small images: convolution 3x3 with stride 1, no pooling."""
+    net = ResNet(BasicBlock, [2, 2, 2, 2], classes, norm_layer=_NORMS[config.norm])
+    net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    net.maxpool = nn.Identity()
+    for halvings, layer in enumerate((net.layer2, net.layer3, net.layer4), start=1):
+        if _too_small(side, -(-side // 2**halvings)):
+            layer[0].conv1.stride = layer[0].downsample[0].stride = (1, 1)
+    return net
+
+
+def _densenet121(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
+    """DenseNet-121 (Huang et al. 2017) with a stem for small images: convolution 3x3 with stride 1, no pooling."""
+    net = DenseNet(num_classes=classes)
+    for module in list(net.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, _NORMS[config.norm](child.num_features))
+    net.features.conv0 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.features.conv0.weight)  # as torchvision's
+    net.features.pool0 = nn.Identity()
+    features = net.features
+    for halvings, transition in enumerate((features.transition1, features.transition2, features.transition3), start=1):
+        if _too_small(side, side // 2**halvings):
+            transition.pool = nn.Identity()
+    return net
+
+
+def _vit(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
+    """A small vision transformer (Dosovitskiy et al. 2021), our choice: half of DeiT-Ti, 6 layers of 192 channels.
+
+    Patches are the smallest that cut the side into at most 8 pieces: 4x4 pixels of 28 or 32, one of 8, 8x8 of 64.
+    As torchvision initialises it, the classifier starts at zero.
+    """
+    patch = next(size for size in range(-(-side // 8), side + 1) if side % size == 0)
+    net = VisionTransformer(side, patch, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=classes)
+    net.conv_proj = nn.Conv2d(channels, 192, patch, stride=patch)
+    nn.init.trunc_normal_(net.conv_proj.weight, std=1 / math.sqrt(channels * patch * patch))  # as torchvision's
+    nn.init.zeros_(cast(Tensor, net.conv_proj.bias))
+    return net
+
+
+def _mlp(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
+    """The perceptron of DC and MTT: two hidden layers of 128."""
+    hidden = [nn.Linear(channels * side * side, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(128, classes))
+
+
+_BUILDERS: dict[str, Callable[[NetworkConfig, int, int, int], nn.Module]] = {
+    "alexnet": _alexnet,
+    "vgg11": _vgg11,
+    "resnet18": _resnet18,
+    "densenet121": _densenet121,
+    "vit": _vit,
+    "mlp": _mlp,
+}

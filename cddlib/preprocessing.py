@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from cddlib.data import Dataset
+from cddlib.data import FROM_FOLDER, Dataset, Images
 
 # The published codes use CIFAR-10's numbers for CIFAR-100 too, and ImageNet's for everything cut from it.
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_PUBLISHED = {"cifar10": _CIFAR, "cifar100": _CIFAR, "tiny_imagenet": _IMAGENET, "imagefolder": _IMAGENET}
+_PUBLISHED = {"cifar10": _CIFAR, "cifar100": _CIFAR, **dict.fromkeys(FROM_FOLDER, _IMAGENET)}
 
 
 @runtime_checkable
@@ -99,25 +99,26 @@ def fit_preprocessing(dataset: Dataset, *, zca: bool) -> Preprocessing:
 
     Normalisation takes the published mean and standard deviation where there are some, else the training set's.
     """
-    images = dataset.train.images
     if zca:
-        return _fit_whitening(images)
+        return _fit_whitening(dataset.train)
     if dataset.name in _PUBLISHED:
         mean, std = _PUBLISHED[dataset.name]
         return Normalisation(torch.tensor(mean), torch.tensor(std))
     levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(images.shape[1])])
+    counts = torch.zeros(dataset.shape[0], 256, dtype=torch.int64)
+    for chunk in dataset.train.chunks():
+        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in chunk.unbind(1)])
     weights = counts.double() / counts.sum(dim=1, keepdim=True)
     mean_c = weights @ levels
     std_c = (weights @ levels**2 - mean_c**2).sqrt()
     return Normalisation(mean_c.float(), std_c.float())
 
 
-def _fit_whitening(images: UInt8[Tensor, "n c h w"], epsilon: float = 0.1) -> Whitening:
-    n, d = len(images), images[0].numel()
+def _fit_whitening(train: Images, epsilon: float = 0.1) -> Whitening:
+    n, d = len(train.labels), train.store[0].numel()
 
     def chunks() -> Iterator[Tensor]:
-        return (chunk.flatten(1).double() / 255 for chunk in images.split(4096))
+        return (chunk.flatten(1).double() / 255 for chunk in train.chunks())
 
     mean = cast(Tensor, sum(chunk.sum(0) for chunk in chunks())) / n
     covariance = torch.zeros(d, d, dtype=torch.float64)

@@ -1,114 +1,257 @@
-"""Recipes: a complete configuration for every (method, data set, IPC).
+"""Recipes: a complete configuration for every (method, data set, IPC), put together from `cddlib.methods`.
 
-The methods so far::
+On the command line::
 
-    mtt     matching training trajectories (Cazenavette et al. 2022): one segment
-    contra  concurrent matching: the same with K segments, in a window at least K wide
+    cddlib recipes --data cifar10                                       # all of them, with where the values are from
+    cddlib distill --method datm --data cifar100 --ipc 10 --segments 4 --buffer runs/buffer --out runs/datm
 
-MTT's values are those its authors published for CIFAR-10, CIFAR-100 and Tiny ImageNet (dc_benchmark, methods/tm).
-ConTra's own are not public: `contra` takes MTT's. The digits' are ours, found on their validation images; other data
-sets start from CIFAR-10's, untuned.
+A recipe is the base's recipe, then the method's settings, then its row for the cell. A cell without a row of its own
+is *derived*: from the row, of the method or its bases, whose IPC is nearest. `segments=K` makes any method concurrent,
+in a window at least K wide.
 """
 
 import dataclasses
-from typing import Any
+import functools
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from cddlib.buffer import BufferConfig
 from cddlib.data import check_data_name
 from cddlib.distill import DistillConfig
+from cddlib.methods import METHODS, Kind, Method
 from cddlib.runs import UserError
 
-METHODS = ("mtt", "contra")
-CONTRA_SEGMENTS = 4
-
-_DEPTHS = {"tiny_imagenet": 4, "imagefolder": 4}
-
-# (data set, IPC): N, M, T+, synthetic images a step, images' rate, step size's rate, first step size
-_MTT: dict[tuple[str, int], tuple[int, int, int, int | None, float, float, float]] = {
-    ("cifar10", 1): (50, 2, 2, None, 100.0, 1e-7, 0.01),
-    ("cifar10", 10): (30, 2, 20, None, 100.0, 1e-5, 0.001),
-    ("cifar10", 50): (30, 2, 40, None, 1000.0, 1e-5, 0.001),
-    ("cifar100", 1): (20, 3, 20, None, 1000.0, 1e-5, 0.01),
-    ("cifar100", 10): (20, 2, 20, None, 1000.0, 1e-5, 0.01),
-    ("cifar100", 50): (80, 2, 40, 125, 1000.0, 1e-5, 0.01),
-    ("tiny_imagenet", 1): (10, 2, 10, None, 1e4, 1e-4, 0.01),
-    ("tiny_imagenet", 10): (20, 2, 40, 200, 1e4, 1e-4, 0.01),
-    ("tiny_imagenet", 50): (20, 2, 40, 300, 1e4, 1e-4, 0.01),
+CELLS = {
+    "digits": (1, 10, 50),
+    "fashion_mnist": (1, 10, 50),
+    "cifar10": (1, 10, 50, 500, 1000),
+    "cifar100": (1, 10, 50, 100),
+    "tiny_imagenet": (1, 10, 50),
+    "imagenet": (1, 10, 50),
 }
-_NOT_WHITENED = (("cifar10", 50), ("cifar100", 10))  # by its authors; their buffers then need --no-zca
-_DIGITS: dict[str, Any] = {
-    "iterations": 100,
-    "student_steps": 20,
-    "expert_epochs": 2,
-    "window_end": 12,
-    "lr_images": 30.0,
-    "lr_step_size": 1e-5,
-    "step_size": 0.05,
-    "evaluation_epochs": 300,
-    "validate_every": 25,
+"""Images per class in the tables of the field, and for the two small data sets."""
+
+_DATA: dict[str, dict[str, Any]] = {  # what experts and students of a data set have in common, and its experts
+    "digits": {
+        "depth": 2,
+        "width": 32,
+        "augment": "crop_scale_rotate",
+        "experts": 5,
+        "epochs": 20,
+        "learning_rate": 0.1,
+        "batch_size": 64,
+    },
+    "cifar10": {"zca": True},
+    "cifar100": {"zca": True},
+    "tiny_imagenet": {"depth": 4},
+    "imagefolder": {"depth": 4},
+    "imagenet": {"depth": 4},
 }
 
 
-def _shared(data: str) -> dict[str, Any]:
-    """What experts and students of a data set have in common: pixels, network, augmentation."""
-    check_data_name(data)
-    if data == "digits":
-        return {"data": data, "depth": 2, "width": 32, "augment": "crop_scale_rotate"}
-    return {"data": data, "zca": data in ("cifar10", "cifar100"), "depth": _DEPTHS.get(data, 3)}
+_STAND_IN = {
+    "fashion_mnist": "cifar10",
+    "digits": "cifar10",
+    "imagefolder": "tiny_imagenet",
+    "imagenet": "tiny_imagenet",
+}
+"""Data sets whose values a method takes for one that neither it nor its bases have rows for; without their ZCA."""
 
 
-def buffer_recipe(data: str, **overrides: Any) -> BufferConfig:
-    """How to train experts on `data`: MTT's 100 experts of 50 epochs, or 5 of 20 on the digits.
+class Source(NamedTuple):
+    """Where a recipe's values are from."""
 
-    Any field of `BufferConfig` can be given as a keyword.
-    """
-    values = _shared(data)
-    if data == "digits":
-        values |= {"experts": 5, "epochs": 20, "learning_rate": 0.1, "batch_size": 64}
-    return BufferConfig(**{**values, **overrides})
+    kind: Kind
+    text: str
 
 
 def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **overrides: Any) -> DistillConfig:
     """The configuration of `method` for `ipc` images per class of `data`.
 
-    Any field of `DistillConfig` can be given as a keyword. Values for an IPC that was not published are those of
-    the nearest published one.
+    Any field of `DistillConfig` can be given as a keyword.
 
     Raises:
         UserError: unknown method or data set, or values that do not fit together.
     """
-    if method not in METHODS:
-        raise UserError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
-    values = {
-        **_shared(data),
-        **({"zca": False} if (data, ipc) in _NOT_WHITENED else {}),
-        "method": method,
-        "ipc": ipc,
-        **(_DIGITS if data == "digits" else _mtt(data, ipc)),
-    }
-    if method == "contra":
-        values["segments"] = segments = overrides.get("segments", CONTRA_SEGMENTS)
-        overrides = {"window_end": max(values["window_end"], segments), **overrides}
-    elif overrides.get("segments", 1) != 1:
-        raise UserError(f"segments is {overrides['segments']}; mtt matches one segment: use --method contra for more.")
-    return DistillConfig(**{**values, **overrides})
+    values = {**_values(method, data, ipc, DistillConfig), "method": method, "ipc": ipc}
+    values["subsets"] = min(values.get("subsets", 1), max(ipc, 1))
+    values |= overrides
+    if "window_end" not in overrides:
+        least = values.get("window_start", 0) + values.get("segments", 1) * values["subsets"]
+        for name in ("window_end", "window_end_initial"):
+            if values.get(name) is not None:
+                values[name] = max(values[name], least)
+    return DistillConfig(**values)
 
 
-def _mtt(data: str, ipc: int) -> dict[str, Any]:
-    """MTT's values for the published IPC that is nearest to `ipc`."""
-    source = data if (data, 1) in _MTT else "cifar10"
-    cells = {cell_ipc: cell for (name, cell_ipc), cell in _MTT.items() if name == source}
-    names = (
-        "student_steps",
-        "expert_epochs",
-        "window_end",
-        "student_batch",
-        "lr_images",
-        "lr_step_size",
-        "step_size",
+def buffer_recipe(data: str, method: str = "mtt", ipc: int = 1, **overrides: Any) -> BufferConfig:
+    """How `method` trains experts on `data`, for `ipc` synthetic images per class; MTT's experts if none is named.
+
+    Any field of `BufferConfig` can be given as a keyword.
+
+    Raises:
+        UserError: unknown method or data set, or values that do not fit together.
+    """
+    return BufferConfig(**{**_values(method, data, ipc, BufferConfig), **overrides})
+
+
+def source(method: str, data: str, ipc: int) -> Source:
+    """Where the values of a recipe are from."""
+    return _resolve(_method(method), data, ipc)[1]
+
+
+class Accuracy(NamedTuple):
+    """A published test accuracy, in percent."""
+
+    data: str
+    ipc: int
+    mean: float
+    std: float | None
+    source: str
+
+
+def accuracies(method: str) -> list[Accuracy]:
+    """The accuracies that were published for a method."""
+    return read_accuracies(_method(method).accuracies)
+
+
+def read_accuracies(table: str) -> list[Accuracy]:
+    """The accuracies in a table of `cddlib.methods`."""
+    found = []
+    for data, cells, origin in re.findall(r"^ *(\S+) +((?:\d+:\S+ +)+)(.+)$", table, re.MULTILINE):
+        for ipc, mean, std in re.findall(r"(\d+):([\d.]+)(?:±([\d.]+))?", cells):
+            found.append(Accuracy(data, int(ipc), float(mean), float(std) if std else None, origin))
+    return found
+
+
+def _lineage(method: Method | None) -> list[Method]:
+    """The method, its base, its base's base …"""
+    return [] if method is None else [method, *_lineage(method.base)]
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """Fields and their values, from texts like `lr_images=10,30`.
+
+    Raises:
+        UserError: a text of another form, a field that a distillation does not have, or a value that is not one.
+    """
+    grid = {}
+    for text in texts:
+        field, _, values = text.partition("=")
+        if field not in {known.name for known in dataclasses.fields(DistillConfig)} or not values:
+            raise UserError(f"{text!r} is not a field of a distillation with values, like lr_images=10,30.")
+        try:
+            grid[field] = [_parse(field, token) for token in values.split(",")]
+        except (KeyError, ValueError):
+            raise UserError(f"{text!r} has a value that {field} cannot take.") from None
+    return grid
+
+
+def recipes_table(method: str | None = None, data: str | None = None) -> str:
+    """The recipes of one or all methods on one or all data sets, as a table in Markdown.
+
+    Raises:
+        UserError: unknown method or data set.
+    """
+    methods = list(METHODS) if method is None else [_method(method).name]
+    if data is not None and data not in CELLS:
+        raise UserError(f"data is {data!r}; there are recipes for {', '.join(CELLS)}.")
+    rows = [_row(m, d, ipc) for m in methods for d in (CELLS if data is None else [data]) for ipc in CELLS[d]]
+    widths = [max(len(line[column]) for line in [_HEADER, *rows]) for column in range(len(_HEADER))]
+    lines = [_HEADER, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
     )
-    nearest = min(cells, key=lambda cell_ipc: abs(cell_ipc - ipc))
-    return dict(zip(names, cells[nearest], strict=True))
+
+
+_HEADER = ["method", "data", "IPC", "K", "M", "N", "batch", "window", "iterations", "lr images", "lr labels", "lr α"]
+_HEADER += ["α", "ZCA", "experts", "values"]
+
+
+def _row(method: str, data: str, ipc: int) -> list[str]:
+    c, experts = distill_recipe(method, data, ipc), buffer_recipe(data, method, ipc)
+    growing = "" if c.window_end_initial is None else f"{c.window_end_initial}→"
+    cells = (
+        *(method, data, ipc, c.segments, c.expert_epochs, c.student_steps, c.student_batch or "all"),
+        *(f"[{c.window_start}, {growing}{c.window_end})", c.iterations, f"{c.lr_images:g}"),
+        *(f"{c.lr_labels:g}" if c.labels == "learned" else c.labels, f"{c.lr_step_size:g}", f"{c.step_size:g}"),
+        *("yes" if c.zca else "no", f"{experts.experts} of {experts.epochs}", ": ".join(source(method, data, ipc))),
+    )
+    return [str(cell) for cell in cells]
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def _values(method: str, data: str, ipc: int, config_type: type) -> dict[str, Any]:
+    """The recipe's values for the fields of `config_type`."""
+    check_data_name(data)
+    values = {"data": data, **_DATA.get(data, {}), **_resolve(_method(method), data, ipc)[0]}
+    names = {field.name for field in dataclasses.fields(config_type)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _resolve(method: Method, data: str, ipc: int) -> tuple[dict[str, Any], Source]:
+    """The recipe's values, and their source."""
+    lineage = _lineage(method)
+    known = data if any(_rows(m, data) for m in lineage) else _STAND_IN[data]
+    values: dict[str, Any] = {}
+    origin = Source("derived", "")
+    for m in reversed(lineage):
+        values |= m.settings
+        rows = _rows(m, known)
+        nearest = min(rows, key=lambda row_ipc: abs(row_ipc - ipc), default=None)
+        bases = [abs(row_ipc - ipc) for base in _lineage(m.base) for row_ipc in _rows(base, known)]
+        if nearest is None or abs(nearest - ipc) > min(bases, default=nearest + ipc):
+            continue
+        row, kind = rows[nearest]
+        values |= row
+        origin = Source(kind, "a search recorded in book/results" if kind == "searched" else m.source)
+        if m is not method or (known, nearest) != (data, ipc):
+            origin = Source("derived", f"{m.name}'s values for {known}, IPC {nearest}")
+    if known != data:
+        values.pop("zca", None)
+    return values, origin
+
+
+@functools.cache
+def _rows(method: Method, data: str) -> dict[int, tuple[dict[str, Any], Kind]]:
+    """The method's rows for a data set, by IPC."""
+    found: dict[int, tuple[dict[str, Any], Kind]] = {}
+    tables: tuple[tuple[Kind, str], ...] = ((method.kind, method.cells), ("searched", method.searched))
+    for kind, table in tables:
+        lines = [line.split() for line in table.strip().splitlines()]
+        for name, ipc, *tokens in lines[1:]:
+            if name == data:
+                columns = zip(lines[0][2:], tokens, strict=True)
+                found[int(ipc)] = {field: _parse(field, token) for field, token in columns if token != "-"}, kind
+    return found
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    """The type of every field that a recipe can set."""
+    return typing.get_type_hints(BufferConfig) | typing.get_type_hints(DistillConfig)
+
+
+def _parse(field: str, token: str) -> Any:
+    """The value that `token` stands for in the column `field`."""
+    kind = _types()[field]
+    if isinstance(kind, types.UnionType):
+        if token == "none":
+            return None
+        kind = kind.__args__[0]
+    if kind is bool:
+        return {"true": True, "false": False}[token]
+    if typing.get_origin(kind) is tuple:
+        return tuple(kind.__args__[0](part) for part in token.split(","))
+    return kind(token) if kind in (int, float) else token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

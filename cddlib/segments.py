@@ -1,4 +1,4 @@
-"""Which segments of a trajectory one iteration matches: windows, curricula, K concurrent start epochs.
+"""Which segments of a trajectory one iteration matches: windows, curricula, subsets, K concurrent start epochs.
 
 MTT draws one start epoch uniformly from a window. ConTra matches K of them at once, spaced
 R = floor((T+ - T-) / K) apart. The paper's text is not public; the spacing is its Eq. 8 as public reviews report it,
@@ -17,8 +17,10 @@ from cddlib.runs import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentsConfig:
-    """Which segments are matched."""
+    """Which segments are matched, and when."""
 
+    iterations: int = 5000
+    """Optimiser steps on the synthetic set."""
     segments: int = 1
     """How many segments K one iteration matches; 1 is MTT, FTD, DATM."""
     expert_epochs: int = 2
@@ -31,6 +33,10 @@ class SegmentsConfig:
     """The window's end at iteration 0 of a curriculum (DATM); without it the whole window at once."""
     expansion_iterations: int = 1000
     """Iterations until the curriculum's window has grown to T+."""
+    subsets: int = 1
+    """Parts of the synthetic set, optimised one after the other, each on its own part of the window (SeqMatch)."""
+    convex: bool = False
+    """Match segments of the convexified trajectory, from start epochs that need not be whole (MCT)."""
     expert: int | None = None
     """Match only this expert's segments; without it, an expert is drawn every iteration."""
     replay: int = 0
@@ -45,8 +51,14 @@ class SegmentsConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it must be 0 or more.")
-        if self.expansion_iterations < 1:
-            raise UserError(f"expansion_iterations is {self.expansion_iterations}; it must be at least 1.")
+        for name in ("iterations", "expansion_iterations", "subsets"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.subsets > 1 and self.window_end_initial is not None:
+            raise UserError(
+                f"subsets is {self.subsets} and window_end_initial is {self.window_end_initial}; a window is either "
+                f"cut into parts or grows."
+            )
         if not 0 <= self.window_start < self.window_end:
             raise UserError(
                 f"the window [{self.window_start}, {self.window_end}) is empty or starts before epoch 0; "
@@ -57,33 +69,55 @@ class SegmentsConfig:
                 f"window_end_initial is {self.window_end_initial}; it must lie above window_start "
                 f"({self.window_start}) and not above window_end ({self.window_end})."
             )
-        smallest = (self.window_end_initial or self.window_end) - self.window_start
+        first_end = self.window_end_initial or self.window_end
+        if self.subsets > first_end - self.window_start:
+            raise UserError(
+                f"subsets is {self.subsets}, but the window [{self.window_start}, {first_end}) has only "
+                f"{first_end - self.window_start} start epochs; use at most {first_end - self.window_start}."
+            )
+        smallest = (first_end - self.window_start) // self.subsets
         if self.segments > smallest:
+            part = f" for each of {self.subsets} subsets" if self.subsets > 1 else ""
             raise UserError(
                 f"segments is {self.segments}, but the window [{self.window_start}, "
-                f"{self.window_start + smallest}) has only {smallest} start epochs; use at most {smallest}."
+                f"{first_end}) has only {smallest} start epochs{part}; use at most "
+                f"{smallest}."
             )
 
     def check_epochs(self, epochs: int) -> None:
         """Raise `UserError` unless the last segment ends inside trajectories of epochs 0 … `epochs`."""
-        if self.window_end + self.expert_epochs > epochs + 1:
+        latest = epochs + (not self.convex)
+        if self.window_end + self.expert_epochs > latest:
             raise UserError(
                 f"segments start before epoch {self.window_end} and are {self.expert_epochs} epochs long, but the "
-                f"experts stop at epoch {epochs}; window_end + expert_epochs may be at most {epochs + 1}."
+                f"experts stop at epoch {epochs}; window_end + expert_epochs may be at most {latest}."
             )
 
 
 class Segments(NamedTuple):
     """The segments of one iteration."""
 
-    starts: list[int]
-    """K start epochs, ascending."""
+    starts: list[int] | list[float]
+    """K start epochs, ascending; whole, unless the trajectory is convexified."""
     anchor: int
     """Which of them is the one that MTT would have drawn."""
 
 
+def active_subset(config: SegmentsConfig, iteration: int) -> int:
+    """Which subset is optimised at an iteration: each in turn, for equally many iterations."""
+    return min(iteration * config.subsets // config.iterations, config.subsets - 1)
+
+
 def window(config: SegmentsConfig, iteration: int) -> tuple[int, int]:
-    """The window [T-, T+) at an iteration. DATM: the end grows linearly to T+, rounded down."""
+    """The window [T-, T+) at an iteration.
+
+    DATM: the end grows linearly to T+, rounded down. SeqMatch: the active subset's part, as equal as whole epochs
+    allow.
+    """
+    if config.subsets > 1:
+        subset, length = active_subset(config, iteration), config.window_end - config.window_start
+        lower, upper = (config.window_start + length * part // config.subsets for part in (subset, subset + 1))
+        return lower, upper
     if config.window_end_initial is None or iteration >= config.expansion_iterations:
         return config.window_start, config.window_end
     grown = (config.window_end - config.window_end_initial) * iteration // config.expansion_iterations
@@ -94,7 +128,10 @@ def draw_segments(config: SegmentsConfig, iteration: int, generator: torch.Gener
     """K distinct start epochs inside the window, spaced R; the anchor is uniform over the window."""
     lower, upper = window(config, iteration)
     spacing = (upper - lower) // config.segments
-    drawn = lower + int(torch.randint(upper - lower, (), generator=generator))
-    anchor = min((drawn - lower) // spacing, config.segments - 1)
+    if config.convex:
+        drawn = lower + (upper - lower) * torch.rand((), generator=generator, dtype=torch.float64).item()
+    else:
+        drawn = lower + int(torch.randint(upper - lower, (), generator=generator))
+    anchor = min(int(drawn - lower) // spacing, config.segments - 1)
     first = drawn - anchor * spacing
     return Segments([first + k * spacing for k in range(config.segments)], anchor)

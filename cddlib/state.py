@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,17 +79,29 @@ class State:
         held = consolidate.consolidation != "none"
         self.consolidation = Consolidation(consolidate, initial.images) if held else None
 
-    def step(self, gradients: list[Tensor]) -> None:
-        """One optimiser step, then the remedy that holds images, then the moving average."""
+    def relabel(self, logits: Tensor, rows: Tensor) -> None:
+        """Give the images at `rows` the label that `logits` say."""
+        with torch.no_grad():
+            cast(Tensor, self.synthetic.label_logits)[rows] = logits[rows]
+
+    def step(self, gradients: list[Tensor], rows: Tensor) -> None:
+        """One optimiser step on the images at `rows`, then the remedy that holds images, then the moving average.
+
+        Momentum of the other images, which have no gradient, must not move them: they are put back.
+        """
         images = self.synthetic.images
-        before = images.detach().clone()
+        before = [variable.detach().clone() for variable in self.synthetic.variables()]
         for variable, gradient in zip(self.synthetic.variables(), gradients, strict=True):
             variable.grad = gradient
         self.optimizer.step()
+        if len(rows) < len(images):
+            with torch.no_grad():
+                for variable, old in zip(self.synthetic.variables()[:-1], before, strict=False):
+                    variable.copy_(old.index_copy(0, rows, variable[rows]))
         if self.consolidation is not None:
-            self.consolidation.after_step(images, before, gradients[0], self.iteration + 1)
+            self.consolidation.after_step(images, before[0], gradients[0], self.iteration + 1)
         if self.ema_images is not None and self.ema_decay is not None:
-            self.ema_images.lerp_(images.detach(), 1 - self.ema_decay)
+            self.ema_images[rows] = self.ema_images[rows].lerp(images.detach()[rows], 1 - self.ema_decay)
 
     def candidate(self) -> SyntheticSet:
         """A copy of the set as it would be evaluated now."""

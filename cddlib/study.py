@@ -5,6 +5,7 @@ On the command line::
     cddlib correlate --data digits --ipc 1 --buffer runs/buffer --out runs/correlation --probe-starts 0 3 6 9
     cddlib compare --what segments --data digits --ipc 1 --buffer runs/buffer --out runs/segments
     cddlib compare --what remedies --segments 4 --data digits --ipc 1 --buffer runs/buffer --out runs/remedies
+    cddlib search --data digits --ipc 1 --buffer runs/buffer --out runs/search --vary lr_images=10,30 step_size=0.02
 
 Every run has a folder of its own below the study's and resumes from it, so a study that was stopped goes on when it is
 asked for again. `jobs` processes work on the runs, each with its share of the cores.
@@ -12,8 +13,10 @@ asked for again. `jobs` processes work on the runs, each with its share of the c
 
 import concurrent.futures.process
 import dataclasses
+import itertools
 import multiprocessing
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -122,6 +125,31 @@ def comparison_runs(
         for seed in range(base.seed, base.seed + seeds):
             runs[f"{name}/seed-{seed}"] = dataclasses.replace(paced, seed=seed)
     return runs
+
+
+def search_runs(base: DistillConfig, grid: Mapping[str, Sequence[Any]], seeds: int) -> dict[str, DistillConfig]:
+    """A run for every combination of the values in `grid` (by field) and every seed; it is judged on validation images.
+
+    Raises:
+        UserError: `base` never validates, so nothing would tell one setting from another.
+    """
+    if base.validate_every == 0:
+        raise UserError("validate_every is 0; a search needs validations to choose by.")
+    runs = {}
+    for values in itertools.product(*grid.values()):
+        changes: dict[str, Any] = dict(zip(grid, values, strict=True))
+        name = ",".join(f"{field}={value}" for field, value in changes.items())
+        for seed in range(base.seed, base.seed + seeds):
+            runs[f"{name}/seed-{seed}"] = dataclasses.replace(base, **changes, seed=seed)
+    return runs
+
+
+def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
+    """What a search found: each setting's validation accuracies, one a seed, from the best mean to the worst."""
+    found: dict[str, list[float]] = {}
+    for name, run in record["runs"].items():
+        found.setdefault(name.split("/")[0], []).append(run["result"]["validation_accuracy"])
+    return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
 
 
 def first_geometries(

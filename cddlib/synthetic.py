@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cddlib.data import Dataset, Images
+from cddlib.data import Dataset, Images, indices_by_class
 from cddlib.preprocessing import Preprocessing, preprocessing_from
 from cddlib.runs import UserError, check_classes, generator, open_tensors, read_metadata, write_tensors
 from cddlib.training import fetch_real, predict
@@ -29,8 +29,8 @@ class SyntheticConfig:
     """Synthetic images per class."""
     init: Literal["real", "correct", "noise"] = "real"
     """Start from random real images, from real images that an expert classifies correctly (DATM), or from noise."""
-    soft_labels: bool = False
-    """Learn label logits, starting from the experts' (DATM), instead of keeping hard labels."""
+    labels: Literal["hard", "learned", "teacher"] = "hard"
+    """Hard; learned, logits that start as the experts' (DATM); or teacher, what the matched target says (TESLA)."""
     step_size: float = 0.01
     """The student's step size α before the first iteration."""
 
@@ -52,6 +52,18 @@ class SyntheticSet:
     step_size: Float[Tensor, ""]
     preprocessing: Preprocessing
     classes: tuple[str, ...]
+    subsets: int = 1
+    """Parts that were optimised one after the other and are learned so: the first, the first two, … all (SeqMatch)."""
+
+    def subset(self, number: int) -> Int64[Tensor, " m"]:
+        """Which images are in the subset of that number: of every class an equal share, in order."""
+        place = torch.arange(len(self.labels), device=self.labels.device) % self.ipc
+        return torch.nonzero(place * self.subsets // self.ipc == number).flatten()
+
+    @property
+    def ipc(self) -> int:
+        """Images per class."""
+        return len(self.labels) // len(self.classes)
 
     def targets(self) -> Float[Tensor, "n classes"]:
         """Class probabilities: softmax of the logits, or one-hot labels."""
@@ -92,7 +104,7 @@ class SyntheticSet:
         """Write the set to one safetensors file, with class names and `metadata` as JSON in its header."""
         tensors = {**self.variable_tensors(), "labels": self.labels}
         tensors |= {f"preprocessing.{name}": value for name, value in self.preprocessing.tensors().items()}
-        write_tensors(path, tensors, {"synthetic": {"classes": self.classes, **metadata}})
+        write_tensors(path, tensors, {"synthetic": {"classes": self.classes, "subsets": self.subsets, **metadata}})
 
     @staticmethod
     def load(path: Path) -> "SyntheticSet":
@@ -112,6 +124,7 @@ class SyntheticSet:
                     {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
                 ),
                 classes=classes,
+                subsets=header["subsets"],
             )
             n = len(found.labels)
             if (found.images.ndim, found.images.shape[0], found.step_size.ndim) != (4, n, 0):
@@ -120,6 +133,8 @@ class SyntheticSet:
                 )
             if found.targets().shape != (n, len(classes)):
                 raise TypeError(f"targets {list(found.targets().shape)} for {n} labels of {len(classes)} classes")
+            if not isinstance(found.subsets, int) or not 1 <= found.subsets <= found.ipc:
+                raise TypeError(f"subsets {found.subsets!r} of {found.ipc} images a class")
             if found.pictures().shape != found.images.shape:
                 raise TypeError("the preprocessing has another number of channels than the images")
         except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -134,8 +149,7 @@ def random_real(train: Images, classes: int, ipc: int, rng: torch.Generator) -> 
         UserError: a class has fewer images.
     """
     chosen = []
-    for label in range(classes):
-        members = torch.nonzero(train.labels == label).flatten()
+    for label, members in enumerate(indices_by_class(train.labels, classes)):
         if len(members) < ipc:
             raise UserError(f"ipc is {ipc}, but class {label} has only {len(members)} images to choose from.")
         chosen.append(members[torch.randperm(len(members), generator=rng)[:ipc]])
@@ -170,7 +184,7 @@ def initialise(
         train = train.select(torch.nonzero(right).flatten())
     chosen = random_real(train, classes, config.ipc, rng)
     logits = None
-    if config.soft_labels:
+    if config.labels != "hard":
         every = torch.stack([expert_logits(expert, chosen) for expert in range(len(buffer.experts))])
         right = (every.argmax(2) == chosen.labels).float()
         weight = torch.where(right.sum(0) > 0, right, 1.0)

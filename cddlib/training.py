@@ -1,5 +1,10 @@
-"""Training one network by SGD and measuring it: what buffering and evaluation share."""
+"""Training one network and measuring it: what buffering and evaluation share.
 
+Plain SGD, or SGD along a direction that also makes the surroundings flat (GSAM, Zhuang et al. 2022), which is how FTD
+and its successors train experts.
+"""
+
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,6 +16,25 @@ from cddlib import augment
 from cddlib.data import Images
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing
+from cddlib.runs import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharpnessConfig:
+    """Whether experts avoid sharp minima."""
+
+    sharpness_radius: float = 0.0
+    """Radius ρ of the surroundings in which the loss should be flat; 0 is plain SGD."""
+    sharpness_weight: float = 0.3
+    """Weight α of the sharpness beside the loss."""
+    sharpness_adaptive: bool = True
+    """Measure the radius relative to the size of each parameter (Kwon et al. 2021)."""
+
+    def __post_init__(self) -> None:
+        for name in ("sharpness_radius", "sharpness_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more.")
+
 
 Fetch = Callable[[Int64[Tensor, " b"]], tuple[Tensor, Tensor]]
 """Network inputs and targets (classes, or a probability for each) at some indices."""
@@ -18,7 +42,7 @@ Fetch = Callable[[Int64[Tensor, " b"]], tuple[Tensor, Tensor]]
 
 def fetch_real(data: Images, preprocessing: Preprocessing) -> Fetch:
     """Real images, preprocessed batch by batch so that only their bytes are kept."""
-    return lambda indices: (preprocessing(data.images[indices]), data.labels[indices])
+    return lambda indices: (preprocessing(data.take(indices)), data.labels[indices])
 
 
 def train_epoch(
@@ -31,17 +55,40 @@ def train_epoch(
     batch_size: int,
     strategy: str,
     generator: torch.Generator,
+    sharpness: SharpnessConfig | None = None,
 ) -> float:
     """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss."""
     total = torch.zeros((), device=theta.device)
     for indices in torch.randperm(size, generator=generator).split(batch_size):
         inputs, targets = fetch(indices.to(theta.device))
         inputs = augment.apply(augment.draw(strategy, len(indices), generator), inputs)
-        loss = F.cross_entropy(network(theta, inputs), targets)
-        (theta.grad,) = torch.autograd.grad(loss, theta)
+        loss, theta.grad = _descent(network, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
-        total += loss.detach() * len(indices)
+        total += loss * len(indices)
     return float(total) / size
+
+
+def _descent(
+    network: Network, theta: Tensor, inputs: Tensor, targets: Tensor, sharpness: SharpnessConfig
+) -> tuple[Tensor, Tensor]:
+    """The loss of a batch, and the direction to descend along.
+
+    GSAM: with g at θ and h at θ + e, where e is the step of length ρ along which the loss rises fastest, it is
+    h − α (g − its part along h): down in the surroundings' loss, and up in what of the loss does not change that.
+    """
+
+    def slope(at: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.cross_entropy(network(at, inputs), targets)
+        return loss.detach(), torch.autograd.grad(loss, at)[0]
+
+    loss, here = slope(theta)
+    if sharpness.sharpness_radius == 0:
+        return loss, here
+    unit = theta.detach().abs() if sharpness.sharpness_adaptive else torch.ones_like(here)
+    rise = unit.square() * here * (sharpness.sharpness_radius / ((unit * here).norm() + 1e-12))
+    _, there = slope((theta.detach() + rise).requires_grad_())
+    across = here - there * (here @ there / (there @ there).clamp(min=1e-24))
+    return loss, there - sharpness.sharpness_weight * across
 
 
 @torch.no_grad()

@@ -4,10 +4,12 @@ A buffer is a folder::
 
     buffer.json                 configuration, data, and the finished experts with their accuracies and checksums
     preprocessing.safetensors   the map from pixels to network input that the experts saw
+    difficulty.safetensors      how hard each training image is, if the experts' curriculum ranks them
     expert-000.safetensors      one tensor a parameter, time (epochs 0 … T) as the leading axis
 """
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cddlib.data import Dataset
-from cddlib.networks import ConvNet, Network, NetworkConfig, views
+from cddlib.networks import Network, NetworkConfig, build_network, views
 from cddlib.preprocessing import Preprocessing, preprocessing_from
 from cddlib.runs import (
     UserError,
@@ -30,6 +32,7 @@ from cddlib.runs import (
 )
 
 PREPROCESSING = "preprocessing.safetensors"
+DIFFICULTY = "difficulty.safetensors"
 
 
 def read_preprocessing(folder: Path) -> Preprocessing:
@@ -73,7 +76,7 @@ class Buffer:
             self.experts: list[dict[str, Any]] = manifest["experts"]
             self.epochs: int = self.config["epochs"]
             wanted = self.config["experts"]
-            self.network: Network = ConvNet(
+            self.network: Network = build_network(
                 from_dict(NetworkConfig, self.config), tuple(self.data["shape"]), self.data["classes"]
             )
         except (KeyError, TypeError) as error:
@@ -100,8 +103,12 @@ class Buffer:
                 f"{self.data['fingerprint']}, this one's {dataset.fingerprint}."
             )
 
-    def parameters(self, expert: int, epoch: int) -> Float[Tensor, " p"]:
-        """θ*_epoch of `expert`, on the CPU; reads nothing else."""
+    def convexified(self) -> "ConvexBuffer":
+        """The same experts, each on a straight line from its first parameters to its last (MCT)."""
+        return ConvexBuffer(self.folder)
+
+    def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convexified`."""
         if expert not in self._files:
             self._files[expert] = open_tensors(expert_path(self.folder, expert))
         file = self._files[expert]
@@ -119,6 +126,43 @@ class Buffer:
         if wrong:
             raise UserError(f"{expert_path(self.folder, expert)} does not fit buffer.json: {wrong[0]}.")
         return torch.cat([piece.flatten() for piece in pieces])
+
+
+class ConvexBuffer(Buffer):
+    """Trajectories straightened as MCT does (Zhong et al. 2025): a point for every real epoch t from 0 to T.
+
+    θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each tensor of the network, the fraction of its way that the
+    expert has gone by t: the length of its steps up to there over the length of all, linear between epochs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the buffer in `folder`."""
+        super().__init__(folder)
+        self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
+
+    def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ(epoch) of `expert`, on the CPU. The first call for an expert reads its whole trajectory once."""
+        if not 0 <= epoch <= self.epochs:
+            return super().parameters(expert, epoch)
+        if expert not in self._fractions:
+            self._fractions[expert] = self._travelled(expert)
+        before = min(int(epoch), self.epochs - 1)
+        earlier, later = self._fractions[expert][before : before + 2]
+        fractions = earlier.lerp(later, epoch - before)
+        sizes = torch.tensor([math.prod(shape) for shape in self.network.shapes.values()])
+        first, last = (Buffer.parameters(self, expert, end) for end in (0, self.epochs))
+        return first + fractions.repeat_interleave(sizes) * (last - first)
+
+    def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
+        """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
+        steps = torch.zeros(self.epochs + 1, len(self.network.shapes))
+        here = Buffer.parameters(self, expert, 0)
+        for epoch in range(1, self.epochs + 1):
+            there = Buffer.parameters(self, expert, epoch)
+            steps[epoch] = torch.stack([piece.norm() for piece in views(self.network, there - here).values()])
+            here = there
+        total = steps.sum(0)
+        return torch.where(total > 0, steps.cumsum(0) / total, 1.0)
 
 
 def read_expert_record(path: Path) -> dict[str, Any]:

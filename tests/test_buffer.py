@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import cddlib
 from cddlib import buffer as buffering
-from cddlib import cli, data, runs
+from cddlib import cli, curriculum, data, runs
 from cddlib.networks import ConvNet, NetworkConfig, views
 from cddlib.runs import UserError
 from cddlib.trajectory import Buffer, expert_path, read_expert_record, write_trajectory
@@ -291,3 +291,119 @@ def test_check_data_refuses_other_images(buffer: Buffer) -> None:
     fewer = data.Dataset("digits", digits.train, digits.split[1], digits.classes)
     with pytest.raises(UserError, match=rf"another version of digits: its fingerprint is {digits.fingerprint}, this "):
         buffer.check_data(fewer)
+
+
+# --- Curriculum and sharpness -----------------------------------------------------------------------------------
+
+FLAT = {"sharpness_radius": 0.1, "sharpness_weight": 0.5}
+STAGED = {"easiest_fraction": 0.5, "all_from_epoch": 2, "drop_epochs": (3, 4), "drop_fractions": (0.25, 0.5)}
+
+
+@pytest.fixture
+def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Difficulties in no time."""
+    monkeypatch.setattr(curriculum, "SCORERS", 2)
+    monkeypatch.setattr(curriculum, "SCORER_EPOCHS", 1)
+
+
+@pytest.mark.usefixtures("quick_scores")
+@pytest.mark.parametrize("holdout", [True, False])
+def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, holdout: bool) -> None:
+    seen = []
+    fetch = buffering.fetch_real
+    monkeypatch.setattr(buffering, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
+    config = recipe(**STAGED, holdout=holdout)
+    opened = train(config, tmp_path)
+    digits = data.load("digits")
+    images = digits.split[0] if holdout else digits.train
+    (scores,) = load_file(tmp_path / "difficulty.safetensors").values()
+    assert scores.shape == images.labels.shape
+    assert len(seen) == config.experts * config.epochs
+    shares = [(0, 0.5), (0, 0.75), (0, 1), (0, 1), (0.25, 1), (0.5, 1)]
+    for number, part in enumerate(seen):
+        lower, upper = shares[number % 6]
+        wanted = []
+        for label in range(10):
+            members = sorted(torch.nonzero(images.labels == label).flatten().tolist(), key=scores.tolist().__getitem__)
+            wanted += [m for k, m in enumerate(members) if lower <= k / len(members) < upper]
+        assert torch.equal(part.images, images.images[sorted(wanted)])
+        assert torch.equal(part.labels, images.labels[sorted(wanted)])
+    scored = curriculum.difficulty(
+        opened.network,
+        images,
+        opened.preprocessing,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        strategy=config.augment,
+    )
+    assert torch.equal(scores, scored)
+
+
+def test_no_difficulty_is_measured_without_need(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(buffering, "difficulty", None)  # calling it fails
+    train(recipe(experts=1, epochs=1), tmp_path)
+    assert not (tmp_path / "difficulty.safetensors").exists()
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_interrupted_in_a_curriculum_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+    config = recipe(**STAGED, **FLAT, epochs=5)
+    whole = tmp_path / "whole"
+    train(config, whole)
+    assert (whole / "difficulty.safetensors").exists()
+    replace = os.replace
+    for file in ("difficulty.safetensors", "expert-000.safetensors", "expert-001.safetensors"):
+
+        def interrupted(source: Path, target: Path, file: str = file) -> None:
+            if target.name == file:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        parts = tmp_path / file
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(config, parts)
+        with monkeypatch.context() as patch:
+            if file != "difficulty.safetensors":
+                patch.setattr(buffering, "difficulty", None)  # measured already: calling it again fails
+            train(config, parts)
+        assert contents(parts) == contents(whole)
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_difficulty_belongs_to_no_expert(tmp_path: Path) -> None:
+    for seed in (0, 5):
+        train(recipe(**STAGED, seed=seed, experts=1, epochs=1), tmp_path / str(seed))
+    files = [(tmp_path / seed / "difficulty.safetensors").read_bytes() for seed in "05"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("overrides", [FLAT, {**FLAT, "sharpness_adaptive": False}, {**FLAT, "sharpness_weight": 0.0}])
+def test_flat_experts_are_others(buffer: Buffer, tmp_path: Path, overrides: dict[str, object]) -> None:
+    flat = train(recipe(**overrides, experts=1), tmp_path)
+    assert torch.equal(flat.parameters(0, 0), buffer.parameters(0, 0))
+    moved = (flat.parameters(0, 6) - buffer.parameters(0, 6)).norm() / buffer.parameters(0, 6).norm()
+    assert 1e-3 < moved < 1
+    assert flat.experts[0]["test_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sharpness_radius": -1.0}, "sharpness_radius is -1.0; it must be a finite number, 0 or more."),
+        ({"easiest_fraction": 2.0}, "easiest_fraction is 2.0; it must lie above 0 and not above 1."),
+    ],
+)
+def test_a_buffer_s_configuration_is_checked_throughout(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        recipe(**wrong)
+    assert str(refused.value) == message
+
+
+def test_an_opened_buffer_s_configuration_is_the_one_that_trained_it(tmp_path: Path, quick_scores) -> None:
+    config = recipe(**STAGED, experts=1)
+    train(config, tmp_path)
+    assert train(config, tmp_path).config == runs.as_dict(config)  # tuples or lists: the same run
+    with pytest.raises(UserError, match=r"\(drop_fractions is \[0\.25, 0\.5\] there and \[0\.25, 0\.4\] here\)"):
+        train(recipe(**{**STAGED, "drop_fractions": (0.25, 0.4)}, experts=1), tmp_path)

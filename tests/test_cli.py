@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import cddlib
-from cddlib import cli, runs
+from cddlib import cli, commands, runs
 from cddlib.study import remedies
 from cddlib.trajectory import Buffer
 
-COMMANDS = ("data", "buffer", "distill", "evaluate", "correlate", "compare", "record")
+COMMANDS = ("data", "recipes", "plan", "buffer", "distill", "evaluate", "export", "import-buffer", "import-set")
+COMMANDS += ("correlate", "compare", "search", "record")
 
 
 def run(*arguments: object) -> int:
@@ -47,12 +48,12 @@ def test_help_names_every_command(capsys) -> None:
         (["buffer"], ["--out", "--experts", "--epochs", "--holdout", "--zca", "(default: 5)", "default: auto"]),
         (["buffer", "--data", "cifar10"], ["(default: 100)"]),
         (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 100)"]),
-        (["distill", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
+        (["distill", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 10000)"]),
         (["evaluate"], ["--runs", "--baselines", "--seed"]),
         (["correlate"], ["--replicates", "--jobs", "--probe-starts", "--buffer", "(default: 100)"]),
-        (["correlate", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
+        (["correlate", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 10000)"]),
         (["compare"], ["--what", "{segments,remedies}", "--counts", "--seeds", "--networks", "(default: 1 2 4 8)"]),
-        (["compare", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 5000)"]),
+        (["compare", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 10000)"]),
         (["record"], ["--to"]),
     ],
 )
@@ -92,14 +93,13 @@ FITS = ["--window-end", "4"]
         (["buffer", "--momentum", "-1", *OUT], "momentum is -1.0; it must"),
         (["buffer", "--depth", "9", *OUT], "depth is 9; images of 8 pixels allow at most 3 blocks with pooling."),
         (["buffer"], "--out PATH"),
-        (["distill", "--method", "dsa", *BOTH], "unknown method 'dsa'; choose one of mtt, contra"),
+        (["distill", "--method", "dsa", *BOTH], "unknown method 'dsa'; choose one of mtt, tesla, ftd"),
         (["distill", "--data", "mnist", *BOTH], "unknown data set 'mnist'; choose one of digits"),
         (["distill", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
         (["distill", *OUT], "--buffer PATH"),
         (["distill", "--segments", "0", *BOTH], "segments is 0; it must be at least 1."),
         (["distill", "--segments", "20", *BOTH], "the experts stop at epoch 6"),
         (["distill", "--segments", "5", "--window-end", "4", *BOTH], "has only 4 start epochs; use at most 4."),
-        (["distill", "--method", "mtt", "--segments", "2", *BOTH], "segments is 2; mtt matches one segment"),
         (["distill", "--segments", "two", *BOTH], "Error parsing --segments: invalid literal for int()"),
         (["distill", "--ipc", "0", *BOTH], "ipc is 0; it must be at least 1."),
         (["distill", "--ipc", "0.5", *BOTH], "Error parsing --ipc: invalid literal for int()"),
@@ -141,7 +141,7 @@ def test_interruption_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> 
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train_buffer", interrupted)
+    monkeypatch.setattr(commands, "train_buffer", interrupted)
     assert run("buffer", "--out", tmp_path) == 130
     assert capsys.readouterr().err == "\ncddlib: interrupted; the same command resumes.\n"
 
@@ -193,9 +193,9 @@ def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, caps
 
 def test_options_override_the_recipe_of_method_and_data(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
     seen = {}
-    monkeypatch.setattr(cli, "distill", lambda config, *_args, **_kwargs: seen.update(config=config))
+    monkeypatch.setattr(commands, "distill", lambda config, *_args, **_kwargs: seen.update(config=config))
     monkeypatch.setattr(
-        cli,
+        commands,
         "read_json",
         lambda _: {"validation_accuracy": 0.5, "selected_iteration": 1, "iterations_skipped": 0, "seconds": 1},
     )

@@ -360,7 +360,7 @@ class Problem:
 @pytest.fixture
 def problem(buffer: cddlib.Buffer, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
     """A problem with soft labels, mini-batches, augmentation and long steps, unless told otherwise."""
-    usual = {**quick, "soft_labels": True, "student_batch": 4, "step_size": 0.3}
+    usual = {**quick, "labels": "learned", "student_batch": 4, "step_size": 0.3}
     return lambda **overrides: Problem(buffer, monkeypatch, **{**usual, **overrides})
 
 

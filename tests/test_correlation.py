@@ -316,7 +316,7 @@ class Problem:
 @pytest.fixture
 def problem(buffer: cddlib.Buffer, quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Problem]:
     """A problem with soft labels, mini-batches and augmentation, unless told otherwise."""
-    usual = {**quick, "soft_labels": True, "student_batch": 4}
+    usual = {**quick, "labels": "learned", "student_batch": 4}
 
     def make(**overrides: Any) -> Problem:
         return Problem(buffer, monkeypatch, **{**usual, **overrides})
@@ -390,9 +390,9 @@ def test_geometry_s_products_are_those_of_autograd(problem: Callable[..., Proble
         np.testing.assert_allclose(products, wanted, rtol=1e-7, atol=1e-9 * max(map(max, wanted)))
 
 
-@pytest.mark.parametrize("soft_labels", [True, False])
-def test_after_is_the_first_real_step_of_sgd(problem: Callable[..., Problem], soft_labels: bool) -> None:
-    usual = problem(soft_labels=soft_labels, lr_images=20.0, lr_labels=3.0, lr_step_size=1e-3)
+@pytest.mark.parametrize("labels", ["learned", "hard"])
+def test_after_is_the_first_real_step_of_sgd(problem: Callable[..., Problem], labels: str) -> None:
+    usual = problem(labels=labels, lr_images=20.0, lr_labels=3.0, lr_step_size=1e-3)
     rates = {"images": 20.0, "label_logits": 3.0, "step_size": 1e-3}
     momenta = {"images": 0.5, "label_logits": 0.9, "step_size": 0.5}
     found = usual.probes.geometry(usual.synthetic, usual.config.rates(usual.synthetic))["after"]

@@ -1,11 +1,10 @@
-"""Data sets: splits, fingerprints, normalisation, whitening, cached files, and preparing them."""
+"""Data sets: splits, fingerprints, normalisation, whitening, lazy selections, cached files."""
 
 import dataclasses
+import hashlib
 import json
-import pickle
+import os
 import struct
-import urllib.error
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
@@ -15,13 +14,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits
 
+import cddlib
 from cddlib import data
 from cddlib.data import Dataset, Images
 from cddlib.preprocessing import fit_preprocessing, preprocessing_from
 from cddlib.runs import UserError
+from cddlib.training import fetch_real
 
 CLASSES = ["a", "b", "c"]
 
@@ -56,7 +56,11 @@ def test_digits_are_scikit_learns_divided_by_class() -> None:
     digits = data.load("digits")
     assert digits.shape == (1, 8, 8)
     assert digits.classes == tuple("0123456789")
-    pairs = [(i.numpy().tobytes(), int(y)) for part in (digits.train, digits.test) for i, y in zip(*part, strict=True)]
+    pairs = [
+        (i.numpy().tobytes(), int(y))
+        for part in (digits.train, digits.test)
+        for i, y in zip(part.images, part.labels, strict=True)
+    ]
     bunch = load_digits()
     wanted = [
         (np.round(i * 255 / 16).astype(np.uint8).tobytes(), y)
@@ -102,16 +106,70 @@ def test_fingerprint_changes_with_one_pixel_or_label(dataset: Dataset) -> None:
         other.view(-1)[-1] ^= 1
         return other
 
-    same = dataclasses.replace(dataset, train=Images(*(tensor.clone() for tensor in dataset.train)))
+    same = dataclasses.replace(dataset, train=Images(dataset.train.store.clone(), dataset.train.labels.clone()))
     others = [
-        dataclasses.replace(dataset, **{part: getattr(dataset, part)._replace(**{field: changed(value)})})
-        for part in ("train", "test")
-        for field, value in getattr(dataset, part)._asdict().items()
+        dataclasses.replace(dataset, **{part: dataclasses.replace(images, **{field: changed(getattr(images, field))})})
+        for part, images in (("train", dataset.train), ("test", dataset.test))
+        for field in ("store", "labels")
     ]
     fingerprints = [found.fingerprint for found in (dataset, *others)]
     assert same.fingerprint == dataset.fingerprint
     assert len(dataset.fingerprint) == 16
     assert len(set(fingerprints)) == 5
+
+
+def test_fingerprint_is_the_hash_of_all_bytes(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK", 7)
+    keep, held_out = dataset.split
+    for found in (dataset, dataclasses.replace(dataset, train=keep, test=held_out)):
+        digest = hashlib.sha256()
+        for part in (found.train, found.test):
+            for tensor in (part.images, part.labels):
+                digest.update(str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
+        assert found.fingerprint == digest.hexdigest()[:16]
+
+
+# --- Selections of images ---------------------------------------------------------------------------------------
+
+positions = st.integers(-(2**40), 2**40)
+
+
+@hypothesis.given(st.lists(st.lists(positions, min_size=1, max_size=30), max_size=3), st.lists(positions, max_size=9))
+def test_a_selection_of_selections_is_what_indexing_gives(steps: list[list[int]], last: list[int]) -> None:
+    arrays = random_arrays()
+    images, labels = (torch.from_numpy(arrays[f"train_{name}"]) for name in ("images", "labels"))
+    found = Images(images, labels)
+    for step in steps:
+        indices = torch.tensor(step) % len(labels)
+        found, images, labels = found.select(indices), images[indices], labels[indices]
+    assert torch.equal(found.images, images)
+    assert torch.equal(found.labels, labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CHUNK", 7)
+        assert torch.equal(torch.cat(list(found.chunks())), images)
+        elsewhere = found.to(torch.device("meta"))
+    assert (elsewhere.images.shape, elsewhere.labels.shape) == (images.shape, labels.shape)
+    assert elsewhere.images.device == elsewhere.labels.device == torch.device("meta")
+    indices = torch.tensor(last, dtype=torch.long) % len(labels)
+    assert torch.equal(found.take(indices), images[indices])
+
+
+def test_selecting_copies_no_image(dataset: Dataset) -> None:
+    train, validation = dataset.split
+    for part in (train, validation, train.select(torch.tensor([3, 1])), train.to(torch.device("cpu"))):
+        assert part.store is dataset.train.store
+
+
+def test_preprocessing_fits_a_selection_as_it_fits_a_copy(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = dataclasses.replace(dataset, name="digits", train=dataset.split[0])
+    copied = dataclasses.replace(unknown, train=Images(unknown.train.images, unknown.train.labels))
+    for zca in (False, True):
+        found, wanted = (fit_preprocessing(each, zca=zca).tensors() for each in (unknown, copied))
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    whole = fit_preprocessing(copied, zca=False).tensors()
+    monkeypatch.setattr(data, "CHUNK", 7)
+    chunked = fit_preprocessing(unknown, zca=False).tensors()
+    assert all(torch.equal(chunked[key], whole[key]) for key in whole)
 
 
 # --- What a network sees ----------------------------------------------------------------------------------------
@@ -128,7 +186,7 @@ def test_normalisation_gives_each_channel_mean_zero_and_deviation_one(dataset: D
     assert torch.allclose(fitted.inverse(normal), unknown.train.images / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet", "imagefolder"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet", "imagenet", "imagefolder"])
 def test_normalisation_takes_the_published_numbers(dataset: Dataset, name: str) -> None:
     tensors = fit_preprocessing(dataclasses.replace(dataset, name=name), zca=False).tensors()
     cifar = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
@@ -198,17 +256,17 @@ def test_a_missing_data_set_says_what_to_run(tmp_path: Path, name: str, source: 
 
 
 def test_unknown_names_are_refused() -> None:
-    for call in (lambda: data.load("mnist"), lambda: data.prepare("mnist"), lambda: data.DataConfig(data="mnist")):
+    for call in (lambda: data.load("mnist"), lambda: cddlib.prepare("mnist"), lambda: data.DataConfig(data="mnist")):
         with pytest.raises(UserError, match="unknown data set 'mnist'; choose one of digits, fashion_mnist, cifar10"):
             call()
 
 
 WRONG = {
-    "float images": ({"train_images": np.zeros((30, 3, 4, 4), np.float32)}, r"train_images is torch\.float32\[30"),
-    "flat images": ({"test_images": np.zeros((9, 48), np.uint8)}, r"test_images is torch\.uint8\[9, 48\], not uint8"),
-    "other size": ({"test_images": np.zeros((9, 3, 5, 5), np.uint8)}, r"test_images is torch\.uint8\[9, 3, 5, 5\]"),
-    "int32 labels": ({"train_labels": np.zeros(30, np.int32)}, r"train_labels is torch\.int32\[30\], not int64\[30\]"),
-    "few labels": ({"train_labels": np.zeros(29, np.int64)}, r"train_labels is torch\.int64\[29\], not int64\[30\]"),
+    "float images": ({"train_images": np.zeros((30, 3, 4, 4), np.float32)}, r"train_images is F32\[30"),
+    "flat images": ({"test_images": np.zeros((9, 48), np.uint8)}, r"test_images is U8\[9, 48\], not U8"),
+    "other size": ({"test_images": np.zeros((9, 3, 5, 5), np.uint8)}, r"test_images is U8\[9, 3, 5, 5\]"),
+    "int32 labels": ({"train_labels": np.zeros(30, np.int32)}, r"train_labels is I32\[30\], not I64\[30\]"),
+    "few labels": ({"train_labels": np.zeros(29, np.int64)}, r"train_labels is I64\[29\], not I64\[30\]"),
     "high label": ({"test_labels": np.full(9, 3)}, "test_labels reach from 3 to 3, with 3 classes named"),
     "low label": ({"train_labels": np.full(30, -1)}, "train_labels reach from -1 to -1, with 3 classes named"),
     "no images": (
@@ -248,266 +306,58 @@ def test_class_names_of_another_kind_are_refused(tmp_path: Path, classes: object
 def test_a_damaged_file_is_refused(tmp_path: Path, damage) -> None:
     path = write_cache(tmp_path, random_arrays())
     path.write_bytes(damage(path.read_bytes()))
-    for call in (data.load, data.prepare):
+    for call in (cddlib.load, cddlib.prepare):
         with pytest.raises(UserError, match=r"cifar10\.safetensors is truncated or not a safetensors file"):
             call("cifar10", tmp_path)
 
 
-# --- Preparing from a folder ------------------------------------------------------------------------------------
-
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+# --- Sets larger than memory ------------------------------------------------------------------------------------
 
 
-def save_image(path: Path, colour: object, size: tuple[int, int] = (64, 64), mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, quality=95)
+def write_sparse(path: Path, train: int, size: int) -> None:
+    """A data set of `train` black images and one of each class for testing, which takes no room on disk."""
+    labels = {part: np.arange(n, dtype=np.int64) % 3 for part, n in (("test", 3), ("train", train))}
+    header: dict[str, object] = {"__metadata__": {"classes": json.dumps(CLASSES)}}
+    end = 0
+    for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):
+        for part, values in labels.items():
+            begin, end = end, end + len(values) * width
+            header[f"{part}_{kind}"] = {"dtype": dtype, "shape": [len(values), *shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + b"".join(values.tobytes() for values in labels.values()))
+        file.truncate(8 + len(text) + end)
 
 
-def assert_one_colour(image: torch.Tensor, colour: tuple[int, int, int]) -> None:
-    difference = image.int() - torch.tensor(colour)[:, None, None]
-    assert difference.abs().max() <= 3  # JPEG
+def anonymous_mb() -> float:
+    """Memory of this process that is no file's, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A folder in Tiny ImageNet's original layout: two classes, validation in one folder with annotations."""
-    source = tmp_path / "tiny-imagenet-200"
-    for wnid, colour in (("n01", RED), ("n02", GREEN)):
-        for i in range(2):
-            save_image(source / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", colour)
-        (source / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
-    rows = []
-    for i, (wnid, colour) in enumerate([("n02", GREEN), ("n01", RED), ("n02", GREEN)]):
-        save_image(source / "val" / "images" / f"val_{i}.JPEG", colour)
-        rows.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
-    (source / "val" / "val_annotations.txt").write_text("".join(rows))
-    save_image(source / "test" / "images" / "test_0.JPEG", BLUE)  # unlabelled: not used
-    return source
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 
 
-def test_tiny_imagenet_in_its_original_layout(tmp_path: Path, tiny: Path) -> None:
-    path = data.prepare("tiny_imagenet", tmp_path / "root", source=tiny)
-    assert path == tmp_path / "root" / "tiny_imagenet.safetensors"
-    found = data.load("tiny_imagenet", tmp_path / "root")
-    assert found.classes == ("n01", "n02")
-    assert found.shape == (3, 64, 64)
-    assert found.train.labels.tolist() == [0, 0, 1, 1]
-    assert found.test.labels.tolist() == [1, 0, 1]
-    for part in (found.train, found.test):
-        for image, label in zip(part.images, part.labels, strict=True):
-            assert_one_colour(image, (RED, GREEN)[label])
+@linux
+def test_a_data_set_stays_in_its_file(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "imagenet.safetensors", 20_000, 64)  # 234 MB
+    before = anonymous_mb()
+    dataset = data.load("imagenet", tmp_path)
+    train, _ = dataset.split
+    assert dataset.fingerprint
+    fetch = fetch_real(train, fit_preprocessing(dataset, zca=False))
+    for indices in torch.randperm(len(train.labels)).split(256):
+        fetch(indices)
+    assert train.to(torch.device("cpu")) is train
+    assert anonymous_mb() - before < 120  # a chunk of 4096 images is 48 MB
 
 
-def test_tiny_imagenet_without_annotations_is_refused(tmp_path: Path, tiny: Path) -> None:
-    (tiny / "val" / "val_annotations.txt").unlink()
-    with pytest.raises(UserError, match=r"val_annotations\.txt does not exist: .* is not in Tiny ImageNet's original"):
-        data.prepare("tiny_imagenet", tmp_path / "root", source=tiny)
-    assert not (tmp_path / "root" / "tiny_imagenet.safetensors").exists()
-
-
-def test_a_missing_validation_image_is_named(tmp_path: Path, tiny: Path) -> None:
-    (tiny / "val" / "images" / "val_1.JPEG").unlink()
-    with pytest.raises(UserError, match=r"val_1\.JPEG"):
-        data.prepare("tiny_imagenet", tmp_path / "root", source=tiny)
-
-
-def test_preparing_writes_nothing_that_loading_refuses(tmp_path: Path, tiny: Path) -> None:
-    (tiny / "val" / "val_annotations.txt").write_text("")
-    with pytest.raises(UserError):
-        data.prepare("tiny_imagenet", tmp_path / "root", source=tiny)
-    assert not (tmp_path / "root" / "tiny_imagenet.safetensors").exists()
-
-
-@pytest.fixture
-def imagenet(tmp_path: Path) -> Path:
-    """A folder in ImageNet's layout: images of several sizes and modes."""
-    source = tmp_path / "imagenet"
-    save_image(source / "train" / "n01" / "wide.JPEG", RED, (50, 20))
-    save_image(source / "train" / "n01" / "tall.JPEG", RED, (17, 40))
-    save_image(source / "train" / "n02" / "grey.JPEG", 100, (9, 9), "L")
-    save_image(source / "train" / "n02" / "transparent.png", (0, 255, 0, 10), (33, 8), "RGBA")
-    save_image(source / "val" / "n01" / "a.JPEG", RED, (3, 5))
-    save_image(source / "val" / "n02" / "b.png", 1, (16, 16), "1")
-    return source
-
-
-def test_imagenets_layout_with_images_of_any_size_and_mode(tmp_path: Path, imagenet: Path) -> None:
-    data.prepare("imagefolder", tmp_path, source=imagenet, size=16)
-    found = data.load("imagefolder", tmp_path)
-    assert found.classes == ("n01", "n02")
-    assert found.shape == (3, 16, 16)
-    assert found.train.labels.tolist() == [0, 0, 1, 1]
-    assert found.test.labels.tolist() == [0, 1]
-    colours = [RED, RED, (100, 100, 100), GREEN, RED, (255, 255, 255)]
-    for image, colour in zip([*found.train.images, *found.test.images], colours, strict=True):
-        assert_one_colour(image, colour)
-
-
-def test_images_are_cut_in_the_middle_after_resizing_the_shorter_side(tmp_path: Path, imagenet: Path) -> None:
-    pixels = np.zeros((20, 60, 3), np.uint8)
-    pixels[:, 20:40] = BLUE
-    Image.fromarray(pixels).save(imagenet / "val" / "n01" / "a.png")
-    (imagenet / "val" / "n01" / "a.JPEG").unlink()
-    data.prepare("imagefolder", tmp_path, source=imagenet, size=10)
-    assert_one_colour(data.load("imagefolder", tmp_path).test.images[0][:, :, 1:-1], BLUE)  # borders blend
-
-
-def png_with_a_bad_chunk(good: bytes) -> bytes:
-    at = good.index(b"IDAT")
-    return good[:at] + b"\x00\x01\x02\x03" + good[at + 4 :]
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("wide.JPEG", lambda good: good[: len(good) // 2]),
-        ("wide.JPEG", lambda good: b"not an image"),
-        ("wide.JPEG", lambda good: b""),
-        ("late.png", png_with_a_bad_chunk),
-        ("late.png", lambda good: good[:-30]),
-    ],
-)
-def test_a_broken_image_is_named(tmp_path: Path, imagenet: Path, file: str, damage) -> None:
-    path = imagenet / "train" / "n01" / file
-    save_image(path, RED, (40, 40))
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError) as caught:
-        data.prepare("imagefolder", tmp_path, source=imagenet, size=16)
-    assert str(caught.value).startswith(f"{path} is not a readable image (")
-    assert not (tmp_path / "imagefolder.safetensors").exists()
-
-
-def test_a_broken_image_among_thousands_is_named_in_one_sentence(tmp_path: Path, imagenet: Path) -> None:
-    folder = imagenet / "train" / "n01"
-    for i in range(1024):  # enough for worker processes
-        (folder / f"{i}.JPEG").hardlink_to(folder / "wide.JPEG")
-    (folder / "bad.JPEG").write_bytes(b"not an image")
-    with pytest.raises(UserError) as caught:
-        data.prepare("imagefolder", tmp_path, source=imagenet, size=8)
-    assert str(caught.value).startswith(f"{folder / 'bad.JPEG'} is not a readable image (")
-    assert "\n" not in str(caught.value)
-
-
-def test_thousands_of_images_keep_their_order(tmp_path: Path, imagenet: Path) -> None:
-    for i in range(1024):
-        folder = imagenet / "train" / ("n01", "n02")[i % 2]
-        (folder / f"{i:04d}.JPEG").hardlink_to(folder / ("wide.JPEG", "grey.JPEG")[i % 2])
-    data.prepare("imagefolder", tmp_path, source=imagenet, size=8)
-    found = data.load("imagefolder", tmp_path)
-    assert len(found.train.labels) == 1028
-    red = found.train.images[:, 0].float().mean((1, 2)) - found.train.images[:, 2].float().mean((1, 2)) > 200
-    assert torch.equal(red, found.train.labels == 0)
-
-
-@pytest.mark.parametrize("name", ["tiny_imagenet", "imagefolder"])
-def test_a_source_without_train_and_val_is_refused(tmp_path: Path, name: str) -> None:
-    for source in (None, tmp_path / "none"):
-        with pytest.raises(UserError, match=rf"{name} needs --source, a folder that holds train/ and val/; got "):
-            data.prepare(name, tmp_path, source=source)
-
-
-def test_folders_with_different_classes_are_refused(tmp_path: Path, imagenet: Path) -> None:
-    save_image(imagenet / "val" / "n03" / "c.png", 0, (8, 8), "L")
-    with pytest.raises(UserError, match=r"do not have the same classes; they differ in \['n03'\]"):
-        data.prepare("imagefolder", tmp_path, source=imagenet)
-
-
-def test_a_class_without_images_is_refused(tmp_path: Path, imagenet: Path) -> None:
-    (imagenet / "train" / "n00").mkdir()
-    with pytest.raises(UserError, match="n00"):
-        data.prepare("imagefolder", tmp_path, source=imagenet)
-
-
-def test_a_prepared_file_is_kept(tmp_path: Path) -> None:
-    path = write_cache(tmp_path, random_arrays())
-    before = path.read_bytes()
-    assert data.prepare("cifar10", tmp_path) == path
-    assert path.read_bytes() == before
-
-
-def test_digits_need_no_preparation(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="digits comes with scikit-learn"):
-        data.prepare("digits", tmp_path)
-
-
-# --- Preparing with torchvision ---------------------------------------------------------------------------------
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """Fashion-MNIST's format: a magic number, the sizes, the bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape) + array.tobytes())
-
-
-@pytest.fixture
-def fashion(tmp_path: Path) -> dict[str, np.ndarray]:
-    """Small Fashion-MNIST files where torchvision looks for them."""
-    arrays = random_arrays(1, (1, 28, 28))
-    raw = tmp_path / "downloads" / "FashionMNIST" / "raw"
-    for part, file in (("train", "train"), ("test", "t10k")):
-        write_idx(raw / f"{file}-images-idx3-ubyte", arrays[f"{part}_images"][:, 0])
-        write_idx(raw / f"{file}-labels-idx1-ubyte", arrays[f"{part}_labels"].astype(np.uint8))
-    return arrays
-
-
-def test_fashion_mnist_from_torchvisions_files(tmp_path: Path, fashion: dict[str, np.ndarray]) -> None:
-    data.prepare("fashion_mnist", tmp_path)
-    found = data.load("fashion_mnist", tmp_path)
-    assert np.array_equal(found.train.images, fashion["train_images"])
-    assert np.array_equal(found.test.labels, fashion["test_labels"])
-    assert len(found.classes) == 10
-    assert found.classes[9] == "Ankle boot"
-
-
-def test_half_unpacked_fashion_mnist_is_refused(tmp_path: Path, fashion: dict[str, np.ndarray]) -> None:
-    path = tmp_path / "downloads" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match="fashion_mnist"):
-        data.prepare("fashion_mnist", tmp_path)
-
-
-def write_cifar(folder: Path, arrays: dict[str, np.ndarray], name: str) -> list[str]:
-    """The original pickles; returns the class names."""
-    classes = [f"class {i}" for i in range(10 if name == "cifar10" else 100)]
-    if name == "cifar10":
-        folder, label, meta, label_names = folder / "cifar-10-batches-py", "labels", "batches.meta", "label_names"
-        files = {f"data_batch_{i + 1}": ("train", slice(6 * i, 6 * i + 6)) for i in range(5)}
-        files["test_batch"] = ("test", slice(None))
-    else:
-        folder, label, meta, label_names = folder / "cifar-100-python", "fine_labels", "meta", "fine_label_names"
-        files = {"train": ("train", slice(None)), "test": ("test", slice(None))}
-    folder.mkdir(parents=True)
-    (folder / meta).write_bytes(pickle.dumps({label_names: classes}))
-    for file, (part, rows) in files.items():
-        images, labels = arrays[f"{part}_images"][rows], arrays[f"{part}_labels"][rows]
-        content = {"data": images.reshape(len(images), -1), label: labels.tolist()}
-        (folder / file).write_bytes(pickle.dumps(content))
-    return classes
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_from_the_original_batches(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    arrays = random_arrays(2, (3, 32, 32))
-    classes = write_cifar(tmp_path / "downloads", arrays, name)
-    data.prepare(name, tmp_path)
-    found = data.load(name, tmp_path)
-    assert found.classes == tuple(classes)
-    for part, images in (("train", found.train), ("test", found.test)):
-        assert np.array_equal(images.images, arrays[f"{part}_images"])
-        assert np.array_equal(images.labels, arrays[f"{part}_labels"])
-
-
-@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10", "cifar100"])
-def test_a_failing_download_gives_one_sentence(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args, **_kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", fail)
-    with pytest.raises(UserError) as caught:
-        data.prepare(name, tmp_path)
-    message = str(caught.value)
-    assert message.startswith(f"{name} cannot be downloaded to {tmp_path / 'downloads'} (")
-    assert "no network" in message
-    assert "\n" not in message
-    assert not (tmp_path / f"{name}.safetensors").exists()
+@linux
+def test_a_data_set_longer_than_memory_can_be_loaded(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write_sparse(tmp_path / "imagefolder.safetensors", 2 * memory // (3 * 1024**2), 1024)
+    dataset = data.load("imagefolder", tmp_path)
+    assert dataset.shape == (3, 1024, 1024)
+    last = torch.tensor([len(dataset.split[0].labels) - 1])
+    assert dataset.split[0].take(last).sum() == 0

@@ -99,7 +99,10 @@ def test_distillation_lowers_the_matching_loss(buffer: Buffer, recipe, tmp_path:
     }
 
 
-FULL = {"soft_labels": True, "ema": 0.9, "momentum_labels": 0.9, "lr_labels": 0.5}
+FULL = {"labels": "learned", "ema": 0.9, "momentum_labels": 0.9, "lr_labels": 0.5}
+
+
+SUBSETS = {"subsets": 2, "ipc": 3, "segments": 2, "momentum_images": 0.9}
 
 
 @pytest.mark.parametrize("overrides", [{}, FULL, {**FULL, "validate_every": 0}, {"student_batch": 4, "balance": 0.5}])
@@ -160,7 +163,7 @@ def test_killed_runs_end_with_the_same_bytes(buffer: Buffer, tmp_path: Path) -> 
         options = (
             "--iterations 60 --student-steps 5 --window-end 4 --segments 2 --checkpoint-every 3 --validate-every 7"
         )
-        options += " --evaluation-epochs 5 --soft-labels --ema 0.9 --device cpu"
+        options += " --evaluation-epochs 5 --labels learned --ema 0.9 --device cpu"
         return ["distill", "--buffer", str(buffer.folder), "--out", str(tmp_path / name), *options.split()]
 
     assert cli.main(arguments("whole")) == 0
@@ -270,7 +273,7 @@ def iterates(config: DistillConfig, buffer: Buffer, steps: int) -> list[dict[str
 
 def test_the_optimiser_is_sgd_with_momentum(buffer: Buffer, recipe, tmp_path: Path) -> None:
     overrides = {"momentum_images": 0.7, "momentum_step_size": 0.3, "lr_step_size": 1e-3, "lr_labels": 2.0}
-    config = recipe(iterations=4, validate_every=0, soft_labels=True, **overrides)
+    config = recipe(iterations=4, validate_every=0, labels="learned", **overrides)
     found = distill(config, buffer, tmp_path).variable_tensors()
     wanted, start = iterates(config, buffer, 4)[-1], first(config, buffer).variable_tensors()
     for name, tensor in found.items():
@@ -578,7 +581,7 @@ def test_images_are_held_after_the_optimisers_step(buffer: Buffer, recipe, tmp_p
     state = State(dataclasses.replace(config, **rate), ConsolidateConfig(), synthetic)
     for iteration in range(5):
         gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
-        state.step(gradients)  # the step size alone
+        state.step(gradients, torch.arange(len(x)))  # the step size alone
         velocity = config.momentum_images * velocity + gradients[0]
         step = -config.lr_images * velocity
         x += step
@@ -606,6 +609,9 @@ PROBES = {"probe_starts": (0, 2, 4), "probe_expert": 1, "probe_every": 2, "geome
         {"consolidation": "si", "consolidate_every": 3, "combine": "pcgrad", "segments": 3, "ema": 0.9},
         {"replay": 2, "combine": "gem", "expert": 0},
         {**PROBES, "probe_starts": (1, 4), "combine": "pcgrad", "student_steps": 3},
+        {"labels": "teacher", "gradient": "truncated", "ema": 0.9},
+        {"convex": True, "match_step": "nearest", "replay": 1},
+        {**SUBSETS, "labels": "learned", "dropped_fraction": 0.2, "iterations": 8},
     ],
 )
 def test_interrupted_with_remedies_and_probes_it_gives_the_same(
@@ -647,7 +653,7 @@ def test_each_is_measured_without_the_others(buffer: Buffer, recipe, tmp_path: P
 
 def test_measuring_changes_nothing(buffer: Buffer, recipe, tmp_path: Path) -> None:
     for name, overrides in (("plain", {}), ("measured", PROBES)):
-        distill(recipe(soft_labels=True, **overrides), buffer, tmp_path / name)
+        distill(recipe(labels="learned", **overrides), buffer, tmp_path / name)
     found = [SyntheticSet.load(tmp_path / name / "synthetic.safetensors") for name in ("plain", "measured")]
     for name, tensor in found[0].variable_tensors().items():
         assert tensor.numpy().tobytes() == found[1].variable_tensors()[name].numpy().tobytes()
@@ -679,3 +685,163 @@ def test_segments_that_the_buffer_does_not_hold_are_refused(
 def test_the_last_probe_that_the_buffer_holds_is_followed(buffer: Buffer, recipe, tmp_path: Path) -> None:
     distill(recipe(probe_starts=(4,), probe_expert=1, expert=1, iterations=1, validate_every=0), buffer, tmp_path)
     assert [len(line["probe_losses"]) for line in metrics(tmp_path)] == [1, 1]
+
+
+# --- Teacher labels, real epochs, subsets -----------------------------------------------------------------------
+
+
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]]:
+    """What each iteration of the loop makes of the set: before, after, and the line for the metrics."""
+    iterate, seen = module._iterate, []
+
+    def watched(state, *rest):
+        before = state.synthetic.copy().variable_tensors()
+        record = iterate(state, *rest)
+        seen.append((before, state.synthetic.copy().variable_tensors(), record))
+        return record
+
+    monkeypatch.setattr(module, "_iterate", watched)
+    return seen
+
+
+def test_the_anchor_s_target_labels_the_images(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    """With the network at the end of the anchor's segment, before the step."""
+    seen = spy(monkeypatch)
+    config = recipe(labels="teacher", segments=3, ipc=2, iterations=8, validate_every=0)
+    found = distill(config, buffer, tmp_path)
+    anchors = set()
+    for before, after, record in seen:
+        start = record["starts"][record["anchor"]]
+        anchors.add(record["anchor"])
+        target = buffer.parameters(record["expert"], start + config.expert_epochs)
+        torch.testing.assert_close(after["label_logits"], buffer.network(target, before["images"]))
+        assert not torch.equal(after["images"], before["images"])
+    assert len(anchors) > 1
+    assert torch.equal(found.label_logits, seen[-1][1]["label_logits"])
+    torch.testing.assert_close(seen[0][0]["label_logits"], first(config, buffer).label_logits)
+
+
+def test_a_skipped_iteration_labels_nothing_anew(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    config = recipe(labels="teacher", iterations=3, validate_every=0, loss_threshold=1e-3)
+    assert torch.equal(distill(config, buffer, tmp_path).label_logits, first(config, buffer).label_logits)
+
+
+def test_label_rates_and_momentum_do_not_move_teacher_labels(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    runs_ = [{}, {"lr_labels": 100.0, "momentum_labels": 0.9}]
+    found = [
+        distill(recipe(labels="teacher", iterations=3, validate_every=0, **rates), buffer, tmp_path / str(k))
+        for k, rates in enumerate(runs_)
+    ]
+    for name, tensor in found[0].variable_tensors().items():
+        assert torch.equal(tensor, found[1].variable_tensors()[name])
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_segments_of_the_convexified_trajectory_are_matched(
+    buffer: Buffer, recipe, tmp_path: Path, segments: int
+) -> None:
+    config = recipe(convex=True, segments=segments, iterations=4, validate_every=0, augment=buffer.config["augment"])
+    distill(config, buffer, tmp_path)
+    lines = metrics(tmp_path)[1:]
+    starts = [start for line in lines for start in line["starts"]]
+    assert all(isinstance(start, float) and 0 <= start < 4 for start in starts)
+    assert len(set(starts)) == len(starts)
+    convex = buffer.convexified()
+    parts = segment_gradients(
+        config, convex, ready(config, buffer), 0, [(lines[0]["expert"], s) for s in starts[:segments]]
+    )
+    assert lines[0]["losses"] == pytest.approx([loss for loss, _ in parts], rel=1e-4)
+
+
+def rows_of(config: DistillConfig, iteration: int) -> list[int]:
+    """Which images an iteration optimises: of every class those whose place is in the active share."""
+    turn = next(k for k in range(config.subsets) if iteration < config.iterations * (k + 1) / config.subsets)
+    places = [place for place in range(config.ipc) if turn <= place * config.subsets / config.ipc < turn + 1]
+    return [label * config.ipc + place for label in range(10) for place in places]
+
+
+@pytest.mark.parametrize("labels", ["hard", "learned", "teacher"])
+@pytest.mark.parametrize("ipc", [2, 5])
+def test_only_the_active_subset_changes(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, ipc: int, labels: str
+) -> None:
+    seen = spy(monkeypatch)
+    config = recipe(**{**SUBSETS, "ipc": ipc}, labels=labels, iterations=6, validate_every=0, momentum_labels=0.9)
+    found = distill(config, buffer, tmp_path)
+    assert found.subsets == SyntheticSet.load(tmp_path / "synthetic.safetensors").subsets == 2
+    for iteration, (before, after, record) in enumerate(seen):
+        rows = rows_of(config, iteration)
+        others = [row for row in range(10 * ipc) if row not in rows]
+        assert rows
+        assert others
+        assert [row in rows for row in (0, ipc - 1)] == [iteration < 3, iteration >= 3]
+        for name in before.keys() - {"step_size"}:
+            assert before[name][others].numpy().tobytes() == after[name][others].numpy().tobytes()
+            changed = (before[name][rows] != after[name][rows]).flatten(1).any(1)
+            assert changed.all()
+        assert before["step_size"] != after["step_size"]
+        assert record["starts"] == ([0, 1] if iteration < 3 else [2, 3])  # two halves of [0, 4), two starts in each
+
+
+def test_students_see_the_active_subset_alone(buffer: Buffer, recipe) -> None:
+    config = recipe(**SUBSETS, labels="learned", iterations=6, student_batch=7, student_steps=9)
+    synthetic = dataclasses.replace(ready(config, buffer), subsets=2)
+    for iteration in (0, 5):
+        gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
+        rows = rows_of(config, iteration)
+        for gradient in gradients[:2]:
+            assert torch.nonzero(gradient.flatten(1).any(1)).flatten().tolist() == rows
+        with torch.no_grad():
+            others = [row for row in range(30) if row not in rows]
+            synthetic.images[others] += 1.0
+            synthetic.label_logits[others] -= 1.0
+        again, _ = concurrent_gradient(config, buffer, synthetic, iteration)
+        assert all(map(torch.equal, gradients, again))
+
+
+def test_each_subset_has_sgd_of_its_own(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    config = recipe(**SUBSETS, labels="learned", iterations=6, validate_every=0, momentum_labels=0.9)
+    found = distill(config, buffer, tmp_path)
+    synthetic = dataclasses.replace(ready(config, buffer), subsets=2)
+    start = synthetic.copy()
+    rates = {"images": config.lr_images, "label_logits": config.lr_labels, "step_size": config.lr_step_size}
+    momenta = {"images": 0.9, "label_logits": 0.9, "step_size": config.momentum_step_size}
+    velocity: dict[tuple[str, int], torch.Tensor] = {}
+    for iteration in range(6):
+        rows = rows_of(config, iteration)
+        gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
+        with torch.no_grad():
+            for (name, x), gradient in zip(synthetic.variable_tensors().items(), gradients, strict=True):
+                part = gradient if name == "step_size" else gradient[rows]
+                key = (name, 0 if name == "step_size" else rows[0])
+                velocity[key] = momenta[name] * velocity.get(key, 0.0) + part
+                if name == "step_size":
+                    x -= rates[name] * velocity[key]
+                else:
+                    x[rows] -= rates[name] * velocity[key]
+    for name, tensor in found.variable_tensors().items():
+        moved = (synthetic.variable_tensors()[name] - start.variable_tensors()[name]).abs().max()
+        assert moved > 0
+        assert (tensor - synthetic.variable_tensors()[name]).abs().max() < 1e-3 * moved
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"iterations": 0}, "iterations is 0; it must be at least 1."),
+        ({"subsets": 0}, "subsets is 0; it must be at least 1."),
+        ({"dropped_fraction": 1.0}, "dropped_fraction is 1.0; it must be 0 or more and below 1."),
+        ({"ipc": 1, "subsets": 2}, "ipc is 1; 2 subsets need at least 2 images a class."),
+    ],
+)
+def test_impossible_distillations_are_refused(recipe, wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        dataclasses.replace(recipe(), **wrong)
+    assert str(refused.value) == message
+
+
+def test_real_segments_beyond_the_experts_are_refused(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    """A real epoch just before 5 is two epochs before one just before 7, and the experts stop at 6."""
+    with pytest.raises(UserError, match=r"experts stop at epoch 6; window_end \+ expert_epochs may be at most 6\.$"):
+        distill(recipe(convex=True, window_end=5), buffer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

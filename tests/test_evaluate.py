@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import cddlib
 from cddlib import augment, data, evaluate, runs
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set, summarise, train_network
-from cddlib.networks import ConvNet, NetworkConfig
+from cddlib.networks import ConvNet, NetworkConfig, build_network
 from cddlib.runs import UserError
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer
@@ -119,6 +119,8 @@ def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
     assert record["synthetic_sha256"] == runs.file_digest(run / "synthetic.safetensors")
     assert record["evaluation"] == {"evaluation_epochs": 5, "evaluation_batch": 256}
     assert record["seed"] == 0
+    rate = SyntheticSet.load(run / "synthetic.safetensors").step_size.item()
+    assert record["learning_rates"] == {"synthetic": rate, "random_real": 0.01, "full": 0.01}
     assert record["accuracies"].keys() == {"synthetic", "random_real", "full"}
     for name, accuracies in record["accuracies"].items():
         assert len(accuracies) == 2
@@ -210,6 +212,50 @@ def test_another_seed_has_a_record_of_its_own(run: Path) -> None:
     assert len(list(run.glob("evaluation-*.json"))) == 2
 
 
+@pytest.mark.parametrize("name", ["mlp", "alexnet"])
+def test_another_network_is_trained_instead(run: Path, name: str) -> None:
+    other = NetworkConfig(network=name)
+    synthetic = SyntheticSet.load(run / "synthetic.safetensors")
+    config = runs.from_dict(cddlib.DistillConfig, runs.read_json(run / "config.json"))
+    digits = data.load("digits")
+    network = build_network(other, (1, 8, 8), 10)
+    arguments = {"purpose": "evaluation", "seed": 0}
+    wanted = accuracy_of_set(synthetic, network, config, config.augment, digits.test, **arguments)
+    record = evaluate_run(run, runs=1, baselines=False, network=other)
+    assert record["accuracies"]["synthetic"] == [wanted]
+    assert record["network"] == runs.as_dict(other)
+
+
+def test_baselines_train_the_other_network_too(run: Path, monkeypatch) -> None:
+    networks = []
+
+    def spy(network, *arguments, **options):
+        networks.append(network)
+        return train_network(network, *arguments, **options)
+
+    monkeypatch.setattr(evaluate, "train_network", spy)
+    evaluate_run(run, runs=1, network=NetworkConfig(network="mlp"))
+    assert [network.shapes["1.weight"] for network in networks] == 3 * [(128, 64)]
+
+
+def test_each_network_has_a_record_of_its_own(run: Path) -> None:
+    own = evaluate_run(run, runs=1, baselines=False)
+    assert own["network"] == runs.as_dict(NetworkConfig(width=8, depth=2))
+    assert evaluate_run(run, runs=1, baselines=False, network=NetworkConfig(width=8, depth=2)) == own
+    others = [NetworkConfig(network="mlp"), NetworkConfig(width=4, depth=1)]
+    records = [own, *(evaluate_run(run, runs=1, baselines=False, network=other) for other in others)]
+    assert [evaluate_run(run, runs=1, baselines=False, network=other) for other in [None, *others]] == records
+    found = cddlib.runs.collect(run)["evaluations"]
+    assert len(found) == 3
+    assert all(record in found for record in records)
+
+
+def test_the_record_of_the_own_network_keeps_its_name(run: Path) -> None:
+    record = evaluate_run(run, runs=1, baselines=False)
+    identity = {key: record[key] for key in ("synthetic_sha256", "seed", "evaluation")}
+    assert (run / f"evaluation-{runs.config_hash(identity)}.json").exists()
+
+
 def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monkeypatch) -> None:
     digits = data.load("digits")
     preprocessing = SyntheticSet.load(run / "synthetic.safetensors").preprocessing
@@ -241,6 +287,8 @@ def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monke
 def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^runs is 0; it must be at least 1\.$"):
         evaluate_run(run, runs=0)
+    with pytest.raises(UserError, match=r"^depth is 4; images of 8 pixels allow at most 3 blocks with pooling\.$"):
+        evaluate_run(run, network=NetworkConfig(depth=4))
     with pytest.raises(UserError, match=r"none holds no finished distillation: synthetic\.safetensors is missing\.$"):
         evaluate_run(tmp_path / "none")
     (run / "config.json").write_text("{}")

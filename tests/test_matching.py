@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib import augment
-from cddlib.matching import MatchingConfig, Step, roll_out
+from cddlib.matching import MatchingConfig, Step, kept_parameters, nearest_step, roll_out
 from cddlib.networks import Network
 from cddlib.synthetic import initialise
 
@@ -33,18 +33,28 @@ def unrolled(
     targets: Tensor,
     step_size: Tensor,
     steps: list[Step],
-    *,
-    truncated: bool = False,
+    config: MatchingConfig | None = None,
 ) -> Tensor:
     """The matching loss with the graph of all steps, or with TESLA's, in which no step sees where the last one led."""
+    config = config or MatchingConfig()
     theta = start.clone().requires_grad_()
-    here = theta
+    path = []
     for indices, draw in steps:
-        here = theta.detach().requires_grad_() if truncated else theta
+        here = theta if config.gradient == "exact" else theta.detach().requires_grad_()
         loss = F.cross_entropy(network(here, augment.apply(draw, images[indices])), targets[indices])
         (gradient,) = torch.autograd.grad(loss, here, create_graph=True)
         theta = theta - step_size * gradient
-    return ((theta - target) ** 2).sum() / ((start - target) ** 2).sum()
+        path.append(theta)
+    if config.match_step == "nearest":
+        best = path[0]
+        for later in path[1:]:
+            if (later - target).abs().sum() <= (best - target).abs().sum():
+                best = later
+        theta = best
+    errors, scales = (theta - target) ** 2, (start - target) ** 2
+    by_size = sorted(range(len(errors)), key=errors.tolist().__getitem__)
+    kept = by_size[int(config.dropped_fraction * len(errors)) :]
+    return errors[kept].sum() / scales[kept].sum()
 
 
 class Problem:
@@ -77,9 +87,10 @@ class Problem:
         targets = self.logits.softmax(1) if self.soft else hard
         return self.network, self.start, self.target, self.images, targets, self.step_size, self.steps
 
-    def check(self) -> None:
+    def check(self, **config: Any) -> None:
         """Loss and gradients equal the unrolled ones."""
-        loss, reference = cddlib.matching_loss(*self.arguments()), unrolled(*self.arguments())
+        asked = MatchingConfig(**config)
+        loss, reference = cddlib.matching_loss(*self.arguments(), asked), unrolled(*self.arguments(), asked)
         assert relative(loss, reference) < 1e-12
         found = torch.autograd.grad(loss, self.variables)
         wanted = torch.autograd.grad(reference, self.variables)
@@ -125,15 +136,202 @@ def test_gradient_scales_with_what_follows_the_loss() -> None:
     torch.testing.assert_close(thrice, 3 * once)
 
 
-def test_tesla_s_truncated_gradient_is_another_one() -> None:
-    problem = Problem(n=5)
-    exact = torch.autograd.grad(cddlib.matching_loss(*problem.arguments()), problem.variables)
-    tesla = torch.autograd.grad(unrolled(*problem.arguments(), truncated=True), problem.variables)
-    assert all(relative(t, e) > 0.02 for t, e in zip(tesla, exact, strict=True))
-    problem = Problem(n=1)  # one step leaves nothing to truncate
-    exact = torch.autograd.grad(cddlib.matching_loss(*problem.arguments()), problem.variables)
-    tesla = torch.autograd.grad(unrolled(*problem.arguments(), truncated=True), problem.variables)
-    assert all(relative(t, e) < 1e-9 for t, e in zip(tesla, exact, strict=True))
+def test_no_configuration_is_mtt() -> None:
+    problem = Problem(batch=3, dsa=DSA)
+    losses = [cddlib.matching_loss(*problem.arguments(), *config) for config in ((), (MatchingConfig(),))]
+    found = [torch.autograd.grad(loss, problem.variables) for loss in losses]
+    assert torch.equal(*losses)
+    assert all(map(torch.equal, *found))
+
+
+# --- TESLA ------------------------------------------------------------------------------------------------------
+
+
+def tesla(
+    network: Network,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+    steps: list[Step],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """TESLA's loss and its gradients of images, targets and step size, as the paper writes them (Cui et al. 2023)."""
+    b, x, y = step_size.detach(), images.detach(), targets.detach()
+    theta, path, summed = start.clone(), [], torch.zeros_like(start)
+    for indices, draw in steps:
+        path.append(theta)
+        here = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(network(here, augment.apply(draw, x[indices])), y[indices]), here
+        )
+        summed += gradient
+        theta = theta - b * gradient
+    scale = ((start - target) ** 2).sum()
+    weight = 2 * (b * (target - start) + b**2 * summed) / scale
+    d_images, d_targets = torch.zeros_like(x), torch.zeros_like(y)
+    for here, (indices, draw) in zip(path, steps, strict=True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (here, x[indices], y[indices])]
+        loss = F.cross_entropy(network(leaves[0], augment.apply(draw, leaves[1])), leaves[2])
+        (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        parts = torch.autograd.grad(weight @ gradient, leaves[1:])
+        for row, d_image, d_target in zip(indices.tolist(), *parts, strict=True):
+            d_images[row] += d_image
+            d_targets[row] += d_target
+    d_step_size = 2 * ((target - start + b * summed) @ summed) / scale
+    return ((start - b * summed - target) ** 2).sum() / scale, d_images, d_targets, d_step_size
+
+
+@pytest.mark.parametrize(("gradient", "share"), [("truncated", 1.0), ("halved", 0.5)])
+@pytest.mark.parametrize(
+    ("n", "batch", "dsa"), [(1, None, "none"), (2, 3, DSA), (5, None, DSA), (8, 3, "none"), (8, 2, DSA)]
+)
+def test_truncated_gradient_is_the_one_that_tesla_writes(
+    n: int, batch: int | None, dsa: str, gradient: str, share: float
+) -> None:
+    problem = Problem(n=n, batch=batch, dsa=dsa)
+    loss = cddlib.matching_loss(*problem.arguments(), MatchingConfig(gradient=gradient))
+    reference, by_images, by_targets, by_step_size = tesla(*problem.arguments())
+    assert relative(loss, reference) < 1e-12
+    (by_logits,) = torch.autograd.grad(problem.logits.softmax(1), problem.logits, by_targets)
+    found = torch.autograd.grad(loss, problem.variables)
+    wanted = [share * by_images, by_logits, by_step_size]
+    assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_truncated_gradient_is_another_one_unless_there_is_one_step(n: int) -> None:
+    problem = Problem(n=n)
+    losses = [
+        cddlib.matching_loss(*problem.arguments(), MatchingConfig(gradient=gradient))
+        for gradient in ("exact", "truncated")
+    ]
+    assert torch.equal(*losses)
+    exact, truncated = (torch.autograd.grad(loss, problem.variables) for loss in losses)
+    distances = [relative(t, e) for t, e in zip(truncated, exact, strict=True)]
+    assert max(distances) < 1e-12 if n == 1 else min(distances) > 0.02
+
+
+def test_truncated_gradient_scales_with_what_follows_the_loss() -> None:
+    problem = Problem()
+    for gradient in ("truncated", "halved"):
+        config = MatchingConfig(gradient=gradient)
+        once, thrice = (
+            torch.autograd.grad(factor * cddlib.matching_loss(*problem.arguments(), config), problem.variables)
+            for factor in (1, 3)
+        )
+        for a, b in zip(once, thrice, strict=True):
+            torch.testing.assert_close(3 * a, b)
+
+
+# --- ATT --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["exact", "truncated"])
+@pytest.mark.parametrize("nearest", [1, 2, 4, 6])
+def test_the_walk_starts_at_the_nearest_step(nearest: int, gradient: str) -> None:
+    problem = Problem(n=6, batch=3, dsa=DSA)
+    path = roll_out(*(problem.arguments()[k] for k in (0, 1, 3, 4, 5, 6)))
+    noise = torch.randn(path[0].shape, generator=cddlib.generator("noise"), dtype=torch.double)
+    problem.target = path[nearest] + 1e-4 * noise
+    assert nearest_step(path, problem.target) == nearest
+    problem.check(match_step="nearest", gradient=gradient)
+    last = cddlib.matching_loss(*problem.arguments())
+    assert (cddlib.matching_loss(*problem.arguments(), MatchingConfig(match_step="nearest")) < last) == (nearest < 6)
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ([9, 1], 1),
+        ([2, 5, 9], 1),  # the start is no step, even where it is the target
+        ([0, 1, 3, 1], 3),  # of equals the later
+        ([0, 1, 3, 1, 4], 3),
+        ([9, 8, 7, 6], 3),
+    ],
+)
+def test_the_nearest_step_by_hand(path: list[int], nearest: int) -> None:
+    assert nearest_step([torch.tensor([float(place)]) for place in path], torch.tensor([2.0])) == nearest
+
+
+def test_nearest_is_meant_in_the_l1_norm() -> None:
+    path = [torch.zeros(2), torch.tensor([3.0, 0.0]), torch.tensor([2.0, 2.0])]  # the L2 norm prefers the last
+    assert nearest_step(path, torch.zeros(2)) == 1
+
+
+@hypothesis.given(
+    path=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=2, max_size=8),
+    target=st.tuples(*[st.integers(-3, 3)] * 3),
+)
+def test_no_later_step_is_as_near(path: list[tuple[int, ...]], target: tuple[int, ...]) -> None:
+    found = nearest_step([torch.tensor(place).float() for place in path], torch.tensor(target).float())
+    distances = [sum(abs(a - b) for a, b in zip(place, target, strict=True)) for place in path]
+    assert 1 <= found < len(path)
+    assert distances[found] == min(distances[1:])
+    assert distances[found] < min(distances[found + 1 :], default=float("inf"))
+
+
+# --- PAD --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["exact", "truncated"])
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 0.99, 0.9999])
+def test_the_smallest_errors_are_left_out(ratio: float, gradient: str) -> None:
+    problem = Problem(n=4, batch=3, dsa=DSA)
+    problem.check(dropped_fraction=ratio, gradient=gradient)
+    whole, part = (
+        cddlib.matching_loss(*problem.arguments(), MatchingConfig(dropped_fraction=fraction))
+        for fraction in (0.0, ratio)
+    )
+    assert relative(part, whole) > 1e-6
+
+
+def test_leaving_out_less_than_one_parameter_is_mtt() -> None:
+    problem = Problem()
+    fraction = 0.9 / len(problem.start)
+    losses = [
+        cddlib.matching_loss(*problem.arguments(), MatchingConfig(dropped_fraction=dropped))
+        for dropped in (0.0, fraction)
+    ]
+    assert relative(*losses) < 1e-12
+    for found, wanted in zip(*(torch.autograd.grad(loss, problem.variables) for loss in losses), strict=True):
+        assert relative(found, wanted) < 1e-12
+
+
+@hypothesis.given(
+    errors=st.lists(st.integers(-4, 4), min_size=1, max_size=12), dropped=st.floats(0, 1, exclude_max=True)
+)
+def test_every_parameter_kept_is_at_least_as_far_as_any_left_out(errors: list[int], dropped: float) -> None:
+    target = torch.arange(len(errors)).float()
+    kept = torch.arange(len(errors))[kept_parameters(target + torch.tensor(errors), target, dropped)].tolist()
+    left_out = set(range(len(errors))) - set(kept)
+    assert len(kept) == len(set(kept)) == len(errors) - int(dropped * len(errors)) > 0
+    assert max((abs(errors[i]) for i in left_out), default=0) <= min(abs(errors[i]) for i in kept)
+
+
+# --- Together ---------------------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    config=st.fixed_dictionaries(
+        {
+            "gradient": st.sampled_from(["exact", "truncated"]),
+            "match_step": st.sampled_from(["last", "nearest"]),
+            "dropped_fraction": st.sampled_from([0.0, 0.2, 0.7]),
+        }
+    ),
+    batch=st.none() | st.integers(1, 6),
+    n=st.integers(1, 6),
+    step_size=st.sampled_from([0.1, 1.0, 3.0]),
+    soft=st.booleans(),
+)
+def test_the_methods_go_together(
+    config: dict[str, Any], batch: int | None, n: int, step_size: float, soft: bool
+) -> None:
+    problem = Problem(soft=soft, size=5, batch=batch, n=n, dsa=DSA)
+    problem.step_size.data.fill_(step_size)
+    problem.check(**config)
 
 
 def test_student_steps_are_those_of_sgd() -> None:
@@ -205,6 +403,14 @@ def test_impossible_students_are_refused(field: str) -> None:
         MatchingConfig(**{field: 0})
 
 
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+def test_impossible_fractions_are_refused(fraction: float) -> None:
+    with pytest.raises(
+        cddlib.UserError, match=rf"^dropped_fraction is {fraction}; it must be 0 or more and below 1\.$"
+    ):
+        MatchingConfig(dropped_fraction=fraction)
+
+
 # --- K segments of an iteration ---------------------------------------------------------------------------------
 
 
@@ -213,6 +419,19 @@ class Doubles(cddlib.Buffer):
 
     def parameters(self, expert: int, epoch: int) -> Tensor:
         return super().parameters(expert, epoch).double()
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:
+    """The plans of the segments that `concurrent_gradient` matches, overheard."""
+    found: list[list[Step]] = []
+
+    def overhear(*arguments: Any) -> Tensor:
+        found.append(arguments[6])
+        return cddlib.matching_loss(*arguments)
+
+    monkeypatch.setattr(sys.modules["cddlib.distill"], "matching_loss", overhear)  # cddlib.distill is the function
+    return found
 
 
 def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib.SyntheticSet:
@@ -228,21 +447,14 @@ def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib
 def test_concurrent_gradient_is_the_weighted_sum(
     buffer: cddlib.Buffer,
     quick: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
+    plans: list[list[Step]],
     balance: float | None,
     shares: list[float],
 ) -> None:
-    """`shares` are those of the anchor and of the two others. The segments' plans are overheard."""
-    overrides = {**quick, "segments": 3, "soft_labels": True, "student_batch": 4, "balance": balance}
+    """`shares` are those of the anchor and of the two others."""
+    overrides = {**quick, "segments": 3, "labels": "learned", "student_batch": 4, "balance": balance}
     config = cddlib.distill_recipe("contra", "digits", **overrides)
     synthetic = synthetic_set(config, buffer)
-    plans = []
-
-    def overhear(*arguments: Any) -> Tensor:
-        plans.append(arguments[-1])
-        return cddlib.matching_loss(*arguments)
-
-    monkeypatch.setattr(sys.modules["cddlib.distill"], "matching_loss", overhear)  # cddlib.distill is the function
     found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
 
     assert len(plans) == len(record["starts"]) == len(set(record["starts"])) == 3
@@ -259,6 +471,53 @@ def test_concurrent_gradient_is_the_weighted_sum(
             sum_ += share * gradient
     assert record["loss"] == pytest.approx(total, rel=1e-9)
     assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"gradient": "truncated"}, {"match_step": "nearest", "step_size": 1.0}, {"dropped_fraction": 0.3}]
+)
+def test_concurrent_gradient_is_the_one_asked_for(
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]], overrides: dict[str, Any]
+) -> None:
+    config = cddlib.distill_recipe("mtt", "digits", **{**quick, "labels": "learned", **overrides})
+    synthetic = synthetic_set(config, buffer)
+    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
+    (start,) = record["starts"]
+    ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    losses, gradients = [], []
+    for asked in (config, None):
+        targets = synthetic.targets()
+        loss = unrolled(buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plans[0], asked)
+        gradients.append(torch.autograd.grad(loss, synthetic.variables()))
+        losses.append(loss.item())
+    assert record["losses"] == [pytest.approx(losses[0], rel=1e-9)]
+    assert all(relative(f, w) < 1e-9 for f, w in zip(found, gradients[0], strict=True))
+    assert relative(gradients[1][0], gradients[0][0]) > 1e-3
+
+
+def test_teacher_labels_are_what_each_segment_s_target_says(
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]]
+) -> None:
+    config = cddlib.distill_recipe("contra", "digits", **{**quick, "segments": 3, "labels": "teacher", "ipc": 2})
+    synthetic = synthetic_set(config, buffer)
+    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
+    names = ["images", "label_logits", "step_size"]
+    assert list(synthetic.variable_tensors()) == names
+    wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]  # the labels' stays 0
+    for start, plan, loss in zip(record["starts"], plans, record["losses"], strict=True):
+        ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+        logits = buffer.network(ends[1], synthetic.images.detach())  # not augmented, and constant
+        targets = logits.exp() / logits.exp().sum(1, keepdim=True)
+        arguments = (buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plan)
+        reference = unrolled(*arguments)
+        assert loss == pytest.approx(reference.item(), rel=1e-9)
+        variables = [synthetic.images, synthetic.step_size]
+        for name, gradient in zip(("images", "step_size"), torch.autograd.grad(reference, variables), strict=True):
+            wanted[names.index(name)] += gradient / 3
+    assert relative(found[0], wanted[0]) < 1e-9
+    assert not found[1].any()
+    assert found[1].shape == synthetic.label_logits.shape
+    assert relative(found[2], wanted[2]) < 1e-9
 
 
 def test_one_segment_is_mtt(buffer: cddlib.Buffer, quick: dict[str, Any]) -> None:

@@ -12,15 +12,26 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from cddlib import cli, recipes
+from cddlib import cli, commands, recipes
 from cddlib.runs import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = ["runs", "data", "preprocessing", "augment", "networks", "training", "trajectory", "buffer", "segments"]
-MODULES += ["matching", "combine", "consolidate", "synthetic", "correlation", "continual", "evaluate", "state"]
-MODULES += ["distill", "recipes", "study", "findings", "claims", "figures", "study_figures", "cli", "__main__"]
+MODULES = ["runs", "data", "prepare", "preprocessing", "augment", "networks", "training", "curriculum", "trajectory"]
+MODULES += [
+    "buffer",
+    "segments",
+    "matching",
+    "combine",
+    "consolidate",
+    "synthetic",
+    "exchange",
+    "export",
+    "correlation",
+]
+MODULES += ["continual", "evaluate", "state", "distill", "methods", "recipes", "plan", "study", "findings", "claims"]
+MODULES += ["figures", "study_figures", "commands", "cli", "__main__"]
 
 
 def locked() -> dict[str, str]:
@@ -136,10 +147,14 @@ def test_documented_commands_parse(buffer, monkeypatch, capsys):
     def reached(*arguments, **keywords):
         raise UserError("reached")
 
-    for name in ("prepare", "train_buffer", "distill", "evaluate_run", "collect", "run_study"):
-        monkeypatch.setattr(cli, name, reached)
-    monkeypatch.setattr(cli, "Buffer", lambda folder: buffer)
-    lines = documented(r" *cddlib (data|buffer|distill|evaluate|correlate|compare|record) ")
+    names = ("prepare", "train_buffer", "distill", "evaluate_run", "collect", "run_study", "plan", "recipes_table")
+    names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
+    for name in names:
+        monkeypatch.setattr(commands, name, reached)
+    for module in (cli, commands):
+        monkeypatch.setattr(module, "Buffer", lambda folder: buffer)
+    monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
+    lines = documented(r" *cddlib [a-z-]+ ")
     assert len(lines) >= 10
     for line in lines:
         cli.main(shlex.split(line)[1:])
@@ -150,7 +165,7 @@ def test_documented_commands_parse(buffer, monkeypatch, capsys):
 def small_digits(monkeypatch, tmp_path):
     """The digits' recipes made small, in an empty folder: the README's lines run as they are written."""
     small = {"iterations": 2, "student_steps": 2, "evaluation_epochs": 2, "validate_every": 1}
-    monkeypatch.setattr(recipes, "_DIGITS", {**recipes._DIGITS, **small})
+    monkeypatch.setattr(recipes, "_resolve", lambda *a, _resolve=recipes._resolve: (_resolve(*a)[0] | small, None))
     monkeypatch.chdir(tmp_path)
 
 

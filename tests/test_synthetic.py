@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import jaxtyping
 import pytest
 import torch
@@ -15,6 +17,7 @@ from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
 CPU = torch.device("cpu")
+PREPROCESSING = fit_preprocessing(data.load("digits"), zca=False)
 
 
 def start(buffer: Buffer, seed: int = 0, **config: object) -> SyntheticSet:
@@ -70,7 +73,7 @@ def test_noise_is_standard_normal(buffer: Buffer) -> None:
 
 
 def test_soft_labels_average_over_the_experts_that_are_right(buffer: Buffer) -> None:
-    synthetic = start(buffer, ipc=60, soft_labels=True)
+    synthetic = start(buffer, ipc=60, labels="learned")
     every = last_logits(buffer, synthetic.images)
     how_many = right(buffer, synthetic).sum(0)
     assert set(how_many.tolist()) == {0, 1, 2}  # all cases are there
@@ -80,7 +83,7 @@ def test_soft_labels_average_over_the_experts_that_are_right(buffer: Buffer) -> 
 
 
 def test_soft_labels_of_noise_are_those_of_real_images(buffer: Buffer) -> None:
-    noise, real = (start(buffer, ipc=2, soft_labels=True, init=init) for init in ("noise", "real"))
+    noise, real = (start(buffer, ipc=2, labels="learned", init=init) for init in ("noise", "real"))
     assert torch.equal(noise.label_logits, real.label_logits)
 
 
@@ -104,11 +107,11 @@ def test_impossible_configurations_are_refused(wrong: dict[str, float], message:
 
 
 @pytest.mark.parametrize("zca", [False, True])
-@pytest.mark.parametrize("soft_labels", [False, True])
-def test_a_saved_set_comes_back(buffer: Buffer, tmp_path: Path, zca: bool, soft_labels: bool) -> None:
+@pytest.mark.parametrize("labels", ["hard", "learned"])
+def test_a_saved_set_comes_back(buffer: Buffer, tmp_path: Path, zca: bool, labels: str) -> None:
     path = tmp_path / "synthetic.safetensors"
     preprocessing = fit_preprocessing(data.load("digits"), zca=zca)
-    saved = dataclasses.replace(start(buffer, ipc=2, soft_labels=soft_labels), preprocessing=preprocessing)
+    saved = dataclasses.replace(start(buffer, ipc=2, labels=labels), preprocessing=preprocessing)
     for variable in saved.variables():
         variable.requires_grad_()  # as in distillation
     saved.save(path, iteration=7)
@@ -143,6 +146,7 @@ def test_other_files_are_refused(buffer: Buffer, tmp_path: Path) -> None:
         SyntheticSet.load(tmp_path / "none")
 
 
+HEADER = '{"classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], "subsets": %s}'
 DAMAGE = {
     "without images": lambda tensors: tensors.pop("images"),
     "without labels": lambda tensors: tensors.pop("labels"),
@@ -162,15 +166,77 @@ DAMAGE = {
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_set_that_is_not_whole_is_refused(buffer: Buffer, tmp_path: Path, monkeypatch, case: str) -> None:
     path = tmp_path / "set.safetensors"
-    start(buffer, soft_labels=True).save(path)
+    start(buffer, labels="learned").save(path)
     tensors = load_file(path)
     if case in ("labels out of range", "float labels", "fewer labels"):
         del tensors["label_logits"]  # where the labels are all there is
     DAMAGE[case](tensors)
-    save_file(tensors, path, metadata={"synthetic": '{"classes": ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]}'})
+    save_file(tensors, path, metadata={"synthetic": HEADER % 1})
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it, without shape checks
     with pytest.raises(UserError, match=r"set\.safetensors is not a synthetic set \("):
         SyntheticSet.load(path)
+
+
+def test_what_the_damage_is_done_to_is_a_set(buffer: Buffer, tmp_path: Path) -> None:
+    path = tmp_path / "set.safetensors"
+    start(buffer, labels="learned").save(path)
+    save_file(load_file(path), path, metadata={"synthetic": HEADER % 1})
+    assert SyntheticSet.load(path).subsets == 1
+
+
+@pytest.mark.parametrize("subsets", ["0", "-1", "4", "1000000000", "1.5", '"2"', "null", "[1]", "{}"])
+def test_subsets_that_cannot_be_are_refused(buffer: Buffer, tmp_path: Path, monkeypatch, subsets: str) -> None:
+    path = tmp_path / "set.safetensors"
+    start(buffer, ipc=3).save(path)
+    save_file(load_file(path), path, metadata={"synthetic": HEADER % subsets})
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(UserError, match=r"set\.safetensors is not a synthetic set \(subsets .* of 3 images a class"):
+        SyntheticSet.load(path)
+
+
+@pytest.mark.parametrize("subsets", [1, 2, 3])
+def test_subsets_are_saved(buffer: Buffer, tmp_path: Path, subsets: int) -> None:
+    path = tmp_path / "set.safetensors"
+    saved = dataclasses.replace(start(buffer, ipc=3), subsets=subsets)
+    saved.save(path)
+    found = SyntheticSet.load(path)
+    for other in (found, saved.copy(), saved.to(CPU)):
+        assert other.subsets == subsets
+        assert torch.equal(other.subset(subsets - 1), saved.subset(subsets - 1))
+
+
+@hypothesis.given(classes=st.integers(1, 6), ipc=st.integers(1, 12), data=st.data())
+def test_every_image_is_in_one_subset(classes: int, ipc: int, data: st.DataObject) -> None:
+    subsets = data.draw(st.integers(1, ipc))
+    labels = torch.arange(classes).repeat_interleave(ipc)
+    synthetic = SyntheticSet(
+        images=torch.zeros(len(labels), 1, 2, 2),
+        labels=labels,
+        label_logits=None,
+        step_size=torch.tensor(0.1),
+        preprocessing=PREPROCESSING,
+        classes=tuple("abcdef"[:classes]),
+        subsets=subsets,
+    )
+    parts = [synthetic.subset(number).tolist() for number in range(subsets)]
+    assert sorted(row for part in parts for row in part) == list(range(len(labels)))
+    counts = []
+    for part in parts:
+        assert part == sorted(part)
+        per_class = [[row % ipc for row in part if labels[row] == label] for label in range(classes)]
+        assert all(places == per_class[0] for places in per_class)  # the same places of every class
+        counts.append(len(per_class[0]))
+    assert max(counts) - min(counts) <= 1
+    if subsets == 1:
+        assert parts == [list(range(len(labels)))]
+    of_class_0 = [row for part, count in zip(parts, counts, strict=True) for row in part[:count]]
+    assert of_class_0 == list(range(ipc))  # the first subset first
+
+
+def test_teacher_labels_start_as_learned_ones(buffer: Buffer) -> None:
+    teacher, learned = (start(buffer, ipc=2, labels=labels) for labels in ("teacher", "learned"))
+    assert torch.equal(teacher.label_logits, learned.label_logits)
+    assert torch.equal(teacher.images, learned.images)
 
 
 def test_class_names_of_another_kind_are_refused(buffer: Buffer, tmp_path: Path) -> None:
@@ -182,7 +248,7 @@ def test_class_names_of_another_kind_are_refused(buffer: Buffer, tmp_path: Path)
 
 
 def test_targets_are_probabilities(buffer: Buffer) -> None:
-    hard, soft = start(buffer, ipc=3), start(buffer, ipc=3, soft_labels=True)
+    hard, soft = start(buffer, ipc=3), start(buffer, ipc=3, labels="learned")
     assert torch.equal(hard.targets(), torch.eye(10).repeat_interleave(3, 0))
     exponentials = soft.label_logits.double().exp()
     wanted = exponentials / exponentials.sum(1, keepdim=True)
@@ -202,7 +268,7 @@ def test_pictures_are_pixels(buffer: Buffer, zca: bool) -> None:
 
 
 def test_a_copy_has_its_own_memory(buffer: Buffer) -> None:
-    synthetic = start(buffer, soft_labels=True)
+    synthetic = start(buffer, labels="learned")
     copy = synthetic.copy()
     for variable in synthetic.variables():
         variable += 1

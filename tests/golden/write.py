@@ -36,7 +36,7 @@ SHARED: dict[str, Any] = {
 }
 RUNS: dict[str, dict[str, Any]] = {
     "mtt": {"method": "mtt", "ipc": 1},
-    "contra": {"method": "contra", "ipc": 2, "segments": 3, "soft_labels": True, "student_batch": 8, "balance": 1.0},
+    "contra": {"method": "contra", "ipc": 2, "segments": 3, "labels": "learned", "student_batch": 8, "balance": 1.0},
 }
 
 

@@ -1,0 +1,372 @@
+"""What each command does. `cddlib.cli` finds them by name and turns their arguments into options."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cddlib.buffer import BufferConfig, train_buffer
+from cddlib.data import DataConfig, load
+from cddlib.distill import DistillConfig, distill
+from cddlib.evaluate import evaluate_run
+from cddlib.exchange import export_buffer, export_set, import_buffer, import_set
+from cddlib.export import export_parquet, export_png
+from cddlib.networks import Architecture, NetworkConfig, Norm, parameter_count
+from cddlib.plan import buffer_of, costs_table, plan
+from cddlib.prepare import prepare
+from cddlib.recipes import parse_grid, recipes_table
+from cddlib.runs import UserError, as_dict, collect, from_dict, read_json, write_json
+from cddlib.study import (
+    Comparison,
+    comparison_runs,
+    correlation_runs,
+    remedies,
+    run_study,
+    search_runs,
+    segment_counts,
+    settings_by_accuracy,
+    study_record,
+)
+from cddlib.synthetic import SyntheticSet
+from cddlib.trajectory import Buffer
+
+Root = Path | None
+"""Folder of the data sets; None is `cddlib.data.default_root()`."""
+
+
+def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | None = None, size: int = 64) -> None:
+    """Prepare a data set: download it, or read it from a folder, into one tensor file.
+
+    Args:
+        name: fashion_mnist, cifar10, cifar100, tiny_imagenet or imagefolder; digits needs nothing.
+        root: Folder for the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        source: A folder that holds train/ and val/, for tiny_imagenet and imagefolder.
+        size: Pixels of a side, for imagefolder.
+    """
+    print(f"{name} is ready in {prepare(name, root, source=source, size=size)}")
+
+
+def buffer(
+    *,
+    config: Annotated[BufferConfig, tyro.conf.arg(name="")],
+    out: Path,
+    method: str = "mtt",
+    ipc: int = 1,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Train experts on real data and keep their parameters after every epoch.
+
+    Args:
+        config: How experts are trained.
+        out: Folder of the buffer.
+        method: Train them as this method does.
+        ipc: Images per class of the synthetic set that they are for; some methods train other experts for other sets.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    trained = train_buffer(config, out, root=root, device=device)
+    tests = [expert["test_accuracy"] for expert in trained.experts]
+    print(
+        f"{len(tests)} experts of {trained.epochs} epochs and {parameter_count(trained.network):,} parameters in "
+        f"{out}; test accuracy {min(tests):.1%} to {max(tests):.1%}"
+    )
+
+
+def distill_data(
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    buffer: Path,
+    out: Path,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Distil a data set by matching K segments of the experts' trajectories at once.
+
+    Args:
+        config: The distillation.
+        buffer: Folder of the buffer whose experts are matched.
+        out: Folder of the run; it resumes, or returns the finished result.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    distill(config, buffer, out, root=root, device=device)
+    result = read_json(out / "result.json")
+    accuracy = result["validation_accuracy"]
+    measured = "" if accuracy is None else f" (validation accuracy {accuracy:.1%})"
+    print(
+        f"{config.method}, K = {config.segments}, {config.ipc} images per class: iteration "
+        f"{result['selected_iteration']} of {config.iterations} selected{measured}, {result['iterations_skipped']} "
+        f"skipped, {result['seconds']:.0f} s; the synthetic set is {out / 'synthetic.safetensors'}"
+    )
+
+
+def evaluate(
+    folder: tyro.conf.Positional[Path],
+    *,
+    runs: int = 5,
+    baselines: bool = True,
+    seed: int = 0,
+    network: Architecture | None = None,
+    norm: Norm | None = None,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Train networks from scratch on a synthetic set and on baselines, and test them on real images.
+
+    Args:
+        folder: Folder of a finished distillation.
+        runs: Networks R trained on each set.
+        baselines: Also train on random real images of the same number, and on all training images for as many steps.
+        seed: Seed of the first network; network i has seed + i.
+        network: Architecture of the networks; without it, the one that the set was distilled with.
+        norm: Their normalisation; without it, the distillation's, or instance for another architecture.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    chosen = None
+    if network or norm:
+        own = _network_of(folder)
+        chosen = own if network in (None, own.network) else NetworkConfig(network=network)
+        chosen = dataclasses.replace(chosen, norm=norm or chosen.norm)
+    record = evaluate_run(folder, runs=runs, baselines=baselines, root=root, device=device, seed=seed, network=chosen)
+    names = {"synthetic": "synthetic set", "random_real": "random real images", "full": "all training images"}
+    for key, summary in record["summary"].items():
+        spread = "" if summary["std"] is None else f" ± {100 * summary['std']:.1f}"
+        print(f"{names[key]:20} {100 * summary['mean']:5.1f}{spread} % ({summary['runs']} networks)")
+
+
+def _network_of(run: Path) -> NetworkConfig:
+    """The network that a distillation used."""
+    try:
+        return from_dict(NetworkConfig, read_json(run / "config.json"))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
+
+
+def correlate(
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    buffer: Path,
+    out: Path,
+    replicates: int = 3,
+    jobs: int = 0,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Match one fixed segment at a time and follow the others' losses, as the paper's correlation study does.
+
+    Args:
+        config: What every run has in common; --probe-starts names the segments.
+        buffer: Folder of the buffer whose experts are matched.
+        out: Folder of the study; it resumes.
+        replicates: Times that everything is repeated, each with a seed and an expert of its own.
+        jobs: Processes that share the runs; 0 runs one after the other in this one.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    runs = correlation_runs(config, replicates, len(Buffer(buffer).experts))
+    run_study(config, runs, buffer, out, jobs=jobs, root=root, device=device)
+    print(f"{len(runs)} runs are finished; `cddlib record {out} --to FILE` gathers them")
+
+
+def compare(
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    buffer: Path,
+    out: Path,
+    what: Comparison = "segments",
+    counts: tuple[int, ...] = (1, 2, 4, 8),
+    seeds: int = 3,
+    networks: int = 3,
+    jobs: int = 0,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Compare segment counts, or remedies against forgetting, at equal compute.
+
+    Args:
+        config: What every run has in common. Iterations, and iterations between measurements, count matched segments.
+        buffer: Folder of the buffer whose experts are matched.
+        out: Folder of the study; it resumes.
+        what: Segment counts, or the remedies against forgetting with --segments K.
+        counts: The segment counts K that are compared.
+        seeds: Distillations of each variant.
+        networks: Networks that test each synthetic set.
+        jobs: Processes that share the runs; 0 runs one after the other in this one.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    variants = segment_counts(counts) if what == "segments" else remedies(config.segments)
+    runs = comparison_runs(config, variants, seeds)
+    run_study(config, runs, buffer, out, networks=networks, jobs=jobs, root=root, device=device)
+    print(f"{len(runs)} runs are finished; `cddlib record {out} --to FILE` gathers them")
+
+
+def plan_run(
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    experts: int | None = None,
+    epochs: int | None = None,
+    networks: int = 5,
+    devices: int = 1,
+    measure: bool = True,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Say what training experts, distilling and evaluating will take: operations, memory, disk and time.
+
+    Args:
+        config: The distillation.
+        experts: Experts of the buffer; without it, as many as the method trains.
+        epochs: Epochs of each expert; without it, as many as the method trains.
+        networks: Networks trained on each set by the evaluation.
+        devices: Equal devices among which experts, segments and networks are divided, without communication.
+        measure: Run a few steps on this machine to predict the time.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    given = {name: value for name, value in (("experts", experts), ("epochs", epochs)) if value is not None}
+    costs = plan(
+        buffer_of(config, **given),
+        config,
+        networks=networks,
+        devices=devices,
+        measure=measure,
+        root=root,
+        device=device,
+    )
+    print(costs_table(costs))
+
+
+def search(
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    buffer: Path,
+    out: Path,
+    vary: tuple[str, ...],
+    seeds: int = 2,
+    jobs: int = 0,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Distil with every combination of some settings, and rank them by validation accuracy.
+
+    Args:
+        config: What every run has in common.
+        buffer: Folder of the buffer whose experts are matched.
+        out: Folder of the study; it resumes.
+        vary: Fields with the values to try, as lr_images=10,30,100
+        seeds: Distillations of each combination.
+        jobs: Processes that share the runs; 0 runs one after the other in this one.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    runs = search_runs(config, parse_grid(vary), seeds)
+    found = run_study(config, runs, buffer, out, jobs=jobs, root=root, device=device)
+    for setting, accuracies in settings_by_accuracy(found).items():
+        print(f"{100 * sum(accuracies) / len(accuracies):5.1f} %  {setting.replace(',', '  ')}")
+
+
+def recipes(*, method: str | None = None, data: str | None = None) -> None:
+    """Print the configuration of every method for every data set and number of images per class.
+
+    Args:
+        method: Only this method.
+        data: Only this data set.
+    """
+    print(recipes_table(method, data))
+
+
+def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
+    """Gather everything a finished run wrote about itself into one JSON record, as the book shows it.
+
+    Args:
+        folder: Folder of a buffer, a distillation, or a study.
+        to: The record to write.
+    """
+    if (folder / "study.json").exists():
+        write_json(to, study_record(folder), indent=None)
+    else:
+        write_json(to, collect(folder))
+    print(f"wrote {to}")
+
+
+def import_experts(
+    files: tyro.conf.Positional[Path],
+    *,
+    config: Annotated[BufferConfig, tyro.conf.arg(name="")],
+    out: Path,
+    method: str = "mtt",
+    ipc: int = 1,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Turn the replay_buffer_*.pt files of MTT, FTD or DATM into a buffer.
+
+    Args:
+        files: The folder that holds them, or one of them.
+        config: What the files do not say. Experts and epochs are counted; the rest has to be true.
+        out: Folder of the buffer.
+        method: The method that trained them.
+        ipc: Images per class of the synthetic set that they are for.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    found = import_buffer(files, out, dataclasses.replace(config, holdout=False), root=root, device=device)
+    tests = [expert["test_accuracy"] for expert in found.experts]
+    print(f"{len(tests)} experts of {found.epochs} epochs; test accuracy {min(tests):.1%} to {max(tests):.1%}")
+
+
+def import_images(
+    images: tyro.conf.Positional[Path],
+    labels: tyro.conf.Positional[Path],
+    *,
+    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    out: Path,
+    lr: Path | None = None,
+    root: Root = None,
+) -> None:
+    """Turn images_best.pt and labels_best.pt of a published code into a run's folder that `evaluate` can test.
+
+    Args:
+        images: The images, in the network's input space.
+        labels: Hard labels or logits.
+        config: What the files do not say, above all --data and --zca; and how networks are trained on the set.
+        out: Folder of the run.
+        lr: The learned step size, lr_best.pt; without it, --step-size is the step size.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+    """
+    data = DataConfig(data=config.data, zca=config.zca)
+    step_size = config.step_size if lr is None else None
+    if (out / "config.json").exists():
+        raise UserError(f"{out} holds a run; choose another folder with --out.")
+    synthetic = import_set(images, labels, data, lr=lr, step_size=step_size, root=root)
+    config = dataclasses.replace(config, ipc=synthetic.ipc)
+    fingerprint = load(config.data, root).fingerprint
+    write_json(out / "config.json", {**as_dict(config), "data_fingerprint": fingerprint, "imported": True})
+    synthetic.save(out / "synthetic.safetensors", config=as_dict(config), imported=True)
+    print(f"{len(synthetic.labels)} images of {len(synthetic.classes)} classes; `cddlib evaluate {out}` tests them")
+
+
+def export(folder: tyro.conf.Positional[Path], *, to: Path, form: Literal["png", "parquet", "pt"] = "png") -> None:
+    """Write a synthetic set, or a buffer, for other programs.
+
+    Args:
+        folder: Folder of a finished distillation, or of a buffer.
+        to: Folder of the files; for parquet, the file.
+        form: png, a picture an image in a folder a class; parquet, for Hugging Face datasets, with soft labels; pt, the
+            files of DATM and its kin, for a buffer too.
+    """
+    if (folder / "buffer.json").exists():
+        if form != "pt":
+            raise UserError(f"{folder} holds a buffer, which can be written as pt only, not as {form}.")
+        export_buffer(Buffer(folder), to)
+    else:
+        synthetic = SyntheticSet.load(folder / "synthetic.safetensors")
+        write: dict[str, Callable[[SyntheticSet, Path], object]]
+        write = {"png": export_png, "parquet": export_parquet, "pt": export_set}
+        write[form](synthetic, to)
+    print(f"wrote {to}")

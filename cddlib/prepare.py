@@ -1,0 +1,259 @@
+"""Preparing data sets: downloaded, or streamed from a folder of images into one tensor file.
+
+On the command line::
+
+    cddlib data cifar10 --root DIR                            # downloads, once
+    cddlib data tiny_imagenet --source tiny-imagenet-200      # from a folder you have
+    cddlib data imagenet --source ILSVRC2012                  # likewise: 1.3 million images, 16 GB
+
+The images of a folder are decoded in parallel and written straight to their places in the file, so that memory holds
+a few batches whatever their number. Beside the unfinished file lies a record of how many images are durable: asked
+again for the same images, an interrupted run goes on from there and ends with the same bytes.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import datasets as tv
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from cddlib.data import check_data_name, default_root, load
+from cddlib.runs import UserError, read_json, write_json, write_tensors
+
+_DOWNLOADS = {"fashion_mnist": tv.FashionMNIST, "cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}
+_SIZE = 64
+_BATCH = 64
+"""Images that a worker process decodes at a time."""
+_DURABLE = 16
+"""Batches after which the images so far are flushed to disk and noted down."""
+_PARALLEL = 1024
+"""Images from which on it pays to start worker processes."""
+
+Samples = list[tuple[str, int]]
+"""Image files and their classes."""
+
+
+def prepare(name: str, root: Path | None = None, *, source: Path | None = None, size: int = _SIZE) -> Path:
+    """Write `<root>/<name>.safetensors` and return its path; a file already there is checked and kept.
+
+    Args:
+        name: fashion_mnist, cifar10, cifar100: downloaded by torchvision. tiny_imagenet, imagenet, imagefolder: from
+            `source`.
+        root: folder of the cache.
+        source: a folder in Tiny ImageNet's original layout, or with `train/<class>/*` and `val/<class>/*`.
+        size: pixels of a side, for imagefolder; the other data sets have one size. The shorter side is resized to it
+            with antialiasing, then the middle is cut out.
+
+    Raises:
+        UserError: a download fails, a folder has another layout, or an image cannot be read. Images read before it
+            are kept: once it is mended, the same call goes on.
+    """
+    check_data_name(name)
+    root = root or default_root()
+    path = root / f"{name}.safetensors"
+    if name == "digits":
+        raise UserError("digits comes with scikit-learn; nothing needs to be prepared.")
+    if size < 1:
+        raise UserError(f"size is {size}; it must be at least 1.")
+    if size != _SIZE and name != "imagefolder":
+        raise UserError(f"size is {size}, but {name} has a size of its own; only imagefolder takes one.")
+    if path.exists():
+        load(name, root)
+    elif name in _DOWNLOADS:
+        tensors, classes = _download(name, root / "downloads")
+        write_tensors(path, tensors, {"classes": classes})
+    else:
+        _stream(path, *_listing(name, source), size)
+    return path
+
+
+def _download(name: str, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Fetch a data set with torchvision, which checks the downloads against its checksums."""
+    tensors = {}
+    for part in ("train", "test"):
+        try:
+            found = _DOWNLOADS[name](folder, train=part == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())  # torchvision's has several lines
+            raise UserError(f"{name} cannot be downloaded to {folder} ({reason}).") from None
+        images = torch.as_tensor(found.data)
+        # torchvision keeps CIFAR as n x h x w x c and Fashion-MNIST as n x h x w
+        tensors[f"{part}_images"] = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
+        tensors[f"{part}_labels"] = torch.as_tensor(found.targets).long()
+    return tensors, list(found.classes)
+
+
+# --- What is in a folder ----------------------------------------------------------------------------------------
+
+
+def _listing(name: str, source: Path | None) -> tuple[Samples, Samples, list[str]]:
+    """The test images of a folder, its training images, and the names of the classes."""
+    if source is None or not (source / "train").is_dir() or not (source / "val").is_dir():
+        raise UserError(f"{name} needs --source, a folder that holds train/ and val/; got {source}.")
+    source = source.absolute()
+    train = _image_folder(source / "train")
+    if name == "tiny_imagenet":
+        return _annotated(source / "val" / "val_annotations.txt", train.class_to_idx), train.samples, train.classes
+    val = _image_folder(source / "val")
+    if val.classes != train.classes:
+        odd = sorted(set(val.classes) ^ set(train.classes))
+        raise UserError(f"train/ and val/ in {source} do not have the same classes; they differ in {odd[:5]}.")
+    return val.samples, train.samples, train.classes
+
+
+def _image_folder(folder: Path) -> tv.ImageFolder:
+    try:
+        return tv.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} must hold a folder of images for each class, {folder}/CLASS/* ({error}).") from None
+
+
+def _annotated(annotations: Path, class_to_idx: dict[str, int]) -> Samples:
+    """Tiny ImageNet's validation images: file name and class, tab-separated, a line each."""
+    if not annotations.exists():
+        source = annotations.parent.parent
+        raise UserError(f"{annotations} does not exist: {source} is not in Tiny ImageNet's original layout.")
+    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+    found = [
+        (str(annotations.parent / "images" / file), class_to_idx[wnid]) for file, wnid in rows if wnid in class_to_idx
+    ]
+    if not found:
+        raise UserError(f"{annotations} names no image of the classes in train/.")
+    return found
+
+
+# --- From a folder into the file --------------------------------------------------------------------------------
+
+
+def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size: int) -> None:
+    """Write the file image by image, or go on where an earlier call for the same images stopped."""
+    head = _head(test, train, classes, size)
+    files = [file for file, _ in test + train]
+    source = hashlib.sha256(b"\0".join([head, *map(os.fsencode, files)])).hexdigest()
+    partial, record = path.with_suffix(".partial"), path.with_suffix(".progress.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(partial) as file:
+        found = read_json(record) if record.exists() else {}
+        done = found["images"] if found.get("source") == source else 0
+        place = len(head) + done * 3 * size**2
+        if done == 0 or partial.stat().st_size < place:
+            done, place = 0, len(head)
+            write_json(record, {"source": source, "images": 0})  # first, lest an older record vouch for what follows
+            file.truncate(0)
+            file.write(head)
+        file.seek(place)
+        try:
+            with tqdm(desc=f"reading {path.stem}", initial=done, total=len(files), unit="image") as progress:
+                for number, batch in enumerate(_decode(files[done:], size), start=1):
+                    if isinstance(batch, UserError):
+                        raise batch
+                    file.write(batch)
+                    done += len(batch)
+                    progress.update(len(batch))
+                    if number % _DURABLE == 0:
+                        _note(record, source, done, file)
+        finally:
+            _note(record, source, done, file)
+        os.replace(partial, path)
+        record.unlink()
+
+
+def _head(test: Samples, train: Samples, classes: list[str], size: int) -> bytes:
+    """All but the images: the beginning of the file that `safetensors.torch.save_file` would write.
+
+    The images follow, those for testing first: labels come before them because their numbers are wider.
+    """
+    labels = [np.array([label for _, label in samples], dtype="<i8") for samples in (test, train)]
+    header: dict[str, Any] = {"__metadata__": {"classes": json.dumps(classes)}}
+    end = 0
+    for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):
+        for part, n in (("test", len(test)), ("train", len(train))):
+            begin, end = end, end + n * width
+            header[f"{part}_{kind}"] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(part.tobytes() for part in labels)])
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[BinaryIO]:
+    """The unfinished file, for this process alone."""
+    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, its locks do not outlive us in workers
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{partial} is being written by another process; wait until it is done.") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield file
+
+
+def _note(record: Path, source: str, done: int, file: BinaryIO) -> None:
+    """Write down how many images are durable, once they are."""
+    file.flush()
+    os.fsync(file.fileno())
+    write_json(record, {"source": source, "images": done})
+
+
+def _decode(files: list[str], size: int) -> DataLoader:
+    """Batches of images in order, decoded by as many processes as there are processors if it pays to start them."""
+    decoder = _Decoder(files, size)
+    workers = 0 if len(files) < _PARALLEL else _usable_cpus()
+    return DataLoader(
+        decoder, batch_size=_BATCH, collate_fn=_stack, num_workers=workers, worker_init_fn=_end_with_parent
+    )
+
+
+def _end_with_parent(_worker: int) -> None:
+    """Let a worker process end when the one that started it is killed, even while it waits to hand over a batch."""
+    parent = cast(multiprocessing.process.BaseProcess, multiprocessing.parent_process())
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _usable_cpus() -> int:
+    """Processors that this process may use, where the system tells; else all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
+    """Image files as uint8 tensors of one size."""
+
+    def __init__(self, files: list[str], size: int) -> None:
+        # one array: a list's strings are counted as they are used, so that every worker would come to copy them all
+        self.files = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
+        self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor | UserError:
+        """The image, or the error: what a worker process raises arrives with its traceback as the message."""
+        file = os.fsdecode(self.files[index])
+        try:
+            return self.resize(tv.folder.pil_loader(file))
+        except Exception as error:  # what Pillow raises for a broken file depends on the format
+            return UserError(f"{file} is not a readable image ({' '.join(str(error).split())}).")
+
+
+def _stack(found: list[Tensor | UserError]) -> np.ndarray | UserError:
+    """A batch, or its first error. An array goes through a pipe; a tensor would need shared memory."""
+    error = next((item for item in found if isinstance(item, UserError)), None)
+    return error or torch.stack(cast(list[Tensor], found)).numpy()

@@ -22,6 +22,7 @@ import nbformat
 import papermill
 
 from cddlib.claims import claims_table, committed_findings
+from cddlib.method_tables import measured_table, methods_table, plan_table, published_tables, recipes_by_method
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,7 +105,16 @@ def main() -> None:
         print(f"executing {source.name}", flush=True)
         executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
     (stage / "book" / "provenance.md").write_text(provenance(executed))
-    (stage / "book" / "claims.md").write_text(claims_table(committed_findings()) + "\n")
+    generated = {
+        "claims": claims_table(committed_findings()),
+        "methods-overview": methods_table(),
+        "methods-published": published_tables(),
+        "methods-measured": measured_table(ROOT / "book" / "results"),
+        "methods-recipes": recipes_by_method(),
+        "plan-accuracy": plan_table(ROOT / "book" / "results"),
+    }
+    for name, text in generated.items():
+        (stage / "book" / f"{name}.md").write_text(text + "\n")
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [str(jupyter_book), "build", str(stage), "--path-output", str(arguments.output)]
     subprocess.run([*command, "-W", "-n", "--keep-going", "--all"], check=True)

@@ -27,6 +27,7 @@ buffers() {
     cddlib buffer --data digits --out "$runs/digits"
     cddlib buffer --data cifar10 --root "$root" --width "$width" --experts 3 --epochs 20 --no-holdout --out "$runs/cifar10"
     cddlib record "$runs/cifar10" --to $results/study-buffer-cifar10.json
+    cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"
 }
 
 study() { # NAME COMMAND OPTIONS…
@@ -46,8 +47,34 @@ segments-cifar10-ipc1() { study segments-cifar10-ipc1 compare "$cifar10 $ipc1 --
 segments-cifar10-ipc10() { study segments-cifar10-ipc10 compare "$cifar10 $ipc10 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 100 --networks 2"; }
 segments-cifar10-ipc50() { study segments-cifar10-ipc50 compare "$cifar10 $ipc50 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 40 --networks 2"; }
 
+search="--data digits --buffer $runs/digits --jobs $jobs"
+fashion="--data fashion_mnist --root $root --buffer $runs/fashion --student-steps 20 --window-end 12 --lr-step-size 1e-6 --evaluation-epochs 200 --jobs $jobs"
+
+search-digits-mtt-ipc1() { study search-digits-mtt-ipc1 search "$search --method mtt --ipc 1 --vary lr_images=10,30,100 step_size=0.02,0.05,0.1"; }
+search-digits-mtt-ipc10() { study search-digits-mtt-ipc10 search "$search --method mtt --ipc 10 --vary lr_images=30,100,300 step_size=0.02,0.05"; }
+search-digits-tesla-ipc1() { study search-digits-tesla-ipc1 search "$search --method tesla --ipc 1 --vary lr_images=10,30,100"; }
+search-digits-datm-ipc1() { study search-digits-datm-ipc1 search "$search --method datm --ipc 1 --vary lr_images=10,30,100 lr_labels=0.5,2"; }
+search-digits-att-ipc1() { study search-digits-att-ipc1 search "$search --method att --ipc 1 --vary student_steps=20,40 lr_images=30,100"; }
+search-digits-mct-ipc1() { study search-digits-mct-ipc1 search "$search --method mct --ipc 1 --vary expert_epochs=2,4 lr_images=10,30,100"; }
+search-fashion-mtt-ipc1() { study search-fashion-mtt-ipc1 search "$fashion --method mtt --ipc 1 --iterations 60 --validate-every 30 --seeds 1 --vary lr_images=30,100,300 step_size=0.01,0.03"; }
+search-fashion-mtt-ipc10() { study search-fashion-mtt-ipc10 search "$fashion --method mtt --ipc 10 --student-batch 50 --iterations 30 --validate-every 15 --seeds 1 --vary lr_images=100,300,1000 step_size=0.02"; }
+searches="search-digits-mtt-ipc1 search-digits-mtt-ipc10 search-digits-tesla-ipc1 search-digits-datm-ipc1 search-digits-att-ipc1
+ search-digits-mct-ipc1 search-fashion-mtt-ipc1 search-fashion-mtt-ipc10"
+
+methods() { # each on experts of its own kind; seqmatch needs an image of every class in each of its two subsets
+    local name ipc experts
+    for name in mtt tesla ftd datm pad att mct seqmatch contra; do
+        case $name in ftd | datm) experts=digits-flat ;; pad) experts=digits-pad ;; *) experts=digits ;; esac
+        ipc=$([ $name = seqmatch ] && echo 2 || echo 1)
+        cddlib buffer --method $name --data digits --ipc $ipc --out "$runs/$experts"
+        cddlib distill --method $name --data digits --ipc $ipc --buffer "$runs/$experts" --out "$runs/method-digits-$name"
+        cddlib evaluate "$runs/method-digits-$name" --runs 5
+        cddlib record "$runs/method-digits-$name" --to "$results/method-digits-$name.json"
+    done
+}
+
 all="buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
- segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50"
+ segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50 $searches methods"
 for name in ${@:-$all}; do
     echo "== $name"
     "$name"

@@ -11,8 +11,8 @@ From real images to a tested synthetic set::
 
 The modules, in the order in which data flows: runs, data, prepare, preprocessing, augment, networks, training,
 curriculum, trajectory, buffer, segments, matching, combine, consolidate, synthetic, exchange, export, correlation,
-continual, evaluate, state, distill, methods, recipes, plan, study, findings, claims, figures, study_figures,
-commands, cli.
+continual, evaluate, state, distill, methods, recipes, plan, study, findings, claims, method_tables, figures,
+study_figures, commands, cli.
 """
 
 from cddlib.buffer import BufferConfig, train_buffer

@@ -41,7 +41,7 @@ class Method:
     searched: str = ""
     """Values found by search, in the same form."""
     accuracies: str = ""
-    """Published accuracies. Each line is a data set, IPC, mean and std as `IPC:mean±std` for every cell, and the source."""
+    """Published accuracies in percent. Each line has a data set, `IPC:mean±std` for every cell, and the source."""
 
 
 MTT = Method(
@@ -62,8 +62,10 @@ MTT = Method(
         tiny_imagenet 10 20 2 40  200  1e4 1e-4 0.01  false
         tiny_imagenet 50 20 2 40  300  1e4 1e-4 0.01  false""",
     searched="""
-        data  ipc iterations student_steps expert_epochs window_end lr_images lr_step_size step_size evaluation_epochs validate_every
-        digits  1 100 20 2 12 30 1e-5 0.05 300 25""",
+        data          ipc iterations student_steps expert_epochs window_end student_batch lr_images lr_step_size step_size evaluation_epochs validate_every
+        digits          1  100 20 2 12 none  30 1e-5 0.05 300  25
+        fashion_mnist   1 1000 20 2 12 none 100 1e-6 0.03 300 100
+        fashion_mnist  10 1000 20 2 12 50   300 1e-6 0.02 300 100""",
     accuracies="""
         cifar10       1:46.3±0.8 10:65.3±0.7 50:71.6±0.2             NCFM paper, Table 1
         cifar100      1:24.3±0.3 10:40.1±0.4 50:47.7±0.2 100:49.2±0.4 NCFM paper, Table 1
@@ -87,6 +89,9 @@ TESLA = Method(
         cifar10   1:48.5±0.8 10:66.4±0.8 50:72.6±0.7              PAD paper, Table 1
         cifar100  1:24.8±0.4 10:41.7±0.3 50:47.9±0.3 100:49.2±0.4 PAD paper, Table 1
         imagenet  1:7.7±0.2 10:17.8±1.3 50:27.9±1.2               InfoUtil paper""",
+    searched="""
+        data ipc lr_images
+        digits 1 30""",
 )
 
 FTD = Method(
@@ -121,6 +126,9 @@ DATM = Method(
     base=FTD,
     settings={"labels": "learned", "init": "correct", "ema": None, "loss_threshold": 1.0, "sharpness_weight": 0.3},
     source="the repository's configurations (NUS-HPC-AI-Lab/DATM)",
+    searched="""
+        data ipc lr_images lr_labels
+        digits 1 30 2""",
     cells="""
         data        ipc student_steps expert_epochs window_start window_end_initial window_end expansion_iterations student_batch lr_images lr_labels lr_step_size step_size loss_threshold init zca epochs iterations evaluation_batch
         cifar10       1  80 2  0 none  4    -   10  100  5 1e-7 0.01 1.1 correct true 100 10000 128
@@ -181,18 +189,18 @@ ATT = Method(
     idea="Match the student at the step that is nearest to the target, not always at the last one.",
     loss="MTT's at n* = argmin over i of ‖θ_i − θ*_{t+M}‖₁ in place of N",
     base=MTT,
-    settings={"match_step": "nearest", "ema": 0.999, "batch_size": 512},
+    settings={"match_step": "nearest"},
     source="the repository's README figure (NiaLiu/ATT)",
     cells="""
-        data        ipc student_steps expert_epochs window_end student_batch lr_images lr_step_size step_size zca
-        cifar10       1 80 4  2 none  100 1e-7 0.01  true
-        cifar10      10 30 2 20 none  1e4 1e-4 0.01  true
-        cifar10      50 50 2 40 none  100 1e-5 0.001 false
-        cifar100      1 50 4 20 none  500 1e-5 0.01  true
-        cifar100     10 20 2 40 none 1000 1e-5 0.01  false
-        cifar100     50 80 2 40 1200 1000 1e-5 0.01  true
-        tiny_imagenet 1 30 2 10 none  1e4 1e-4 0.01  false
-        tiny_imagenet 10 20 2 40 none  1e4 1e-5 1e-4  false""",
+        data        ipc student_steps expert_epochs window_end student_batch lr_images lr_step_size step_size zca ema batch_size
+        cifar10       1 80 4  2 none  100 1e-7 0.01  true  0.999 512
+        cifar10      10 30 2 20 none  1e4 1e-4 0.01  true  0.999 512
+        cifar10      50 50 2 40 none  100 1e-5 0.001 false 0.999 512
+        cifar100      1 50 4 20 none  500 1e-5 0.01  true  0.999 512
+        cifar100     10 20 2 40 none 1000 1e-5 0.01  false 0.999 512
+        cifar100     50 80 2 40 1200 1000 1e-5 0.01  true  0.999 512
+        tiny_imagenet 1 30 2 10 none  1e4 1e-4 0.01  false 0.999 512
+        tiny_imagenet 10 20 2 40 none  1e4 1e-5 1e-4  false 0.999 512""",
     accuracies="""
         cifar10       1:48.3±1.0 10:67.7±0.6 50:74.5±0.4 ATT paper, Table 2
         cifar100      1:26.1±0.3 10:44.2±0.5 50:51.2±0.3 ATT paper, Table 2
@@ -212,6 +220,9 @@ MCT = Method(
         cifar10   1 60  6  4 1000 1e-7 0.01
         cifar10  10 30 15  8 1000 1e-5 0.01
         cifar10  50 30  2 40 1000 1e-5 0.001""",
+    searched="""
+        data ipc expert_epochs lr_images
+        digits 1 4 30""",
 )
 
 SEQMATCH = Method(

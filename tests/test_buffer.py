@@ -325,7 +325,7 @@ def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, h
         wanted = []
         for label in range(10):
             members = sorted(torch.nonzero(images.labels == label).flatten().tolist(), key=scores.tolist().__getitem__)
-            wanted += [m for k, m in enumerate(members) if lower <= k / len(members) < upper]
+            wanted += [m for k, m in enumerate(members) if lower <= k / (len(members) - 1) <= upper]
         assert torch.equal(part.images, images.images[sorted(wanted)])
         assert torch.equal(part.labels, images.labels[sorted(wanted)])
     scored = curriculum.difficulty(

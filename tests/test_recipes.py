@@ -140,7 +140,11 @@ def test_pad_selects_parameters_and_images() -> None:
 
 def test_att_mct_and_seqmatch_each_set_their_idea() -> None:
     att, mct, seqmatch = (distill_recipe(method, "cifar10", 50) for method in ("att", "mct", "seqmatch"))
-    assert (att.match_step, mct.match_step) == ("nearest", "last")
+    assert (att.match_step, mct.match_step, att.ema) == ("nearest", "last", 0.999)
+    assert (buffer_recipe("cifar10", "att", 50).batch_size, buffer_recipe("cifar10", "mct", 50).batch_size) == (
+        512,
+        256,
+    )
     assert (mct.convex, att.convex, mct.zca) == (True, False, False)
     assert (seqmatch.subsets, seqmatch.student_steps, seqmatch.lr_images) == (3, 30, 100)
     assert (distill_recipe("att", "cifar10", 1).student_steps, distill_recipe("att", "cifar10", 1).expert_epochs) == (

@@ -22,7 +22,14 @@ import nbformat
 import papermill
 
 from cddlib.claims import claims_table, committed_findings
-from cddlib.method_tables import measured_table, methods_table, plan_table, published_tables, recipes_by_method
+from cddlib.method_tables import (
+    measured_table,
+    methods_table,
+    plan_table,
+    published_tables,
+    recipes_by_method,
+    streaming_table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,6 +119,7 @@ def main() -> None:
         "methods-measured": measured_table(ROOT / "book" / "results"),
         "methods-recipes": recipes_by_method(),
         "plan-accuracy": plan_table(ROOT / "book" / "results"),
+        "streaming": streaming_table(ROOT / "book" / "results"),
     }
     for name, text in generated.items():
         (stage / "book" / f"{name}.md").write_text(text + "\n")

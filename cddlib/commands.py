@@ -40,9 +40,9 @@ def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | N
     """Prepare a data set: download it, or read it from a folder, into one tensor file.
 
     Args:
-        name: fashion_mnist, cifar10, cifar100, tiny_imagenet or imagefolder; digits needs nothing.
+        name: fashion_mnist, cifar10, cifar100, tiny_imagenet, imagenet or imagefolder; digits needs nothing.
         root: Folder for the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        source: A folder that holds train/ and val/, for tiny_imagenet and imagefolder.
+        source: A folder that holds train/ and val/, for tiny_imagenet, imagenet and imagefolder.
         size: Pixels of a side, for imagefolder.
     """
     print(f"{name} is ready in {prepare(name, root, source=source, size=size)}")

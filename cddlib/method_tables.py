@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cddlib.data import DATA_NAMES
 from cddlib.methods import METHODS, REFERENCES, Method
@@ -93,6 +94,29 @@ def plan_table(results: Path) -> str:
     ]
     header = ["run", "stage", "planned (s)", "took (s)", "off by"]
     return table(header, rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
+
+
+def streaming_table(results: Path) -> str:
+    """What streaming a folder took, and what a mapped cache holds in memory, from the record ``streaming.json``."""
+    record = read_json(results / "streaming.json")
+    streamed, mapped = record["streamed"], record["mapped"]
+    few, whole, resumed = (streamed[name] for name in ("few", "whole", "resumed"))
+    rows = [
+        [f"{part['images']:,} images into the cache", f"{part['seconds']:.0f}", f"{_peak(part):.0f}"]
+        for part in (few, whole)
+    ]
+    rows.append(
+        [f"resumed after being killed at {resumed['durable_images']:,}, same bytes", f"{resumed['seconds']:.0f}", ""]
+    )
+    last = mapped["fingerprint"]
+    rows.append([f"a cache of {record['config']['mapped_gb']:g} GB, all of it read", "", f"{last['anonymous_mb']:.0f}"])
+    rows.append(["before it was opened", "", f"{mapped['before']['anonymous_mb']:.0f}"])
+    header = ["what", "seconds", "memory, without mapped files (MB)"]
+    return table(header, rows) + f"\n\nMeasured on: {record['device']}, {streamed['workers']} processes."
+
+
+def _peak(part: dict[str, Any]) -> float:
+    return part["peak_anonymous"]["all_shared_once_mb"]
 
 
 def recipes_by_method() -> str:

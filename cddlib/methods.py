@@ -65,7 +65,7 @@ MTT = Method(
         data          ipc iterations student_steps expert_epochs window_end student_batch lr_images lr_step_size step_size evaluation_epochs validate_every
         digits          1  100 20 2 12 none  30 1e-5 0.05 300  25
         fashion_mnist   1 1000 20 2 12 none 100 1e-6 0.03 300 100
-        fashion_mnist  10 1000 20 2 12 50   300 1e-6 0.02 300 100""",
+        fashion_mnist  10 1000 20 2 12 50   100 1e-6 0.02 300 100""",
     accuracies="""
         cifar10       1:46.3±0.8 10:65.3±0.7 50:71.6±0.2             NCFM paper, Table 1
         cifar100      1:24.3±0.3 10:40.1±0.4 50:47.7±0.2 100:49.2±0.4 NCFM paper, Table 1
@@ -201,6 +201,9 @@ ATT = Method(
         cifar100     50 80 2 40 1200 1000 1e-5 0.01  true  0.999 512
         tiny_imagenet 1 30 2 10 none  1e4 1e-4 0.01  false 0.999 512
         tiny_imagenet 10 20 2 40 none  1e4 1e-5 1e-4  false 0.999 512""",
+    searched="""
+        data ipc student_steps lr_images
+        digits 1 20 30""",
     accuracies="""
         cifar10       1:48.3±1.0 10:67.7±0.6 50:74.5±0.4 ATT paper, Table 2
         cifar100      1:26.1±0.3 10:44.2±0.5 50:51.2±0.3 ATT paper, Table 2

@@ -20,7 +20,7 @@ from cddlib.training import accuracy, fetch_real
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "book" / "results"
-SHORT = {"width": 16, "student_steps": 15, "validate_every": 0, "evaluation_epochs": 100}
+SHORT = {"width": 16, "student_steps": 12, "window_end": 8, "validate_every": 0, "evaluation_epochs": 100}
 IPC = 2  # so that two subsets have images of every class
 
 
@@ -51,9 +51,9 @@ def random_accuracy() -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_short_run_beats_random_real_images(method: str, random_accuracy: float, tmp_path: Path) -> None:
-    experts = cddlib.buffer_recipe("digits", method, IPC, width=16, experts=2, epochs=16)
+    experts = cddlib.buffer_recipe("digits", method, IPC, width=16, experts=2, epochs=12)
     buffer = cddlib.train_buffer(experts, tmp_path / "buffer", device="cpu")
-    iterations = 40 if method == "contra" else 80
+    iterations = 30 if method == "contra" else 60
     config = cddlib.distill_recipe(method, "digits", IPC, iterations=iterations, **SHORT)
     synthetic = cddlib.distill(config, buffer, tmp_path / "run", device="cpu")
     validation = cddlib.load("digits").split[1]
@@ -91,7 +91,7 @@ def test_recipes_are_among_the_best_that_was_found(path: Path) -> None:
     for setting, accuracies in found.items():
         gains = [a - b for a, b in zip(accuracies, found[used], strict=True)]
         error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
-        assert statistics.fmean(gains) <= error, setting
+        assert statistics.fmean(gains) <= error + 1e-9, setting
 
 
 # --- The book's tables --------------------------------------------------------------------------------------------

@@ -37,7 +37,16 @@ class Images(HTMLParser):
 
 
 def test_every_page_is_there(html):
-    for page in ("book/intro", "book/how-to-run", "book/glossary", "book/api", "book/provenance", "book/bibliography"):
+    for page in (
+        "book/intro",
+        "book/how-to-run",
+        "book/methods",
+        "book/adding-a-method",
+        "book/glossary",
+        "book/api",
+        "book/provenance",
+        "book/bibliography",
+    ):
         assert (html / f"{page}.html").exists()
     for chapter in CHAPTERS:
         assert (html / "notebooks" / f"{chapter}.html").exists()

@@ -1,0 +1,167 @@
+"""Commands beside the main way: recipes, plan, search, other networks, files of other programs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import cddlib
+from cddlib import cli
+from cddlib.runs import read_json
+from cddlib.trajectory import Buffer
+
+
+def run(*arguments: object) -> int:
+    """Exit code, also where the parser itself exits."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return exit_.code
+
+
+@pytest.fixture(scope="module")
+def distilled(buffer: Buffer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with learned labels, and two images a class."""
+    folder = tmp_path_factory.mktemp("run")
+    config = cddlib.distill_recipe(
+        *("datm", "digits", 2),
+        width=8,
+        window_end=4,
+        iterations=2,
+        student_steps=3,
+        evaluation_epochs=2,
+    )
+    cddlib.distill(config, buffer, folder, device="cpu")
+    return folder
+
+
+def test_recipes_prints_the_chosen_ones(capsys) -> None:
+    assert run("recipes", "--method", "datm", "--data", "cifar10") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5
+    assert all("NUS-HPC-AI-Lab/DATM" in line for line in lines[2:])
+    assert run("recipes", "--method", "dsa") == 1
+    assert "unknown method 'dsa'; choose one of mtt, tesla" in capsys.readouterr().err
+
+
+def test_plan_says_what_each_stage_takes(capsys) -> None:
+    options = ["--method", "datm", "--data", "cifar100", "--ipc", "10", "--no-measure"]
+    found = []
+    for segments in (1, 4):
+        assert run("plan", *options, "--segments", segments, "--experts", 3) == 0
+        found.append(capsys.readouterr().out.splitlines())
+        assert [line.split()[0] for line in found[-1][1:]] == ["experts", "distillation", "evaluation"]
+    one, four = (float(lines[2].split()[1]) for lines in found)
+    assert 3.5 < four / one < 4.1
+    assert "611 MB" in found[0][1]  # 3 experts x 101 vectors x 504,420 numbers x 4 bytes
+    assert run("plan", *options, "--devices", 0) == 1
+    assert capsys.readouterr().err == "cddlib: devices is 0; it must be at least 1.\n"
+
+
+def test_plan_measures(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("cddlib.plan.MEASURED_SECONDS", 0.05)
+    options = ["--iterations", "2", "--width", "4", "--evaluation-epochs", "2", "--experts", "1", "--epochs", "14"]
+    assert run("plan", *options, "--device", "cpu") == 0
+    assert len(re.findall(r"\d (?:s|min|hours|days)$", capsys.readouterr().out, re.MULTILINE)) == 4
+
+
+def test_search_ranks_settings_by_validation_accuracy(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    options = ["--iterations", "2", "--student-steps", "2", "--window-end", "4", "--evaluation-epochs", "3"]
+    command = ["search", "--method", "mtt", *options, "--buffer", buffer.folder, "--out", tmp_path / "s"]
+    assert run(*command, "--device", "cpu", "--vary", "lr_images=1,30", "step_size=0.05,0.1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    ranked = [float(line.split()[0]) for line in lines]
+    assert len(lines) == 4 and ranked == sorted(ranked, reverse=True)
+    assert {line.split("%")[1].strip() for line in lines} >= {"lr_images=1.0  step_size=0.05"}
+    assert run("record", tmp_path / "s", "--to", tmp_path / "r.json") == 0
+    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert len(runs) == 8
+    means = {}
+    for name, entry in runs.items():
+        means.setdefault(name.split("/")[0], []).append(entry["result"]["validation_accuracy"])
+    assert ranked == sorted((round(50 * sum(values), 1) for values in means.values()), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("vary", "message"),
+    [
+        ("colour=1", "'colour=1' is not a field of a distillation with values, like lr_images=10,30."),
+        ("lr_images=many", "'lr_images=many' has a value that lr_images cannot take."),
+    ],
+)
+def test_search_refuses_what_is_no_setting(buffer: Buffer, tmp_path: Path, capsys, vary: str, message: str) -> None:
+    assert run("search", "--buffer", buffer.folder, "--out", tmp_path / "s", "--vary", vary) == 1
+    assert capsys.readouterr().err.endswith(f"cddlib: {message}\n")
+
+
+def test_a_search_without_validation_has_nothing_to_choose_by(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    options = ["--window-end", "4", "--validate-every", "0", "--buffer", buffer.folder, "--out", tmp_path / "s"]
+    assert run("search", *options, "--vary", "lr_images=1") == 1
+    assert "validate_every is 0; a search needs validations to choose by." in capsys.readouterr().err
+
+
+def test_another_network_is_evaluated_and_recorded_apart(distilled: Path, capsys) -> None:
+    before = set(distilled.glob("evaluation-*.json"))
+    options = ["--runs", "1", "--no-baselines", "--device", "cpu"]
+    assert run("evaluate", distilled, *options, "--network", "mlp") == 0
+    assert run("evaluate", distilled, *options, "--norm", "batch") == 0
+    assert run("evaluate", distilled, *options) == 0
+    records = [read_json(path)["network"] for path in set(distilled.glob("evaluation-*.json")) - before]
+    assert sorted((r["network"], r["norm"], r["width"]) for r in records) == [
+        ("convnet", "batch", 8),
+        ("convnet", "instance", 8),
+        ("mlp", "instance", 128),
+    ]
+    capsys.readouterr()
+    assert run("evaluate", distilled, "--network", "vgg11", "--norm", "layer", *options) == 1
+    assert "vgg11 takes 'instance' or 'batch'" in capsys.readouterr().err
+    assert run("evaluate", distilled / "none", "--network", "mlp") == 1
+    assert "config.json does not exist." in capsys.readouterr().err
+
+
+def test_a_set_goes_out_as_pt_and_comes_back_to_be_evaluated(distilled: Path, tmp_path: Path, capsys) -> None:
+    assert run("export", distilled, "--to", tmp_path / "pt", "--form", "pt") == 0
+    files = [tmp_path / "pt" / name for name in ("images_best.pt", "labels_best.pt")]
+    options = ["--data", "digits", "--width", "8", "--evaluation-epochs", "2", "--out", tmp_path / "theirs"]
+    assert run("import-set", *files, "--lr", tmp_path / "pt" / "lr_best.pt", *options) == 0
+    assert "20 images of 10 classes" in capsys.readouterr().out
+    ours, theirs = (
+        cddlib.SyntheticSet.load(folder / "synthetic.safetensors") for folder in (distilled, tmp_path / "theirs")
+    )
+    assert ours.images.equal(theirs.images) and ours.label_logits.equal(theirs.label_logits)
+    assert ours.step_size.equal(theirs.step_size) and theirs.ipc == 2
+    assert run("evaluate", tmp_path / "theirs", "--runs", "1", "--device", "cpu") == 0
+    assert read_json(tmp_path / "theirs" / "config.json")["ipc"] == 2
+    capsys.readouterr()
+    assert run("import-set", *files, *options) == 1
+    assert capsys.readouterr().err.endswith("holds a run; choose another folder with --out.\n")
+
+
+def test_pictures_and_parquet_are_written(distilled: Path, tmp_path: Path, capsys) -> None:
+    assert run("export", distilled, "--to", tmp_path / "png") == 0
+    assert len(list((tmp_path / "png").rglob("*.png"))) == 20
+    assert run("export", distilled, "--to", tmp_path / "set.parquet", "--form", "parquet") == 0
+    assert (tmp_path / "set.parquet").stat().st_size > 1000
+    assert run("export", distilled, "--to", tmp_path / "png") == 1
+    assert "png" in capsys.readouterr().err
+    assert run("export", tmp_path / "none", "--to", tmp_path / "x") == 1
+    assert capsys.readouterr().err.endswith("synthetic.safetensors does not exist.\n")
+
+
+def test_a_buffer_goes_out_and_comes_back(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    assert run("export", buffer.folder, "--to", tmp_path / "pt", "--form", "pt") == 0
+    options = ["--data", "digits", "--width", "8", "--device", "cpu", "--out", tmp_path / "back"]
+    assert run("import-buffer", tmp_path / "pt", *options) == 0
+    assert "2 experts of 6 epochs; test accuracy" in capsys.readouterr().out
+    back = Buffer(tmp_path / "back")
+    assert all(back.parameters(e, t).equal(buffer.parameters(e, t)) for e in (0, 1) for t in (0, 3, 6))
+    assert back.config["holdout"] is False
+    assert run("export", buffer.folder, "--to", tmp_path / "png") == 1
+    assert "holds a buffer, which can be written as pt only, not as png." in capsys.readouterr().err
+
+
+def test_the_buffer_command_trains_experts_as_the_method_does(tmp_path: Path, capsys) -> None:
+    options = ["--experts", "1", "--epochs", "1", "--width", "4", "--device", "cpu"]
+    assert run("buffer", "--method", "ftd", "--ipc", "10", *options, "--out", tmp_path / "b") == 0
+    assert Buffer(tmp_path / "b").config["sharpness_radius"] == 0.01

@@ -13,6 +13,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from cddlib import cli, commands, recipes
+from cddlib.networks import NetworkConfig
 from cddlib.runs import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +158,7 @@ def test_documented_commands_parse(buffer, monkeypatch, capsys):
     for module in (cli, commands):
         monkeypatch.setattr(module, "Buffer", lambda folder: buffer)
     monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
+    monkeypatch.setattr(commands, "_network_of", lambda folder: NetworkConfig())
     lines = documented(r" *cddlib [a-z-]+ ")
     assert len(lines) >= 10
     for line in lines:

@@ -71,10 +71,12 @@ def test_contra_is_datm_with_four_segments(data: str) -> None:
         assert buffer_recipe(data, "datm", ipc) == buffer_recipe(data, "contra", ipc)
 
 
-def test_on_the_digits_contra_differs_from_mtt_in_k_alone() -> None:
-    mtt, contra = (distill_recipe(method, "digits", 1) for method in ("mtt", "contra"))
+@pytest.mark.parametrize("data", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("ipc", [1, 10, 50])
+def test_on_small_data_contra_differs_from_mtt_in_k_alone(data: str, ipc: int) -> None:
+    mtt, contra = (distill_recipe(method, data, ipc) for method in ("mtt", "contra"))
     assert {n for n, value in vars(mtt).items() if value != getattr(contra, n)} == {"method", "segments"}
-    assert buffer_recipe("digits", "contra") == buffer_recipe("digits", "mtt")
+    assert buffer_recipe(data, "contra", ipc) == buffer_recipe(data, "mtt", ipc)
 
 
 # --- Values of the other methods, as published (facts kept apart from the code) ----------------------------------

@@ -9,7 +9,7 @@ from cddlib.methods import METHODS, REFERENCES, Method
 from cddlib.recipes import CELLS, Accuracy, accuracies, read_accuracies, recipes_table
 from cddlib.runs import read_json
 
-TITLES = {"random_real": "random real images", "full": "all training images"}
+TITLES = {"random_real": "random real images"}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -41,7 +41,7 @@ class Method:
     searched: str = ""
     """Values found by search, in the same form."""
     accuracies: str = ""
-    """Published accuracies in percent. Each line has a data set, `IPC:mean±std` for every cell, and the source."""
+    """Published accuracies in percent. A line has a data set, IPC, mean and deviation of every cell, and the source."""
 
 
 MTT = Method(

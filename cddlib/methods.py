@@ -27,7 +27,7 @@ class Method:
     idea: str
     """In a line."""
     loss: str
-    """What is minimised, where it is not the base's."""
+    """What is minimised, where it is not the base's; formulas in TeX, between dollars."""
     base: "Method | None" = None
     """The method whose values hold where this one sets none."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -48,7 +48,7 @@ MTT = Method(
     name="mtt",
     paper="Cazenavette et al. 2022, arXiv 2203.11932",
     idea="Match one segment of one expert's trajectory, drawn anew every iteration.",
-    loss="‖θ_N − θ*_{t+M}‖² / ‖θ*_t − θ*_{t+M}‖²",
+    loss=r"$\lVert\theta_N-\theta^*_{t+M}\rVert^2 / \lVert\theta^*_t-\theta^*_{t+M}\rVert^2$",
     source="the author's commands (dc_benchmark, methods/tm/readme.md)",
     cells="""
         data        ipc student_steps expert_epochs window_end student_batch lr_images lr_step_size step_size zca
@@ -99,7 +99,7 @@ FTD = Method(
     name="ftd",
     paper="Du et al. 2023, arXiv 2211.11004",
     idea="Experts trained towards flat minima, so that a student that is off their path stays near; images averaged.",
-    loss="MTT's; the experts' is L + α (max over ‖e‖ ≤ ρ of L(θ + e) − L(θ))",
+    loss=r"MTT's; the experts' is $L(\theta)+\alpha\max_{\lVert e\rVert\le\rho}(L(\theta+e)-L(\theta))$",
     base=MTT,
     settings={"sharpness_radius": 0.01},
     source="the paper, Table 7",
@@ -188,7 +188,7 @@ ATT = Method(
     name="att",
     paper="Liu et al. 2024, arXiv 2407.14245",
     idea="Match the student at the step that is nearest to the target, not always at the last one.",
-    loss="MTT's at n* = argmin over i of ‖θ_i − θ*_{t+M}‖₁ in place of N",
+    loss=r"MTT's at $n^*=\arg\min_i\lVert\theta_i-\theta^*_{t+M}\rVert_1$ in place of $N$",
     base=MTT,
     settings={"match_step": "nearest"},
     source="the repository's README figure (NiaLiu/ATT)",
@@ -215,7 +215,7 @@ MCT = Method(
     name="mct",
     paper="Zhong et al. 2025, arXiv 2406.19827",
     idea="Straighten each expert's trajectory into a line, and start anywhere on it.",
-    loss="MTT's, on the line from θ*_0 to θ*_T instead of the expert's path",
+    loss=r"MTT's, on the line from $\theta^*_0$ to $\theta^*_T$ instead of the expert's path",
     base=MTT,
     settings={"convex": True, "zca": False},
     source="the repository's run_command.md (Zhong0x29a/MCT)",

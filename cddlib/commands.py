@@ -265,7 +265,9 @@ def search(
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
     runs = search_runs(config, parse_grid(vary), seeds)
-    found = run_study(config, runs, buffer, out, jobs=jobs, root=root, device=device)
+    found = run_study(config, runs, buffer, out, jobs=jobs, keep_stopped=True, root=root, device=device)
+    for reason in (run["stopped"] for run in found["runs"].values() if "stopped" in run):
+        print(f"counted as 0 %: {reason}")
     for setting, accuracies in settings_by_accuracy(found).items():
         print(f"{100 * sum(accuracies) / len(accuracies):5.1f} %  {setting.replace(',', '  ')}")
 

@@ -41,6 +41,9 @@ from cddlib.runs import (
 from cddlib.synthetic import initialise
 from cddlib.trajectory import Buffer
 
+STOPPED = "stopped.json"
+"""File in the folder of a run that stopped on its own."""
+
 Comparison = Literal["segments", "remedies"]
 
 
@@ -145,10 +148,14 @@ def search_runs(base: DistillConfig, grid: Mapping[str, Sequence[Any]], seeds: i
 
 
 def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
-    """What a search found: each setting's validation accuracies, one a seed, from the best mean to the worst."""
+    """What a search found: each setting's validation accuracies, one a seed, from the best mean to the worst.
+
+    A run that stopped, because it diverged, counts as 0.
+    """
     found: dict[str, list[float]] = {}
     for name, run in record["runs"].items():
-        found.setdefault(name.split("/")[0], []).append(run["result"]["validation_accuracy"])
+        accuracy = 0.0 if "stopped" in run else run["result"]["validation_accuracy"]
+        found.setdefault(name.split("/")[0], []).append(accuracy)
     return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
 
 
@@ -177,6 +184,7 @@ def run_study(
     *,
     networks: int = 0,
     jobs: int = 0,
+    keep_stopped: bool = False,
     root: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
@@ -190,6 +198,7 @@ def run_study(
         networks: networks that test each synthetic set, and the baselines once a seed; 0 tests nothing. No two seeds
             share a network.
         jobs: processes that share the runs; 0 runs them in this process, one after the other.
+        keep_stopped: a run that began and stopped, because it diverged, is a result too.
         root: folder of the data sets.
         device: `auto`, `cpu`, `cuda` …
 
@@ -202,6 +211,7 @@ def run_study(
     if not runs:
         raise UserError("there is nothing to run; give at least one seed, replicate and variant.")
     description = {"config": as_dict(base), "runs": list(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
+    description |= {"keep_stopped": True} if keep_stopped else {}
     if (out / "study.json").exists():
         refuse_other_run(out, _identity(read_json(out / "study.json")), _identity(description))
     write_json(out / "study.json", description)
@@ -210,7 +220,7 @@ def run_study(
         for name, config in runs.items()
     ]
     failed = _in_processes(work, jobs) if jobs else _one_by_one(work)
-    if failed:
+    if failed and not (keep_stopped and all(_ended(out / name) for name in runs)):
         raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
 
@@ -242,7 +252,11 @@ def _one(
         distill(config, buffer, out, root=root, device=device)
         if networks:
             evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=config.seed * networks)
-    except (UserError, OSError) as error:
+    except UserError as error:
+        if (out / "config.json").exists():  # it began
+            write_json(out / STOPPED, {"reason": str(error)})
+        return f"{name}: {error}"
+    except OSError as error:
         return f"{name}: {error}"
     return None
 
@@ -286,6 +300,11 @@ def _prepare(threads: int) -> None:
     keep_freed_memory()
 
 
+def _ended(run: Path) -> bool:
+    """Whether a run has finished, or stopped on its own."""
+    return (run / "result.json").exists() or (run / STOPPED).exists()
+
+
 # --- The record -------------------------------------------------------------------------------------------------
 
 DENSE = ("iteration", "loss", "starts", "expert", "step_size", "seconds", "skipped", "replayed")
@@ -298,7 +317,7 @@ def study_record(out: Path) -> dict[str, Any]:
     Returns:
         JSON values. `config` of the base; and for each of `runs` its `changes` of that configuration, its `metrics`
         (a list of values for what every iteration has, and of [iteration, value] for what only some have), `result`,
-        and `evaluations`.
+        and `evaluations`; or `stopped`, the reason why there is nothing but its changes.
 
     Raises:
         UserError: `out` holds no study, or one that is not finished.
@@ -306,11 +325,16 @@ def study_record(out: Path) -> dict[str, Any]:
     description = read_json(out / "study.json")
     runs = {}
     for name in description["runs"]:
-        if not (out / name / "result.json").exists():
+        finished = (out / name / "result.json").exists()
+        if not (finished or (description.get("keep_stopped") and _ended(out / name))):
             raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")
         config = read_json(out / name / "config.json")
+        changes = {key: config[key] for key, value in description["config"].items() if config[key] != value}
+        if not finished:
+            runs[name] = {"changes": changes, "stopped": read_json(out / name / STOPPED)["reason"]}
+            continue
         runs[name] = {
-            "changes": {key: config[key] for key, value in description["config"].items() if config[key] != value},
+            "changes": changes,
             "metrics": _columns(Metrics.read(out / name / "metrics.jsonl")),
             "result": read_json(out / name / "result.json"),
             "evaluations": [read_json(path)["accuracies"] for path in sorted((out / name).glob("evaluation-*.json"))],

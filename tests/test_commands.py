@@ -83,6 +83,29 @@ def test_search_ranks_settings_by_validation_accuracy(buffer: Buffer, tmp_path: 
     assert ranked == sorted((round(50 * sum(values), 1) for values in means.values()), reverse=True)
 
 
+def test_a_setting_that_diverges_is_the_last_and_says_why(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    options = ["--iterations", "2", "--student-steps", "2", "--window-end", "4", "--evaluation-epochs", "3"]
+    command = ["search", *options, "--segments", "1", "--buffer", buffer.folder, "--out", tmp_path / "s"]
+    command += ["--device", "cpu", "--seeds", "1", "--vary", "lr_step_size=1e9,1e-5"]
+    for _ in range(2):  # the second time it is only read, and what diverged diverges again
+        assert run(*command) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert re.match(r"counted as 0 %: iteration \d, segments from epochs \[\d\]: .* not finite", said[0])
+        assert said[1].endswith("lr_step_size=1e-05") and said[2] == "  0.0 %  lr_step_size=1000000000.0"
+    assert run("record", tmp_path / "s", "--to", tmp_path / "r.json") == 0
+    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert {name: "stopped" in entry for name, entry in runs.items()} == {
+        "lr_step_size=1000000000.0/seed-0": True,
+        "lr_step_size=1e-05/seed-0": False,
+    }
+
+
+def test_a_search_that_cannot_begin_says_so(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    command = ["search", "--buffer", buffer.folder, "--out", tmp_path / "s", "--device", "cpu", "--seeds", "1"]
+    assert run(*command, "--vary", "window_end=4,40") == 1
+    assert "the experts stop at epoch 6" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("vary", "message"),
     [

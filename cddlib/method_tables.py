@@ -20,20 +20,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def methods_table() -> str:
     """Every method: its idea, its loss, and what its configuration sets that its base's does not."""
-    rows = [
-        [f"`{m.name}`", m.idea, m.loss, f"`{m.base.name}`" if m.base else "", _settings(m), m.paper]
-        for m in METHODS.values()
-    ]
-    return table(["method", "idea", "loss", "stands on", "sets", "paper"], rows)
+    rows = [[f"`{m.name}`<br>{m.paper}", m.idea, m.loss, _settings(m)] for m in METHODS.values()]
+    return table(["method", "idea", "loss", "sets"], rows)
 
 
 def _settings(method: Method) -> str:
-    """What the method sets on every data set, and which fields its rows set."""
+    """The base; what the method sets on every data set; and which fields its rows set that the base's do not."""
+    if method.base is None:
+        return "everything that the others take over"
     fixed = [f"`{field}={value!r}`" for field, value in method.settings.items()]
-    columns = f"{method.cells}\n".strip().splitlines()[0].split()[2:] if method.cells else []
-    known = set() if method.base is None else set(f"{method.base.cells}\n".strip().splitlines()[0].split()[2:])
-    own = [f"`{field}`" for field in columns if field not in known]
-    return ", ".join(fixed + [f"by cell: {', '.join(own)}"] * bool(own and method.base))
+    own = [f"`{field}`" for field in _columns(method) if field not in _columns(method.base)]
+    return f"on `{method.base.name}`: " + ", ".join(fixed + [f"by cell {', '.join(own)}"] * bool(own))
+
+
+def _columns(method: Method) -> list[str]:
+    """The fields that the method's rows set."""
+    return method.cells.strip().splitlines()[0].split()[2:]
 
 
 def published_table(data: str) -> str:

@@ -103,7 +103,7 @@ def test_the_overview_has_a_row_for_every_method_with_what_it_sets() -> None:
         assert method.idea in row and method.paper in row
         for field, value in method.settings.items():
             assert f"`{field}={value!r}`" in row
-    assert "by cell: `window_start`" in rows[list(METHODS).index("datm")]
+    assert "by cell `window_start`" in rows[list(METHODS).index("datm")]
 
 
 def test_published_tables_hold_every_accuracy_and_its_source() -> None:

@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
             "distill": functools.partial(commands.distill_data, config=recipe),
             "evaluate": commands.evaluate,
             "export": commands.export,
-            "import-buffer": functools.partial(commands.import_experts, config=experts),
+            "import-buffer": functools.partial(
+                commands.import_experts,
+                config=dataclasses.replace(experts, holdout=False),  # the published codes train on all images
+            ),
             "import-set": functools.partial(commands.import_images, config=recipe),
             "correlate": functools.partial(commands.correlate, config=recipe),
             "compare": functools.partial(commands.compare, config=recipe),

@@ -317,7 +317,7 @@ def import_experts(
         root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
-    found = import_buffer(files, out, dataclasses.replace(config, holdout=False), root=root, device=device)
+    found = import_buffer(files, out, config, root=root, device=device)
     tests = [expert["test_accuracy"] for expert in found.experts]
     print(f"{len(tests)} experts of {found.epochs} epochs; test accuracy {min(tests):.1%} to {max(tests):.1%}")
 

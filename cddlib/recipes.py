@@ -52,12 +52,7 @@ _DATA: dict[str, dict[str, Any]] = {  # what experts and students of a data set 
 }
 
 
-_STAND_IN = {
-    "fashion_mnist": "cifar10",
-    "digits": "cifar10",
-    "imagefolder": "tiny_imagenet",
-    "imagenet": "tiny_imagenet",
-}
+_STAND_IN = {"imagefolder": "tiny_imagenet", "imagenet": "tiny_imagenet"}
 """Data sets whose values a method takes for one that neither it nor its bases have rows for; without their ZCA."""
 
 

@@ -179,7 +179,9 @@ def test_a_buffer_goes_out_and_comes_back(buffer: Buffer, tmp_path: Path, capsys
     assert "2 experts of 6 epochs; test accuracy" in capsys.readouterr().out
     back = Buffer(tmp_path / "back")
     assert all(back.parameters(e, t).equal(buffer.parameters(e, t)) for e in (0, 1) for t in (0, 3, 6))
-    assert back.config["holdout"] is False
+    assert back.config["holdout"] is False  # as the published codes train, unless told otherwise
+    assert run("import-buffer", tmp_path / "pt", *options[:-1], tmp_path / "held", "--holdout") == 0
+    assert Buffer(tmp_path / "held").config["holdout"] is True
     assert run("export", buffer.folder, "--to", tmp_path / "png") == 1
     assert "holds a buffer, which can be written as pt only, not as png." in capsys.readouterr().err
 

@@ -19,11 +19,12 @@ from cddlib.buffer import BufferConfig, train_buffer
 from cddlib.data import Dataset, load
 from cddlib.distill import DistillConfig, concurrent_gradient, distill
 from cddlib.evaluate import evaluate_run
+from cddlib.files import UserError
 from cddlib.matching import matching_loss, plan_student
 from cddlib.networks import ConvNet, NetworkConfig, build_network
 from cddlib.prepare import prepare
 from cddlib.recipes import buffer_recipe, distill_recipe
-from cddlib.runs import UserError, generator
+from cddlib.runs import generator
 from cddlib.segments import SegmentsConfig, draw_segments
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer

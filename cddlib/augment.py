@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.runs import UserError
+from cddlib.files import UserError
 
 SCALE = 1.2  # factor, along each axis, between 1 / SCALE and SCALE
 ROTATE = 15.0  # degrees, either way

@@ -6,37 +6,38 @@ On the command line::
     cddlib buffer --data cifar10 --root DIR --out runs/cifar10                                # as MTT
     cddlib buffer --method datm --data cifar10 --ipc 50 --root DIR --out runs/cifar10-datm    # as DATM
 
-An expert is durable once it is finished; a run that was interrupted trains the missing ones and ends with the same
-bytes as one that was not. Experts differ only by their seed.
+An expert is durable once it is finished, and the epochs of an unfinished one about every minute; a run that was
+interrupted goes on from there and ends with the same bytes as one that was not. Experts differ only by their seed;
+under torchrun its processes divide them.
 """
 
+import contextlib
+import copy
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
 from cddlib.curriculum import CurriculumConfig, difficulty, rank_in_class, select
-from cddlib.data import DataConfig, Images, load
+from cddlib.data import DataConfig, Dataset, Images, load
+from cddlib.files import UserError, file_digest, read_json, read_tensors, write_json, write_tensors
 from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing, fit_preprocessing
+from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import (
     Recorder,
-    UserError,
     as_dict,
     config_hash,
-    file_digest,
     from_dict,
     generator,
-    open_tensors,
-    read_json,
+    locked,
+    memory_advice,
     refuse_other_run,
     resolve_device,
-    write_json,
-    write_tensors,
 )
 from cddlib.training import SharpnessConfig, accuracy, fetch_real, train_epoch
 from cddlib.trajectory import (
@@ -48,6 +49,9 @@ from cddlib.trajectory import (
     read_preprocessing,
     write_trajectory,
 )
+
+UNFINISHED_SECONDS = 60.0
+"""How much of an unfinished expert a killed process may lose, and the epoch it was in."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +88,12 @@ class BufferConfig(CurriculumConfig, SharpnessConfig, DataConfig, NetworkConfig,
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below {limit}.")
 
 
+@memory_advice("--batch-size or --width")
 def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, device: str = "auto") -> Buffer:
     """Train the experts that `out` lacks, then open it.
+
+    Where torch.distributed is initialised, as the command line does under torchrun, every process calls this with
+    the same arguments and trains its share.
 
     Args:
         config: what to train.
@@ -94,44 +102,83 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
         device: `auto`, `cpu`, `cuda`, `cuda:1` …
 
     Raises:
-        UserError: `out` holds another buffer, the data set or the device is missing, or an expert diverges.
+        UserError: `out` holds another buffer or is in use, a file is damaged, the data set or the device is missing,
+            memory runs out, or an expert diverges.
+        Interrupted: a signal asked to stop; the epoch is finished, and saved.
     """
     dev = resolve_device(device)
     dataset = load(config.data, root)
-    network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
     data = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
         "shape": list(dataset.shape),
         "classes": len(dataset.classes),
     }
-    manifest: dict[str, Any] = {"config": as_dict(config), "data": data, "experts": []}
-    identity = config_hash(_identity(manifest))
-    if (out / "buffer.json").exists():
-        manifest = _resume(out, manifest)
-        if len(manifest["experts"]) == manifest["config"]["experts"] and (out / "result.json").exists():
-            return Buffer(out)
+    wanted: dict[str, Any] = {"config": as_dict(config), "data": data, "experts": []}
+    manifest = _resume(out, wanted)
+    if (out / "result.json").exists() and not _missing(out, manifest):
+        return Buffer(out)
+    ranks = Ranks()
+    with ranks.heeding_signals("the epoch"), locked(out / ".lock") if ranks.first else contextlib.nullcontext():
+        _train_missing(config, out, wanted, dataset, dev, ranks)
+    return Buffer(out)
 
-    recorder = Recorder(dev)
-    (out / "result.json").unlink(missing_ok=True)  # of the smaller buffer that grows
-    write_json(out / "buffer.json", manifest)
-    if not (out / PREPROCESSING).exists():
-        write_tensors(out / PREPROCESSING, fit_preprocessing(dataset, zca=config.zca).tensors(), {})
-    preprocessing = read_preprocessing(out).to(dev)
+
+def _train_missing(
+    config: BufferConfig, out: Path, wanted: dict[str, Any], dataset: Dataset, device: torch.device, ranks: Ranks
+) -> None:
+    """Train the experts that `out` lacks, in a folder that is this run's alone."""
+    network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
+    manifest = _resume(out, wanted)
+    missing = _missing(out, manifest)
+    manifest["experts"] = manifest["experts"][: min(missing, default=len(manifest["experts"]))]
+    recorder = Recorder(device)
     train, validation = dataset.split
     parts = (train if config.holdout else dataset.train, validation, dataset.test)
-    on_device = tuple(part.to(dev) for part in parts)
-    ranks = _ranks(config, out, network, on_device[0], preprocessing)
-    trained = 0
-    for expert in range(len(manifest["experts"]), manifest["config"]["experts"]):
-        path = expert_path(out, expert)
-        if not path.exists() or read_expert_record(path)["buffer"] != identity:
-            _train_expert(config, expert, network, on_device, preprocessing, ranks, path, identity)
-            trained += 1
-        manifest["experts"].append({"file": path.name, "sha256": file_digest(path), **read_expert_record(path)})
+    on_device = tuple(part.to(device) for part in parts)
+    ranks.wait()  # the first rank writes only now
+    if ranks.first:
+        (out / "result.json").unlink(missing_ok=True)  # of the smaller buffer that grows
         write_json(out / "buffer.json", manifest)
-    write_json(out / "result.json", {"experts_trained": trained, **recorder.report()})
-    return Buffer(out)
+        if not (out / PREPROCESSING).exists():
+            preprocessing = fit_preprocessing(dataset, zca=config.zca)
+            write_tensors(out / PREPROCESSING, preprocessing.tensors(), "preprocessing")
+        if config.ranks_images and not (out / DIFFICULTY).exists():
+            _measure_difficulty(config, out, network, on_device[0], read_preprocessing(out).to(device))
+    ranks.wait()
+    preprocessing = read_preprocessing(out).to(device)
+    ease = _ease(config, out, on_device[0])
+    for expert in ranks.share(missing):
+        _train_expert(
+            config, expert, network, on_device, preprocessing, ease, out, config_hash(_identity(wanted)), ranks
+        )
+        if ranks.first:
+            _list_experts(out, manifest)
+    ranks.wait()
+    if ranks.first:
+        _list_experts(out, manifest)
+        write_json(out / "result.json", {"experts_trained": len(missing), **recorder.report()})
+    ranks.wait()
+
+
+def _missing(out: Path, manifest: dict[str, Any]) -> list[int]:
+    """The experts that are still to be trained. Those of the same buffer that a killed run left are not."""
+    identity = config_hash(_identity(manifest))
+    paths = [expert_path(out, expert) for expert in range(manifest["config"]["experts"])]
+    return [
+        expert
+        for expert, path in enumerate(paths)
+        if not path.exists() or read_expert_record(path).get("buffer") != identity
+    ]
+
+
+def _list_experts(out: Path, manifest: dict[str, Any]) -> None:
+    """Describe in `buffer.json` the experts that are finished, up to the first that is not."""
+    missing = _missing(out, manifest)
+    for expert in range(len(manifest["experts"]), min(missing, default=manifest["config"]["experts"])):
+        path = expert_path(out, expert)
+        manifest["experts"].append({"file": path.name, "sha256": file_digest(path), **read_expert_record(path)})
+    write_json(out / "buffer.json", manifest)
 
 
 def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +188,8 @@ def _identity(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _resume(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The manifest of the buffer in `out`, grown to the experts of `wanted`; refuse another buffer."""
+    if not (out / "buffer.json").exists():
+        return copy.deepcopy(wanted)
     manifest = read_json(out / "buffer.json")
     try:
         refuse_other_run(out, _identity(manifest), _identity(wanted))
@@ -151,23 +200,26 @@ def _resume(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
-def _ranks(
+def _measure_difficulty(
     config: BufferConfig, out: Path, network: Network, train: Images, preprocessing: Preprocessing
-) -> Tensor | None:
-    """How easy each training image is within its class, if the curriculum asks; computed once and kept in `out`."""
+) -> None:
+    """Write down how hard each training image is."""
+    scores = difficulty(
+        network,
+        train,
+        preprocessing,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        strategy=config.augment,
+    )
+    write_tensors(out / DIFFICULTY, {"el2n": scores}, "difficulty")
+
+
+def _ease(config: BufferConfig, out: Path, train: Images) -> Tensor | None:
+    """How easy each training image is within its class, if the curriculum asks."""
     if not config.ranks_images:
         return None
-    if not (out / DIFFICULTY).exists():
-        scores = difficulty(
-            network,
-            train,
-            preprocessing,
-            batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            strategy=config.augment,
-        )
-        write_tensors(out / DIFFICULTY, {"el2n": scores}, {})
-    return rank_in_class(open_tensors(out / DIFFICULTY).get_tensor("el2n").to(train.labels.device), train.labels)
+    return rank_in_class(read_tensors(out / DIFFICULTY, "difficulty")[0]["el2n"].to(train.labels.device), train.labels)
 
 
 def _train_expert(
@@ -176,11 +228,12 @@ def _train_expert(
     network: Network,
     parts: tuple[Images, ...],
     preprocessing: Preprocessing,
-    ranks: Tensor | None,
-    path: Path,
+    ease: Tensor | None,
+    out: Path,
     buffer: str,
+    ranks: Ranks,
 ) -> None:
-    """Train one expert and write its trajectory."""
+    """Train one expert, from the epoch that an earlier run saved if there is one, and write its trajectory."""
     train, validation, test = parts
     seed = config.seed + expert
     theta = network.init(generator(seed, "init")).to(train.labels.device)
@@ -192,9 +245,23 @@ def _train_expert(
         weight_decay=config.weight_decay,
     )
     losses, accuracies = [], [accuracy(network, theta, validation, preprocessing)]
-    progress = tqdm(range(1, config.epochs + 1), desc=f"expert {expert + 1}/{config.experts}", unit="epoch")
-    for epoch in progress:
-        seen = train if ranks is None else train.select(select(config, ranks, epoch - 1))
+    path = expert_path(out, expert)
+    unfinished = path.with_name(f".{path.stem}.unfinished.safetensors")
+    if unfinished.exists():
+        tensors, header = read_tensors(unfinished, "unfinished")
+        if header["buffer"] == buffer:
+            snapshots = list(tensors["snapshots"].to(theta.device))
+            losses, accuracies = header["losses"], header["accuracies"]
+            with torch.no_grad():
+                theta.copy_(snapshots[-1])
+            if "momentum" in tensors:
+                optimizer.state[theta]["momentum_buffer"] = tensors["momentum"].to(theta.device)
+    progress = ranks.progress(
+        total=config.epochs, initial=len(losses), desc=f"expert {expert + 1}/{config.experts}", unit="epoch"
+    )
+    saved = time.monotonic()
+    for epoch in range(len(losses) + 1, config.epochs + 1):
+        seen = train if ease is None else train.select(select(config, ease, epoch - 1))
         loss = train_epoch(
             network,
             theta,
@@ -211,7 +278,17 @@ def _train_expert(
         snapshots.append(theta.detach().clone())
         losses.append(loss)
         accuracies.append(accuracy(network, theta, validation, preprocessing))
+        progress.update()
         progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracies[-1]:.1%}")
+        if epoch < config.epochs and (ranks.asked or time.monotonic() - saved > UNFINISHED_SECONDS):
+            momentum = optimizer.state[theta].get("momentum_buffer")
+            tensors = {"snapshots": torch.stack(snapshots)} | ({} if momentum is None else {"momentum": momentum})
+            header = {"buffer": buffer, "losses": losses, "accuracies": accuracies}
+            write_tensors(unfinished, tensors, "unfinished", header)
+            saved = time.monotonic()
+            if ranks.asked:
+                raise Interrupted(f"stopped after epoch {epoch} of expert {expert}, which is saved", ranks.asked)
+    progress.close()
     record = {
         "buffer": buffer,
         "seed": seed,
@@ -220,3 +297,6 @@ def _train_expert(
         "test_accuracy": accuracy(network, theta, test, preprocessing),
     }
     write_trajectory(path, network, snapshots, record)
+    unfinished.unlink(missing_ok=True)
+    if ranks.asked:
+        raise Interrupted(f"stopped after expert {expert}, which is saved", ranks.asked)

@@ -1,6 +1,7 @@
 """The command line. `cddlib COMMAND --help` lists every option with its default for the chosen method and data."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -15,9 +16,11 @@ from cddlib.augment import AugmentConfig
 from cddlib.buffer import BufferConfig
 from cddlib.data import DataConfig
 from cddlib.distill import DistillConfig
+from cddlib.files import UserError
 from cddlib.networks import NetworkConfig
+from cddlib.ranks import Interrupted, Ranks, joined
 from cddlib.recipes import buffer_recipe, distill_recipe
-from cddlib.runs import UserError, keep_freed_memory
+from cddlib.runs import keep_freed_memory
 from cddlib.trajectory import Buffer
 
 DISTILLS = ("distill", "correlate", "compare", "search", "plan", "import-set")
@@ -25,51 +28,65 @@ DISTILLS = ("distill", "correlate", "compare", "search", "plan", "import-set")
 TRAINS = ("buffer", "import-buffer")
 """Commands whose defaults are a recipe of a buffer."""
 
+DIVIDED = ("buffer", "distill", "evaluate")
+"""Commands that the processes of torchrun share."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` give, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
     try:
-        chosen = _choices(arguments)
-        command = arguments[0] if arguments else ""
-        recipe = _distill_recipe(chosen if command in DISTILLS else {})
-        experts = _buffer_recipe(chosen if command in TRAINS else {})
-        functions: dict[str, Callable[..., None]] = {
-            "data": commands.data,
-            "recipes": commands.recipes,
-            "plan": functools.partial(commands.plan_run, config=recipe),
-            "buffer": functools.partial(commands.buffer, config=experts),
-            "distill": functools.partial(commands.distill_data, config=recipe),
-            "evaluate": commands.evaluate,
-            "export": commands.export,
-            "import-buffer": functools.partial(
-                commands.import_experts,
-                config=dataclasses.replace(experts, holdout=False),  # the published codes train on all images
-            ),
-            "import-set": functools.partial(commands.import_images, config=recipe),
-            "correlate": functools.partial(commands.correlate, config=recipe),
-            "compare": functools.partial(commands.compare, config=recipe),
-            "search": functools.partial(commands.search, config=recipe),
-            "record": commands.record,
-        }
-        tyro.extras.subcommand_cli_from_dict(
-            functions,
-            prog="cddlib",
-            args=arguments,
-            description="Dataset distillation by concurrent trajectory matching. "
-            "In order: data, buffer, distill, evaluate; correlate and compare are the book's studies.",
-        )
+        with joined(), contextlib.redirect_stdout(None) if Ranks().rank else contextlib.nullcontext():
+            _run(arguments)
     except UserError as error:
         print(f"cddlib: {error}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"cddlib: {error}; what was finished before is kept, and the same command resumes.", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        print(f"\ncddlib: {stop}; the same command resumes.", file=sys.stderr)
+        return 128 + stop.number
     except KeyboardInterrupt:
         print("\ncddlib: interrupted; the same command resumes.", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(arguments: list[str]) -> None:
+    """Do what `arguments` say."""
+    chosen = _choices(arguments)
+    command = arguments[0] if arguments else ""
+    if Ranks().count > 1 and command not in DIVIDED:
+        raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
+    recipe = _distill_recipe(chosen if command in DISTILLS else {})
+    experts = _buffer_recipe(chosen if command in TRAINS else {})
+    functions: dict[str, Callable[..., None]] = {
+        "data": commands.data,
+        "recipes": commands.recipes,
+        "plan": functools.partial(commands.plan_run, config=recipe),
+        "buffer": functools.partial(commands.buffer, config=experts),
+        "distill": functools.partial(commands.distill_data, config=recipe),
+        "evaluate": commands.evaluate,
+        "export": commands.export,
+        "import-buffer": functools.partial(
+            commands.import_experts,
+            config=dataclasses.replace(experts, holdout=False),  # the published codes train on all images
+        ),
+        "import-set": functools.partial(commands.import_images, config=recipe),
+        "correlate": functools.partial(commands.correlate, config=recipe),
+        "compare": functools.partial(commands.compare, config=recipe),
+        "search": functools.partial(commands.search, config=recipe),
+        "record": commands.record,
+    }
+    tyro.extras.subcommand_cli_from_dict(
+        functions,
+        prog="cddlib",
+        args=arguments,
+        description="Dataset distillation by concurrent trajectory matching. "
+        "In order: data, buffer, distill, evaluate; correlate and compare are the book's studies.",
+    )
 
 
 def _choices(arguments: list[str]) -> dict[str, Any]:

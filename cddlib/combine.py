@@ -26,7 +26,7 @@ import torchjd.linalg
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.runs import UserError
+from cddlib.files import UserError
 
 Combine = Literal["mean", "gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem"]
 
@@ -68,6 +68,13 @@ def gramian(gradients: Sequence[Sequence[Tensor]], rates: Sequence[float]) -> Fl
     return (stacked @ stacked.T).cpu()
 
 
+def fixed_weights(config: CombineConfig, count: int, anchor: int) -> list[float] | None:
+    """The weights where they do not depend on the gradients, which then need not be kept; else None."""
+    if count == 1:
+        return [1.0]
+    return _mean(config.balance, count, anchor) if config.combine == "mean" else None
+
+
 def weights(
     config: CombineConfig,
     products: Float[Tensor, "k k"],
@@ -85,10 +92,9 @@ def weights(
         generator: the order in which pcgrad visits the others comes from here.
     """
     count = len(losses)
-    if count == 1:
-        return [1.0]
-    if config.combine == "mean" or not _usable(products):
-        return _mean(config.balance, count, anchor)
+    fixed = fixed_weights(config, count, anchor)
+    if fixed is not None or not _usable(products):
+        return fixed or _mean(None, count, anchor)
     if config.combine == "gradnorm":
         return _gradnorm(products, losses)
     products = products / products.diagonal().mean()  # weights do not depend on the scale, and solvers like 1

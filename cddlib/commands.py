@@ -13,11 +13,12 @@ from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
 from cddlib.exchange import export_buffer, export_set, import_buffer, import_set
 from cddlib.export import export_parquet, export_png
+from cddlib.files import UserError, read_json, write_json, write_record
 from cddlib.networks import Architecture, NetworkConfig, Norm, parameter_count
 from cddlib.plan import buffer_of, costs_table, plan
 from cddlib.prepare import prepare
 from cddlib.recipes import parse_grid, recipes_table
-from cddlib.runs import UserError, as_dict, collect, from_dict, read_json, write_json
+from cddlib.runs import as_dict, collect, from_dict
 from cddlib.study import (
     Comparison,
     comparison_runs,
@@ -290,9 +291,9 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
         to: The record to write.
     """
     if (folder / "study.json").exists():
-        write_json(to, study_record(folder), indent=None)
+        write_record(to, study_record(folder), indent=None)
     else:
-        write_json(to, collect(folder))
+        write_record(to, collect(folder))
     print(f"wrote {to}")
 
 

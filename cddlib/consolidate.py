@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cddlib.runs import UserError
+from cddlib.files import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cddlib.combine import gramian
+from cddlib.files import UserError
 from cddlib.matching import matching_loss, plan_student
-from cddlib.runs import UserError, generator
+from cddlib.runs import generator
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer
 

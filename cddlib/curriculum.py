@@ -12,9 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cddlib.data import Images
+from cddlib.files import UserError
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing
-from cddlib.runs import UserError, generator
+from cddlib.runs import generator
 from cddlib.training import fetch_real, predict, train_epoch
 
 SCORERS = 5  # networks whose errors are averaged

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from safetensors import SafetensorError, safe_open
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cddlib.runs import UserError, check_classes, generator, read_metadata
+from cddlib.files import UserError, check_classes, open_tensors, read_header
+from cddlib.runs import generator
 
 FROM_FOLDER = ("tiny_imagenet", "imagenet", "imagefolder")
 DATA_NAMES = ("digits", "fashion_mnist", "cifar10", "cifar100", *FROM_FOLDER)
@@ -97,6 +97,8 @@ class Dataset:
     train: Images
     test: Images
     classes: tuple[str, ...]
+    recorded: str | None = None
+    """The fingerprint that its file names."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -106,15 +108,17 @@ class Dataset:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of the SHA-256 of all images and labels."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.test):
-            digest.update(str((len(part.labels), *self.shape)).encode())
-            for chunk in part.chunks():
-                digest.update(chunk.contiguous().numpy().data)
-            digest.update(str(tuple(part.labels.shape)).encode())
-            digest.update(part.labels.numpy().data)
-        return digest.hexdigest()[:16]
+        """Sixteen hex digits of the SHA-256 of all images and labels.
+
+        Whatever trains on a data set asks for it first. Raises `UserError` if it is not the one that the file names.
+        """
+        found = fingerprint(self.train, self.test)
+        if self.recorded not in (None, found):
+            raise UserError(
+                f"the file of {self.name} is damaged: its images and labels have the fingerprint {found}, not "
+                f"{self.recorded}, which it names; delete it and run `cddlib data {self.name}` again."
+            )
+        return found
 
     @functools.cached_property
     def split(self) -> tuple[Images, Images]:
@@ -125,6 +129,18 @@ class Dataset:
         """
         keep, held_out = stratified_split(self.train.labels, VALIDATION_FRACTION)
         return self.train.select(keep), self.train.select(held_out)
+
+
+def fingerprint(train: Images, test: Images) -> str:
+    """Sixteen hex digits of the SHA-256 of all images and labels."""
+    digest = hashlib.sha256()
+    for part in (train, test):
+        digest.update(str((len(part.labels), *part.store.shape[1:])).encode())
+        for chunk in part.chunks():
+            digest.update(chunk.contiguous().numpy().data)
+        digest.update(str(tuple(part.labels.shape)).encode())
+        digest.update(part.labels.numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def indices_by_class(labels: Int64[Tensor, " n"], classes: int = 0) -> tuple[Int64[Tensor, " _"], ...]:
@@ -171,14 +187,12 @@ def load(name: str, root: Path | None = None) -> Dataset:
 
 def _read(name: str, path: Path) -> Dataset:
     """Check a cached data set and map its images."""
-    try:
-        file = safe_open(path, framework="np")  # "pt" maps it writable: refused if it is longer than the memory
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
+    file = open_tensors(path, "np")  # "pt" maps it writable: refused if it is longer than the memory
     missing = set(TENSORS) - set(file.keys())
     if missing:
         raise UserError(f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set.")
-    classes = check_classes(read_metadata(file, path, "classes"), path)
+    header = read_header(file, path, "dataset")
+    classes = check_classes(header.get("classes"), path)
     dtypes = {key: file.get_slice(key).get_dtype() for key in TENSORS}
     shapes = {key: file.get_slice(key).get_shape() for key in TENSORS}
     parts = {}
@@ -200,17 +214,16 @@ def _read(name: str, path: Path) -> Dataset:
                 wrong = f"{labels} reach from {found.min()} to {found.max()}, with {len(classes)} classes named"
         if wrong:
             raise UserError(f"{path} is not a cddlib data set: {wrong}.")
-        parts[part] = Images(_mapped(path, images), found)
-    return Dataset(name, parts["train"], parts["test"], classes)
+        with open(path, "rb") as stored:
+            length = int.from_bytes(stored.read(8), "little")
+            begin = json.loads(stored.read(length))[images]["data_offsets"][0]
+        parts[part] = Images(map_images(path, 8 + length + begin, tuple(shapes[images])), found)
+    return Dataset(name, parts["train"], parts["test"], classes, str(header.get("fingerprint")))
 
 
-def _mapped(path: Path, key: str) -> UInt8[Tensor, "n c h w"]:
-    """The uint8 tensor `key` of a safetensors file, mapped read-only."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[key]
-    offset = 8 + length + entry["data_offsets"][0]
-    array = np.memmap(path, np.uint8, "r", offset, tuple(entry["shape"]))
+def map_images(path: Path, offset: int, shape: tuple[int, ...]) -> UInt8[Tensor, "n c h w"]:
+    """The uint8 images that begin at byte `offset` of a file, mapped read-only."""
+    array = np.memmap(path, np.uint8, "r", offset, shape)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         return torch.from_numpy(array)

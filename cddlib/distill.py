@@ -7,8 +7,13 @@ On the command line::
 One iteration draws K segments of one expert, computes each segment's exact gradient one after the other, combines
 them, and takes one optimiser step on images, label logits and step size. The validation part of the training data
 selects the best iterate. A run resumes from its checkpoint and ends with the same bytes as one never interrupted.
+
+Under torchrun, the segments are divided among its processes, and one all-reduce an iteration adds their gradients::
+
+    torchrun --nproc-per-node 4 -m cddlib distill --segments 8 …
 """
 
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -16,50 +21,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
-from cddlib.combine import CombineConfig, gramian, weighted_sum, weights
+from cddlib.concurrent import ConcurrentConfig, concurrent_gradient, matched_segments, teacher_logits
 from cddlib.consolidate import ConsolidateConfig
 from cddlib.continual import accumulated_error
 from cddlib.correlation import ProbeConfig, Probes
-from cddlib.data import DataConfig, Images, load
+from cddlib.data import DataConfig, Dataset, Images, load
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
-from cddlib.matching import MatchingConfig, matching_loss, plan_student
+from cddlib.files import UserError, read_json, write_json
 from cddlib.networks import NetworkConfig
-from cddlib.runs import (
-    Metrics,
-    Recorder,
-    UserError,
-    as_dict,
-    generator,
-    read_json,
-    refuse_other_run,
-    resolve_device,
-    write_json,
-)
-from cddlib.segments import Segments, SegmentsConfig, active_subset, draw_segments
-from cddlib.state import OptimizerConfig, State
-from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
-from cddlib.training import predict
+from cddlib.ranks import Interrupted, Ranks
+from cddlib.runs import Metrics, Recorder, as_dict, locked, memory_advice, refuse_other_run, resolve_device
+from cddlib.segments import active_subset
+from cddlib.state import State
+from cddlib.synthetic import SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
-MOST_SKIPPED = 100  # iterations in a row that the loss guard may skip before the run stops
+MOST_ABOVE = 100  # iterations in a row whose loss may be above the guard before the run stops
+LARGEST_LOSS = 100.0  # the guard of a run that sets none: the student ends ten times as far from the target as it began
+LARGEST_STEP_SIZE = 100.0  # times its first value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(
     EvaluateConfig,
     ProbeConfig,
-    OptimizerConfig,
-    SyntheticConfig,
+    ConcurrentConfig,
     ConsolidateConfig,
-    CombineConfig,
-    MatchingConfig,
-    SegmentsConfig,
-    AugmentConfig,
     NetworkConfig,
     DataConfig,
 ):
@@ -75,8 +64,8 @@ class DistillConfig(
     """Networks trained for each validation."""
     checkpoint_every: int = 20
     """Iterations between checkpoints."""
-    seed: int = 0
-    """Seed of everything random."""
+    milestones: int = 4
+    """Checkpoints that are kept, evenly spaced from the first iteration on, for `cddlib verify`; 0 keeps none."""
 
     def __post_init__(self) -> None:
         for base in DistillConfig.__mro__[1:]:
@@ -85,16 +74,21 @@ class DistillConfig(
         for name in ("validation_runs", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.validate_every < 0:
-            raise UserError(f"validate_every is {self.validate_every}; it must be 0 or more.")
+        for name in ("validate_every", "milestones"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.ipc < self.subsets:
             raise UserError(f"ipc is {self.ipc}; {self.subsets} subsets need at least {self.subsets} images a class.")
 
 
+@memory_advice("--student-batch, --evaluation-batch, --ipc or --width")
 def distill(
     config: DistillConfig, buffer: Buffer | Path, out: Path, *, root: Path | None = None, device: str = "auto"
 ) -> SyntheticSet:
     """Run, resume, or return the finished result of a distillation in the folder `out`.
+
+    Where torch.distributed is initialised, as the command line does under torchrun, every process calls this with
+    the same arguments, and gets the same set.
 
     Args:
         config: the whole configuration.
@@ -104,8 +98,9 @@ def distill(
         device: `auto`, `cpu`, `cuda` …
 
     Raises:
-        UserError: `out` holds another run, `buffer` does not fit, or the run diverges; the message then says which
-            iteration the checkpoint holds.
+        UserError: `out` holds another run or is in use, a file is damaged, `buffer` does not fit, memory runs out, or
+            the run diverges; the message then says which iteration the checkpoint holds.
+        Interrupted: a signal asked to stop; the iteration is finished, and saved.
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
     run = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
@@ -114,41 +109,80 @@ def distill(
     dev = resolve_device(device)
     if (out / "result.json").exists():
         return SyntheticSet.load(out / "synthetic.safetensors").to(dev)
+    ranks = Ranks()
+    with ranks.heeding_signals("the iteration"), locked(out / ".lock") if ranks.first else contextlib.nullcontext():
+        return _distill(config, buffer, out, run, root, dev, ranks)
+
+
+def _distill(
+    config: DistillConfig,
+    buffer: Buffer,
+    out: Path,
+    run: dict[str, Any],
+    root: Path | None,
+    device: torch.device,
+    ranks: Ranks,
+) -> SyntheticSet:
+    """`distill`, in a folder that is this run's alone."""
     _check_buffer(config, buffer)
     dataset = load(config.data, root)
     buffer.check_data(dataset)
     if config.convex:
         buffer = buffer.convexified()
-    initial = initialise(config, dataset, buffer, config.seed, dev)
-    state = State(config, config, dataclasses.replace(initial, subsets=config.subsets))
-    write_json(out / "config.json", run)
-    state.restore(out / "checkpoint.safetensors")
-    metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
-    validation = dataset.split[1].to(dev)
+    state = initial_state(config, dataset, buffer, device)
+    state.restore(out)
+    ranks.wait()  # the first rank writes only now
+    metrics = None
+    if ranks.first:
+        write_json(out / "config.json", run)
+        metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
+    validation = dataset.split[1].to(device)
     probes = Probes(
-        config, buffer, starts=config.probe_starts, expert=config.probe_expert, seed=config.seed, device=dev
+        config, buffer, starts=config.probe_starts, expert=config.probe_expert, seed=config.seed, device=device
     )
-    recorder = Recorder(dev, elapsed=state.seconds)
+    recorder = Recorder(device, elapsed=state.seconds)
 
-    progress = tqdm(total=config.iterations, desc=f"{config.method} K={config.segments}", unit="it")
+    progress = ranks.progress(total=config.iterations, desc=f"{config.method} K={config.segments}", unit="it")
     try:
         if state.iteration < 0:
             state.iteration = 0
-            metrics.write(iteration=0, **_measure(state, config, buffer, validation, probes))
-            state.save(out / "checkpoint.safetensors", recorder.seconds())
+            measured = _measure(state, config, buffer, validation, probes, ranks)
+            if metrics:
+                metrics.write(iteration=0, **measured)
+                state.save(out, recorder.seconds(), milestone=config.milestones > 0)
         progress.update(state.iteration)
         while state.iteration < config.iterations:
-            record = _iterate(state, config, buffer)
-            measured = _measure(state, config, buffer, validation, probes)
-            metrics.write(**record, **measured)
-            if "validation_accuracy" in measured or _due(config.checkpoint_every, state.iteration, config):
-                state.save(out / "checkpoint.safetensors", recorder.seconds())
+            record = _iterate(state, config, buffer, ranks)
+            measured = _measure(state, config, buffer, validation, probes, ranks)
+            milestone = _is_milestone(config, state.iteration)
+            due = "validation_accuracy" in measured or _due(config.checkpoint_every, state.iteration, config)
+            if metrics:
+                metrics.write(**record, **measured)
+                if due or milestone or ranks.stopping:
+                    state.save(out, recorder.seconds(), milestone=milestone)
             progress.update()
             progress.set_postfix(state.report(record["loss"]))
+            if ranks.stopping and state.iteration < config.iterations:
+                raise Interrupted(f"stopped after iteration {state.iteration}, which is saved", ranks.asked)
+    except Diverged as error:
+        if not ranks.first or state.best is None:
+            raise
+        iteration = _save_selected(state, config, buffer, out)
+        raise Diverged(f"{error} The best set so far, of iteration {iteration}, can be evaluated.") from None
     finally:
-        metrics.close()
+        if metrics:
+            metrics.close()
         progress.close()
-    return _finish(state, config, buffer, out, recorder)
+    if ranks.first:
+        _finish(state, config, buffer, out, recorder)
+    ranks.wait()
+    return SyntheticSet.load(out / "synthetic.safetensors").to(device)
+
+
+def initial_state(config: DistillConfig, dataset: Dataset, buffer: Buffer, device: torch.device) -> State:
+    """The state before the first iteration."""
+    initial = initialise(config, dataset, buffer, config.seed, device)
+    return State(config, config, dataclasses.replace(initial, subsets=config.subsets))
 
 
 def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
@@ -161,6 +195,10 @@ def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
                     f"{field.name} is {wanted!r}, but the experts in {buffer.folder} were trained with {found!r}."
                 )
     config.check_epochs(buffer.epochs)
+    if config.concurrent_experts > len(buffer.experts):
+        raise UserError(
+            f"concurrent_experts is {config.concurrent_experts}, but {buffer.folder} holds {len(buffer.experts)}."
+        )
     latest = buffer.epochs - config.expert_epochs
     if config.probe_starts and config.probe_starts[-1] > latest:
         raise UserError(
@@ -177,11 +215,23 @@ def _due(every: int, iteration: int, config: DistillConfig) -> bool:
     return every > 0 and (iteration % every == 0 or iteration == config.iterations)
 
 
-def _measure(state: State, config: DistillConfig, buffer: Buffer, validation: Images, probes: Probes) -> dict[str, Any]:
-    """What is due of validation, the probes' losses and gradients, and the accumulated error, for the metrics."""
+def _is_milestone(config: DistillConfig, iteration: int) -> bool:
+    """Whether the checkpoint of an iteration is kept: of 0, and of as many more as make parts of equal length."""
+    return iteration in (part * config.iterations // config.milestones for part in range(config.milestones))
+
+
+def _measure(
+    state: State, config: DistillConfig, buffer: Buffer, validation: Images, probes: Probes, ranks: Ranks
+) -> dict[str, Any]:
+    """What is due of validation, the probes' losses and gradients, and the accumulated error, for the metrics.
+
+    Validation is divided among the ranks; the rest is for the first, which writes.
+    """
     found: dict[str, Any] = {}
     if _due(config.validate_every, state.iteration, config):
-        found |= _validate(state, config, buffer, validation)
+        found["validation_accuracy"] = _validate(state, config, buffer, validation, ranks)
+    if not ranks.first:
+        return found
     if probes.starts and _due(config.probe_every, state.iteration, config):
         found["probe_losses"] = probes.losses(state.synthetic)
     if _due(config.geometry_every, state.iteration, config):
@@ -193,37 +243,53 @@ def _measure(state: State, config: DistillConfig, buffer: Buffer, validation: Im
     return found
 
 
-def _validate(state: State, config: DistillConfig, buffer: Buffer, validation: Images) -> dict[str, Any]:
+def _validate(state: State, config: DistillConfig, buffer: Buffer, validation: Images, ranks: Ranks) -> list[float]:
     """Measure the set as it is now on the validation images; keep it if it is the best so far."""
     candidate = state.candidate()
-    seeds = range(config.seed, config.seed + config.validation_runs)
-    accuracies = [
-        accuracy_of_set(candidate, buffer.network, config, config.augment, validation, purpose="validation", seed=seed)
-        for seed in seeds
-    ]
-    state.consider(candidate, statistics.fmean(accuracies))
-    return {"validation_accuracy": accuracies}
+    accuracies = torch.zeros(config.validation_runs, dtype=torch.float64)
+    for run in ranks.share(range(config.validation_runs)):
+        accuracies[run] = validation_accuracy(candidate, config, buffer, validation, run)
+    ranks.sum(accuracies)
+    state.consider(candidate, statistics.fmean(accuracies.tolist()))
+    return accuracies.tolist()
 
 
-def _iterate(state: State, config: DistillConfig, buffer: Buffer) -> dict[str, Any]:
+def validation_accuracy(
+    synthetic: SyntheticSet, config: DistillConfig, buffer: Buffer, validation: Images, run: int
+) -> float:
+    """Accuracy on the validation images of the network of that number, trained on `synthetic`."""
+    seed = config.seed + run
+    return accuracy_of_set(
+        synthetic, buffer.network, config, config.augment, validation, purpose="validation", seed=seed
+    )
+
+
+class Diverged(UserError):
+    """The numbers of a run are no longer usable."""
+
+
+def _iterate(state: State, config: DistillConfig, buffer: Buffer, ranks: Ranks) -> dict[str, Any]:
     """One iteration: gradients, guard, optimiser step. Returns the line for the metrics."""
     began = time.monotonic()
     number = state.iteration + 1
-    gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration)
-    stopped = f"iteration {number}, segments from epochs {record['starts']}: "
+    gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration, ranks)
+    stopped = f"iteration {number}, segments from epochs {record['starts']} of expert {record['expert']}: "
     kept = f"the checkpoint holds iteration {state.saved_at}; start again in another folder with a lower"
-    if not all(bool(gradient.isfinite().all()) for gradient in gradients) or not record["loss"] < float("inf"):
-        raise UserError(
-            f"{stopped}the losses are {record['losses']} and their gradient is not finite; {kept} --lr-images or "
-            f"--step-size."
+    for segment, loss, norm in zip(matched_segments(record), record["losses"], record["gradient_norms"], strict=True):
+        if not loss + norm < float("inf"):
+            raise Diverged(
+                f"iteration {number}, the segment from epoch {segment[1]} of expert {segment[0]}: its loss is {loss:g} "
+                f"and its gradient's norm {norm:g}; {kept} --lr-images or --step-size."
+            )
+    guard = LARGEST_LOSS if config.loss_threshold is None else config.loss_threshold
+    above = record["loss"] > guard
+    state.above_in_a_row = state.above_in_a_row + 1 if above else 0
+    if state.above_in_a_row == MOST_ABOVE:
+        raise Diverged(
+            f"{stopped}the loss has been above {guard:g} for {MOST_ABOVE} iterations; {kept} --step-size or "
+            f"--lr-images, or with a higher --loss-threshold."
         )
-    skipped = config.loss_threshold is not None and record["loss"] > config.loss_threshold
-    state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-    if state.skipped_in_a_row == MOST_SKIPPED:
-        raise UserError(
-            f"{stopped}the loss has been above loss_threshold ({config.loss_threshold}) for {MOST_SKIPPED} "
-            f"iterations; {kept} --step-size, or a higher --loss-threshold."
-        )
+    skipped = above and config.loss_threshold is not None
     if not skipped:
         rows = state.synthetic.subset(active_subset(config, state.iteration))
         if config.labels == "teacher":
@@ -231,10 +297,13 @@ def _iterate(state: State, config: DistillConfig, buffer: Buffer) -> dict[str, A
             state.relabel(teacher_logits(config, buffer, state.synthetic, record["expert"], anchor), rows)
         state.step(gradients, rows)
     if not all(bool(variable.isfinite().all()) for variable in state.synthetic.variables()[:-1]):
-        raise UserError(f"{stopped}images or label logits are no longer finite; {kept} --lr-images or --lr-labels.")
+        raise Diverged(f"{stopped}images or label logits are no longer finite; {kept} --lr-images or --lr-labels.")
     step_size = state.synthetic.step_size.item()
-    if not 0 < step_size < float("inf"):
-        raise UserError(f"{stopped}the step size became {step_size}; {kept} --lr-step-size ({config.lr_step_size}).")
+    if not 0 < step_size < LARGEST_STEP_SIZE * config.step_size:
+        raise Diverged(
+            f"{stopped}the step size became {step_size:g}, from {config.step_size:g} at first; {kept} --lr-step-size "
+            f"({config.lr_step_size:g})."
+        )
     state.iteration = number
     return {
         "iteration": number,
@@ -245,11 +314,10 @@ def _iterate(state: State, config: DistillConfig, buffer: Buffer) -> dict[str, A
     }
 
 
-def _finish(state: State, config: DistillConfig, buffer: Buffer, out: Path, recorder: Recorder) -> SyntheticSet:
+def _finish(state: State, config: DistillConfig, buffer: Buffer, out: Path, recorder: Recorder) -> None:
     """Write the selected set, then the record that marks the run as finished."""
-    selected, iteration = (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
-    selected.save(out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration)
-    lines = [line for line in Metrics.read(out / "metrics.jsonl") if "loss" in line]
+    iteration = _save_selected(state, config, buffer, out)
+    lines = Metrics.read(out / "metrics.jsonl", until=config.iterations)[1:]
     result = {
         "selected_iteration": iteration,
         "selected_by": "validation accuracy" if state.best else "last iterate",
@@ -259,79 +327,10 @@ def _finish(state: State, config: DistillConfig, buffer: Buffer, out: Path, reco
         "seconds_per_iteration": statistics.median(line["seconds"] for line in lines),
     }
     write_json(out / "result.json", {**result, **recorder.report()})
-    return selected
 
 
-def concurrent_gradient(
-    config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int
-) -> tuple[list[Tensor], dict[str, Any]]:
-    """The combined gradient of K segments with respect to `synthetic.variables`, and what was matched.
-
-    The segments share an expert, drawn uniformly; each has its own batches and augmentation. That is our choice: the
-    paper's is not known. Nothing random depends on earlier iterations.
-
-    Returns:
-        A gradient for each variable, in its shape; and the iteration's loss, losses, start epochs, anchor and expert.
-    """
-    rng = generator(config.seed, "iteration", iteration)
-    experts = len(buffer.experts)
-    expert, segments = _draw(config, experts, iteration, rng)
-    replayed = _draw_earlier(config, experts, iteration)
-    device = synthetic.images.device
-    rows = synthetic.subset(active_subset(config, iteration))
-    variables = synthetic.variables()
-    losses, gradients = [], []
-    for owner, start in [(expert, start) for start in segments.starts] + replayed:
-        taught = config.labels == "teacher"
-        steps = plan_student(config, len(rows), config.augment, rng)
-        loss = matching_loss(
-            buffer.network,
-            buffer.parameters(owner, start).to(device),
-            buffer.parameters(owner, start + config.expert_epochs).to(device),
-            synthetic.images,
-            teacher_logits(config, buffer, synthetic, owner, start).softmax(1) if taught else synthetic.targets(),
-            synthetic.step_size,
-            [step._replace(indices=rows[step.indices]) for step in steps],
-            config,
-        )
-        gradients.append(torch.autograd.grad(loss, variables, allow_unused=taught, materialize_grads=taught))
-        losses.append(loss.item())
-    shares = weights(config, gramian(gradients, config.rates(synthetic)), losses, segments.anchor, rng)
-    averaged = shares if config.combine == "mean" else [1 / len(losses)] * len(losses)
-    matched = {
-        "loss": sum(share * loss for share, loss in zip(averaged, losses, strict=True)),
-        "losses": losses,
-        "starts": segments.starts,
-        "anchor": segments.anchor,
-        "expert": expert,
-        **({"replayed": replayed} if config.replay else {}),
-        **({"weights": shares} if config.combine != "mean" else {}),
-    }
-    return weighted_sum(gradients, shares), matched
-
-
-def teacher_logits(
-    config: SegmentsConfig, buffer: Buffer, synthetic: SyntheticSet, expert: int, start: int | float
-) -> Float[Tensor, "n classes"]:
-    """What the network at the end of a segment says of the synthetic images (TESLA's labels for 1000 classes)."""
-    theta = buffer.parameters(expert, start + config.expert_epochs).to(synthetic.images.device)
-    images = synthetic.images.detach()
-    return predict(buffer.network, theta, lambda indices: (images[indices], synthetic.labels[indices]), len(images))
-
-
-def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
-    """The expert and the segments of an iteration; `rng` is the iteration's generator."""
-    expert = int(torch.randint(experts, (), generator=rng))
-    segments = draw_segments(config, iteration, rng)
-    return (expert if config.expert is None else config.expert), segments
-
-
-def _draw_earlier(config: DistillConfig, experts: int, iteration: int) -> list[tuple[int, int | float]]:
-    """Experts and start epochs of `replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
-    rng = generator(config.seed, "replay", iteration)
-    chosen = torch.randperm(iteration, generator=rng)[: config.replay].tolist()
-    found = []
-    for earlier in chosen:
-        expert, segments = _draw(config, experts, earlier, generator(config.seed, "iteration", earlier))
-        found.append((expert, segments.starts[segments.anchor]))
-    return found
+def _save_selected(state: State, config: DistillConfig, buffer: Buffer, out: Path) -> int:
+    """Write the best set, or the last where nothing was validated; returns its iteration."""
+    selected, iteration = (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
+    selected.save(out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration)
+    return iteration

@@ -14,6 +14,7 @@ A network of another architecture than the synthetic set was distilled with is t
 same rates, as MTT, FTD and ATT do.
 """
 
+import contextlib
 import dataclasses
 import statistics
 from pathlib import Path
@@ -22,24 +23,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cddlib.augment import AugmentConfig
 from cddlib.data import DataConfig, Dataset, Images, load
+from cddlib.files import UserError, file_digest, read_json, write_json
 from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing
-from cddlib.runs import (
-    Recorder,
-    UserError,
-    as_dict,
-    config_hash,
-    file_digest,
-    from_dict,
-    generator,
-    read_json,
-    resolve_device,
-    write_json,
-)
+from cddlib.ranks import Interrupted, Ranks
+from cddlib.runs import Recorder, as_dict, config_hash, from_dict, generator, locked, memory_advice, resolve_device
 from cddlib.synthetic import SyntheticSet, random_real
 from cddlib.training import Fetch, accuracy, fetch_real, train_epoch
 
@@ -140,6 +131,7 @@ def summarise(accuracies: list[float]) -> dict[str, float | int | None]:
     return {"mean": statistics.fmean(accuracies), "std": std, "runs": len(accuracies)}
 
 
+@memory_advice("the distillation's --evaluation-batch")
 def evaluate_run(
     run: Path,
     *,
@@ -153,7 +145,8 @@ def evaluate_run(
     """Test the synthetic set of a distillation run, and write `evaluation-<hash>.json` beside it.
 
     Every finished network is recorded at once: an interrupted evaluation goes on, and asking for more runs adds to
-    the ones already there. Each `network` has a record of its own.
+    the ones already there. Each `network` has a record of its own. Where torch.distributed is initialised, as the
+    command line does under torchrun, every process calls this with the same arguments and trains its share.
 
     Args:
         run: folder of the distillation run.
@@ -165,8 +158,10 @@ def evaluate_run(
         network: which network is trained; by default the one that the set was distilled with.
 
     Raises:
-        UserError: `run` holds no finished distillation, the data set is missing or another version of it, or the
-            network does not fit its images.
+        UserError: `run` holds no finished distillation, a file in it is damaged, another process is at the same
+            evaluation, the data set is missing or another version of it, memory runs out, or the network does not fit
+            its images.
+        Interrupted: a signal asked to stop; the network that was being trained is finished, and recorded.
 
     Returns:
         The record: accuracies on the test images under `synthetic`, `random_real` and `full`, their summary, the
@@ -196,26 +191,66 @@ def evaluate_run(
     if network not in (None, own):
         identity |= described
     record_path = run / f"evaluation-{config_hash(identity)}.json"
+    wanted = [
+        (name, i)
+        for name in (("synthetic", "random_real", "full") if baselines else ("synthetic",))
+        for i in range(runs)
+    ]
+    if _missing(record_path, wanted):
+        ranks = Ranks()
+        lock = locked(record_path.with_name(f".{record_path.stem}.lock")) if ranks.first else contextlib.nullcontext()
+        with ranks.heeding_signals("the network"), lock:
+            _train_missing(record_path, wanted, trainer, seed, {**identity, **described}, ranks)
+    return read_json(record_path)
+
+
+def _missing(record_path: Path, wanted: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The networks, each of a set and with a number, that the record lacks."""
+    found = read_json(record_path)["accuracies"] if record_path.exists() else {}
+    return [(name, index) for name, index in wanted if index >= len(found.get(name, []))]
+
+
+def _train_missing(
+    record_path: Path,
+    wanted: list[tuple[str, int]],
+    trainer: "_Trainer",
+    seed: int,
+    described: dict[str, Any],
+    ranks: Ranks,
+) -> None:
+    """Train the networks that the record lacks, one on each rank at a time, and write it after every turn."""
+    missing = _missing(record_path, wanted)
     accuracies: dict[str, list[float]] = {"synthetic": [], "random_real": [], "full": []}
     elapsed = 0.0
     if record_path.exists():
         earlier = read_json(record_path)
         accuracies, elapsed = earlier["accuracies"], earlier["seconds"]
-    recorder = Recorder(dev, elapsed=elapsed)
-    wanted = ("synthetic", "random_real", "full") if baselines else ("synthetic",)
-    missing = [(name, i) for name in wanted for i in range(len(accuracies[name]), runs)]
-    for name, index in tqdm(missing, desc="evaluating", unit="network"):
-        accuracies[name].append(trainer.accuracy(name, seed + index))
-        record = {
-            **identity,
-            **described,
-            "learning_rates": trainer.learning_rates,
-            "summary": {key: summarise(values) for key, values in accuracies.items() if values},
-            "accuracies": accuracies,
-            **recorder.report(),
-        }
-        write_json(record_path, record)
-    return read_json(record_path)
+    recorder = Recorder(trainer.device, elapsed=elapsed)
+    progress = ranks.progress(total=len(missing), desc="evaluating", unit="network")
+    ranks.wait()  # the first rank writes only now
+    for start in range(0, len(missing), ranks.count):
+        turn = missing[start : start + ranks.count]
+        found = torch.zeros(len(turn), dtype=torch.float64)
+        for name, index in turn[ranks.rank : ranks.rank + 1]:
+            found[ranks.rank] = trainer.accuracy(name, seed + index)
+        ranks.sum(found)
+        for (name, _), accuracy_found in zip(turn, found.tolist(), strict=True):
+            accuracies[name].append(accuracy_found)
+        if ranks.first:
+            record = {
+                **described,
+                "learning_rates": trainer.learning_rates,
+                "summary": {key: summarise(values) for key, values in accuracies.items() if values},
+                "accuracies": accuracies,
+                **recorder.report(),
+            }
+            write_json(record_path, record)
+        progress.update(len(turn))
+        if ranks.stopping and start + len(turn) < len(missing):
+            left = len(missing) - start - len(turn)
+            raise Interrupted(f"stopped; {left} of {len(wanted)} networks are left, the others saved", ranks.asked)
+    progress.close()
+    ranks.wait()
 
 
 class _Trainer:

@@ -24,20 +24,10 @@ from tqdm.auto import tqdm
 
 from cddlib.buffer import BufferConfig
 from cddlib.data import DataConfig, Dataset, load
+from cddlib.files import UserError, file_digest, write_atomically, write_json, write_tensors
 from cddlib.networks import Network, NetworkConfig, build_network, views
 from cddlib.preprocessing import fit_preprocessing
-from cddlib.runs import (
-    Recorder,
-    UserError,
-    as_dict,
-    config_hash,
-    file_digest,
-    from_dict,
-    resolve_device,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from cddlib.runs import Recorder, as_dict, config_hash, from_dict, resolve_device
 from cddlib.synthetic import SyntheticSet
 from cddlib.training import accuracy
 from cddlib.trajectory import PREPROCESSING, Buffer, expert_path, read_expert_record, write_trajectory
@@ -209,7 +199,7 @@ def _write_experts(
 ) -> list[dict[str, Any]]:
     """Write preprocessing and trajectories; returns what `buffer.json` says of each expert."""
     preprocessing = fit_preprocessing(dataset, zca=config.zca)
-    write_tensors(folder / PREPROCESSING, preprocessing.tensors(), {})
+    write_tensors(folder / PREPROCESSING, preprocessing.tensors(), "preprocessing")
     validation, test = dataset.split[1].to(device), dataset.test.to(device)
     preprocessing = preprocessing.to(device)
     experts: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from cddlib.exchange import plain, whole_folder
-from cddlib.runs import UserError, write_atomically
+from cddlib.files import UserError, write_atomically
 from cddlib.synthetic import SyntheticSet
 
 

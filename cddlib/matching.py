@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cddlib import augment
+from cddlib.files import UserError
 from cddlib.networks import Network
-from cddlib.runs import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cddlib.data import DATA_NAMES
+from cddlib.files import read_record
 from cddlib.methods import METHODS, REFERENCES, Method
 from cddlib.recipes import CELLS, Accuracy, accuracies, read_accuracies, recipes_table
-from cddlib.runs import read_json
 
 TITLES = {"random_real": "random real images"}
 
@@ -74,7 +74,7 @@ def measured_table(results: Path) -> str:
     rows = []
     for name in METHODS:
         path = results / f"method-digits-{name}.json"
-        record = read_json(path)
+        record = read_record(path)
         config, evaluation = record["config"], record["evaluations"][0]
         cells = [f"`{name}`", str(config["ipc"]), str(config["segments"]), str(config["iterations"])]
         for kind in ("synthetic", "random_real"):
@@ -88,7 +88,7 @@ def measured_table(results: Path) -> str:
 
 def plan_table(results: Path) -> str:
     """What `cddlib plan` said and what runs took, from the committed record ``plan.json``."""
-    record = read_json(results / "plan.json")
+    record = read_record(results / "plan.json")
     rows = [
         [run["what"], stage, f"{run['planned'][stage]:.1f}", f"{took:.1f}", f"{run['planned'][stage] / took - 1:+.0%}"]
         for run in record["runs"]
@@ -100,7 +100,7 @@ def plan_table(results: Path) -> str:
 
 def streaming_table(results: Path) -> str:
     """What streaming a folder took, and what a mapped cache holds in memory, from the record ``streaming.json``."""
-    record = read_json(results / "streaming.json")
+    record = read_record(results / "streaming.json")
     streamed, mapped = record["streamed"], record["mapped"]
     few, whole, resumed = (streamed[name] for name in ("few", "whole", "resumed"))
     rows = [

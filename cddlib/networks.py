@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import DenseNet, ResNet, VisionTransformer
 from torchvision.models.resnet import BasicBlock
 
-from cddlib.runs import UserError
+from cddlib.files import UserError
 
 Architecture = Literal["convnet", "alexnet", "vgg11", "resnet18", "densenet121", "vit", "mlp"]
 Norm = Literal["instance", "batch", "group", "layer", "none"]

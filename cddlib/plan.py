@@ -28,11 +28,12 @@ from cddlib.buffer import BufferConfig
 from cddlib.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.data import VALIDATION_FRACTION, Images, load
 from cddlib.distill import DistillConfig
+from cddlib.files import UserError
 from cddlib.matching import differentiate_step, matching_loss, plan_student
 from cddlib.networks import Network, NetworkConfig, build_network, parameter_count
 from cddlib.preprocessing import Normalisation, Preprocessing, Whitening
 from cddlib.recipes import buffer_recipe
-from cddlib.runs import UserError, as_dict, from_dict, generator, resolve_device
+from cddlib.runs import as_dict, from_dict, generator, resolve_device
 from cddlib.training import SharpnessConfig, fetch_real, predict, train_epoch
 
 MEASURED_SECONDS = 2.0

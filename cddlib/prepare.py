@@ -11,14 +11,11 @@ a few batches whatever their number. Beside the unfinished file lies a record of
 again for the same images, an interrupted run goes on from there and ends with the same bytes.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -30,8 +27,9 @@ from torchvision import datasets as tv
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from cddlib.data import check_data_name, default_root, load
-from cddlib.runs import UserError, read_json, write_json, write_tensors
+from cddlib.data import Images, check_data_name, default_root, fingerprint, load, map_images
+from cddlib.files import UserError, read_json, seal, write_json, write_tensors
+from cddlib.runs import locked
 
 _DOWNLOADS = {"fashion_mnist": tv.FashionMNIST, "cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}
 _SIZE = 64
@@ -74,7 +72,9 @@ def prepare(name: str, root: Path | None = None, *, source: Path | None = None, 
         load(name, root)
     elif name in _DOWNLOADS:
         tensors, classes = _download(name, root / "downloads")
-        write_tensors(path, tensors, {"classes": classes})
+        parts = [Images(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test")]
+        header = {"classes": classes, "fingerprint": fingerprint(*parts)}
+        write_tensors(path, tensors, "dataset", header, digests=False)
     else:
         _stream(path, *_listing(name, source), size)
     return path
@@ -144,17 +144,22 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
     files = [file for file, _ in test + train]
     source = hashlib.sha256(b"\0".join([head, *map(os.fsencode, files)])).hexdigest()
     partial, record = path.with_suffix(".partial"), path.with_suffix(".progress.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(partial) as file:
+    with locked(partial) as file:
         found = read_json(record) if record.exists() else {}
         done = found["images"] if found.get("source") == source else 0
-        place = len(head) + done * 3 * size**2
-        if done == 0 or partial.stat().st_size < place:
-            done, place = 0, len(head)
-            write_json(record, {"source": source, "images": 0})  # first, lest an older record vouch for what follows
+        if partial.stat().st_size < len(head) + done * 3 * size**2:
+            done = 0  # it is gone, or cut off
+        chain = _chain(file, len(head), done, 3 * size**2)
+        if done and chain != found.get("chain"):
+            raise UserError(
+                f"{partial} is damaged: its first {done} images are not those that were read; delete it and run the "
+                f"same command again."
+            )
+        if done == 0:
+            _note(record, source, 0, chain, file)  # first, lest an older record vouch for what follows
             file.truncate(0)
+            file.seek(0)
             file.write(head)
-        file.seek(place)
         try:
             with tqdm(desc=f"reading {path.stem}", initial=done, total=len(files), unit="image") as progress:
                 for number, batch in enumerate(_decode(files[done:], size), start=1):
@@ -162,22 +167,34 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
                         raise batch
                     file.write(batch)
                     done += len(batch)
+                    chain = _link(chain, batch.data)
                     progress.update(len(batch))
                     if number % _DURABLE == 0:
-                        _note(record, source, done, file)
+                        _note(record, source, done, chain, file)
         finally:
-            _note(record, source, done, file)
+            _note(record, source, done, chain, file)
+        written = map_images(partial, len(head), (len(files), 3, size, size))
+        parts = [
+            Images(images, torch.tensor([label for _, label in samples]))
+            for images, samples in zip(written.split([len(test), len(train)]), (test, train), strict=True)
+        ]
+        file.seek(0)
+        file.write(_head(test, train, classes, size, fingerprint(parts[1], parts[0])))
+        file.flush()
+        os.fsync(file.fileno())
         os.replace(partial, path)
         record.unlink()
 
 
-def _head(test: Samples, train: Samples, classes: list[str], size: int) -> bytes:
-    """All but the images: the beginning of the file that `safetensors.torch.save_file` would write.
+def _head(test: Samples, train: Samples, classes: list[str], size: int, fingerprint: str = "0" * 16) -> bytes:
+    """All but the images: the beginning of the file that `cddlib.files.write_tensors` would write.
 
     The images follow, those for testing first: labels come before them because their numbers are wider.
     """
     labels = [np.array([label for _, label in samples], dtype="<i8") for samples in (test, train)]
-    header: dict[str, Any] = {"__metadata__": {"classes": json.dumps(classes)}}
+    header: dict[str, Any] = {
+        "__metadata__": {"dataset": json.dumps(seal({"classes": classes, "fingerprint": fingerprint}))}
+    }
     end = 0
     for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):
         for part, n in (("test", len(test)), ("train", len(train))):
@@ -188,24 +205,27 @@ def _head(test: Samples, train: Samples, classes: list[str], size: int) -> bytes
     return b"".join([len(text).to_bytes(8, "little"), text, *(part.tobytes() for part in labels)])
 
 
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[BinaryIO]:
-    """The unfinished file, for this process alone."""
-    with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, its locks do not outlive us in workers
-        except (BlockingIOError, PermissionError):
-            raise UserError(f"{partial} is being written by another process; wait until it is done.") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield file
+def _chain(file: BinaryIO, start: int, images: int, size: int) -> str:
+    """The chain of digests over the first `images` images of `size` bytes; leaves `file` behind them."""
+    chain = ""
+    file.seek(start)
+    for first in range(0, images, _BATCH):
+        chain = _link(chain, file.read(min(_BATCH, images - first) * size))
+    return chain
 
 
-def _note(record: Path, source: str, done: int, file: BinaryIO) -> None:
+def _link(chain: str, batch: bytes | memoryview) -> str:
+    """The next link of a chain of digests, each of the link before it and of the bytes that follow."""
+    digest = hashlib.sha256(chain.encode())
+    digest.update(batch)
+    return digest.hexdigest()
+
+
+def _note(record: Path, source: str, done: int, chain: str, file: BinaryIO) -> None:
     """Write down how many images are durable, once they are."""
     file.flush()
     os.fsync(file.fileno())
-    write_json(record, {"source": source, "images": done})
+    write_json(record, {"source": source, "images": done, "chain": chain})
 
 
 def _decode(files: list[str], size: int) -> DataLoader:

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from cddlib.buffer import BufferConfig
 from cddlib.data import check_data_name
 from cddlib.distill import DistillConfig
+from cddlib.files import UserError
 from cddlib.methods import METHODS, Kind, Method
-from cddlib.runs import UserError
 
 CELLS = {
     "digits": (1, 10, 50),

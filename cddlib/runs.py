@@ -1,12 +1,13 @@
-"""Run folders: atomic writes, resuming, provenance, seeds.
+"""Run folders: one process at a time, resuming, interruption, metrics, provenance, seeds.
 
 A run folder belongs to one configuration. Asked for the same run again, it resumes or returns the finished
-result; asked for another, it refuses. Every file but the append-only `metrics.jsonl` is written beside its place and
-then renamed, so a reader or a killed process never sees half a file.
+result; asked for another, it refuses; and so it does while another process works in it.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -16,21 +17,16 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+from cddlib.files import UserError, read_json, seal, unseal, write_atomically
 
 T = TypeVar("T")
-
-
-class UserError(ValueError):
-    """Something the user can mend. The message is one sentence that names the value and what is allowed."""
 
 
 # --- Seeds ------------------------------------------------------------------------------------------------------
@@ -51,8 +47,10 @@ def generator(*keys: int | str) -> torch.Generator:
 
 def resolve_device(name: str) -> torch.device:
     """`auto` is the first GPU if there is one, else the CPU; raises `UserError` for a device that is not here."""
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's, one process a GPU
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -74,86 +72,46 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-# --- Files ------------------------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is written over
+@contextlib.contextmanager
+def memory_advice(settings: str) -> Iterator[None]:
+    """Turn a want of memory inside into a `UserError` that names the `settings` to lower; also a decorator."""
     try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # safetensors reports a full disk as its own error
-        raise OSError(f"cannot write {path}: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: object, *, indent: int | None = 1) -> None:
-    """Write `value` as JSON, atomically; without `indent` in one line, half the size for many numbers."""
-    text = json.dumps(value, indent=indent) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def read_json(path: Path) -> Any:
-    """The JSON value in `path`; raises `UserError` naming the file if it is missing or broken."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, object]) -> None:
-    """Write `tensors` as safetensors, atomically, with the one value of `metadata` as JSON in the header.
-
-    One, because safetensors writes several in random order, and the same run has to give the same bytes.
-    """
-    assert len(metadata) <= 1
-    contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {key: json.dumps(value) for key, value in metadata.items()}
-    write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=header))
-
-
-def open_tensors(path: Path) -> Any:
-    """A lazy reader (`safetensors.safe_open`) of `path`; raises `UserError` saying why it cannot be read."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
-
-
-def read_metadata(file: Any, path: Path, key: str) -> Any:
-    """The JSON under `key` in the header of an open safetensors `file`."""
-    try:
-        return json.loads((file.metadata() or {})[key])
-    except (KeyError, ValueError):
-        raise UserError(f"{path} has no readable {key!r} in its header: it was written by another program.") from None
-
-
-def check_classes(classes: Any, path: Path) -> tuple[str, ...]:
-    """`classes` from the header of `path` as a tuple of names; raises `UserError` if they are anything else."""
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{path} has classes in its header that are not a list of names: {classes!r}.")
-    return tuple(classes)
-
-
-def file_digest(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        wanting = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+            sign in str(error) for sign in ("an't allocate memory", "annot allocate memory", "bad_alloc")
+        )
+        if not wanting:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"there is not enough memory ({reason}); lower {settings}, in another folder, or go on with the same "
+            f"command where there is more: what was saved is kept."
+        ) from None
 
 
 # --- Run folders ------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for this process alone, as long as the context lasts; the system unlocks it if the process dies.
+
+    Raises:
+        UserError: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, its locks do not outlive us in children
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"{path.parent} is in use by another process, which holds {path.name}; wait until it ends, or choose "
+                f"another folder."
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield file
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -184,29 +142,43 @@ def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]
 
 
 class Metrics:
-    """Append-only `metrics.jsonl`: one JSON object a line, each with an `iteration`."""
+    """Append-only `metrics.jsonl`: a line for every iteration from 0 on, JSON with a checksum."""
 
     def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Keep the lines up to `resume_at`, the iteration of the checkpoint, and drop what a killed run added."""
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        complete = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in complete if json.loads(line)["iteration"] <= resume_at]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+        """Keep the lines up to `resume_at`, the iteration of the checkpoint, and drop what a killed run added.
+
+        Raises:
+            UserError: one of the kept lines is damaged or missing.
+        """
+        kept = _lines(path, resume_at) if resume_at >= 0 else []
+        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
         self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
 
-    def write(self, **values: object) -> None:
+    def write(self, **values: Any) -> None:
         """Append one line."""
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(seal(values)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which the write has reported
+            self._file.close()
 
     @staticmethod
-    def read(path: Path) -> list[dict[str, Any]]:
-        """All lines."""
-        return [json.loads(line) for line in path.read_text().splitlines()]
+    def read(path: Path, *, until: int) -> list[dict[str, Any]]:
+        """The lines of iterations 0 … `until`; raises `UserError` if one of them is damaged or missing."""
+        return [unseal(line, f"{path}, line {number},") for number, line in enumerate(_lines(path, until), start=1)]
+
+
+def _lines(path: Path, until: int) -> list[bytes]:
+    """The lines of iterations 0 … `until`, all of them checked."""
+    lines = path.read_bytes().splitlines(keepends=True)[: until + 1] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if unseal(line, f"{path}, line {number},").get("iteration") != number - 1:
+            raise UserError(f"{path} is damaged: line {number} is not that of iteration {number - 1}.")
+    if len(lines) <= until or not lines[until].endswith(b"\n"):
+        raise UserError(f"{path} is damaged: it ends before iteration {until}.")
+    return lines
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -220,17 +192,9 @@ def collect(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no finished run: result.json is missing.")
     record = {name: read_json(path) for name, path in named.items() if path.exists()}
     if (folder / "metrics.jsonl").exists():
-        record["metrics"] = Metrics.read(folder / "metrics.jsonl")
+        record["metrics"] = Metrics.read(folder / "metrics.jsonl", until=record["config"]["iterations"])
         record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]
     return record
-
-
-def read_record(name: str) -> dict[str, Any]:
-    """The committed record `book/results/<name>.json`, found from the repository's root or from notebooks/."""
-    for folder in (Path.cwd(), Path.cwd().parent):
-        if (folder / "book" / "results").is_dir():
-            return read_json(folder / "book" / "results" / f"{name}.json")
-    raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
 
 
 # --- Provenance -------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from cddlib.runs import UserError
+from cddlib.files import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,8 @@ class SegmentsConfig:
     """Parts of the synthetic set, optimised one after the other, each on its own part of the window (SeqMatch)."""
     convex: bool = False
     """Match segments of the convexified trajectory, from start epochs that need not be whole (MCT)."""
+    concurrent_experts: int = 1
+    """Experts whose K segments one iteration matches, each drawn anew; with several devices, more work to divide."""
     expert: int | None = None
     """Match only this expert's segments; without it, an expert is drawn every iteration."""
     replay: int = 0
@@ -51,9 +53,13 @@ class SegmentsConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise UserError(f"{name} is {value}; it must be 0 or more.")
-        for name in ("iterations", "expansion_iterations", "subsets"):
+        for name in ("iterations", "expansion_iterations", "subsets", "concurrent_experts"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.expert is not None and self.concurrent_experts > 1:
+            raise UserError(
+                f"expert is {self.expert} and concurrent_experts is {self.concurrent_experts}; leave one of them out."
+            )
         if self.subsets > 1 and self.window_end_initial is not None:
             raise UserError(
                 f"subsets is {self.subsets} and window_end_initial is {self.window_end_initial}; a window is either "

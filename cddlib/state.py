@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from cddlib.consolidate import ConsolidateConfig, Consolidation
-from cddlib.runs import UserError, open_tensors, read_metadata, write_tensors
+from cddlib.files import UserError, link, read_tensors, write_tensors
 from cddlib.synthetic import SyntheticSet
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,16 @@ class OptimizerConfig:
         return [rates[name] for name in synthetic.variable_tensors()]
 
 
+def milestone_path(folder: Path, iteration: int) -> Path:
+    """The checkpoint that a run keeps of an iteration."""
+    return folder / f"milestone-{iteration:06d}.safetensors"
+
+
+def milestones(folder: Path) -> list[int]:
+    """The iterations whose checkpoints a run has kept, ascending."""
+    return sorted(int(path.stem.removeprefix("milestone-")) for path in folder.glob("milestone-*.safetensors"))
+
+
 class State:
     """Everything that changes from iteration to iteration, and its checkpoint."""
 
@@ -54,7 +66,7 @@ class State:
         """Before the first iteration: the set is `initial`, which is changed in place."""
         self.iteration = -1  # iterations done; -1: not even the validation before the first
         self.saved_at = 0  # iteration of the checkpoint
-        self.skipped_in_a_row = 0
+        self.above_in_a_row = 0
         self.seconds = 0.0
         self.best: SyntheticSet | None = None
         self.best_iteration, self.best_accuracy = 0, 0.0
@@ -118,12 +130,12 @@ class State:
         found = {"loss": f"{loss:.3f}"}
         if self.best is not None:
             found["best"] = f"{self.best_accuracy:.1%}"
-        if self.skipped_in_a_row:
-            found["skipped in a row"] = str(self.skipped_in_a_row)
+        if self.above_in_a_row:
+            found["above the guard"] = str(self.above_in_a_row)
         return found
 
-    def save(self, path: Path, seconds: float) -> None:
-        """Write the checkpoint."""
+    def save(self, folder: Path, seconds: float, *, milestone: bool = False) -> None:
+        """Write the checkpoint of a run's folder; a `milestone` is kept when the next one replaces it."""
         variables = self.synthetic.variable_tensors()
         tensors = dict(variables)
         for name, variable in variables.items():
@@ -139,22 +151,32 @@ class State:
         state = {
             "iteration": self.iteration,
             "seconds": seconds,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "above_in_a_row": self.above_in_a_row,
             "best_iteration": self.best_iteration,
             "best_accuracy": self.best_accuracy,
         }
-        write_tensors(path, tensors, {"state": state})
+        write_tensors(folder / CHECKPOINT, tensors, "state", state)
+        if milestone:
+            link(folder / CHECKPOINT, milestone_path(folder, self.iteration))
         self.saved_at = self.iteration
 
-    def restore(self, path: Path) -> None:
-        """Continue from the checkpoint, if there is one."""
-        if not path.exists():
-            return
-        file = open_tensors(path)
-        state = read_metadata(file, path, "state")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    def restore(self, folder: Path) -> None:
+        """Continue from the checkpoint of a run's folder, or from the last milestone if it was deleted."""
+        kept = milestones(folder)
+        if (folder / CHECKPOINT).exists():
+            try:
+                self.read(folder / CHECKPOINT)
+            except UserError as error:
+                place = f"iteration {max(kept)}" if kept else "the start"
+                raise UserError(f"{error} Delete it to go on from {place}.") from None
+        elif kept:
+            self.read(milestone_path(folder, max(kept)))
+
+    def read(self, path: Path) -> None:
+        """Continue from the state in a checkpoint or milestone; raises `UserError` if it is damaged."""
+        tensors, state = read_tensors(path, "state")
         self.iteration = self.saved_at = state["iteration"]
-        self.seconds, self.skipped_in_a_row = state["seconds"], state["skipped_in_a_row"]
+        self.seconds, self.above_in_a_row = state["seconds"], state["above_in_a_row"]
         self.best_iteration, self.best_accuracy = state["best_iteration"], state["best_accuracy"]
         device = self.synthetic.images.device
         variables = self.synthetic.variable_tensors()

@@ -28,16 +28,8 @@ from cddlib.correlation import Probes
 from cddlib.data import load
 from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
-from cddlib.runs import (
-    Metrics,
-    UserError,
-    as_dict,
-    keep_freed_memory,
-    read_json,
-    refuse_other_run,
-    resolve_device,
-    write_json,
-)
+from cddlib.files import UserError, read_json, write_json
+from cddlib.runs import Metrics, as_dict, keep_freed_memory, refuse_other_run, resolve_device
 from cddlib.synthetic import initialise
 from cddlib.trajectory import Buffer
 
@@ -335,7 +327,7 @@ def study_record(out: Path) -> dict[str, Any]:
             continue
         runs[name] = {
             "changes": changes,
-            "metrics": _columns(Metrics.read(out / name / "metrics.jsonl")),
+            "metrics": _columns(Metrics.read(out / name / "metrics.jsonl", until=config["iterations"])),
             "result": read_json(out / name / "result.json"),
             "evaluations": [read_json(path)["accuracies"] for path in sorted((out / name).glob("evaluation-*.json"))],
         }

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cddlib.data import Dataset, Images, indices_by_class
+from cddlib.files import UserError, check_classes, read_tensors, write_tensors
 from cddlib.preprocessing import Preprocessing, preprocessing_from
-from cddlib.runs import UserError, check_classes, generator, open_tensors, read_metadata, write_tensors
+from cddlib.runs import generator
 from cddlib.training import fetch_real, predict
 from cddlib.trajectory import Buffer
 
@@ -104,17 +105,15 @@ class SyntheticSet:
         """Write the set to one safetensors file, with class names and `metadata` as JSON in its header."""
         tensors = {**self.variable_tensors(), "labels": self.labels}
         tensors |= {f"preprocessing.{name}": value for name, value in self.preprocessing.tensors().items()}
-        write_tensors(path, tensors, {"synthetic": {"classes": self.classes, "subsets": self.subsets, **metadata}})
+        write_tensors(path, tensors, "synthetic", {"classes": self.classes, "subsets": self.subsets, **metadata})
 
     @staticmethod
     def load(path: Path) -> "SyntheticSet":
         """Read a set that `save` wrote; raises `UserError` if the file is anything else."""
-        file = open_tensors(path)
-        header = read_metadata(file, path, "synthetic")
-        classes = check_classes(header.get("classes") if isinstance(header, dict) else header, path)
+        tensors, header = read_tensors(path, "synthetic")
+        classes = check_classes(header.get("classes"), path)
         prefix = "preprocessing."
         try:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             found = SyntheticSet(
                 images=tensors["images"],
                 labels=tensors["labels"],

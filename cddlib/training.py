@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cddlib import augment
 from cddlib.data import Images
+from cddlib.files import UserError
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing
-from cddlib.runs import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

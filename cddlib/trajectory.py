@@ -19,17 +19,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cddlib.data import Dataset
+from cddlib.files import UserError, open_tensors, read_header, read_json, read_tensors, tensor_digest, write_tensors
 from cddlib.networks import Network, NetworkConfig, build_network, views
 from cddlib.preprocessing import Preprocessing, preprocessing_from
-from cddlib.runs import (
-    UserError,
-    config_hash,
-    from_dict,
-    open_tensors,
-    read_json,
-    read_metadata,
-    write_tensors,
-)
+from cddlib.runs import config_hash, from_dict
 
 PREPROCESSING = "preprocessing.safetensors"
 DIFFICULTY = "difficulty.safetensors"
@@ -37,8 +30,10 @@ DIFFICULTY = "difficulty.safetensors"
 
 def read_preprocessing(folder: Path) -> Preprocessing:
     """The map from pixels to network input that the experts in `folder` see."""
-    file = open_tensors(folder / PREPROCESSING)
-    return preprocessing_from({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
+    try:
+        return preprocessing_from(read_tensors(folder / PREPROCESSING, "preprocessing")[0])
+    except TypeError as error:
+        raise UserError(f"{folder / PREPROCESSING} holds no preprocessing ({error}).") from None
 
 
 def expert_path(folder: Path, expert: int) -> Path:
@@ -49,12 +44,13 @@ def expert_path(folder: Path, expert: int) -> Path:
 def write_trajectory(
     path: Path, network: Network, snapshots: list[Float[Tensor, " p"]], record: dict[str, Any]
 ) -> None:
-    """Write the parameter vectors of epochs 0 … T as one stacked tensor a parameter, with `record` in the header."""
-    write_tensors(
-        path,
-        {name: torch.stack([views(network, theta)[name] for theta in snapshots]) for name in network.shapes},
-        {"expert": record},
-    )
+    """Write the parameter vectors of epochs 0 … T as one stacked tensor a parameter.
+
+    The header holds `record` and a digest of each vector, which whoever reads it checks.
+    """
+    stacked = {name: torch.stack([views(network, theta)[name] for theta in snapshots]) for name in network.shapes}
+    vectors = [tensor_digest(theta) for theta in snapshots]
+    write_tensors(path, stacked, "expert", {"record": record, "vectors": vectors}, digests=False)
 
 
 class Buffer:
@@ -86,7 +82,7 @@ class Buffer:
                 f"{folder} holds {len(self.experts)} of {wanted} experts; run the same `cddlib buffer` again to finish."
             )
         self.id = config_hash(manifest)
-        self._files: dict[int, Any] = {}
+        self._files: dict[int, tuple[Any, list[str]]] = {}
 
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
@@ -109,9 +105,10 @@ class Buffer:
 
     def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
         """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convexified`."""
+        path = expert_path(self.folder, expert)
         if expert not in self._files:
-            self._files[expert] = open_tensors(expert_path(self.folder, expert))
-        file = self._files[expert]
+            self._files[expert] = self._open(expert, path)
+        file, vectors = self._files[expert]
         try:
             if not 0 <= epoch <= self.epochs:
                 raise IndexError("out of range")
@@ -124,8 +121,23 @@ class Buffer:
         except (SafetensorError, IndexError) as error:
             wrong = [f"epoch {epoch} of {self.epochs} cannot be read ({error})"]
         if wrong:
-            raise UserError(f"{expert_path(self.folder, expert)} does not fit buffer.json: {wrong[0]}.")
-        return torch.cat([piece.flatten() for piece in pieces])
+            raise UserError(f"{path} does not fit buffer.json: {wrong[0]}.")
+        theta = torch.cat([piece.flatten() for piece in pieces])
+        if tensor_digest(theta) != vectors[int(epoch)]:
+            raise UserError(f"{path} is damaged: epoch {epoch} does not have the digest that its header names.")
+        return theta
+
+    def _open(self, expert: int, path: Path) -> tuple[Any, list[str]]:
+        """The expert's file, and the digests of its vectors; refuses a file that `buffer.json` does not describe."""
+        file = open_tensors(path)
+        header = read_header(file, path, "expert")
+        record, vectors = header.get("record"), header.get("vectors")
+        known = self.experts[expert]
+        if not isinstance(record, dict) or any(known.get(key) != value for key, value in record.items()):
+            raise UserError(f"{path} is not the expert that {self.folder / 'buffer.json'} describes.")
+        if not isinstance(vectors, list) or len(vectors) != self.epochs + 1:
+            raise UserError(f"{path} does not fit buffer.json: it names no digests of {self.epochs + 1} vectors.")
+        return file, vectors
 
 
 class ConvexBuffer(Buffer):
@@ -167,4 +179,4 @@ class ConvexBuffer(Buffer):
 
 def read_expert_record(path: Path) -> dict[str, Any]:
     """The `record` that `write_trajectory` was given."""
-    return read_metadata(open_tensors(path), path, "expert")
+    return read_header(open_tensors(path), path, "expert")["record"]

@@ -5,13 +5,17 @@ import os
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the notebooks' kernels too: threads that wait for a core are slow
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
 import cddlib
+from cddlib.files import write_record
+from cddlib.runs import Recorder
 
 torch.set_num_threads(1)  # the test processes share the cores, and every network here is tiny
 hypothesis.settings.register_profile("cddlib", deadline=None, derandomize=True)
@@ -40,3 +44,19 @@ def quick() -> dict[str, object]:
         "evaluation_epochs": 5,
         "checkpoint_every": 2,
     }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--records book/results` keeps what tests measured as the book's records; run such a test file on its own."""
+    parser.addoption("--records", type=Path, default=None, help="folder for the records of tests that measure")
+
+
+@pytest.fixture(scope="module")
+def notes(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """What the tests of a module find out, JSON values by name; `tests/test_x.py` writes the record `x.json`."""
+    recorder = Recorder(torch.device("cpu"))
+    found: dict[str, Any] = {}
+    yield found
+    folder = request.config.getoption("--records")
+    if folder is not None:
+        write_record(folder / f"{request.path.stem.removeprefix('test_')}.json", {**found, **recorder.report()})

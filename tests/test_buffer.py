@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import cddlib
 from cddlib import buffer as buffering
 from cddlib import cli, curriculum, data, runs
+from cddlib.files import UserError
 from cddlib.networks import ConvNet, NetworkConfig, views
-from cddlib.runs import UserError
 from cddlib.trajectory import Buffer, expert_path, read_expert_record, write_trajectory
 
 recipe = partial(cddlib.buffer_recipe, "digits", width=8, experts=2, epochs=6)

@@ -8,7 +8,7 @@ import pytest
 
 import cddlib
 from cddlib import cli
-from cddlib.runs import read_json
+from cddlib.files import read_json
 from cddlib.trajectory import Buffer
 
 

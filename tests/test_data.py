@@ -19,8 +19,8 @@ from sklearn.datasets import load_digits
 import cddlib
 from cddlib import data
 from cddlib.data import Dataset, Images
+from cddlib.files import UserError
 from cddlib.preprocessing import fit_preprocessing, preprocessing_from
-from cddlib.runs import UserError
 from cddlib.training import fetch_real
 
 CLASSES = ["a", "b", "c"]

@@ -21,7 +21,7 @@ import cddlib
 from cddlib import cli, combine, data, runs
 from cddlib.consolidate import ConsolidateConfig
 from cddlib.distill import DistillConfig, concurrent_gradient
-from cddlib.runs import UserError
+from cddlib.files import UserError
 from cddlib.segments import draw_segments
 from cddlib.state import State
 from cddlib.synthetic import SyntheticSet, initialise

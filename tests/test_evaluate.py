@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import cddlib
 from cddlib import augment, data, evaluate, runs
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set, summarise, train_network
+from cddlib.files import UserError
 from cddlib.networks import ConvNet, NetworkConfig, build_network
-from cddlib.runs import UserError
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer
 

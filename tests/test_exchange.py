@@ -23,8 +23,8 @@ from cddlib.buffer import BufferConfig
 from cddlib.data import DataConfig
 from cddlib.exchange import export_buffer, export_set, import_buffer, import_set
 from cddlib.export import as_dataset, export_parquet, export_png
+from cddlib.files import UserError
 from cddlib.preprocessing import fit_preprocessing
-from cddlib.runs import UserError
 from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 

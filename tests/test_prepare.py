@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from cddlib import load, prepare
-from cddlib.runs import UserError, read_json, write_tensors
+from cddlib.files import UserError, read_json, write_tensors
 
 MODULE = sys.modules["cddlib.prepare"]  # whose function hides it
 

@@ -13,13 +13,25 @@ import yaml
 from packaging.requirements import Requirement
 
 from cddlib import cli, commands, recipes
+from cddlib.files import UserError
 from cddlib.networks import NetworkConfig
-from cddlib.runs import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = ["runs", "data", "prepare", "preprocessing", "augment", "networks", "training", "curriculum", "trajectory"]
+MODULES = [
+    "files",
+    "runs",
+    "ranks",
+    "data",
+    "prepare",
+    "preprocessing",
+    "augment",
+    "networks",
+    "training",
+    "curriculum",
+    "trajectory",
+]
 MODULES += [
     "buffer",
     "segments",
@@ -31,7 +43,19 @@ MODULES += [
     "export",
     "correlation",
 ]
-MODULES += ["continual", "evaluate", "state", "distill", "methods", "recipes", "plan", "study", "findings", "claims"]
+MODULES += [
+    "continual",
+    "evaluate",
+    "state",
+    "concurrent",
+    "distill",
+    "methods",
+    "recipes",
+    "plan",
+    "study",
+    "findings",
+    "claims",
+]
 MODULES += ["method_tables", "figures", "study_figures", "commands", "cli", "__main__"]
 
 

@@ -3,10 +3,10 @@
 import pytest
 
 from cddlib import DistillConfig, buffer_recipe, distill_recipe
+from cddlib.files import UserError
 from cddlib.methods import METHODS
 from cddlib.plan import buffer_of, plan, sizes_of
 from cddlib.recipes import CELLS, accuracies, parse_grid, recipes_table, source
-from cddlib.runs import UserError
 
 # (data set, IPC): N, M, T+, synthetic images a step, images' rate, step size's rate, first step size, ZCA.
 # As the authors gave them (dc_benchmark, methods/tm/readme.md).

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from cddlib import runs
-from cddlib.runs import UserError
+from cddlib.files import UserError
 
 
 def write_half_then(error: BaseException):

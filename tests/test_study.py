@@ -16,7 +16,7 @@ import cddlib
 from cddlib import cli, runs, study
 from cddlib.combine import Combine
 from cddlib.distill import DistillConfig
-from cddlib.runs import UserError
+from cddlib.files import UserError
 from cddlib.study import comparison_runs, correlation_runs, lines_of, remedies, run_study, segment_counts, study_record
 
 module = importlib.import_module("cddlib.distill")  # the package's attribute of this name is the function

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cddlib import data, runs
+from cddlib.files import UserError
 from cddlib.preprocessing import fit_preprocessing
-from cddlib.runs import UserError
 from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 

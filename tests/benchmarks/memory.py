@@ -21,9 +21,10 @@ from torch import Tensor
 import cddlib
 from cddlib import augment
 from cddlib.combine import weighted_sum
+from cddlib.files import write_json
 from cddlib.matching import MatchingConfig, Step
 from cddlib.networks import Network
-from cddlib.runs import Recorder, resolve_device, write_json
+from cddlib.runs import Recorder, resolve_device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import cddlib
+from cddlib.files import read_json, write_json
 from cddlib.plan import buffer_of, plan
-from cddlib.runs import Recorder, as_dict, keep_freed_memory, read_json, write_json
+from cddlib.runs import Recorder, as_dict, keep_freed_memory
 
 RUNS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "digits, mtt, IPC 1": ("mtt", 1, {"data": "digits", "iterations": 60}, {"experts": 3}),

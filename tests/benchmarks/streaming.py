@@ -28,8 +28,9 @@ import tyro
 from PIL import Image
 
 import cddlib
+from cddlib.files import file_digest, read_json, write_json
 from cddlib.preprocessing import fit_preprocessing
-from cddlib.runs import Recorder, file_digest, read_json, resolve_device, write_json
+from cddlib.runs import Recorder, resolve_device
 from cddlib.training import fetch_real
 
 DIFFERENT = 100

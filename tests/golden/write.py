@@ -21,7 +21,8 @@ if __name__ == "__main__":
 from conftest import TINY
 
 import cddlib
-from cddlib.runs import Metrics, write_json
+from cddlib.files import write_json
+from cddlib.runs import Metrics
 
 GOLDEN = Path(__file__).with_name("digits.json")
 BUFFER: dict[str, Any] = {**TINY, "activation": "sigmoid"}

@@ -1,0 +1,155 @@
+"""The heart: K segments into one gradient of the synthetic set, on one process or divided among several."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cddlib.augment import AugmentConfig
+from cddlib.combine import CombineConfig, fixed_weights, gramian, weighted_sum, weights
+from cddlib.matching import MatchingConfig, Step, matching_loss, plan_student
+from cddlib.ranks import Ranks
+from cddlib.runs import generator
+from cddlib.segments import Segments, SegmentsConfig, active_subset, draw_segments
+from cddlib.state import OptimizerConfig
+from cddlib.synthetic import SyntheticConfig, SyntheticSet
+from cddlib.training import predict
+from cddlib.trajectory import Buffer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConcurrentConfig(OptimizerConfig, SyntheticConfig, CombineConfig, MatchingConfig, SegmentsConfig, AugmentConfig):
+    """Everything that the gradient of an iteration depends on."""
+
+    seed: int = 0
+    """Seed of everything random."""
+
+
+def concurrent_gradient(
+    config: ConcurrentConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int, ranks: Ranks | None = None
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """The combined gradient of K segments with respect to `synthetic.variables`, and what was matched.
+
+    The segments share an expert, drawn uniformly; each has its own batches and augmentation. That is our choice: the
+    paper's is not known. Nothing random depends on earlier iterations, or on how many ranks there are. Each rank
+    differentiates its share of the segments, and keeps one gradient, or all where the weights depend on them.
+
+    Returns:
+        A gradient for each variable, in its shape; and the iteration's loss, losses, gradient norms, start epochs,
+        anchor and expert.
+    """
+    ranks = ranks or Ranks()
+    rng = generator(config.seed, "iteration", iteration)
+    experts = len(buffer.experts)
+    expert, segments = _draw(config, experts, iteration, rng)
+    others = _draw_others(config, experts, iteration, expert)
+    replayed = _draw_earlier(config, experts, iteration)
+    matched = [(expert, start) for start in segments.starts] + others + replayed
+    rows = synthetic.subset(active_subset(config, iteration))
+    students = [plan_student(config, len(rows), config.augment, rng) for _ in matched]
+    variables = synthetic.variables()
+    shares = fixed_weights(config, len(matched), segments.anchor)
+    kept = synthetic.images.new_zeros(1 if shares else len(matched), sum(variable.numel() for variable in variables))
+    losses, norms = kept.new_zeros(len(matched)), kept.new_zeros(len(matched))
+    for k in ranks.share(range(len(matched))):
+        loss, gradient = _segment_gradient(config, buffer, synthetic, rows, matched[k], students[k])
+        losses[k], norms[k] = loss, gradient.norm()
+        kept[0 if shares else k] += shares[k] * gradient if shares else gradient
+    ranks.sum(kept, losses, norms)
+
+    gradients = [_by_variable(row, variables) for row in kept]
+    found = losses.tolist()
+    if shares is None:
+        shares = weights(config, gramian(gradients, config.rates(synthetic)), found, segments.anchor, rng)
+        gradients = [weighted_sum(gradients, shares)]
+    averaged = shares if config.combine == "mean" else [1 / len(found)] * len(found)
+    return gradients[0], {
+        "loss": sum(share * loss for share, loss in zip(averaged, found, strict=True)),
+        "losses": found,
+        "gradient_norms": norms.tolist(),
+        "starts": segments.starts,
+        "anchor": segments.anchor,
+        "expert": expert,
+        **({"others": others} if others else {}),
+        **({"replayed": replayed} if config.replay else {}),
+        **({"weights": shares} if config.combine != "mean" else {}),
+    }
+
+
+def _segment_gradient(
+    config: ConcurrentConfig,
+    buffer: Buffer,
+    synthetic: SyntheticSet,
+    rows: Tensor,
+    matched: tuple[int, int | float],
+    steps: list[Step],
+) -> tuple[Tensor, Tensor]:
+    """The loss of one segment, an expert and its start epoch, and its gradient, all variables in one vector."""
+    expert, start = matched
+    device = synthetic.images.device
+    variables = synthetic.variables()
+    taught = config.labels == "teacher"
+    loss = matching_loss(
+        buffer.network,
+        buffer.parameters(expert, start).to(device),
+        buffer.parameters(expert, start + config.expert_epochs).to(device),
+        synthetic.images,
+        teacher_logits(config, buffer, synthetic, expert, start).softmax(1) if taught else synthetic.targets(),
+        synthetic.step_size,
+        [step._replace(indices=rows[step.indices]) for step in steps],
+        config,
+    )
+    gradients = torch.autograd.grad(loss, variables, allow_unused=taught, materialize_grads=taught)
+    return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def matched_segments(record: dict[str, Any]) -> list[tuple[int, int | float]]:
+    """Expert and start epoch of every segment that an iteration matched, in the order of its losses."""
+    own = [(record["expert"], start) for start in record["starts"]]
+    return own + record.get("others", []) + record.get("replayed", [])
+
+
+def _by_variable(vector: Tensor, variables: list[Tensor]) -> list[Tensor]:
+    """A gradient in one vector, cut into the variables' shapes."""
+    parts = vector.split([variable.numel() for variable in variables])
+    return [part.view_as(variable) for part, variable in zip(parts, variables, strict=True)]
+
+
+def teacher_logits(
+    config: SegmentsConfig, buffer: Buffer, synthetic: SyntheticSet, expert: int, start: int | float
+) -> Float[Tensor, "n classes"]:
+    """What the network at the end of a segment says of the synthetic images (TESLA's labels for 1000 classes)."""
+    theta = buffer.parameters(expert, start + config.expert_epochs).to(synthetic.images.device)
+    images = synthetic.images.detach()
+    return predict(buffer.network, theta, lambda indices: (images[indices], synthetic.labels[indices]), len(images))
+
+
+def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
+    """The expert and the segments of an iteration; `rng` is the iteration's generator."""
+    expert = int(torch.randint(experts, (), generator=rng))
+    segments = draw_segments(config, iteration, rng)
+    return (expert if config.expert is None else config.expert), segments
+
+
+def _draw_others(config: ConcurrentConfig, experts: int, iteration: int, first: int) -> list[tuple[int, int | float]]:
+    """Start epochs of other experts than the `first`, K of each, with `concurrent_experts`."""
+    rng = generator(config.seed, "others", iteration)
+    others = [expert for expert in torch.randperm(experts, generator=rng).tolist() if expert != first]
+    return [
+        (expert, start)
+        for expert in others[: config.concurrent_experts - 1]
+        for start in draw_segments(config, iteration, rng).starts
+    ]
+
+
+def _draw_earlier(config: ConcurrentConfig, experts: int, iteration: int) -> list[tuple[int, int | float]]:
+    """Experts and start epochs of `replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
+    rng = generator(config.seed, "replay", iteration)
+    chosen = torch.randperm(iteration, generator=rng)[: config.replay].tolist()
+    found = []
+    for earlier in chosen:
+        expert, segments = _draw(config, experts, earlier, generator(config.seed, "iteration", earlier))
+        found.append((expert, segments.starts[segments.anchor]))
+    return found

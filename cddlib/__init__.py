@@ -9,15 +9,16 @@ From real images to a tested synthetic set::
     synthetic = cddlib.distill(config, buffer, Path("runs/contra"))
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
-The modules, in the order in which data flows: runs, data, prepare, preprocessing, augment, networks, training,
-curriculum, trajectory, buffer, segments, matching, combine, consolidate, synthetic, exchange, export, correlation,
-continual, evaluate, state, distill, methods, recipes, plan, study, findings, claims, method_tables, figures,
-study_figures, commands, cli.
+The modules, in the order in which data flows: files, runs, ranks, data, prepare, preprocessing, augment, networks,
+training, curriculum, trajectory, buffer, segments, matching, combine, consolidate, synthetic, exchange, export,
+correlation, continual, evaluate, state, concurrent, distill, verify, methods, recipes, plan, scaling, study,
+findings, claims, method_tables, figures, study_figures, reliability_figures, commands, cli.
 """
 
 from cddlib.buffer import BufferConfig, train_buffer
+from cddlib.concurrent import concurrent_gradient
 from cddlib.data import Dataset, load
-from cddlib.distill import DistillConfig, concurrent_gradient, distill
+from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
 from cddlib.files import UserError
 from cddlib.matching import matching_loss, plan_student

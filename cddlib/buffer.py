@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cddlib.augment import AugmentConfig
@@ -147,7 +148,7 @@ def _train_missing(
             _measure_difficulty(config, out, network, on_device[0], read_preprocessing(out).to(device))
     ranks.wait()
     preprocessing = read_preprocessing(out).to(device)
-    ease = _ease(config, out, on_device[0])
+    ease = ease_of(config, out, on_device[0])
     for expert in ranks.share(missing):
         _train_expert(
             config, expert, network, on_device, preprocessing, ease, out, config_hash(_identity(wanted)), ranks
@@ -215,11 +216,47 @@ def _measure_difficulty(
     write_tensors(out / DIFFICULTY, {"el2n": scores}, "difficulty")
 
 
-def _ease(config: BufferConfig, out: Path, train: Images) -> Tensor | None:
+def ease_of(config: BufferConfig, out: Path, train: Images) -> Tensor | None:
     """How easy each training image is within its class, if the curriculum asks."""
     if not config.ranks_images:
         return None
     return rank_in_class(read_tensors(out / DIFFICULTY, "difficulty")[0]["el2n"].to(train.labels.device), train.labels)
+
+
+def expert_optimizer(config: BufferConfig, theta: Float[Tensor, " p"]) -> torch.optim.Optimizer:
+    """What trains an expert's parameters."""
+    return torch.optim.SGD(
+        [theta.requires_grad_()],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+
+
+def expert_epoch(
+    config: BufferConfig,
+    expert: int,
+    epoch: int,
+    network: Network,
+    theta: Float[Tensor, " p"],
+    optimizer: torch.optim.Optimizer,
+    train: Images,
+    preprocessing: Preprocessing,
+    ease: Tensor | None,
+) -> float:
+    """Train `theta` for the epoch of that number, counted from 1; returns the mean loss."""
+    seen = train if ease is None else train.select(select(config, ease, epoch - 1))
+    return train_epoch(
+        network,
+        theta,
+        optimizer,
+        fetch_real(seen, preprocessing),
+        len(seen.labels),
+        batch_size=config.batch_size,
+        strategy=config.augment,
+        generator=generator(config.seed + expert, "epoch", epoch),
+        sharpness=config,
+    )
 
 
 def _train_expert(
@@ -238,12 +275,7 @@ def _train_expert(
     seed = config.seed + expert
     theta = network.init(generator(seed, "init")).to(train.labels.device)
     snapshots = [theta.clone()]  # cloned: the vector itself goes on changing
-    optimizer = torch.optim.SGD(
-        [theta.requires_grad_()],
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = expert_optimizer(config, theta)
     losses, accuracies = [], [accuracy(network, theta, validation, preprocessing)]
     path = expert_path(out, expert)
     unfinished = path.with_name(f".{path.stem}.unfinished.safetensors")
@@ -261,18 +293,7 @@ def _train_expert(
     )
     saved = time.monotonic()
     for epoch in range(len(losses) + 1, config.epochs + 1):
-        seen = train if ease is None else train.select(select(config, ease, epoch - 1))
-        loss = train_epoch(
-            network,
-            theta,
-            optimizer,
-            fetch_real(seen, preprocessing),
-            len(seen.labels),
-            batch_size=config.batch_size,
-            strategy=config.augment,
-            generator=generator(seed, "epoch", epoch),
-            sharpness=config,
-        )
+        loss = expert_epoch(config, expert, epoch, network, theta, optimizer, train, preprocessing, ease)
         if not loss < float("inf") or not bool(theta.isfinite().all()):
             raise UserError(f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")
         snapshots.append(theta.detach().clone())

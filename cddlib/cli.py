@@ -69,6 +69,7 @@ def _run(arguments: list[str]) -> None:
         "buffer": functools.partial(commands.buffer, config=experts),
         "distill": functools.partial(commands.distill_data, config=recipe),
         "evaluate": commands.evaluate,
+        "verify": commands.verify_run,
         "export": commands.export,
         "import-buffer": functools.partial(
             commands.import_experts,

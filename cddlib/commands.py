@@ -32,6 +32,7 @@ from cddlib.study import (
 )
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer
+from cddlib.verify import TOLERANCE, checks_table, verify
 
 Root = Path | None
 """Folder of the data sets; None is `cddlib.data.default_root()`."""
@@ -137,6 +138,31 @@ def evaluate(
     for key, summary in record["summary"].items():
         spread = "" if summary["std"] is None else f" ± {100 * summary['std']:.1f}"
         print(f"{names[key]:20} {100 * summary['mean']:5.1f}{spread} % ({summary['runs']} networks)")
+
+
+def verify_run(
+    folder: tyro.conf.Positional[Path],
+    *,
+    buffer: Path | None = None,
+    sample: int = 2,
+    tolerance: float = TOLERANCE,
+    root: Root = None,
+    device: str = "auto",
+) -> None:
+    """Recompute a sample of a finished buffer or distillation, and compare it with what was written.
+
+    Args:
+        folder: Folder of a finished buffer, or of a finished distillation.
+        buffer: Folder of the buffer whose experts the distillation matched.
+        sample: Experts of a buffer, and iterations after each milestone of a distillation, that are computed again.
+        tolerance: Largest relative difference that is accepted; 0 for the machine that wrote it.
+        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
+        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
+    """
+    checks = verify(folder, buffer, sample=sample, tolerance=tolerance, root=root, device=device)
+    print(checks_table(checks))
+    if failed := [check.what for check in checks if not check.passed]:
+        raise UserError(f"{folder} is not what it says: {', '.join(failed)} differ by more than rounding explains.")
 
 
 def _network_of(run: Path) -> NetworkConfig:

@@ -108,7 +108,7 @@ def _segment_gradient(
 def matched_segments(record: dict[str, Any]) -> list[tuple[int, int | float]]:
     """Expert and start epoch of every segment that an iteration matched, in the order of its losses."""
     own = [(record["expert"], start) for start in record["starts"]]
-    return own + record.get("others", []) + record.get("replayed", [])
+    return own + [(expert, start) for key in ("others", "replayed") for expert, start in record.get(key, [])]
 
 
 def _by_variable(vector: Tensor, variables: list[Tensor]) -> list[Tensor]:

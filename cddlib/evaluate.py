@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cddlib.augment import AugmentConfig
-from cddlib.data import DataConfig, Dataset, Images, load
+from cddlib.data import DataConfig, Images, load
 from cddlib.files import UserError, file_digest, read_json, write_json
 from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing
@@ -169,26 +169,14 @@ def evaluate_run(
     """
     if runs < 1:
         raise UserError(f"runs is {runs}; it must be at least 1.")
-    path = run / "synthetic.safetensors"
-    if not path.exists():
-        raise UserError(f"{run} holds no finished distillation: {path.name} is missing.")
-    dev = resolve_device(device)
-    settings = read_json(run / "config.json")
-    synthetic = SyntheticSet.load(path).to(dev)
-    try:
-        dataset = load(from_dict(DataConfig, settings).data, root)
-        own = from_dict(NetworkConfig, settings)
-        trainer = _Trainer(settings, network or own, dataset, synthetic, dev)
-        fingerprint = settings["data_fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
-
-    if fingerprint != dataset.fingerprint:
-        raise UserError(f"{run} was distilled from another version of {dataset.name} than the one in --root.")
-
-    identity = {"synthetic_sha256": file_digest(path), "seed": seed, "evaluation": as_dict(trainer.config)}
-    described = {"network": as_dict(network or own)}
-    if network not in (None, own):
+    trainer = Trainer(run, network, root=root, device=device)
+    identity = {
+        "synthetic_sha256": file_digest(run / "synthetic.safetensors"),
+        "seed": seed,
+        "evaluation": as_dict(trainer.config),
+    }
+    described = {"network": as_dict(trainer.network_config)}
+    if trainer.network_config != trainer.own:
         identity |= described
     record_path = run / f"evaluation-{config_hash(identity)}.json"
     wanted = [
@@ -213,7 +201,7 @@ def _missing(record_path: Path, wanted: list[tuple[str, int]]) -> list[tuple[str
 def _train_missing(
     record_path: Path,
     wanted: list[tuple[str, int]],
-    trainer: "_Trainer",
+    trainer: "Trainer",
     seed: int,
     described: dict[str, Any],
     ranks: Ranks,
@@ -253,23 +241,31 @@ def _train_missing(
     ranks.wait()
 
 
-class _Trainer:
-    """Trains one network on the synthetic set or on a baseline, and tests it."""
+class Trainer:
+    """Trains one network on a run's synthetic set or on a baseline, and tests it."""
 
-    def __init__(
-        self,
-        settings: dict[str, Any],
-        network: NetworkConfig,
-        dataset: Dataset,
-        synthetic: SyntheticSet,
-        device: torch.device,
-    ) -> None:
-        self.config = from_dict(EvaluateConfig, settings)
-        self.strategy = from_dict(AugmentConfig, settings).augment
-        self.network = build_network(network, dataset.shape, len(dataset.classes))
-        self.dataset, self.synthetic, self.device = dataset, synthetic, device
+    def __init__(self, run: Path, network: NetworkConfig | None, *, root: Path | None, device: str) -> None:
+        """Open the run in the folder `run`; `network` and the errors as in `evaluate_run`."""
+        path = run / "synthetic.safetensors"
+        if not path.exists():
+            raise UserError(f"{run} holds no finished distillation: {path.name} is missing.")
+        self.device = resolve_device(device)
+        settings = read_json(run / "config.json")
+        self.synthetic = SyntheticSet.load(path).to(self.device)
+        try:
+            self.own = from_dict(NetworkConfig, settings)
+            self.config = from_dict(EvaluateConfig, settings)
+            self.strategy = from_dict(AugmentConfig, settings).augment
+            self.dataset = load(from_dict(DataConfig, settings).data, root)
+            fingerprint = settings["data_fingerprint"]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
+        if fingerprint != self.dataset.fingerprint:
+            raise UserError(f"{run} was distilled from another version of {self.dataset.name} than the one in --root.")
+        self.network_config = network or self.own
+        self.network = build_network(self.network_config, self.dataset.shape, len(self.dataset.classes))
         self.learning_rates = {
-            "synthetic": float(synthetic.step_size),
+            "synthetic": float(self.synthetic.step_size),
             "random_real": REAL_LEARNING_RATE,
             "full": REAL_LEARNING_RATE,
         }

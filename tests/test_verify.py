@@ -1,0 +1,208 @@
+"""Verification finds nothing in an honest run, and every number that was changed with its checksum."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cddlib
+from cddlib import cli
+from cddlib.files import UserError, file_digest, read_json, read_tensors, seal, write_json, write_tensors
+from cddlib.state import milestone_path, milestones
+from cddlib.trajectory import Buffer, expert_path, write_trajectory
+from cddlib.verify import Check, _numbers, _tensors, checks_table, verify
+
+
+@pytest.fixture(scope="module")
+def run(buffer: Buffer, quick: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished distillation of three segments at once, with one evaluation."""
+    folder = tmp_path_factory.mktemp("verify") / "run"
+    config = cddlib.distill_recipe("contra", "digits", ipc=1, segments=3, **quick)
+    cddlib.distill(config, buffer, folder, device="cpu")
+    cddlib.evaluate_run(folder, runs=2, baselines=False, device="cpu")
+    return folder
+
+
+@pytest.fixture
+def copies(run: Path, buffer: Buffer, tmp_path: Path) -> tuple[Path, Path]:
+    """Copies of the run and of the buffer, to be tampered with."""
+    return Path(shutil.copytree(run, tmp_path / "run")), Path(shutil.copytree(buffer.folder, tmp_path / "buffer"))
+
+
+def differences(checks: list[Check]) -> dict[str, float]:
+    return {check.what: check.difference for check in checks}
+
+
+def test_an_honest_run_is_the_same_to_the_last_bit(run: Path, buffer: Buffer):
+    checks = verify(run, buffer.folder, sample=3, tolerance=0.0, device="cpu")
+    assert set(differences(checks).values()) == {0.0} and all(check.passed for check in checks)
+    counted = {check.what: check.numbers for check in checks}
+    assert counted["step sizes"] == sum(min(3, 6 - kept) for kept in milestones(run)) == 11
+    assert counted["losses and lengths of gradients"] == 6 * 11
+    assert counted["accuracies of networks trained on the set"] == 2
+
+
+def test_an_honest_buffer_is_the_same_to_the_last_bit(buffer: Buffer):
+    checks = verify(buffer.folder, sample=2, tolerance=0.0, device="cpu")
+    assert set(differences(checks).values()) == {0.0}
+    counted = {check.what: check.numbers for check in checks}
+    assert counted["training losses"] == 2 and counted["checksums of the experts"] == 2
+
+
+@pytest.mark.parametrize("method", ["datm", "mct", "pad", "seqmatch", "tesla"])
+def test_other_methods_are_the_same_too(method: str, quick: dict[str, Any], tmp_path: Path):
+    small = {"width": 8, "experts": 2, "epochs": 6}
+    trained = cddlib.train_buffer(cddlib.buffer_recipe("digits", method, 2, **small), tmp_path / "b", device="cpu")
+    lowered = {"window_end_initial": None, "replay": 1, "expert_epochs": 2, "validation_runs": 2}
+    config = cddlib.distill_recipe(method, "digits", ipc=2, **{**quick, **lowered})
+    cddlib.distill(config, trained, tmp_path / "run", device="cpu")
+    found = verify(tmp_path / "run", trained.folder, device="cpu") + verify(trained.folder, device="cpu")
+    assert set(differences(found).values()) == {0.0}
+
+
+def tamper_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a sealed JSON file and seal it again, as someone would who wants to be believed."""
+    value = read_json(path)
+    change(value)
+    write_json(path, value)
+
+
+def tamper_line(path: Path, number: int, change: Callable[[dict[str, Any]], object]) -> None:
+    lines = path.read_text().splitlines()
+    value = json.loads(lines[number])
+    value.pop("checksum")
+    change(value)
+    lines[number] = json.dumps(seal(value))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def tamper_tensor(path: Path, kind: str, name: str, factor: float) -> None:
+    tensors, header = read_tensors(path, kind)
+    tensors[name] = tensors[name] * factor
+    write_tensors(path, tensors, kind, header)
+
+
+def test_changed_losses_are_found(copies: tuple[Path, Path]):
+    run, buffer = copies
+    tamper_line(run / "metrics.jsonl", 1, lambda line: line["losses"].__setitem__(2, line["losses"][2] * 0.9))
+    assert differences(verify(run, buffer, device="cpu"))["losses and lengths of gradients"] == pytest.approx(1 / 9)
+
+
+def test_changed_step_sizes_are_found(copies: tuple[Path, Path]):
+    run, buffer = copies
+    tamper_line(run / "metrics.jsonl", 2, lambda line: line.update(step_size=line["step_size"] * 2))
+    assert differences(verify(run, buffer, device="cpu"))["step sizes"] == pytest.approx(0.5)
+
+
+def test_other_segments_are_found(copies: tuple[Path, Path]):
+    run, buffer = copies
+    tamper_line(run / "metrics.jsonl", 1, lambda line: line.update(expert=1 - line["expert"]))
+    with pytest.raises(UserError, match="matched other segments in iteration 1 than its seed draws"):
+        verify(run, buffer, device="cpu")
+
+
+def test_another_beginning_is_found(copies: tuple[Path, Path]):
+    run, buffer = copies
+    tamper_tensor(milestone_path(run, 0), "state", "images", 1.5)
+    found = differences(verify(run, buffer, device="cpu"))
+    assert found["the set before the first iteration"] > 0.1 and found["losses and lengths of gradients"] > 1e-3
+
+
+def test_another_set_is_found(copies: tuple[Path, Path]):
+    run, buffer = copies
+    tamper_tensor(run / "synthetic.safetensors", "synthetic", "images", -1.0)
+    assert differences(verify(run, buffer, device="cpu"))["accuracies of networks trained on the set"] > 0.02
+
+
+def test_changed_accuracies_are_found(copies: tuple[Path, Path]):
+    run, buffer = copies
+    path = next(run.glob("evaluation-*.json"))
+    tamper_json(path, lambda record: record["accuracies"]["synthetic"].__setitem__(0, 0.99))
+    found = {check.what: check for check in verify(run, buffer, device="cpu")}
+    assert not found["accuracies of networks trained on the set"].passed
+
+
+def tamper_expert(folder: Path, expert: int, epoch: int) -> None:
+    """Give an expert other parameters at an epoch, with all digests and checksums right."""
+    opened = Buffer(folder)
+    path = expert_path(folder, expert)
+    vectors = [opened.parameters(expert, e) for e in range(opened.epochs + 1)]
+    vectors[epoch] = vectors[epoch] * 1.01
+    record = {key: value for key, value in opened.experts[expert].items() if key not in ("file", "sha256")}
+    write_trajectory(path, opened.network, vectors, record)
+    tamper_json(folder / "buffer.json", lambda value: value["experts"][expert].update(sha256=file_digest(path)))
+
+
+def test_other_parameters_are_found(copies: tuple[Path, Path]):
+    _, folder = copies
+    for epoch in range(7):
+        for expert in range(2):
+            tamper_expert(folder, expert, epoch)
+    found = differences(verify(folder, device="cpu"))
+    assert found["steps of an epoch"] > 1e-3
+
+
+def test_a_changed_training_loss_is_found(copies: tuple[Path, Path]):
+    _, folder = copies
+    tamper_json(folder / "buffer.json", lambda v: [e.update(train_loss=[0.1] * 6) for e in v["experts"]])
+    with pytest.raises(UserError, match=r"is not the expert that .* describes"):
+        verify(folder, device="cpu")
+
+
+def test_damage_is_found_first(copies: tuple[Path, Path]):
+    run, folder = copies
+    damaged = bytearray(milestone_path(run, 1).read_bytes())
+    damaged[-3] ^= 4
+    milestone_path(run, 1).write_bytes(damaged)
+    with pytest.raises(UserError, match=r"milestone-000001.safetensors is damaged"):
+        verify(run, folder, device="cpu")
+
+
+def test_what_cannot_be_verified_is_said(run: Path, buffer: Buffer, tmp_path: Path):
+    with pytest.raises(UserError, match="holds no buffer; to verify a distillation, give its experts with --buffer"):
+        verify(run, device="cpu")
+    with pytest.raises(UserError, match="sample is 0; it must be at least 1"):
+        verify(run, buffer.folder, sample=0, device="cpu")
+    with pytest.raises(UserError, match=r"tolerance is -0.1; it must be"):
+        verify(run, buffer.folder, tolerance=-0.1, device="cpu")
+    other = cddlib.train_buffer(
+        cddlib.buffer_recipe("digits", width=8, experts=1, epochs=6, seed=9), tmp_path / "b", device="cpu"
+    )
+    with pytest.raises(UserError, match=rf"matched the buffer {buffer.id}, but .* is {other.id}"):
+        verify(run, other.folder, device="cpu")
+
+
+def test_a_run_without_milestones_still_tests_its_set(buffer: Buffer, quick: dict[str, Any], tmp_path: Path):
+    config = cddlib.distill_recipe("mtt", "digits", ipc=1, **quick)
+    cddlib.distill(dataclasses.replace(config, milestones=0), buffer, tmp_path, device="cpu")
+    assert milestones(tmp_path) == []
+    counted = {check.what: check.numbers for check in verify(tmp_path, buffer.folder, device="cpu")}
+    assert counted["step sizes"] == 0 and counted["accuracies of networks trained on the set"] == 1
+
+
+def test_command(copies: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
+    run, buffer = copies
+    arguments = ["verify", str(run), "--buffer", str(buffer), "--tolerance", "0", "--device", "cpu"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.count(" none\n") == 5
+    tamper_line(run / "metrics.jsonl", 1, lambda line: line.update(step_size=1.0))
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "MORE THAN 0" in captured.out
+    assert "is not what it says: step sizes differ by more than rounding explains" in captured.err
+
+
+def test_table():
+    table = checks_table([Check("one thing", 1234, 0.0, 0.0), Check("another", 2, 0.25, 0.1)])
+    assert table.splitlines()[1].split() == ["one", "thing", "1,234", "none"]
+    assert table.splitlines()[2].endswith("2.5e-01  MORE THAN 0.1")
+
+
+def test_difference_is_relative():
+    assert _numbers("", [(2.0, 1.0), (-1.0, -1.0)], 0.1).difference == 1.0
+    assert _tensors("", [(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 4.0]))], 0.1).difference == 0.75

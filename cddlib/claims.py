@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cddlib import correlation
+from cddlib.files import read_record
 from cddlib.findings import (
     Correlations,
     Effect,
@@ -24,7 +25,6 @@ from cddlib.findings import (
     effect,
     paired,
 )
-from cddlib.runs import read_record
 
 Verdict = Literal["confirmed", "contradicted", "not settled", "not tested"]
 

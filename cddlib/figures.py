@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
+from cddlib.files import read_json
 from cddlib.runs import Metrics
 from cddlib.segments import SegmentsConfig, draw_segments
 from cddlib.trajectory import Buffer
@@ -152,7 +153,8 @@ def read_runs(folders: Mapping[tuple[int, int], Path]) -> pd.DataFrame:
     """Metrics of runs keyed by (segments, seed): a row an iteration, with the segments matched until then."""
     tables = []
     for (segments, seed), folder in folders.items():
-        table = pd.DataFrame(Metrics.read(folder / "metrics.jsonl"))
+        iterations = read_json(folder / "config.json")["iterations"]
+        table = pd.DataFrame(Metrics.read(folder / "metrics.jsonl", until=iterations))
         table["segments"], table["seed"] = segments, seed
         table["variant"] = f"K = {segments}"
         table["matched"] = table["iteration"] * segments

@@ -190,7 +190,7 @@ def collect(folder: Path) -> dict[str, Any]:
     named = {name: folder / f"{name}.json" for name in ("buffer", "config", "result")}
     if not named["result"].exists():
         raise UserError(f"{folder} holds no finished run: result.json is missing.")
-    record = {name: read_json(path) for name, path in named.items() if path.exists()}
+    record: dict[str, Any] = {name: read_json(path) for name, path in named.items() if path.exists()}
     if (folder / "metrics.jsonl").exists():
         record["metrics"] = Metrics.read(folder / "metrics.jsonl", until=record["config"]["iterations"])
         record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]

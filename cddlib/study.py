@@ -29,7 +29,7 @@ from cddlib.data import load
 from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
 from cddlib.files import UserError, read_json, write_json
-from cddlib.runs import Metrics, as_dict, keep_freed_memory, refuse_other_run, resolve_device
+from cddlib.runs import Metrics, as_dict, keep_freed_memory, locked, refuse_other_run, resolve_device
 from cddlib.synthetic import initialise
 from cddlib.trajectory import Buffer
 
@@ -195,7 +195,7 @@ def run_study(
         device: `auto`, `cpu`, `cuda` …
 
     Raises:
-        UserError: `out` holds another study, or some runs failed; the others are finished first.
+        UserError: `out` holds another study or is in use, or some runs failed; the others are finished first.
     """
     for name, value in (("jobs", jobs), ("networks", networks)):
         if value < 0:
@@ -204,16 +204,17 @@ def run_study(
         raise UserError("there is nothing to run; give at least one seed, replicate and variant.")
     description = {"config": as_dict(base), "runs": list(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
     description |= {"keep_stopped": True} if keep_stopped else {}
-    if (out / "study.json").exists():
-        refuse_other_run(out, _identity(read_json(out / "study.json")), _identity(description))
-    write_json(out / "study.json", description)
-    work = [
-        (name, config, buffer, out / name, networks, _brings_baselines(name, runs), root, device)
-        for name, config in runs.items()
-    ]
-    failed = _in_processes(work, jobs) if jobs else _one_by_one(work)
-    if failed and not (keep_stopped and all(_ended(out / name) for name in runs)):
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
+    with locked(out / ".lock"):
+        if (out / "study.json").exists():
+            refuse_other_run(out, _identity(read_json(out / "study.json")), _identity(description))
+        write_json(out / "study.json", description)
+        work = [
+            (name, config, buffer, out / name, networks, _brings_baselines(name, runs), root, device)
+            for name, config in runs.items()
+        ]
+        failed = _in_processes(work, jobs) if jobs else _one_by_one(work)
+        if failed and not (keep_stopped and all(_ended(out / name) for name in runs)):
+            raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
 
 

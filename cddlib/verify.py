@@ -34,8 +34,8 @@ from cddlib.state import CHECKPOINT, State, milestone_path, milestones
 from cddlib.training import accuracy
 from cddlib.trajectory import Buffer, expert_path
 
-TOLERANCE = 1e-3
-"""Largest relative difference that rounding explains; measured, see the book's page on reliability."""
+TOLERANCE = 0.02
+"""Largest relative difference that rounding explains between machines; see the book's page on reliability."""
 ACCURACY = 0.05
 """The same for a network's accuracy after a whole training, as a fraction of the images."""
 
@@ -170,6 +170,7 @@ def _verify_distillation(
     initial = initial_state(config, trainer.dataset, buffer, device).synthetic.copy()
 
     losses: Pairs = []
+    lengths: Pairs = []
     step_sizes: Pairs = []
     starts: list[tuple[Tensor, Tensor]] = []
     for iteration in tqdm(kept, desc="iterations from milestones"):
@@ -182,13 +183,13 @@ def _verify_distillation(
             found = iterate(state, config, buffer, Ranks())
             if matched_segments(found) != matched_segments(line):
                 raise UserError(f"{run} matched other segments in iteration {line['iteration']} than its seed draws.")
-            losses += zip(
-                found["losses"] + found["gradient_norms"], line["losses"] + line["gradient_norms"], strict=True
-            )
+            losses += zip(found["losses"], line["losses"], strict=True)
+            lengths += zip(found["gradient_norms"], line["gradient_norms"], strict=True)
             step_sizes.append((found["step_size"], line["step_size"]))
     checks += [
         _tensors("the set before the first iteration", starts, tolerance),
-        _numbers("losses and lengths of gradients", losses, tolerance),
+        _numbers("losses", losses, tolerance),
+        _numbers("lengths of gradients", lengths, tolerance),
         _numbers("step sizes", step_sizes, tolerance),
     ]
     accuracies: Pairs = []

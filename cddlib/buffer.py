@@ -14,6 +14,8 @@ under torchrun its processes divide them.
 import contextlib
 import copy
 import dataclasses
+import math
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from torch import Tensor
 from cddlib.augment import AugmentConfig
 from cddlib.curriculum import CurriculumConfig, difficulty, rank_in_class, select
 from cddlib.data import DataConfig, Dataset, Images, load
-from cddlib.files import UserError, file_digest, read_json, read_tensors, write_json, write_tensors
+from cddlib.files import Diverged, UserError, file_digest, read_tensors, write_json, write_tensors
 from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing, fit_preprocessing
 from cddlib.ranks import Interrupted, Ranks
@@ -47,6 +49,7 @@ from cddlib.trajectory import (
     Buffer,
     expert_path,
     read_expert_record,
+    read_manifest,
     read_preprocessing,
     write_trajectory,
 )
@@ -109,6 +112,7 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     """
     dev = resolve_device(device)
     dataset = load(config.data, root)
+    network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
     data = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -121,15 +125,20 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
         return Buffer(out)
     ranks = Ranks()
     with ranks.heeding_signals("the epoch"), locked(out / ".lock") if ranks.first else contextlib.nullcontext():
-        _train_missing(config, out, wanted, dataset, dev, ranks)
+        _train_missing(config, out, wanted, network, dataset, dev, ranks)
     return Buffer(out)
 
 
 def _train_missing(
-    config: BufferConfig, out: Path, wanted: dict[str, Any], dataset: Dataset, device: torch.device, ranks: Ranks
+    config: BufferConfig,
+    out: Path,
+    wanted: dict[str, Any],
+    network: Network,
+    dataset: Dataset,
+    device: torch.device,
+    ranks: Ranks,
 ) -> None:
     """Train the experts that `out` lacks, in a folder that is this run's alone."""
-    network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
     manifest = _resume(out, wanted)
     missing = _missing(out, manifest)
     manifest["experts"] = manifest["experts"][: min(missing, default=len(manifest["experts"]))]
@@ -137,7 +146,7 @@ def _train_missing(
     train, validation = dataset.split
     parts = (train if config.holdout else dataset.train, validation, dataset.test)
     on_device = tuple(part.to(device) for part in parts)
-    ranks.wait()  # the first rank writes only now
+    ranks.agree(len(missing), f"the number of experts that {out} lacks")  # the first rank writes only now
     if ranks.first:
         (out / "result.json").unlink(missing_ok=True)  # of the smaller buffer that grows
         write_json(out / "buffer.json", manifest)
@@ -145,9 +154,9 @@ def _train_missing(
             preprocessing = fit_preprocessing(dataset, zca=config.zca)
             write_tensors(out / PREPROCESSING, preprocessing.tensors(), "preprocessing")
         if config.ranks_images and not (out / DIFFICULTY).exists():
-            _measure_difficulty(config, out, network, on_device[0], read_preprocessing(out).to(device))
+            _measure_difficulty(config, out, network, on_device[0], read_preprocessing(out, dataset.shape).to(device))
     ranks.wait()
-    preprocessing = read_preprocessing(out).to(device)
+    preprocessing = read_preprocessing(out, dataset.shape).to(device)
     ease = ease_of(config, out, on_device[0])
     for expert in ranks.share(missing):
         _train_expert(
@@ -158,6 +167,8 @@ def _train_missing(
     ranks.wait()
     if ranks.first:
         _list_experts(out, manifest)
+        for left in out.glob(".*.unfinished.*"):  # of a process that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         write_json(out / "result.json", {"experts_trained": len(missing), **recorder.report()})
     ranks.wait()
 
@@ -191,13 +202,9 @@ def _resume(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The manifest of the buffer in `out`, grown to the experts of `wanted`; refuse another buffer."""
     if not (out / "buffer.json").exists():
         return copy.deepcopy(wanted)
-    manifest = read_json(out / "buffer.json")
-    try:
-        refuse_other_run(out, _identity(manifest), _identity(wanted))
-        manifest["config"]["experts"] = max(wanted["config"]["experts"], manifest["config"]["experts"])
-        len(manifest["experts"])
-    except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{out / 'buffer.json'} is not a buffer's description ({error!r}).") from None
+    manifest, _ = read_manifest(out)
+    refuse_other_run(out, _identity(manifest), _identity(wanted))
+    manifest["config"]["experts"] = max(wanted["config"]["experts"], manifest["config"]["experts"])
     return manifest
 
 
@@ -220,7 +227,10 @@ def ease_of(config: BufferConfig, out: Path, train: Images) -> Tensor | None:
     """How easy each training image is within its class, if the curriculum asks."""
     if not config.ranks_images:
         return None
-    return rank_in_class(read_tensors(out / DIFFICULTY, "difficulty")[0]["el2n"].to(train.labels.device), train.labels)
+    scores = read_tensors(out / DIFFICULTY, "difficulty")[0].get("el2n")
+    if scores is None or (scores.dtype, scores.shape) != (torch.float32, train.labels.shape):
+        raise UserError(f"{out / DIFFICULTY} does not hold the difficulty of {len(train.labels)} images; delete it.")
+    return rank_in_class(scores.to(train.labels.device), train.labels)
 
 
 def expert_optimizer(config: BufferConfig, theta: Float[Tensor, " p"]) -> torch.optim.Optimizer:
@@ -259,6 +269,22 @@ def expert_epoch(
     )
 
 
+def _read_unfinished(path: Path, theta: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The epochs that an earlier run saved of an expert of which `theta` are parameters."""
+    tensors, header = read_tensors(path, "unfinished")
+    losses, accuracies = header.get("losses"), header.get("accuracies")
+    if not isinstance(losses, list) or not isinstance(accuracies, list) or len(accuracies) != len(losses) + 1:
+        raise UserError(
+            f"{path} does not hold the losses and accuracies of epochs; delete it to train the expert anew."
+        )
+    wanted = {"snapshots": (len(accuracies), len(theta)), "momentum": (len(theta),)}
+    if "snapshots" not in tensors or any(
+        tensor.dtype != theta.dtype or tuple(tensor.shape) != wanted.get(name) for name, tensor in tensors.items()
+    ):
+        raise UserError(f"{path} does not hold the parameters of {len(accuracies)} epochs; delete it to begin anew.")
+    return tensors, header
+
+
 def _train_expert(
     config: BufferConfig,
     expert: int,
@@ -280,8 +306,8 @@ def _train_expert(
     path = expert_path(out, expert)
     unfinished = path.with_name(f".{path.stem}.unfinished.safetensors")
     if unfinished.exists():
-        tensors, header = read_tensors(unfinished, "unfinished")
-        if header["buffer"] == buffer:
+        tensors, header = _read_unfinished(unfinished, theta)
+        if header.get("buffer") == buffer:
             snapshots = list(tensors["snapshots"].to(theta.device))
             losses, accuracies = header["losses"], header["accuracies"]
             with torch.no_grad():
@@ -294,11 +320,12 @@ def _train_expert(
     saved = time.monotonic()
     for epoch in range(len(losses) + 1, config.epochs + 1):
         loss = expert_epoch(config, expert, epoch, network, theta, optimizer, train, preprocessing, ease)
-        if not loss < float("inf") or not bool(theta.isfinite().all()):
-            raise UserError(f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")
+        found = accuracy(network, theta, validation, preprocessing)
+        if not loss < math.inf or math.isnan(found) or not bool(theta.isfinite().all()):
+            raise Diverged(f"expert {expert} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")
         snapshots.append(theta.detach().clone())
         losses.append(loss)
-        accuracies.append(accuracy(network, theta, validation, preprocessing))
+        accuracies.append(found)
         progress.update()
         progress.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracies[-1]:.1%}")
         if epoch < config.epochs and (ranks.asked or time.monotonic() - saved > UNFINISHED_SECONDS):

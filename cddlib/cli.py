@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from tqdm.auto import tqdm
 
 from cddlib import commands
 from cddlib.augment import AugmentConfig
@@ -20,7 +21,7 @@ from cddlib.files import UserError
 from cddlib.networks import NetworkConfig
 from cddlib.ranks import Interrupted, Ranks, joined
 from cddlib.recipes import buffer_recipe, distill_recipe
-from cddlib.runs import keep_freed_memory
+from cddlib.runs import keep_freed_memory, memory_advice
 from cddlib.trajectory import Buffer
 
 DISTILLS = ("distill", "correlate", "compare", "search", "plan", "import-set")
@@ -36,8 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` give, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
+    tqdm.monitor_interval = 0  # no thread that watches the bars: where memory is short, its start may never return
     try:
-        with joined(), contextlib.redirect_stdout(None) if Ranks().rank else contextlib.nullcontext():
+        with (
+            memory_advice("the batches, --ipc or --width"),
+            joined(),
+            contextlib.redirect_stdout(None) if Ranks().rank else contextlib.nullcontext(),
+        ):
             _run(arguments)
     except UserError as error:
         print(f"cddlib: {error}", file=sys.stderr)

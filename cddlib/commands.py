@@ -13,7 +13,7 @@ from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
 from cddlib.exchange import export_buffer, export_set, import_buffer, import_set
 from cddlib.export import export_parquet, export_png
-from cddlib.files import UserError, read_json, write_json, write_record
+from cddlib.files import UserError, expecting, read_json, write_json, write_record
 from cddlib.networks import Architecture, NetworkConfig, Norm, parameter_count
 from cddlib.plan import buffer_of, costs_table, plan
 from cddlib.prepare import prepare
@@ -138,6 +138,8 @@ def evaluate(
     for key, summary in record["summary"].items():
         spread = "" if summary["std"] is None else f" ± {100 * summary['std']:.1f}"
         print(f"{names[key]:20} {100 * summary['mean']:5.1f}{spread} % ({summary['runs']} networks)")
+    for said in record.get("diverged", []):
+        print(said)
 
 
 def verify_run(
@@ -167,10 +169,8 @@ def verify_run(
 
 def _network_of(run: Path) -> NetworkConfig:
     """The network that a distillation used."""
-    try:
+    with expecting(run / "config.json", "a distillation's configuration"):
         return from_dict(NetworkConfig, read_json(run / "config.json"))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
 
 
 def correlate(

@@ -9,6 +9,8 @@ import functools
 import hashlib
 import json
 import os
+import re
+import reprlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from jaxtyping import Int64, UInt8
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cddlib.files import UserError, check_classes, open_tensors, read_header
+from cddlib.files import UserError, check_classes, open_tensors, parse_json, read_header
 from cddlib.runs import generator
 
 FROM_FOLDER = ("tiny_imagenet", "imagenet", "imagefolder")
@@ -98,7 +100,9 @@ class Dataset:
     test: Images
     classes: tuple[str, ...]
     recorded: str | None = None
-    """The fingerprint that its file names."""
+    """The fingerprint that its file names; None for one of another program, and for what has no file."""
+    path: Path | None = None
+    """Its file."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -115,8 +119,8 @@ class Dataset:
         found = fingerprint(self.train, self.test)
         if self.recorded not in (None, found):
             raise UserError(
-                f"the file of {self.name} is damaged: its images and labels have the fingerprint {found}, not "
-                f"{self.recorded}, which it names; delete it and run `cddlib data {self.name}` again."
+                f"{self.path} is damaged: its images and labels have the fingerprint {found}, not {self.recorded}, "
+                f"which it names; delete it and run `cddlib data {self.name}` again."
             )
         return found
 
@@ -191,7 +195,11 @@ def _read(name: str, path: Path) -> Dataset:
     missing = set(TENSORS) - set(file.keys())
     if missing:
         raise UserError(f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set.")
-    header = read_header(file, path, "dataset")
+    metadata = file.metadata() or {}
+    if "dataset" not in metadata and "classes" in metadata:  # of another program, which records no fingerprint
+        header = {"classes": parse_json(metadata["classes"], f"the header of {path}")}
+    else:
+        header = read_header(file, path, "dataset")
     classes = check_classes(header.get("classes"), path)
     dtypes = {key: file.get_slice(key).get_dtype() for key in TENSORS}
     shapes = {key: file.get_slice(key).get_shape() for key in TENSORS}
@@ -213,12 +221,15 @@ def _read(name: str, path: Path) -> Dataset:
             if found.min() < 0 or found.max() >= len(classes):
                 wrong = f"{labels} reach from {found.min()} to {found.max()}, with {len(classes)} classes named"
         if wrong:
-            raise UserError(f"{path} is not a cddlib data set: {wrong}.")
+            raise UserError(f"{path} is not a cddlib data set: {wrong:.300}.")
         with open(path, "rb") as stored:
             length = int.from_bytes(stored.read(8), "little")
             begin = json.loads(stored.read(length))[images]["data_offsets"][0]
         parts[part] = Images(map_images(path, 8 + length + begin, tuple(shapes[images])), found)
-    return Dataset(name, parts["train"], parts["test"], classes, str(header.get("fingerprint")))
+    recorded = header.get("fingerprint")
+    if recorded is not None and not (isinstance(recorded, str) and re.fullmatch("[0-9a-f]{16}", recorded)):
+        raise UserError(f"{path} is not a cddlib data set: its fingerprint is {reprlib.repr(recorded)}.")
+    return Dataset(name, parts["train"], parts["test"], classes, recorded, path)
 
 
 def map_images(path: Path, offset: int, shape: tuple[int, ...]) -> UInt8[Tensor, "n c h w"]:

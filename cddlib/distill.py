@@ -15,6 +15,8 @@ Under torchrun, the segments are divided among its processes, and one all-reduce
 
 import contextlib
 import dataclasses
+import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -29,12 +31,12 @@ from cddlib.continual import accumulated_error
 from cddlib.correlation import ProbeConfig, Probes
 from cddlib.data import DataConfig, Dataset, Images, load
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
-from cddlib.files import UserError, read_json, write_json
+from cddlib.files import Diverged, UserError, read_json, write_json
 from cddlib.networks import NetworkConfig
 from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import Metrics, Recorder, as_dict, locked, memory_advice, refuse_other_run, resolve_device
 from cddlib.segments import active_subset
-from cddlib.state import State
+from cddlib.state import CHECKPOINT, State
 from cddlib.synthetic import SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
@@ -104,42 +106,50 @@ def distill(
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
     run = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
-    if (out / "config.json").exists():
-        refuse_other_run(out, read_json(out / "config.json"), run)
+    _refuse_other_run(out, run)
     dev = resolve_device(device)
     if (out / "result.json").exists():
         return SyntheticSet.load(out / "synthetic.safetensors").to(dev)
+    _check_buffer(config, buffer)
+    dataset = load(config.data, root)
+    buffer.check_data(dataset)
+    buffer = buffer.convexified() if config.convex else buffer
+    state = initial_state(config, dataset, buffer, dev)
     ranks = Ranks()
     with ranks.heeding_signals("the iteration"), locked(out / ".lock") if ranks.first else contextlib.nullcontext():
-        return _distill(config, buffer, out, run, root, dev, ranks)
+        _refuse_other_run(out, run)  # another process may have begun it just now
+        return _distill(state, config, buffer, dataset, out, run, dev, ranks)
+
+
+def _refuse_other_run(out: Path, run: dict[str, Any]) -> None:
+    """Raise `UserError` if `out` holds another run."""
+    if (out / "config.json").exists():
+        refuse_other_run(out, read_json(out / "config.json"), run)
 
 
 def _distill(
+    state: State,
     config: DistillConfig,
     buffer: Buffer,
+    dataset: Dataset,
     out: Path,
     run: dict[str, Any],
-    root: Path | None,
     device: torch.device,
     ranks: Ranks,
 ) -> SyntheticSet:
     """`distill`, in a folder that is this run's alone."""
-    _check_buffer(config, buffer)
-    dataset = load(config.data, root)
-    buffer.check_data(dataset)
-    if config.convex:
-        buffer = buffer.convexified()
-    state = initial_state(config, dataset, buffer, device)
     state.restore(out)
-    ranks.wait()  # the first rank writes only now
-    metrics = None
-    if ranks.first:
-        write_json(out / "config.json", run)
-        metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
+    ranks.agree(state.iteration, f"the iteration of the checkpoint in {out}")  # the first rank writes only now
     validation = dataset.split[1].to(device)
     probes = Probes(
         config, buffer, starts=config.probe_starts, expert=config.probe_expert, seed=config.seed, device=device
     )
+    metrics = None
+    if ranks.first:
+        write_json(out / "config.json", run)
+        metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
+        if state.iteration >= 0 and not (out / CHECKPOINT).exists():  # it goes on from a milestone
+            state.save(out, state.seconds)
     recorder = Recorder(device, elapsed=state.seconds)
 
     progress = ranks.progress(total=config.iterations, desc=f"{config.method} K={config.segments}", unit="it")
@@ -149,20 +159,23 @@ def _distill(
             measured = _measure(state, config, buffer, validation, probes, ranks)
             if metrics:
                 metrics.write(iteration=0, **measured)
+                metrics.sync()
                 state.save(out, recorder.seconds(), milestone=config.milestones > 0)
         progress.update(state.iteration)
         while state.iteration < config.iterations:
-            record = _iterate(state, config, buffer, ranks)
+            record = iterate(state, config, buffer, ranks)
             measured = _measure(state, config, buffer, validation, probes, ranks)
             milestone = _is_milestone(config, state.iteration)
             due = "validation_accuracy" in measured or _due(config.checkpoint_every, state.iteration, config)
             if metrics:
                 metrics.write(**record, **measured)
                 if due or milestone or ranks.stopping:
+                    metrics.sync()
                     state.save(out, recorder.seconds(), milestone=milestone)
             progress.update()
             progress.set_postfix(state.report(record["loss"]))
             if ranks.stopping and state.iteration < config.iterations:
+                ranks.wait()  # torchrun ends all when one ends: the first has saved
                 raise Interrupted(f"stopped after iteration {state.iteration}, which is saved", ranks.asked)
     except Diverged as error:
         if not ranks.first or state.best is None:
@@ -240,7 +253,21 @@ def _measure(
         found["accumulated_error"] = accumulated_error(
             config, buffer, state.synthetic, expert=config.probe_expert, seed=config.seed
         )
+    for name, value in found.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise _beyond_measure(state, f"{name} is not finite") from None
     return found
+
+
+def _beyond_measure(state: State, what: str) -> Diverged:
+    """What stops a run whose set can no longer be measured, or never could."""
+    kept = f"the checkpoint holds iteration {state.saved_at}; " if state.iteration else ""
+    return Diverged(
+        f"iteration {state.iteration}: {what}, at the step size {state.synthetic.step_size.item():g}; {kept}start "
+        f"again in another folder with a lower --step-size, --lr-step-size or --lr-images."
+    )
 
 
 def _validate(state: State, config: DistillConfig, buffer: Buffer, validation: Images, ranks: Ranks) -> list[float]:
@@ -250,6 +277,8 @@ def _validate(state: State, config: DistillConfig, buffer: Buffer, validation: I
     for run in ranks.share(range(config.validation_runs)):
         accuracies[run] = validation_accuracy(candidate, config, buffer, validation, run)
     ranks.sum(accuracies)
+    if not bool(accuracies.isfinite().all()):
+        raise _beyond_measure(state, "a network that was trained on the set for validation diverged")
     state.consider(candidate, statistics.fmean(accuracies.tolist()))
     return accuracies.tolist()
 
@@ -264,19 +293,18 @@ def validation_accuracy(
     )
 
 
-class Diverged(UserError):
-    """The numbers of a run are no longer usable."""
-
-
-def _iterate(state: State, config: DistillConfig, buffer: Buffer, ranks: Ranks) -> dict[str, Any]:
+def iterate(state: State, config: DistillConfig, buffer: Buffer, ranks: Ranks) -> dict[str, Any]:
     """One iteration: gradients, guard, optimiser step. Returns the line for the metrics."""
     began = time.monotonic()
     number = state.iteration + 1
-    gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration, ranks)
-    stopped = f"iteration {number}, segments from epochs {record['starts']} of expert {record['expert']}: "
     kept = f"the checkpoint holds iteration {state.saved_at}; start again in another folder with a lower"
+    try:
+        gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration, ranks)
+    except Diverged as error:  # of an expert
+        raise Diverged(f"iteration {number}: {error} The checkpoint holds iteration {state.saved_at}.") from None
+    stopped = f"iteration {number}, segments from epochs {record['starts']} of expert {record['expert']}: "
     for segment, loss, norm in zip(matched_segments(record), record["losses"], record["gradient_norms"], strict=True):
-        if not loss + norm < float("inf"):
+        if not loss + norm < math.inf:
             raise Diverged(
                 f"iteration {number}, the segment from epoch {segment[1]} of expert {segment[0]}: its loss is {loss:g} "
                 f"and its gradient's norm {norm:g}; {kept} --lr-images or --step-size."

@@ -16,6 +16,7 @@ same rates, as MTT, FTD and ATT do.
 
 import contextlib
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from cddlib.augment import AugmentConfig
 from cddlib.data import DataConfig, Images, load
-from cddlib.files import UserError, file_digest, read_json, write_json
+from cddlib.files import UserError, expecting, file_digest, read_json, write_json
 from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing
 from cddlib.ranks import Interrupted, Ranks
@@ -35,6 +36,8 @@ from cddlib.synthetic import SyntheticSet, random_real
 from cddlib.training import Fetch, accuracy, fetch_real, train_epoch
 
 REAL_LEARNING_RATE = 0.01
+MOST_EPOCHS = 100_000
+"""Epochs of an evaluation's training. The published protocol has 1000; a file that asks for more is not believed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class EvaluateConfig:
         for name in ("evaluation_epochs", "evaluation_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.evaluation_epochs > MOST_EPOCHS:
+            raise UserError(f"evaluation_epochs is {self.evaluation_epochs}; it must be at most {MOST_EPOCHS}.")
 
 
 def train_network(
@@ -97,7 +102,7 @@ def accuracy_of_set(
     purpose: str,
     seed: int,
 ) -> float:
-    """Accuracy on `real` of one network trained on `synthetic`; all on the same device.
+    """Accuracy on `real` of one network trained on `synthetic`, nan if it diverges; all on the same device.
 
     A set in subsets is learned as SeqMatch does: the first subset, then the first two, and so on, each stage with all
     its epochs.
@@ -165,7 +170,7 @@ def evaluate_run(
 
     Returns:
         The record: accuracies on the test images under `synthetic`, `random_real` and `full`, their summary, the
-        learning rates, and the network.
+        learning rates, and the network. A network that diverges counts as 0, and is named under `diverged`.
     """
     if runs < 1:
         raise UserError(f"runs is {runs}; it must be at least 1.")
@@ -194,8 +199,31 @@ def evaluate_run(
 
 def _missing(record_path: Path, wanted: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """The networks, each of a set and with a number, that the record lacks."""
-    found = read_json(record_path)["accuracies"] if record_path.exists() else {}
-    return [(name, index) for name, index in wanted if index >= len(found.get(name, []))]
+    found = _recorded(record_path).accuracies()
+    return [(name, index) for name, index in wanted if index >= len(found[name])]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """What an evaluation goes on from: accuracies by what the networks were trained on, seconds, what diverged."""
+
+    synthetic: tuple[float, ...] = ()
+    random_real: tuple[float, ...] = ()
+    full: tuple[float, ...] = ()
+    seconds: float = 0.0
+    diverged: tuple[str, ...] = ()
+
+    def accuracies(self) -> dict[str, list[float]]:
+        return {name: list(getattr(self, name)) for name in ("synthetic", "random_real", "full")}
+
+
+def _recorded(record_path: Path) -> _Record:
+    """What the record says; nothing if there is none."""
+    if not record_path.exists():
+        return _Record()
+    record = read_json(record_path)
+    with expecting(record_path, "a record of an evaluation"):
+        return from_dict(_Record, {"diverged": [], **record, **record["accuracies"]})
 
 
 def _train_missing(
@@ -208,34 +236,38 @@ def _train_missing(
 ) -> None:
     """Train the networks that the record lacks, one on each rank at a time, and write it after every turn."""
     missing = _missing(record_path, wanted)
-    accuracies: dict[str, list[float]] = {"synthetic": [], "random_real": [], "full": []}
-    elapsed = 0.0
-    if record_path.exists():
-        earlier = read_json(record_path)
-        accuracies, elapsed = earlier["accuracies"], earlier["seconds"]
-    recorder = Recorder(trainer.device, elapsed=elapsed)
+    earlier = _recorded(record_path)
+    accuracies, diverged = earlier.accuracies(), list(earlier.diverged)
+    recorder = Recorder(trainer.device, elapsed=earlier.seconds)
     progress = ranks.progress(total=len(missing), desc="evaluating", unit="network")
-    ranks.wait()  # the first rank writes only now
+    ranks.agree(len(missing), f"the number of networks that {record_path} lacks")  # the first rank writes only now
     for start in range(0, len(missing), ranks.count):
         turn = missing[start : start + ranks.count]
         found = torch.zeros(len(turn), dtype=torch.float64)
         for name, index in turn[ranks.rank : ranks.rank + 1]:
             found[ranks.rank] = trainer.accuracy(name, seed + index)
         ranks.sum(found)
-        for (name, _), accuracy_found in zip(turn, found.tolist(), strict=True):
-            accuracies[name].append(accuracy_found)
+        for (name, index), accuracy_found in zip(turn, found.tolist(), strict=True):
+            if math.isnan(accuracy_found):
+                rate = trainer.learning_rates[name]
+                diverged.append(
+                    f"network {index} trained on {name} at learning rate {rate:g} diverged: it counts as 0."
+                )
+            accuracies[name].append(0.0 if math.isnan(accuracy_found) else accuracy_found)
         if ranks.first:
             record = {
                 **described,
                 "learning_rates": trainer.learning_rates,
                 "summary": {key: summarise(values) for key, values in accuracies.items() if values},
                 "accuracies": accuracies,
+                **({"diverged": diverged} if diverged else {}),
                 **recorder.report(),
             }
             write_json(record_path, record)
         progress.update(len(turn))
         if ranks.stopping and start + len(turn) < len(missing):
             left = len(missing) - start - len(turn)
+            ranks.wait()  # torchrun ends all when one ends: the first has saved
             raise Interrupted(f"stopped; {left} of {len(wanted)} networks are left, the others saved", ranks.asked)
     progress.close()
     ranks.wait()
@@ -252,16 +284,21 @@ class Trainer:
         self.device = resolve_device(device)
         settings = read_json(run / "config.json")
         self.synthetic = SyntheticSet.load(path).to(self.device)
-        try:
+        with expecting(run / "config.json", "a distillation's configuration"):
             self.own = from_dict(NetworkConfig, settings)
             self.config = from_dict(EvaluateConfig, settings)
             self.strategy = from_dict(AugmentConfig, settings).augment
-            self.dataset = load(from_dict(DataConfig, settings).data, root)
+            data = from_dict(DataConfig, settings).data
             fingerprint = settings["data_fingerprint"]
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
+        self.dataset = load(data, root)
         if fingerprint != self.dataset.fingerprint:
             raise UserError(f"{run} was distilled from another version of {self.dataset.name} than the one in --root.")
+        shape = tuple(self.synthetic.images.shape[1:])
+        if (self.synthetic.classes, shape) != (self.dataset.classes, self.dataset.shape):
+            raise UserError(
+                f"{path} holds images of {list(shape)} in {len(self.synthetic.classes)} classes, which are not those "
+                f"of {self.dataset.name}: {list(self.dataset.shape)} in {len(self.dataset.classes)}."
+            )
         self.network_config = network or self.own
         self.network = build_network(self.network_config, self.dataset.shape, len(self.dataset.classes))
         self.learning_rates = {
@@ -271,7 +308,7 @@ class Trainer:
         }
 
     def accuracy(self, name: str, seed: int) -> float:
-        """Test accuracy of one network trained on the set called `name`."""
+        """Test accuracy of one network trained on the set called `name`; nan if it diverges."""
         test = self.dataset.test.to(self.device)
         if name == "synthetic":
             return accuracy_of_set(

@@ -2,14 +2,14 @@
 
 They keep experts in ``replay_buffer_0.pt`` … and a synthetic set in ``images_best.pt``, ``labels_best.pt`` and (DATM)
 ``lr_best.pt``. Nothing in these files says which network, data set or preprocessing they
-belong to: whoever imports them has to say so. No code in a file is ever run: tensors, lists and numbers are read, and
-anything else is refused. Everything is checked before anything is written, and what is written appears whole or not
-at all.
+belong to: whoever imports them has to say so. No code in a file is ever run, see `cddlib.torch_files`. Everything is
+checked before anything is written, and what is written appears whole or not at all.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -24,28 +24,16 @@ from tqdm.auto import tqdm
 
 from cddlib.buffer import BufferConfig
 from cddlib.data import DataConfig, Dataset, load
-from cddlib.files import UserError, file_digest, write_atomically, write_json, write_tensors
+from cddlib.files import Diverged, UserError, file_digest, write_atomically, write_json, write_tensors
 from cddlib.networks import Network, NetworkConfig, build_network, views
 from cddlib.preprocessing import fit_preprocessing
 from cddlib.runs import Recorder, as_dict, config_hash, from_dict, resolve_device
 from cddlib.synthetic import SyntheticSet
+from cddlib.torch_files import read_torch_file
 from cddlib.training import accuracy
 from cddlib.trajectory import PREPROCESSING, Buffer, expert_path, read_expert_record, write_trajectory
 
 # --- Reading and writing files of the published codes -----------------------------------------------------------
-
-
-def _load(path: Path) -> object:
-    """What `torch.save` put into `path`, its tensors left on disk until they are used."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # a damaged pickle can fail in any way
-        raise UserError(
-            f"{path} cannot be read: it is no file of torch.save (PyTorch 1.6 or later), is damaged, or holds "
-            f"objects other than tensors, lists and numbers, which are never loaded because they can run code."
-        ) from None
 
 
 def _describe(value: object) -> str:
@@ -55,19 +43,13 @@ def _describe(value: object) -> str:
 
 
 def _check_tensor(value: object, what: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """`value` itself, if it is a plain tensor of that type and shape with finite numbers."""
+    """`value` itself, if it is a tensor of that type and shape with finite numbers."""
     if not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != (dtype, shape):
         wanted = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
         raise UserError(f"{what} is {_describe(value)}; it must be {wanted}.")
-    if (
-        value.layout != torch.strided
-        or value.device.type != "cpu"
-        or value.untyped_storage().nbytes() < value.numel() * value.itemsize  # one number may pose as many
-    ):
-        raise UserError(f"{what} does not hold the numbers that its shape promises.")
     if not bool(value.isfinite().all()):
         raise UserError(f"{what} holds numbers that are not finite.")
-    return value.detach()
+    return value
 
 
 def _refuse_filled(folder: Path) -> None:
@@ -157,7 +139,7 @@ def _replay_files(files: Path | Sequence[Path]) -> list[Path]:
 
 def _trajectories(path: Path) -> Iterator[tuple[str, object]]:
     """What stands for each expert in the file, with words that say where it is."""
-    content = _load(path)
+    content = read_torch_file(path)
     if not isinstance(content, list) or not content:
         raise UserError(f"{path} is {_describe(content)}; it must be a list of trajectories.")
     for index, trajectory in enumerate(content):
@@ -208,16 +190,18 @@ def _write_experts(
         source = file_digest(path)
         for index, (_, trajectory) in enumerate(_trajectories(path)):
             snapshots = [
-                torch.cat([value.detach().flatten() for value in tensors])
-                for tensors in cast(list[list[Tensor]], trajectory)
+                torch.cat([value.flatten() for value in tensors]) for tensors in cast(list[list[Tensor]], trajectory)
             ]
             last = snapshots[-1].to(device)
+            held_out, tested = (accuracy(network, last, part, preprocessing) for part in (validation, test))
+            if math.isnan(held_out + tested):
+                raise Diverged(f"{path}, expert {index}: it diverged, its output at the last epoch is not finite.")
             record = {
                 "buffer": identity,
                 "seed": None,
                 "train_loss": [],
-                "validation_accuracy": [None] * config.epochs + [accuracy(network, last, validation, preprocessing)],
-                "test_accuracy": accuracy(network, last, test, preprocessing),
+                "validation_accuracy": [None] * config.epochs + [held_out],
+                "test_accuracy": tested,
                 "source": {"file": path.name, "sha256": source, "expert": index},
             }
             written = expert_path(folder, len(experts))
@@ -305,7 +289,7 @@ def import_set(
         raise UserError(f"the step size{f' in {lr}' if lr else ''} is {step.item():g}; it must be positive.")
     dataset = load(config.data, root)
     classes = len(dataset.classes)
-    pixels = _load(images)
+    pixels = read_torch_file(images)
     n = len(pixels) if isinstance(pixels, Tensor) and pixels.ndim else 0
     if n == 0 or n % classes:
         raise UserError(
@@ -313,7 +297,7 @@ def import_set(
             f"{classes} classes."
         )
     pixels = _check_tensor(pixels, str(images), torch.float32, (n, *dataset.shape))
-    found = _load(labels)
+    found = read_torch_file(labels)
     by_place = torch.arange(classes).repeat_interleave(n // classes)
     soft = isinstance(found, Tensor) and found.is_floating_point()
     logits = _check_tensor(found, str(labels), torch.float32, (n, classes)) if soft else None
@@ -340,7 +324,7 @@ def _whitened_name(images: Path) -> str:
 
 
 def _read_step_size(path: Path) -> Float[Tensor, ""]:
-    value = _load(path)
+    value = read_torch_file(path)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise UserError(f"{path} is {_describe(value)}; it must be a step size, one number.")
     return _check_tensor(value, str(path), torch.float32, tuple(value.shape)).reshape(())

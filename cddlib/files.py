@@ -5,11 +5,14 @@ of every tensor. Whoever reads a file checks what it reads: a truncated file or 
 names the file. Checksums find damage; they do not prove who wrote a file.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
+import reprlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-LARGEST_JSON = 2**28
-"""Bytes of the longest JSON file that is read."""
+LARGEST_JSON = 2**26
+"""Bytes of the longest JSON file that is read, which may take twenty times as much memory."""
+LARGEST_HEADER = 2**24
+"""Bytes of the longest header of a safetensors file that is read."""
 CHECKSUM = "checksum"
 
 
@@ -27,30 +32,51 @@ class UserError(ValueError):
     """Something the user can mend. The message is one sentence that names the value and what is allowed."""
 
 
+class Diverged(UserError):
+    """The numbers of a run are no longer usable."""
+
+
+_WANT_OF_MEMORY = re.compile(
+    "an.t allocate memory|annot allocate memory|bad_alloc|could not create a primitive$|is killed by signal: Killed"
+)
+"""How the system, PyTorch, C++, oneDNN and a worker process that the system ended say that memory ran out."""
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_WANT_OF_MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name `path` in the error of a write that fails: the system's own may name no file, safetensors' is another."""
+    try:
+        yield
+    except SafetensorError as error:  # Error while serializing: I/O error: …
+        raise OSError(f"cannot write {path}: {str(error).split(': ')[-1]}") from None
+    except OSError as error:
+        if error.strerror is None:  # it is named
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror}") from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left is written over
+    """Let `write` fill a temporary file below the folder of `path`, flush it to disk, then rename it to `path`."""
+    folder = path.with_name(f".{path.name}.tmp")  # a folder, for safetensors has a temporary file of its own
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed process
+    temporary = folder / path.name
     try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except SafetensorError as error:  # safetensors reports a full disk as its own error
-        raise OSError(f"cannot write {path}: {error}") from None
+        with writing(path):
+            folder.mkdir(parents=True)
+            write(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
-
-
-def link(path: Path, other: Path) -> None:
-    """Give a file that is never changed, only replaced, another name, or copy it where the system cannot."""
-    try:
-        write_atomically(other, lambda temporary: os.link(path, temporary))
-    except OSError:
-        write_atomically(other, lambda temporary: shutil.copyfile(path, temporary))
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- Checksums --------------------------------------------------------------------------------------------------
@@ -66,6 +92,11 @@ def tensor_digest(tensor: Tensor) -> str:
     """Sixteen hex digits of the SHA-256 of a tensor's numbers."""
     contents = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(contents.numpy().data).hexdigest()[:16]
+
+
+def signature(tensor: Tensor) -> str:
+    """Type, shape and digest of a tensor, as the header of its file names them."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} {tensor_digest(tensor)}"
 
 
 def seal(value: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +119,11 @@ def unseal(text: str | bytes, where: str) -> dict[str, Any]:
     found = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
     if found is None:
         raise UserError(f"{where} has no checksum: it is damaged, or another program wrote it.")
-    if seal(value)[CHECKSUM] != found:
+    try:
+        whole = seal(value)[CHECKSUM] == found
+    except RecursionError:  # lists that are nested just not too deeply to be parsed
+        whole = False
+    if not whole:
         raise UserError(f"{where} is damaged: its contents do not have the checksum that it names.")
     return value
 
@@ -148,6 +183,15 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
+@contextlib.contextmanager
+def expecting(source: Path, what: str) -> Iterator[None]:
+    """Within, a value of `source` that is missing or of another type ends in a `UserError`: it is not `what`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UserError(f"{source} is not {what} ({error!r}).") from None
+
+
 # --- Tensors ----------------------------------------------------------------------------------------------------
 
 
@@ -166,7 +210,7 @@ def write_tensors(
     header has some of another kind, for a file that is never read as a whole.
     """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    found = {"digests": {name: tensor_digest(tensor) for name, tensor in contents.items()}} if digests else {}
+    found = {"digests": {name: signature(tensor) for name, tensor in contents.items()}} if digests else {}
     metadata = {kind: json.dumps(seal({**(header or {}), **found}))}
     write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata))
 
@@ -174,10 +218,16 @@ def write_tensors(
 def open_tensors(path: Path, framework: str = "pt") -> Any:
     """A lazy reader (`safetensors.safe_open`) of `path`, which checks no digest; raises `UserError` if it cannot be."""
     try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > LARGEST_HEADER:
+            raise SafetensorError(f"its header would have {length} bytes")
         return safe_open(path, framework=framework)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (SafetensorError, OSError) as error:
+        if is_want_of_memory(error):
+            raise MemoryError(f"{path}: {error}") from None
         raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
 
 
@@ -194,11 +244,16 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     file = open_tensors(path)
     header = read_header(file, path, kind)
     digests = header.pop("digests", None)
-    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    try:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except Exception as error:  # types that torch does not have, shapes that no tensor can have
+        if is_want_of_memory(error):
+            raise
+        raise UserError(f"{path} holds a tensor that cannot be read ({' '.join(str(error).split())[:200]}).") from None
     if not isinstance(digests, dict) or tensors.keys() != digests.keys():
         raise UserError(f"{path} is damaged: it does not hold the tensors that its header names.")
     for name, tensor in tensors.items():
-        if tensor_digest(tensor) != digests[name]:
+        if signature(tensor) != digests[name]:
             raise UserError(f"{path} is damaged: {name} does not have the digest that the header names.")
     return tensors, header
 
@@ -206,5 +261,5 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
 def check_classes(classes: Any, path: Path) -> tuple[str, ...]:
     """`classes` from the header of `path` as a tuple of names; raises `UserError` if they are anything else."""
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
-        raise UserError(f"{path} has classes in its header that are not a list of names: {classes!r}.")
+        raise UserError(f"{path} has classes in its header that are not a list of names: {reprlib.repr(classes)}.")
     return tuple(classes)

@@ -23,6 +23,11 @@ from cddlib.files import UserError
 Architecture = Literal["convnet", "alexnet", "vgg11", "resnet18", "densenet121", "vit", "mlp"]
 Norm = Literal["instance", "batch", "group", "layer", "none"]
 
+LARGEST = {"depth": 64, "width": 4096}
+"""The deepest and the widest ConvNet: a file that asks for more is not believed."""
+MOST_CHANNELS, LONGEST_SIDE, MOST_CLASSES = 1024, 4096, 2**20
+"""Of the images that a network is built for, for the same reason."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
@@ -43,9 +48,9 @@ class NetworkConfig:
     """Pooling over 2x2 pixels at the end of each block; of the ConvNet, others ignore it."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name, most in LARGEST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}.")
         if self.network == "convnet" and self.norm == "group" and self.width % 4:
             raise UserError(f"width is {self.width}; with norm 'group' it must be a multiple of 4.")
         if self.network in ("vgg11", "resnet18", "densenet121") and self.norm not in _NORMS:
@@ -70,10 +75,18 @@ def build_network(config: NetworkConfig, image_shape: tuple[int, int, int], clas
     """The network of `config` for images of `image_shape` (channels, height, width).
 
     Raises:
-        UserError: the images are not square, or too small for the ConvNet's depth.
+        UserError: the images are not square, have too many or no pixels, channels or classes, or are too small for the
+            ConvNet's depth.
     """
     if image_shape[1] != image_shape[2]:
         raise UserError(f"images are {image_shape[1]} by {image_shape[2]} pixels; they must be square.")
+    for value, most, what in (
+        (image_shape[0], MOST_CHANNELS, "channels"),
+        (image_shape[1], LONGEST_SIDE, "pixels a side"),
+        (classes, MOST_CLASSES, "classes"),
+    ):
+        if not 1 <= value <= most:
+            raise UserError(f"the images have {value} {what}; networks are built for 1 to {most}.")
     if config.network == "convnet":
         return ConvNet(config, image_shape, classes)
     builder = _BUILDERS[config.network]

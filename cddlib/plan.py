@@ -150,21 +150,23 @@ def _buffering(experts: BufferConfig, sizes: Sizes, steps: "_Steps", devices: in
 
 def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices: int) -> Cost:
     images = config.ipc * sizes.classes
-    matched = config.segments + config.replay
+    matched = config.segments * config.concurrent_experts + config.replay
     subset = images // config.subsets
     in_a_step = min(config.student_batch or subset, subset)
-    student = [(steps.student, config.iterations * config.student_steps * in_a_step)]
+    labelled = [(steps.test, config.iterations * images)] if config.labels == "teacher" else []
+    student = [(steps.student, config.iterations * config.student_steps * in_a_step), *labelled]
     times = 0 if config.validate_every == 0 else 1 + -(-config.iterations // config.validate_every)
     validation = round(VALIDATION_FRACTION * sizes.train)
     trained = images * config.evaluation_epochs * (config.subsets + 1) // 2
     checks = [(steps.train, times * config.validation_runs * trained)]
-    checks += [(steps.test, times * config.validation_runs * validation)]
+    checks += [(steps.test, times * config.validation_runs * validation), *labelled]
     set_bytes = 4 * images * (sizes.shape[0] * sizes.shape[1] * sizes.shape[2] + sizes.classes)
     vectors = 4 * parameter_count(steps.network) * (config.student_steps + 3)
+    kept = 1 if config.combine == "mean" else matched
     return Cost(
         "distillation",
         matched * _flops(student) + _flops(checks),
-        steps.student_memory + vectors + (matched + 5) * set_bytes + _data_bytes(sizes, validation),
+        steps.student_memory + vectors + (kept + 5) * set_bytes + _data_bytes(sizes, validation),
         4 * set_bytes,  # the set; and the checkpoint: variables, momentum, best
         _seconds(student, -(-matched // devices), checks),
     )

@@ -9,18 +9,26 @@ On the command line::
 The images of a folder are decoded in parallel and written straight to their places in the file, so that memory holds
 a few batches whatever their number. Beside the unfinished file lies a record of how many images are durable: asked
 again for the same images, an interrupted run goes on from there and ends with the same bytes.
+
+A folder's images may be anyone's: BMP, JPEG, PNG, PPM and WebP are read, and none that would need more than its share
+of memory or time. CIFAR's archives hold pickles; torchvision unpacks archives and unpickles files only if they have the
+checksums that it knows.
 """
 
+import contextlib
+import functools
 import hashlib
+import io
 import json
-import multiprocessing
 import os
-import threading
+import signal
+import warnings
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import datasets as tv
@@ -28,10 +36,20 @@ from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from cddlib.data import Images, check_data_name, default_root, fingerprint, load, map_images
-from cddlib.files import UserError, read_json, seal, write_json, write_tensors
-from cddlib.runs import locked
+from cddlib.files import UserError, is_want_of_memory, read_json, seal, write_json, write_tensors, writing
+from cddlib.ranks import Interrupted, Ranks
+from cddlib.runs import end_with_parent, locked, memory_advice
 
 _DOWNLOADS = {"fashion_mnist": tv.FashionMNIST, "cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}
+MOST_PIXELS = 2**26
+"""Pixels of the largest image that is decoded, before or after it is resized; ImageNet's largest has 61 million.
+
+A worker process needs up to 8 bytes for each."""
+LARGEST_IMAGE = 2**28
+"""Bytes of the longest image file that is read."""
+MOST_SCANS = 512
+"""Most passes of a JPEG over its image. There are about ten; 30 bytes can ask for one more."""
+_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "WEBP")  # Pillow knows more, of which EPS runs a program
 _SIZE = 64
 _BATCH = 64
 """Images that a worker process decodes at a time."""
@@ -44,6 +62,7 @@ Samples = list[tuple[str, int]]
 """Image files and their classes."""
 
 
+@memory_advice("--size")
 def prepare(name: str, root: Path | None = None, *, source: Path | None = None, size: int = _SIZE) -> Path:
     """Write `<root>/<name>.safetensors` and return its path; a file already there is checked and kept.
 
@@ -57,7 +76,9 @@ def prepare(name: str, root: Path | None = None, *, source: Path | None = None, 
 
     Raises:
         UserError: a download fails, a folder has another layout, or an image cannot be read. Images read before it
-            are kept: once it is mended, the same call goes on.
+            are kept: once it is mended, the same call goes on. Or a file already there is damaged, or another process
+            is writing it.
+        Interrupted: a signal asked to stop; the images read before it are kept.
     """
     check_data_name(name)
     root = root or default_root()
@@ -69,20 +90,39 @@ def prepare(name: str, root: Path | None = None, *, source: Path | None = None, 
     if size != _SIZE and name != "imagefolder":
         raise UserError(f"size is {size}, but {name} has a size of its own; only imagefolder takes one.")
     if path.exists():
-        load(name, root)
-    elif name in _DOWNLOADS:
-        tensors, classes = _download(name, root / "downloads")
+        _ = load(name, root).fingerprint  # which refuses a damaged file
+    else:
+        listing = None if name in _DOWNLOADS else _listing(name, source)
+        with locked(root / f".{name}.lock"):
+            _write(path, name, listing, size)
+    with contextlib.suppress(OSError):  # there is none, unless a process was killed just here
+        _record_of(path).unlink()
+    return path
+
+
+def _record_of(path: Path) -> Path:
+    """Where it is noted how much of the unfinished file is durable."""
+    return path.with_suffix(".progress.json")
+
+
+def _write(path: Path, name: str, listing: tuple[Samples, Samples, list[str]] | None, size: int) -> None:
+    """Write the file of a data set, downloaded or of the images that are listed."""
+    if listing is None:
+        tensors, classes = _download(name, path.parent / "downloads")
         parts = [Images(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test")]
         header = {"classes": classes, "fingerprint": fingerprint(*parts)}
         write_tensors(path, tensors, "dataset", header, digests=False)
     else:
-        _stream(path, *_listing(name, source), size)
-    return path
+        with writing(path):
+            _stream(path, *listing, size)
 
 
 def _download(name: str, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Fetch a data set with torchvision, which checks the downloads against its checksums."""
     tensors = {}
+    for file in (folder / "FashionMNIST").glob("*/*"):
+        if file.suffix != ".gz":  # unpacked, and torchvision would take it without a checksum
+            file.unlink()
     for part in ("train", "test"):
         try:
             found = _DOWNLOADS[name](folder, train=part == "train", download=True)
@@ -126,10 +166,12 @@ def _annotated(annotations: Path, class_to_idx: dict[str, int]) -> Samples:
     if not annotations.exists():
         source = annotations.parent.parent
         raise UserError(f"{annotations} does not exist: {source} is not in Tiny ImageNet's original layout.")
-    rows = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-    found = [
-        (str(annotations.parent / "images" / file), class_to_idx[wnid]) for file, wnid in rows if wnid in class_to_idx
-    ]
+    rows = [line.split("\t") for line in annotations.read_text("utf-8", "surrogateescape").splitlines()]
+    named = [(row[0], class_to_idx[row[1]]) for row in rows if len(row) > 1 and row[1] in class_to_idx]
+    outside = next((file for file, _ in named if Path(file).name != file or file in ("", "..")), None)
+    if outside is not None:
+        raise UserError(f"{annotations} names {outside!r}, which is not a file beside the others.")
+    found = [(str(annotations.parent / "images" / file), label) for file, label in named]
     if not found:
         raise UserError(f"{annotations} names no image of the classes in train/.")
     return found
@@ -143,10 +185,14 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
     head = _head(test, train, classes, size)
     files = [file for file, _ in test + train]
     source = hashlib.sha256(b"\0".join([head, *map(os.fsencode, files)])).hexdigest()
-    partial, record = path.with_suffix(".partial"), path.with_suffix(".progress.json")
-    with locked(partial) as file:
+    partial, record = path.with_suffix(".partial"), _record_of(path)
+    partial.touch()
+    ranks = Ranks()  # one, whose signals are heeded
+    with ranks.heeding_signals("the batch"), open(partial, "r+b") as file:
         found = read_json(record) if record.exists() else {}
-        done = found["images"] if found.get("source") == source else 0
+        done = found.get("images") if found.get("source") == source else 0
+        if not isinstance(done, int) or not 0 <= done <= len(files):
+            raise UserError(f"{record} is not a record of {len(files)} images ({done!r}); delete it and start again.")
         if partial.stat().st_size < len(head) + done * 3 * size**2:
             done = 0  # it is gone, or cut off
         chain = _chain(file, len(head), done, 3 * size**2)
@@ -166,11 +212,13 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
                     if isinstance(batch, UserError):
                         raise batch
                     file.write(batch)
-                    done += len(batch)
-                    chain = _link(chain, batch.data)
+                    done, chain = done + len(batch), functools.reduce(_link, (image.data for image in batch), chain)
                     progress.update(len(batch))
                     if number % _DURABLE == 0:
                         _note(record, source, done, chain, file)
+                    if ranks.asked and done < len(files):
+                        stopped = f"stopped after image {done} of {len(files)}, which is saved"
+                        raise Interrupted(stopped, ranks.asked)
         finally:
             _note(record, source, done, chain, file)
         written = map_images(partial, len(head), (len(files), 3, size, size))
@@ -182,8 +230,7 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
         file.write(_head(test, train, classes, size, fingerprint(parts[1], parts[0])))
         file.flush()
         os.fsync(file.fileno())
-        os.replace(partial, path)
-        record.unlink()
+    os.replace(partial, path)
 
 
 def _head(test: Samples, train: Samples, classes: list[str], size: int, fingerprint: str = "0" * 16) -> bytes:
@@ -207,17 +254,14 @@ def _head(test: Samples, train: Samples, classes: list[str], size: int, fingerpr
 
 def _chain(file: BinaryIO, start: int, images: int, size: int) -> str:
     """The chain of digests over the first `images` images of `size` bytes; leaves `file` behind them."""
-    chain = ""
     file.seek(start)
-    for first in range(0, images, _BATCH):
-        chain = _link(chain, file.read(min(_BATCH, images - first) * size))
-    return chain
+    return functools.reduce(_link, (file.read(size) for _ in range(images)), "")
 
 
-def _link(chain: str, batch: bytes | memoryview) -> str:
-    """The next link of a chain of digests, each of the link before it and of the bytes that follow."""
+def _link(chain: str, image: bytes | memoryview) -> str:
+    """The next link of a chain of digests, each of the link before it and of the image that follows."""
     digest = hashlib.sha256(chain.encode())
-    digest.update(batch)
+    digest.update(image)
     return digest.hexdigest()
 
 
@@ -232,20 +276,13 @@ def _decode(files: list[str], size: int) -> DataLoader:
     """Batches of images in order, decoded by as many processes as there are processors if it pays to start them."""
     decoder = _Decoder(files, size)
     workers = 0 if len(files) < _PARALLEL else _usable_cpus()
-    return DataLoader(
-        decoder, batch_size=_BATCH, collate_fn=_stack, num_workers=workers, worker_init_fn=_end_with_parent
-    )
+    return DataLoader(decoder, batch_size=_BATCH, collate_fn=_stack, num_workers=workers, worker_init_fn=_begin_worker)
 
 
-def _end_with_parent(_worker: int) -> None:
-    """Let a worker process end when the one that started it is killed, even while it waits to hand over a batch."""
-    parent = cast(multiprocessing.process.BaseProcess, multiprocessing.parent_process())
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+def _begin_worker(_number: int) -> None:
+    """What a worker process does first: a terminal sends it the signal too that the one which started it heeds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent()
 
 
 def _usable_cpus() -> int:
@@ -259,6 +296,7 @@ class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
     def __init__(self, files: list[str], size: int) -> None:
         # one array: a list's strings are counted as they are used, so that every worker would come to copy them all
         self.files = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
+        self.size = size
         self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
 
     def __len__(self) -> int:
@@ -268,9 +306,32 @@ class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
         """The image, or the error: what a worker process raises arrives with its traceback as the message."""
         file = os.fsdecode(self.files[index])
         try:
-            return self.resize(tv.folder.pil_loader(file))
+            return self.resize(_read_image(file, self.size))
         except Exception as error:  # what Pillow raises for a broken file depends on the format
+            if is_want_of_memory(error):
+                return UserError(f"there is not enough memory to read {file}; lower --size, or close other programs.")
             return UserError(f"{file} is not a readable image ({' '.join(str(error).split())}).")
+
+
+def _read_image(file: str, size: int) -> Image.Image:
+    """An image in RGB whose shorter side can be resized to `size`; raises `ValueError` if it asks too much."""
+    if os.path.getsize(file) > LARGEST_IMAGE:
+        raise ValueError(f"it has {os.path.getsize(file)} bytes, more than {LARGEST_IMAGE}")
+    content = Path(file).read_bytes()
+    scans = content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") else 1
+    if scans > MOST_SCANS:
+        raise ValueError(f"it has {scans} scans, more than {MOST_SCANS}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError(f"it is none of {', '.join(_FORMATS)}") from None
+    shorter, longer = sorted(image.size)
+    pixels = max(shorter * longer, size**2 * longer // shorter)
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"its sides of {shorter} and {longer} pixels make {pixels}, more than {MOST_PIXELS}")
+    return image.convert("RGB")
 
 
 def _stack(found: list[Tensor | UserError]) -> np.ndarray | UserError:

@@ -6,6 +6,7 @@ space carries its map with it.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Protocol, cast, runtime_checkable
 
@@ -128,6 +129,22 @@ def _fit_whitening(train: Images, epsilon: float = 0.1) -> Whitening:
     return Whitening(mean.float(), eigenvectors.float(), (eigenvalues.clamp(min=0) + epsilon).float())
 
 
-def preprocessing_from(tensors: dict[str, Tensor]) -> Preprocessing:
-    """The map that `tensors()` gave to a file."""
-    return Whitening(**tensors) if "eigenvalues" in tensors else Normalisation(**tensors)
+def preprocessing_from(tensors: dict[str, Tensor], shape: tuple[int, int, int]) -> Preprocessing:
+    """The map that `tensors()` gave to a file, for images of `shape` (channels, height, width).
+
+    Raises:
+        TypeError: they are not the tensors of one.
+    """
+    channels, size, whitens = shape[0], math.prod(shape), "eigenvalues" in tensors
+    wanted = {"mean": [size], "eigenvectors": [size, size], "eigenvalues": [size]}
+    if not whitens:
+        wanted = {"mean": [channels], "std": [channels]}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise TypeError(f"its shapes are {found}, not {wanted}")
+    if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise TypeError("its numbers are not finite float32")
+    divisor = "eigenvalues" if whitens else "std"
+    if not bool((tensors[divisor] > 0).all()):
+        raise TypeError(f"{divisor} has to be positive")
+    return Whitening(**tensors) if whitens else Normalisation(**tensors)

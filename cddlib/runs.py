@@ -8,23 +8,29 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import platform
+import reprlib
 import resource
 import subprocess
 import sys
+import threading
 import time
+import types
+import typing
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import torch
 
-from cddlib.files import UserError, read_json, seal, unseal, write_atomically
+from cddlib.files import UserError, expecting, is_want_of_memory, read_json, seal, unseal, write_atomically, writing
 
 T = TypeVar("T")
 
@@ -46,9 +52,15 @@ def generator(*keys: int | str) -> torch.Generator:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU; raises `UserError` for a device that is not here."""
+    """`auto` is this process's GPU if there is one, else the CPU; raises `UserError` for a device that is not here."""
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's, one process a GPU
+        process, here = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()  # torchrun's, one a GPU
+        if process >= here:
+            raise UserError(
+                f"torchrun started process {process} of this machine, counted from 0, but it has {here} GPUs; give "
+                f"--nproc-per-node {here}, or --device cpu."
+            )
+        return torch.device("cuda", process)
     if name == "auto":
         return torch.device("cpu")
     try:
@@ -78,16 +90,24 @@ def memory_advice(settings: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        wanting = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-            sign in str(error) for sign in ("an't allocate memory", "annot allocate memory", "bad_alloc")
-        )
-        if not wanting:
+        if not is_want_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"there is not enough memory ({reason}); lower {settings}, in another folder, or go on with the same "
             f"command where there is more: what was saved is kept."
         ) from None
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it is killed, whatever it does then."""
+    parent = cast(multiprocessing.process.BaseProcess, multiprocessing.parent_process())
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 # --- Run folders ------------------------------------------------------------------------------------------------
@@ -100,8 +120,10 @@ def locked(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: another process has it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with open(descriptor, "r+b") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, its locks do not outlive us in children
         except (BlockingIOError, PermissionError):
@@ -125,9 +147,41 @@ def config_hash(config: dict[str, Any]) -> str:
 
 
 def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
-    """The `config_type` among `values`, which may hold more. Raises `KeyError` if a field is missing."""
+    """The `config_type` among the JSON `values`, which may hold more.
+
+    Raises:
+        KeyError: a field is missing.
+        TypeError: a field has a value of another type.
+    """
     found = {field.name: values[field.name] for field in dataclasses.fields(cast(Any, config_type))}
-    return config_type(**{name: tuple(v) if isinstance(v, list) else v for name, v in found.items()})  # JSON has lists
+    found = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
+    }  # JSON has lists
+    kinds = _kinds(cast(Any, config_type))
+    for name, value in found.items():
+        if not _fits(value, kinds[name]):
+            raise TypeError(f"{name} is {reprlib.repr(value)}")
+    return config_type(**found)
+
+
+_kinds = functools.cache(typing.get_type_hints)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a configuration's field of type `kind` can have a value."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin is types.UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        several = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(several) and all(map(_fits, value, several))
+    if type(value) is int:  # which a bool is not
+        return kind in (int, float) and abs(value) < 2**63
+    return type(value) is kind
 
 
 def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -152,12 +206,19 @@ class Metrics:
         """
         kept = _lines(path, resume_at) if resume_at >= 0 else []
         write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
+        self._path = path
         self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        self._file.write(json.dumps(seal(values)) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(seal(values)) + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Have the lines on the disk before a checkpoint that relies on them."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -192,7 +253,11 @@ def collect(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no finished run: result.json is missing.")
     record: dict[str, Any] = {name: read_json(path) for name, path in named.items() if path.exists()}
     if (folder / "metrics.jsonl").exists():
-        record["metrics"] = Metrics.read(folder / "metrics.jsonl", until=record["config"]["iterations"])
+        with expecting(folder / "config.json", "a distillation's configuration"):
+            iterations = record["config"]["iterations"]
+            if type(iterations) is not int or iterations < 0:
+                raise TypeError(f"iterations is {reprlib.repr(iterations)}")
+        record["metrics"] = Metrics.read(folder / "metrics.jsonl", until=iterations)
         record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]
     return record
 

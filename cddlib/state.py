@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cddlib.consolidate import ConsolidateConfig, Consolidation
-from cddlib.files import UserError, link, read_tensors, write_tensors
+from cddlib.files import UserError, expecting, read_tensors, write_tensors
+from cddlib.runs import from_dict
 from cddlib.synthetic import SyntheticSet
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -57,6 +58,22 @@ def milestone_path(folder: Path, iteration: int) -> Path:
 def milestones(folder: Path) -> list[int]:
     """The iterations whose checkpoints a run has kept, ascending."""
     return sorted(int(path.stem.removeprefix("milestone-")) for path in folder.glob("milestone-*.safetensors"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Numbers:
+    """What a checkpoint holds beside tensors."""
+
+    iteration: int
+    seconds: float
+    above_in_a_row: int
+    best_iteration: int
+    best_accuracy: float
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not 0 <= value < float("inf"):
+                raise TypeError(f"{name} is {value}")
 
 
 class State:
@@ -135,7 +152,7 @@ class State:
         return found
 
     def save(self, folder: Path, seconds: float, *, milestone: bool = False) -> None:
-        """Write the checkpoint of a run's folder; a `milestone` is kept when the next one replaces it."""
+        """Write the checkpoint of a run's folder; of a `milestone`, a copy that stays when the next one replaces it."""
         variables = self.synthetic.variable_tensors()
         tensors = dict(variables)
         for name, variable in variables.items():
@@ -155,29 +172,32 @@ class State:
             "best_iteration": self.best_iteration,
             "best_accuracy": self.best_accuracy,
         }
+        if milestone:  # first: a process that is killed between the two comes here again
+            write_tensors(milestone_path(folder, self.iteration), tensors, "state", state)
         write_tensors(folder / CHECKPOINT, tensors, "state", state)
-        if milestone:
-            link(folder / CHECKPOINT, milestone_path(folder, self.iteration))
         self.saved_at = self.iteration
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint of a run's folder, or from the last milestone if it was deleted."""
-        kept = milestones(folder)
-        if (folder / CHECKPOINT).exists():
-            try:
-                self.read(folder / CHECKPOINT)
-            except UserError as error:
-                place = f"iteration {max(kept)}" if kept else "the start"
-                raise UserError(f"{error} Delete it to go on from {place}.") from None
-        elif kept:
-            self.read(milestone_path(folder, max(kept)))
+        kept = milestones(folder)[::-1]
+        paths = [path for path in (folder / CHECKPOINT, *(milestone_path(folder, i) for i in kept)) if path.exists()]
+        if not paths:
+            return
+        try:
+            self.read(paths[0])
+        except UserError as error:
+            place = [*(f"iteration {iteration}" for iteration in kept), "the start"][-len(paths)]
+            raise UserError(f"{error} Delete it to go on from {place}.") from None
 
     def read(self, path: Path) -> None:
-        """Continue from the state in a checkpoint or milestone; raises `UserError` if it is damaged."""
-        tensors, state = read_tensors(path, "state")
-        self.iteration = self.saved_at = state["iteration"]
-        self.seconds, self.above_in_a_row = state["seconds"], state["above_in_a_row"]
-        self.best_iteration, self.best_accuracy = state["best_iteration"], state["best_accuracy"]
+        """Continue from the state in a checkpoint or milestone; raises `UserError` if it is damaged or foreign."""
+        tensors, header = read_tensors(path, "state")
+        with expecting(path, "a checkpoint"):
+            numbers = from_dict(_Numbers, header)
+        self._check_tensors(tensors, path)
+        self.iteration = self.saved_at = numbers.iteration
+        self.seconds, self.above_in_a_row = numbers.seconds, numbers.above_in_a_row
+        self.best_iteration, self.best_accuracy = numbers.best_iteration, numbers.best_accuracy
         device = self.synthetic.images.device
         variables = self.synthetic.variable_tensors()
         with torch.no_grad():
@@ -193,3 +213,22 @@ class State:
         if "best.images" in tensors:
             best: dict[str, Any] = {name: tensors[f"best.{name}"].to(device) for name in variables}
             self.best = dataclasses.replace(self.synthetic, **best)
+
+    def _check_tensors(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Raise `UserError` unless these are the tensors of a checkpoint of this run."""
+        variables = self.synthetic.variable_tensors()
+        wanted = dict(variables)
+        if self.ema_images is not None:
+            wanted["ema.images"] = self.ema_images
+        if self.consolidation is not None:
+            wanted |= {f"consolidation.{name}": tensor for name, tensor in self.consolidation.tensors.items()}
+        if any(name.startswith("best.") for name in tensors):
+            wanted |= {f"best.{name}": tensor for name, tensor in variables.items()}
+        wanted |= {f"momentum.{name}": variables[name] for name in variables if f"momentum.{name}" in tensors}
+        for name in wanted.keys() | tensors.keys():
+            described = [
+                f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" if tensor is not None else "missing"
+                for tensor in (tensors.get(name), wanted.get(name))
+            ]
+            if described[0] != described[1]:
+                raise UserError(f"{path} is a checkpoint of another run: {name} is {described[0]}, not {described[1]}.")

@@ -28,8 +28,8 @@ from cddlib.correlation import Probes
 from cddlib.data import load
 from cddlib.distill import DistillConfig, distill
 from cddlib.evaluate import evaluate_run
-from cddlib.files import UserError, read_json, write_json
-from cddlib.runs import Metrics, as_dict, keep_freed_memory, locked, refuse_other_run, resolve_device
+from cddlib.files import Diverged, UserError, expecting, read_json, write_json
+from cddlib.runs import Metrics, as_dict, end_with_parent, keep_freed_memory, locked, refuse_other_run, resolve_device
 from cddlib.synthetic import initialise
 from cddlib.trajectory import Buffer
 
@@ -206,7 +206,9 @@ def run_study(
     description |= {"keep_stopped": True} if keep_stopped else {}
     with locked(out / ".lock"):
         if (out / "study.json").exists():
-            refuse_other_run(out, _identity(read_json(out / "study.json")), _identity(description))
+            with expecting(out / "study.json", "a study's description"):
+                found = _identity(read_json(out / "study.json"))
+            refuse_other_run(out, found, _identity(description))
         write_json(out / "study.json", description)
         work = [
             (name, config, buffer, out / name, networks, _brings_baselines(name, runs), root, device)
@@ -245,11 +247,11 @@ def _one(
         distill(config, buffer, out, root=root, device=device)
         if networks:
             evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=config.seed * networks)
-    except UserError as error:
+    except Diverged as error:  # not what another command or machine would mend
         if (out / "config.json").exists():  # it began
             write_json(out / STOPPED, {"reason": str(error)})
         return f"{name}: {error}"
-    except OSError as error:
+    except (UserError, OSError) as error:
         return f"{name}: {error}"
     return None
 
@@ -289,6 +291,7 @@ def _in_a_process(task: tuple[Any, ...], threads: int) -> str | None:
 
 def _prepare(threads: int) -> None:
     """What a child does first."""
+    end_with_parent()
     torch.set_num_threads(threads)
     keep_freed_memory()
 
@@ -315,9 +318,15 @@ def study_record(out: Path) -> dict[str, Any]:
     Raises:
         UserError: `out` holds no study, or one that is not finished.
     """
-    description = read_json(out / "study.json")
+    with expecting(out / "study.json", "the description of a finished study"):
+        return _gathered(out, read_json(out / "study.json"))
+
+
+def _gathered(out: Path, description: dict[str, Any]) -> dict[str, Any]:
     runs = {}
     for name in description["runs"]:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"{out / 'study.json'} names the run {name!r}, which is not below its folder.")
         finished = (out / name / "result.json").exists()
         if not (finished or (description.get("keep_stopped") and _ended(out / name))):
             raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")

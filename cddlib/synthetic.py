@@ -5,13 +5,13 @@ step size, and the preprocessing that leads to and from that space.
 """
 
 import dataclasses
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError
 from torch import Tensor
 
 from cddlib.data import Dataset, Images, indices_by_class
@@ -113,32 +113,37 @@ class SyntheticSet:
         tensors, header = read_tensors(path, "synthetic")
         classes = check_classes(header.get("classes"), path)
         prefix = "preprocessing."
+        fitted = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         try:
-            found = SyntheticSet(
+            shape = tensors["images"].shape
+            n, channels, height, width = shape
+            wanted = {
+                "images": (torch.float32, shape),
+                "labels": (torch.int64, (n,)),
+                "label_logits": (torch.float32, (n, len(classes))),
+                "step_size": (torch.float32, ()),
+            }
+            for name, tensor in tensors.items():
+                if (tensor.dtype, tensor.shape) != wanted[name] or not bool(tensor.isfinite().all()):
+                    raise TypeError(f"{name} is {tensor.dtype}{list(tensor.shape)}, or not finite")
+            ipc = n // len(classes)
+            if 0 in shape or not torch.equal(tensors["labels"], torch.arange(len(classes)).repeat_interleave(ipc)):
+                raise TypeError(f"{n} labels are not those of {ipc} images for each of {len(classes)} classes in turn")
+            if not tensors["step_size"] > 0:
+                raise TypeError(f"step size {tensors['step_size']}")
+            if type(header["subsets"]) is not int or not 1 <= header["subsets"] <= ipc:
+                raise TypeError(f"subsets {reprlib.repr(header['subsets'])} of {ipc} images a class")
+            return SyntheticSet(
                 images=tensors["images"],
                 labels=tensors["labels"],
                 label_logits=tensors.get("label_logits"),
                 step_size=tensors["step_size"],
-                preprocessing=preprocessing_from(
-                    {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-                ),
+                preprocessing=preprocessing_from(fitted, (channels, height, width)),
                 classes=classes,
                 subsets=header["subsets"],
             )
-            n = len(found.labels)
-            if (found.images.ndim, found.images.shape[0], found.step_size.ndim) != (4, n, 0):
-                raise TypeError(
-                    f"images {list(found.images.shape)}, step size {list(found.step_size.shape)}, {n} labels"
-                )
-            if found.targets().shape != (n, len(classes)):
-                raise TypeError(f"targets {list(found.targets().shape)} for {n} labels of {len(classes)} classes")
-            if not isinstance(found.subsets, int) or not 1 <= found.subsets <= found.ipc:
-                raise TypeError(f"subsets {found.subsets!r} of {found.ipc} images a class")
-            if found.pictures().shape != found.images.shape:
-                raise TypeError("the preprocessing has another number of channels than the images")
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} is not a synthetic set ({error}).") from None
-        return found
 
 
 def random_real(train: Images, classes: int, ipc: int, rng: torch.Generator) -> Images:

@@ -99,6 +99,8 @@ def predict(network: Network, theta: Float[Tensor, " p"], fetch: Fetch, size: in
 
 
 def accuracy(network: Network, theta: Float[Tensor, " p"], data: Images, preprocessing: Preprocessing) -> float:
-    """Fraction of `data` that the network gets right."""
+    """Fraction of `data` that the network gets right; nan if its output is not finite, where argmax still finds one."""
     logits = predict(network, theta, fetch_real(data, preprocessing), len(data.labels))
+    if not bool(logits.isfinite().all()):
+        return float("nan")
     return (logits.argmax(1) == data.labels).double().mean().item()

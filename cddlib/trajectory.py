@@ -8,6 +8,7 @@ A buffer is a folder::
     expert-000.safetensors      one tensor a parameter, time (epochs 0 … T) as the leading axis
 """
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -15,23 +16,77 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
-from cddlib.data import Dataset
-from cddlib.files import UserError, open_tensors, read_header, read_json, read_tensors, tensor_digest, write_tensors
+from cddlib.augment import AugmentConfig
+from cddlib.data import DataConfig, Dataset
+from cddlib.files import (
+    Diverged,
+    UserError,
+    expecting,
+    open_tensors,
+    read_header,
+    read_json,
+    read_tensors,
+    tensor_digest,
+    write_tensors,
+)
 from cddlib.networks import Network, NetworkConfig, build_network, views
 from cddlib.preprocessing import Preprocessing, preprocessing_from
 from cddlib.runs import config_hash, from_dict
 
 PREPROCESSING = "preprocessing.safetensors"
 DIFFICULTY = "difficulty.safetensors"
+LARGEST = 100_000
+"""Experts, and epochs of an expert, that a buffer can have."""
 
 
-def read_preprocessing(folder: Path) -> Preprocessing:
-    """The map from pixels to network input that the experts in `folder` see."""
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What `buffer.json` says of the data set."""
+
+    name: str
+    fingerprint: str
+    shape: tuple[int, int, int]
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Experts:
+    """What every buffer's configuration says of its experts, beside network, data and augmentation."""
+
+    experts: int
+    epochs: int
+    holdout: bool
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "epochs"):
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {LARGEST}.")
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], Network]:
+    """What `buffer.json` in `folder` says, checked, and the network that it describes.
+
+    Raises:
+        UserError: it is missing, damaged, or does not describe a buffer.
+    """
+    path = folder / "buffer.json"
+    manifest = read_json(path)
+    with expecting(path, "a buffer's description"):
+        experts = manifest["experts"]
+        if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
+            raise TypeError("experts is not a list of records")
+        for kind in (_Experts, AugmentConfig, DataConfig):
+            from_dict(kind, manifest["config"])
+        data = from_dict(_Data, manifest["data"])
+        return manifest, build_network(from_dict(NetworkConfig, manifest["config"]), data.shape, data.classes)
+
+
+def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
+    """The map from pixels to network input that the experts in `folder` see, for images of `shape`."""
     try:
-        return preprocessing_from(read_tensors(folder / PREPROCESSING, "preprocessing")[0])
+        return preprocessing_from(read_tensors(folder / PREPROCESSING, "preprocessing")[0], shape)
     except TypeError as error:
         raise UserError(f"{folder / PREPROCESSING} holds no preprocessing ({error}).") from None
 
@@ -65,18 +120,12 @@ class Buffer:
         if not (folder / "buffer.json").exists():
             raise UserError(f"{folder} holds no buffer; train one with `cddlib buffer --out {folder}`.")
         self.folder = folder
-        manifest = read_json(folder / "buffer.json")
-        try:
-            self.config: dict[str, Any] = manifest["config"]
-            self.data: dict[str, Any] = manifest["data"]
-            self.experts: list[dict[str, Any]] = manifest["experts"]
-            self.epochs: int = self.config["epochs"]
-            wanted = self.config["experts"]
-            self.network: Network = build_network(
-                from_dict(NetworkConfig, self.config), tuple(self.data["shape"]), self.data["classes"]
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / 'buffer.json'} is not a buffer's description ({error!r}).") from None
+        manifest, self.network = read_manifest(folder)
+        self.config: dict[str, Any] = manifest["config"]
+        self.data: dict[str, Any] = manifest["data"]
+        self.experts: list[dict[str, Any]] = manifest["experts"]
+        self.epochs: int = self.config["epochs"]
+        wanted = self.config["experts"]
         if len(self.experts) < wanted:
             raise UserError(
                 f"{folder} holds {len(self.experts)} of {wanted} experts; run the same `cddlib buffer` again to finish."
@@ -87,7 +136,8 @@ class Buffer:
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
         """The map from pixels to network input that the experts saw."""
-        return read_preprocessing(self.folder)
+        channels, height, width = self.data["shape"]
+        return read_preprocessing(self.folder, (channels, height, width))
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise `UserError` unless the experts were trained on `dataset`."""
@@ -109,34 +159,32 @@ class Buffer:
         if expert not in self._files:
             self._files[expert] = self._open(expert, path)
         file, vectors = self._files[expert]
-        try:
-            if not 0 <= epoch <= self.epochs:
-                raise IndexError("out of range")
-            pieces = [file.get_slice(name)[epoch] for name in self.network.shapes]
-            wrong = [
-                f"{name} has shape {list(piece.shape)}, not {list(shape)}"
-                for piece, (name, shape) in zip(pieces, self.network.shapes.items(), strict=True)
-                if tuple(piece.shape) != shape
-            ]
-        except (SafetensorError, IndexError) as error:
-            wrong = [f"epoch {epoch} of {self.epochs} cannot be read ({error})"]
-        if wrong:
-            raise UserError(f"{path} does not fit buffer.json: {wrong[0]}.")
-        theta = torch.cat([piece.flatten() for piece in pieces])
+        if not 0 <= epoch <= self.epochs:
+            raise UserError(f"{path} does not fit buffer.json: epoch {epoch} of {self.epochs} cannot be read.")
+        theta = torch.cat([file.get_slice(name)[epoch].flatten() for name in self.network.shapes])
         if tensor_digest(theta) != vectors[int(epoch)]:
             raise UserError(f"{path} is damaged: epoch {epoch} does not have the digest that its header names.")
+        if not bool(theta.isfinite().all()):
+            raise Diverged(f"{path} holds parameters that are not finite at epoch {epoch}; train this expert anew.")
         return theta
 
     def _open(self, expert: int, path: Path) -> tuple[Any, list[str]]:
         """The expert's file, and the digests of its vectors; refuses a file that `buffer.json` does not describe."""
         file = open_tensors(path)
-        header = read_header(file, path, "expert")
+        header, held = read_header(file, path, "expert"), set(file.keys())
         record, vectors = header.get("record"), header.get("vectors")
         known = self.experts[expert]
         if not isinstance(record, dict) or any(known.get(key) != value for key, value in record.items()):
             raise UserError(f"{path} is not the expert that {self.folder / 'buffer.json'} describes.")
-        if not isinstance(vectors, list) or len(vectors) != self.epochs + 1:
+        if not isinstance(vectors, list) or [type(vector) for vector in vectors] != [str] * (self.epochs + 1):
             raise UserError(f"{path} does not fit buffer.json: it names no digests of {self.epochs + 1} vectors.")
+        for name, shape in self.network.shapes.items():
+            wanted = f"F32{[self.epochs + 1, *shape]}"
+            found = (
+                f"{file.get_slice(name).get_dtype()}{file.get_slice(name).get_shape()}" if name in held else "missing"
+            )
+            if found != wanted:
+                raise UserError(f"{path} does not fit buffer.json: {name} is {found:.100}, not {wanted}.")
         return file, vectors
 
 
@@ -167,8 +215,8 @@ class ConvexBuffer(Buffer):
 
     def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
         """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
-        steps = torch.zeros(self.epochs + 1, len(self.network.shapes))
         here = Buffer.parameters(self, expert, 0)
+        steps = torch.zeros(self.epochs + 1, len(self.network.shapes))
         for epoch in range(1, self.epochs + 1):
             there = Buffer.parameters(self, expert, epoch)
             steps[epoch] = torch.stack([piece.norm() for piece in views(self.network, there - here).values()])
@@ -179,4 +227,7 @@ class ConvexBuffer(Buffer):
 
 def read_expert_record(path: Path) -> dict[str, Any]:
     """The `record` that `write_trajectory` was given."""
-    return read_header(open_tensors(path), path, "expert")["record"]
+    record = read_header(open_tensors(path), path, "expert").get("record")
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no record of an expert.")
+    return record

@@ -200,24 +200,30 @@ def _verify_distillation(
     for path in sorted(run.glob("evaluation-*.json")):
         record = read_json(path)
         tested = Trainer(run, from_dict(NetworkConfig, record["network"]), root=root, device=str(device))
-        accuracies.append((tested.accuracy("synthetic", record["seed"]), record["accuracies"]["synthetic"][0]))
+        now = tested.accuracy("synthetic", record["seed"])
+        accuracies.append((0.0 if math.isnan(now) else now, record["accuracies"]["synthetic"][0]))
     return [*checks, _accuracies("accuracies of networks trained on the set", accuracies)]
 
 
 def _numbers(what: str, pairs: Pairs, tolerance: float) -> Check:
     """Numbers found now, each with what was written."""
     differences = [abs(found - written) / max(abs(written), 1e-12) for found, written in pairs]
-    return Check(what, len(pairs), max(differences, default=0.0), tolerance)
+    return Check(what, len(pairs), _largest(differences), tolerance)
 
 
 def _accuracies(what: str, pairs: Pairs) -> Check:
-    return Check(what, len(pairs), max((abs(found - written) for found, written in pairs), default=0.0), ACCURACY)
+    return Check(what, len(pairs), _largest([abs(found - written) for found, written in pairs]), ACCURACY)
 
 
 def _tensors(what: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float) -> Check:
     """Tensors found now, each with what was written; the difference is that of the lengths of vectors."""
     differences = [float((found - written).norm() / written.norm().clamp(min=1e-12)) for found, written in pairs]
-    return Check(what, sum(found.numel() for found, _ in pairs), max(differences, default=0.0), tolerance)
+    return Check(what, sum(found.numel() for found, _ in pairs), _largest(differences), tolerance)
+
+
+def _largest(differences: Sequence[float]) -> float:
+    """The largest of them, 0 of none; nan, which passes no check, if there is one among them."""
+    return math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0)
 
 
 def checks_table(checks: Sequence[Check]) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import cddlib
 from cddlib import buffer as buffering
-from cddlib import cli, curriculum, data, runs
+from cddlib import cli, curriculum, data, files, runs
 from cddlib.files import UserError
 from cddlib.networks import ConvNet, NetworkConfig, views
 from cddlib.trajectory import Buffer, expert_path, read_expert_record, write_trajectory
@@ -32,9 +32,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_files_are_those_of_the_design(buffer: Buffer) -> None:
-    names = {"buffer.json", "result.json", "preprocessing.safetensors", "expert-000.safetensors"}
+    names = {".lock", "buffer.json", "result.json", "preprocessing.safetensors", "expert-000.safetensors"}
     assert {path.name for path in buffer.folder.iterdir()} == names | {"expert-001.safetensors"}
-    manifest = json.loads((buffer.folder / "buffer.json").read_text())
+    manifest = files.read_json(buffer.folder / "buffer.json")
     assert manifest["config"] == runs.as_dict(recipe())
     digits = data.load("digits")
     fingerprint = {"name": "digits", "fingerprint": digits.fingerprint, "shape": [1, 8, 8], "classes": 10}
@@ -42,8 +42,8 @@ def test_files_are_those_of_the_design(buffer: Buffer) -> None:
     for index, expert in enumerate(manifest["experts"]):
         path = buffer.folder / expert["file"]
         assert path == expert_path(buffer.folder, index)
-        assert expert["sha256"] == runs.file_digest(path)
-        assert expert["seed"] == index
+        assert expert["sha256"] == files.file_digest(path)
+        assert (expert["seed"], expert["buffer"]) == (index, buffer.experts[0]["buffer"])
         assert len(expert["train_loss"]) == 6
         assert len(expert["validation_accuracy"]) == 7
         shapes = {name: (7, *shape) for name, shape in buffer.network.shapes.items()}
@@ -103,9 +103,9 @@ print(kb("VmHWM") - before, float(theta[0]))
 
 
 def test_reading_one_epoch_reads_only_its_bytes(buffer: Buffer, tmp_path: Path) -> None:
-    manifest = json.loads((buffer.folder / "buffer.json").read_text())
+    manifest = files.read_json(buffer.folder / "buffer.json")
     manifest["config"] |= {"width": 64, "depth": 3, "epochs": 300, "experts": 1}
-    runs.write_json(tmp_path / "buffer.json", manifest)
+    files.write_json(tmp_path / "buffer.json", manifest)
     network = ConvNet(NetworkConfig(width=64, depth=3), (1, 8, 8), 10)
     size = len(network.init(torch.Generator()))
     write_trajectory(expert_path(tmp_path, 0), network, [torch.full((size,), float(t)) for t in range(301)], {})
@@ -191,6 +191,86 @@ def test_finished_experts_are_not_trained_again(buffer: Buffer, tmp_path: Path, 
     assert train(recipe(experts=1), tmp_path / "b").id == buffer.id  # asking for fewer takes none away
 
 
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Expert and number of each epoch that is trained from now on; all are saved at once."""
+    seen: list[tuple[int, int]] = []
+    epoch = buffering.expert_epoch
+
+    def overheard(config: object, expert: int, number: int, *rest: object) -> float:
+        seen.append((expert, number))
+        return epoch(config, expert, number, *rest)
+
+    monkeypatch.setattr(buffering, "expert_epoch", overheard)
+    monkeypatch.setattr(buffering, "UNFINISHED_SECONDS", -1.0)
+    return seen
+
+
+@pytest.mark.parametrize("expert", [0, 1])
+def test_a_deleted_expert_is_trained_again(buffer: Buffer, tmp_path: Path, trained, expert: int) -> None:
+    folder = tmp_path / "b"
+    shutil.copytree(buffer.folder, folder)
+    expert_path(folder, expert).unlink()
+    assert train(recipe(), folder).id == buffer.id
+    assert {number for number, _ in trained} == {expert}
+    assert contents(folder) == contents(buffer.folder)
+
+
+def train_until(stop: tuple[int, int], config: cddlib.BufferConfig, folder: Path) -> None:
+    """Train, and stop as by Ctrl-C at this expert's epoch of that number."""
+    epoch = buffering.expert_epoch
+
+    def interrupted(config: object, expert: int, number: int, *rest: object) -> float:
+        if (expert, number) == stop:
+            raise KeyboardInterrupt
+        return epoch(config, expert, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(buffering, "expert_epoch", interrupted)
+        train(config, folder)
+
+
+GSAM = {"sharpness_radius": 0.1, "sharpness_weight": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
+
+
+@pytest.mark.parametrize("overrides", [{}, {"momentum": 0.9}, GSAM])
+@pytest.mark.parametrize("stop", [(0, 2), (1, 4), (1, 6)])
+def test_an_unfinished_expert_goes_on(
+    tmp_path: Path, trained, overrides: dict[str, float], stop: tuple[int, int]
+) -> None:
+    config = recipe(**overrides)
+    train(config, tmp_path / "whole")
+    every = list(trained)
+    assert every == [(expert, epoch) for expert in (0, 1) for epoch in range(1, 7)]
+    trained.clear()
+    train_until(stop, config, tmp_path / "parts")
+    unfinished = tmp_path / "parts" / f".expert-00{stop[0]}.unfinished.safetensors"
+    tensors, header = files.read_tensors(unfinished, "unfinished")
+    assert (len(tensors["snapshots"]), len(header["losses"])) == (stop[1], stop[1] - 1)
+    train(config, tmp_path / "parts")
+    assert trained == every
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("trained")
+def test_another_buffers_unfinished_expert_is_not_taken(buffer: Buffer, tmp_path: Path) -> None:
+    unfinished = tmp_path / ".expert-000.unfinished.safetensors"
+    snapshots = torch.zeros(3, len(buffer.parameters(0, 0)))
+    header = {"buffer": "another", "losses": [1.0, 1.0], "accuracies": [0.1, 0.1, 0.1]}
+    files.write_tensors(unfinished, {"snapshots": snapshots}, "unfinished", header)
+    assert train(recipe(), tmp_path).id == buffer.id
+    assert contents(tmp_path) == contents(buffer.folder)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_damaged_unfinished_expert_is_named(tmp_path: Path) -> None:
+    train_until((0, 3), recipe(), tmp_path)
+    unfinished = tmp_path / ".expert-000.unfinished.safetensors"
+    unfinished.write_bytes(unfinished.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"\.expert-000\.unfinished\.safetensors is damaged: "):
+        train(recipe(), tmp_path)
+
+
 def test_a_finished_buffer_grows(buffer: Buffer, tmp_path: Path) -> None:
     train(recipe(experts=1), tmp_path)
     assert len(train(recipe(experts=2), tmp_path).experts) == 2
@@ -209,7 +289,8 @@ def test_another_configuration_is_refused(buffer: Buffer) -> None:
 def test_missing_and_damaged_descriptions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no buffer; train one with `cddlib buffer --out "):
         Buffer(tmp_path)
-    for text, message in (("{", "cannot be read as JSON"), ("{}", "is not a buffer's"), ("[]", "is not a buffer's")):
+    damaged = ("{", "cannot be read as JSON"), ("{}", "has no checksum"), ("[]", "has no checksum")
+    for text, message in (*damaged, (json.dumps(files.seal({})), "is not a buffer's")):
         (tmp_path / "buffer.json").write_text(text)
         for call in (Buffer, partial(train, recipe())):
             with pytest.raises(UserError, match=rf"buffer\.json {message}"):
@@ -229,12 +310,44 @@ def test_a_truncated_expert_is_named(buffer: Buffer, tmp_path: Path) -> None:
         opened.parameters(1, 0)
 
 
+def test_damage_to_an_epoch_is_named_by_whoever_reads_it(buffer: Buffer, tmp_path: Path) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    path = expert_path(tmp_path / "b", 1)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    for name, place in json.loads(content[8:start]).items():
+        if name == "conv0.weight":
+            begin, end = place["data_offsets"]
+            content[start + begin + (end - begin) * 3 // 7] ^= 1  # the first byte of epoch 3
+    path.write_bytes(content)
+    opened = Buffer(tmp_path / "b")
+    for epoch in (0, 1, 2, 4, 5, 6):
+        assert torch.equal(opened.parameters(1, epoch), buffer.parameters(1, epoch))
+    with pytest.raises(UserError) as refused:
+        opened.parameters(1, 3)
+    assert str(refused.value) == f"{path} is damaged: epoch 3 does not have the digest that its header names."
+    with pytest.raises(UserError, match=r"epoch 3 does not have the digest"):
+        opened.convexified().parameters(1, 0.5)
+
+
+def test_another_buffers_expert_is_named(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(experts=1, learning_rate=0.05), tmp_path / "other")
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    shutil.copy(expert_path(tmp_path / "other", 0), tmp_path / "b")
+    with pytest.raises(UserError) as refused:
+        Buffer(tmp_path / "b").parameters(0, 0)
+    path, manifest = expert_path(tmp_path / "b", 0), tmp_path / "b" / "buffer.json"
+    assert str(refused.value) == f"{path} is not the expert that {manifest} describes."
+    assert train(recipe(), tmp_path / "b").id == buffer.id  # it is trained again
+    assert contents(tmp_path / "b") == contents(buffer.folder)
+
+
 def test_experts_that_do_not_fit_are_named(buffer: Buffer, tmp_path: Path) -> None:
     shutil.copytree(buffer.folder, tmp_path / "b")
     network = ConvNet(NetworkConfig(width=4, depth=2), (1, 8, 8), 10)
     theta = network.init(torch.Generator())
     write_trajectory(expert_path(tmp_path / "b", 0), network, [theta] * 7, {})
-    with pytest.raises(UserError, match=r"expert-000.* does not fit buffer\.json: conv0\.weight has shape \[4, 1, 3"):
+    with pytest.raises(UserError, match=r"expert-000.* does not fit buffer\.json: conv0\.weight is F32\[7, 4, "):
         Buffer(tmp_path / "b").parameters(0, 0)
     for epoch in (7, -1):
         with pytest.raises(UserError, match=rf"expert-001.* does not fit buffer\.json: epoch {epoch} of 6 cannot"):

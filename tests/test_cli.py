@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import cddlib
-from cddlib import cli, commands, runs
+from cddlib import cli, commands, files
 from cddlib.study import remedies
 from cddlib.trajectory import Buffer
 
@@ -175,7 +175,7 @@ def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, caps
     said = capsys.readouterr().out
     assert said.startswith("contra, K = 2, 1 images per class: iteration ")
     assert str(out / "synthetic.safetensors") in said
-    config = runs.read_json(out / "config.json")
+    config = files.read_json(out / "config.json")
     assert (config["zca"], config["width"], config["augment"]) == (True, 8, "flip")
     tensors = cddlib.SyntheticSet.load(out / "synthetic.safetensors").preprocessing.tensors()
     assert "eigenvalues" in tensors
@@ -294,7 +294,7 @@ def test_a_study_that_is_not_finished_cannot_be_recorded(buffer: Buffer, tmp_pat
     command = ["compare", *STUDY, "--iterations", "2", "--counts", "1", "--seeds", "1", "--lr-images", "1e30"]
     assert run(*command, "--buffer", buffer.folder, "--out", tmp_path / "study") == 1
     assert sentence(capsys).startswith(
-        "cddlib: 1 of 1 runs failed, the others are finished: K=1/seed-0: iteration 2, segments from epochs ["
+        "cddlib: 1 of 1 runs failed, the others are finished: K=1/seed-0: iteration 2, the segment from epoch "
     )
     assert run("record", tmp_path / "study", "--to", tmp_path / "r.json") == 1
     assert sentence(capsys) == (

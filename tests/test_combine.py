@@ -11,7 +11,7 @@ import scipy.optimize
 import torch
 
 import cddlib
-from cddlib.combine import CAGRAD_RADIUS, GRADNORM_POWER, CombineConfig, gramian, weighted_sum, weights
+from cddlib.combine import CAGRAD_RADIUS, GRADNORM_POWER, CombineConfig, fixed_weights, gramian, weighted_sum, weights
 
 
 def mean_weights(config: CombineConfig, segments: int, anchor: int) -> list[float]:
@@ -52,6 +52,17 @@ def test_the_known_betas(anchor: int) -> None:
 @pytest.mark.parametrize("balance", [None, 0.0, 0.3, 10.0])
 def test_one_segment_has_all_the_weight(balance: float | None) -> None:
     assert mean_weights(CombineConfig(balance=balance), 1, 0) == [1]
+
+
+@hypothesis.given(balance=BETAS, segments=st.integers(1, 50), data=st.data())
+def test_weights_are_known_ahead_where_no_gradient_matters(
+    balance: float | None, segments: int, data: st.DataObject
+) -> None:
+    anchor = data.draw(st.integers(0, segments - 1))
+    config = CombineConfig(balance=balance)
+    assert fixed_weights(config, segments, anchor) == mean_weights(config, segments, anchor)
+    rule = data.draw(st.sampled_from(["gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem"]))
+    assert fixed_weights(CombineConfig(combine=rule), segments, anchor) == ([1.0] if segments == 1 else None)
 
 
 @pytest.mark.parametrize("segments", [1, 2, 5])

@@ -278,7 +278,7 @@ def test_the_table_of_a_real_run(buffer: cddlib.Buffer, quick: dict[str, Any], t
     overrides = {**quick, "segments": 1, "replay": 1, "probe_starts": (1, 2), "probe_every": 2, "probe_expert": 1}
     config = cddlib.distill_recipe("contra", "digits", 1, **{**overrides, "iterations": 5, "validate_every": 0})
     cddlib.distill(config, buffer, tmp_path, device="cpu")
-    lines = cddlib.runs.Metrics.read(tmp_path / "metrics.jsonl")
+    lines = cddlib.runs.Metrics.read(tmp_path / "metrics.jsonl", until=5)
     losses, visits = probe_table(lines, config.probe_starts, config.probe_expert)
     assert losses.tolist() == [lines[i]["probe_losses"] for i in (0, 2, 4, 5)]
     matched = [{(entry["expert"], *entry["starts"]), *map(tuple, entry["replayed"])} for entry in lines[1:]]

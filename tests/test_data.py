@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import cddlib
-from cddlib import data
+from cddlib import data, files
 from cddlib.data import Dataset, Images
 from cddlib.files import UserError
 from cddlib.preprocessing import fit_preprocessing, preprocessing_from
@@ -27,7 +27,7 @@ CLASSES = ["a", "b", "c"]
 
 
 def random_arrays(seed: int = 0, shape: tuple[int, int, int] = (3, 4, 4)) -> dict[str, np.ndarray]:
-    """A small data set as unpack_data.py holds it before writing."""
+    """A small data set as `cddlib.prepare` holds it before writing."""
     rng = np.random.default_rng(seed)
     arrays = {}
     for part, n in (("train", 30), ("test", 9)):
@@ -36,10 +36,20 @@ def random_arrays(seed: int = 0, shape: tuple[int, int, int] = (3, 4, 4)) -> dic
     return arrays
 
 
-def write_cache(root: Path, arrays: dict[str, np.ndarray], name: str = "cifar10", classes: object = CLASSES) -> Path:
-    """Write a data set as unpack_data.py does."""
+def fingerprint_of(arrays: dict[str, np.ndarray]) -> str:
+    """The hash of all shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        digest.update(str(arrays[name].shape).encode() + arrays[name].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_cache(root: Path, arrays: dict[str, np.ndarray], name: str = "cifar10", **header: object) -> Path:
+    """Write a data set as `cddlib.prepare` does, with some of the `header` changed."""
     path = root / f"{name}.safetensors"
-    safetensors.numpy.save_file(arrays, path, metadata={"classes": json.dumps(classes)})
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    fingerprint = {} if "fingerprint" in header else {"fingerprint": fingerprint_of(arrays)}
+    files.write_tensors(path, tensors, "dataset", {"classes": CLASSES, **fingerprint, **header}, digests=False)
     return path
 
 
@@ -106,6 +116,7 @@ def test_fingerprint_changes_with_one_pixel_or_label(dataset: Dataset) -> None:
         other.view(-1)[-1] ^= 1
         return other
 
+    dataset = dataclasses.replace(dataset, recorded=None)
     same = dataclasses.replace(dataset, train=Images(dataset.train.store.clone(), dataset.train.labels.clone()))
     others = [
         dataclasses.replace(dataset, **{part: dataclasses.replace(images, **{field: changed(getattr(images, field))})})
@@ -121,12 +132,13 @@ def test_fingerprint_changes_with_one_pixel_or_label(dataset: Dataset) -> None:
 def test_fingerprint_is_the_hash_of_all_bytes(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "CHUNK", 7)
     keep, held_out = dataset.split
-    for found in (dataset, dataclasses.replace(dataset, train=keep, test=held_out)):
-        digest = hashlib.sha256()
-        for part in (found.train, found.test):
-            for tensor in (part.images, part.labels):
-                digest.update(str(tuple(tensor.shape)).encode() + tensor.numpy().tobytes())
-        assert found.fingerprint == digest.hexdigest()[:16]
+    for found in (dataset, dataclasses.replace(dataset, train=keep, test=held_out, recorded=None)):
+        arrays = {
+            f"{name}_{kind}": getattr(part, kind).numpy()
+            for name, part in (("train", found.train), ("test", found.test))
+            for kind in ("images", "labels")
+        }
+        assert found.fingerprint == fingerprint_of(arrays)
 
 
 # --- Selections of images ---------------------------------------------------------------------------------------
@@ -225,7 +237,7 @@ def test_preprocessing_is_invertible_and_survives_a_file(zca: bool) -> None:
     fitted = fit_preprocessing(digits, zca=zca)
     seen = fitted(digits.test.images)
     assert torch.allclose(fitted.inverse(seen), digits.test.images / 255, atol=1e-5)
-    again = preprocessing_from(fitted.tensors())
+    again = preprocessing_from(fitted.tensors(), digits.shape)
     assert type(again) is type(fitted)
     assert torch.equal(again(digits.test.images), seen)
 
@@ -287,11 +299,11 @@ def test_a_cached_file_of_another_kind_is_refused(tmp_path: Path, case: str) -> 
 def test_a_cached_file_that_lacks_tensors_or_classes_is_refused(tmp_path: Path) -> None:
     arrays = random_arrays()
     images = {key: value for key, value in arrays.items() if key.endswith("images")}
-    path = write_cache(tmp_path, images)
+    path = write_cache(tmp_path, images, fingerprint="0" * 16)
     with pytest.raises(UserError, match=r"cifar10\.safetensors lacks the tensors test_labels, train_labels: "):
         data.load("cifar10", tmp_path)
     safetensors.numpy.save_file(arrays, path)
-    with pytest.raises(UserError, match=r"cifar10\.safetensors has no readable 'classes' in its header"):
+    with pytest.raises(UserError, match=r"cifar10\.safetensors has no 'dataset' in its header: it is damaged, or"):
         data.load("cifar10", tmp_path)
 
 
@@ -311,13 +323,37 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage) -> None:
             call("cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("place", ["first label", "an image", "last byte"])
+def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) -> None:
+    path = write_cache(tmp_path, random_arrays())
+    cddlib.load("cifar10", tmp_path)
+    content = bytearray(path.read_bytes())
+    labels = 8 + int.from_bytes(content[:8], "little")
+    content[{"first label": labels, "an image": len(content) // 2, "last byte": -1}[place]] ^= 1
+    path.write_bytes(content)
+    dataset = data.load("cifar10", tmp_path)
+    with pytest.raises(UserError) as refused:
+        assert dataset.fingerprint
+    wanted = fingerprint_of(random_arrays())
+    found = data.fingerprint(dataset.train, dataset.test)
+    assert str(refused.value) == (
+        f"{path} is damaged: its images and labels have the fingerprint {found}, not {wanted}, which it names; delete "
+        f"it and run `cddlib data cifar10` again."
+    )
+    recipe = cddlib.buffer_recipe("cifar10", "mtt", width=4, experts=1, epochs=1)
+    with pytest.raises(UserError, match=r"cifar10\.safetensors is damaged: "):
+        cddlib.train_buffer(recipe, tmp_path / "buffer", root=tmp_path, device="cpu")
+    assert not (tmp_path / "buffer").exists()
+
+
 # --- Sets larger than memory ------------------------------------------------------------------------------------
 
 
 def write_sparse(path: Path, train: int, size: int) -> None:
     """A data set of `train` black images and one of each class for testing, which takes no room on disk."""
     labels = {part: np.arange(n, dtype=np.int64) % 3 for part, n in (("test", 3), ("train", train))}
-    header: dict[str, object] = {"__metadata__": {"classes": json.dumps(CLASSES)}}
+    about = files.seal({"classes": CLASSES, "fingerprint": "never asked for"})
+    header: dict[str, object] = {"__metadata__": {"dataset": json.dumps(about)}}
     end = 0
     for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):
         for part, values in labels.items():
@@ -345,7 +381,7 @@ def test_a_data_set_stays_in_its_file(tmp_path: Path) -> None:
     before = anonymous_mb()
     dataset = data.load("imagenet", tmp_path)
     train, _ = dataset.split
-    assert dataset.fingerprint
+    assert data.fingerprint(dataset.train, dataset.test)
     fetch = fetch_real(train, fit_preprocessing(dataset, zca=False))
     for indices in torch.randperm(len(train.labels)).split(256):
         fetch(indices)

@@ -1,9 +1,12 @@
 """The loop: it optimises, resumes with the same bytes, selects on validation images, and refuses what does not fit."""
 
+import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,12 +21,13 @@ import pytest
 import torch
 
 import cddlib
-from cddlib import cli, combine, data, runs
+from cddlib import cli, combine, concurrent, data, files, runs
+from cddlib.concurrent import concurrent_gradient
 from cddlib.consolidate import ConsolidateConfig
-from cddlib.distill import DistillConfig, concurrent_gradient
+from cddlib.distill import DistillConfig, Diverged
 from cddlib.files import UserError
 from cddlib.segments import draw_segments
-from cddlib.state import State
+from cddlib.state import State, milestone_path, milestones
 from cddlib.synthetic import SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
@@ -44,32 +48,34 @@ def first(config: DistillConfig, buffer: Buffer) -> SyntheticSet:
 
 def metrics(folder: Path) -> list[dict[str, object]]:
     """All lines, without what depends on the clock."""
-    lines = runs.Metrics.read(folder / "metrics.jsonl")
+    iterations = files.read_json(folder / "config.json")["iterations"]
+    lines = runs.Metrics.read(folder / "metrics.jsonl", until=iterations)
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def outcome(folder: Path) -> tuple[object, ...]:
     """What must not depend on interruptions."""
-    result = runs.read_json(folder / "result.json")
+    result = files.read_json(folder / "result.json")
     kept = {key: result[key] for key in ("selected_iteration", "validation_accuracy", "iterations_skipped")}
     return (
+        {path.name for path in folder.iterdir()},
         (folder / "synthetic.safetensors").read_bytes(),
         metrics(folder),
         kept,
-        runs.read_json(folder / "config.json"),
+        files.read_json(folder / "config.json"),
     )
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, iteration: int) -> None:
     """Make the loop stop as by Ctrl-C when it begins this iteration."""
-    iterate = module._iterate
+    iterate = module.iterate
 
     def interrupted(state, *rest):
         if state.iteration == iteration:
             raise KeyboardInterrupt
         return iterate(state, *rest)
 
-    monkeypatch.setattr(module, "_iterate", interrupted)
+    monkeypatch.setattr(module, "iterate", interrupted)
 
 
 @pytest.mark.parametrize("segments", [1, 3])
@@ -89,10 +95,10 @@ def test_distillation_lowers_the_matching_loss(buffer: Buffer, recipe, tmp_path:
     for line in lines[1:]:
         assert len(set(line["starts"])) == len(line["losses"]) == segments
         assert line["loss"] == pytest.approx(sum(line["losses"]) / segments)
-    result = runs.read_json(tmp_path / "result.json")
+    result = files.read_json(tmp_path / "result.json")
     assert (result["selected_iteration"], result["selected_by"]) == (12, "last iterate")
     assert {"seconds", "peak_memory_mb", "versions", "device", "commit", "finished"} <= result.keys()
-    assert runs.read_json(tmp_path / "config.json") == {
+    assert files.read_json(tmp_path / "config.json") == {
         **runs.as_dict(config),
         "buffer_id": buffer.id,
         "data_fingerprint": buffer.data["fingerprint"],
@@ -122,7 +128,18 @@ def test_interrupted_and_resumed_gives_the_same(
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("file", ["config.json", "checkpoint.safetensors", "synthetic.safetensors", "result.json"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.safetensors",
+        "milestone-000000.safetensors",
+        "milestone-000003.safetensors",
+        "synthetic.safetensors",
+        "result.json",
+    ],
+)
 def test_interrupted_before_any_file_it_gives_the_same(
     buffer: Buffer, recipe, tmp_path: Path, monkeypatch, file: str
 ) -> None:
@@ -180,7 +197,7 @@ def test_a_finished_run_is_returned(buffer: Buffer, recipe, tmp_path: Path, monk
     fresh = distill(recipe(), buffer, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     monkeypatch.setattr(module, "concurrent_gradient", None)  # calling it fails
-    monkeypatch.setattr(module, "accuracy_of_set", None)
+    monkeypatch.setattr(module, "accuracy_of_set", None)  # calling it fails
     again = distill(recipe(), buffer.folder, tmp_path)
     for name, tensor in fresh.variable_tensors().items():
         assert torch.equal(tensor, again.variable_tensors()[name])
@@ -222,9 +239,9 @@ def test_a_buffer_that_does_not_fit_is_refused(buffer: Buffer, recipe, tmp_path:
 
 def test_experts_of_another_version_of_the_data_are_refused(buffer: Buffer, recipe, tmp_path: Path) -> None:
     shutil.copytree(buffer.folder, tmp_path / "b")
-    manifest = runs.read_json(tmp_path / "b" / "buffer.json")
+    manifest = files.read_json(tmp_path / "b" / "buffer.json")
     manifest["data"]["fingerprint"] = "0" * 16
-    runs.write_json(tmp_path / "b" / "buffer.json", manifest)
+    files.write_json(tmp_path / "b" / "buffer.json", manifest)
     with pytest.raises(
         UserError, match=r"another version of digits: its fingerprint is 0{16}, this one's [0-9a-f]{16}"
     ):
@@ -235,8 +252,8 @@ def test_experts_of_another_version_of_the_data_are_refused(buffer: Buffer, reci
 def test_the_guard_skips_iterations_of_high_loss(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
     config = recipe(validate_every=0, iterations=4, ema=0.5)
 
-    def told(config, buffer, synthetic, iteration):
-        gradients, record = concurrent_gradient(config, buffer, synthetic, iteration)
+    def told(config, buffer, synthetic, iteration, *ranks):
+        gradients, record = concurrent_gradient(config, buffer, synthetic, iteration, *ranks)
         return gradients, {**record, "loss": (0.5, 1.5, 1.0, 2.0)[iteration]}
 
     monkeypatch.setattr(module, "concurrent_gradient", told)
@@ -244,7 +261,7 @@ def test_the_guard_skips_iterations_of_high_loss(buffer: Buffer, recipe, tmp_pat
     lines = metrics(tmp_path / "some")
     assert [line["skipped"] for line in lines[1:]] == [False, True, False, True]
     assert lines[2]["step_size"] == lines[1]["step_size"] != lines[3]["step_size"]
-    assert runs.read_json(tmp_path / "some" / "result.json")["iterations_skipped"] == 2
+    assert files.read_json(tmp_path / "some" / "result.json")["iterations_skipped"] == 2
     never = distill(dataclasses.replace(config, loss_threshold=0.1), buffer, tmp_path / "none")
     assert torch.equal(never.images, first(config, buffer).images)
     assert never.step_size == torch.tensor(config.step_size)
@@ -290,35 +307,76 @@ def test_the_moving_average_is_saved_in_place_of_the_images(buffer: Buffer, reci
     assert (found.images - wanted["images"]).abs().max() > 0.1 * moved
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
-    buffer: Buffer, recipe, tmp_path, monkeypatch
+# --- Divergence -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("segment", "spoiled"), [(0, "loss"), (1, "loss"), (1, "gradient")])
+def test_numbers_that_are_not_finite_stop_and_name_the_segment(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, segment: int, spoiled: str
 ) -> None:
-    loss = module.matching_loss
+    loss = concurrent.matching_loss
     calls = []
 
-    def spoiled(*arguments):
+    def spoil(*arguments):
+        found = loss(*arguments)
         calls.append(1)
-        return loss(*arguments) * (float("nan") if len(calls) == 9 else 1)  # two segments: in iteration 5
+        if len(calls) == 9 + segment:  # two segments an iteration: in iteration 5
+            return found * float("nan") if spoiled == "loss" else found + (found.detach() - found).sqrt()
+        return found
 
+    config = recipe(validate_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "matching_loss", spoiled)
-        with pytest.raises(
-            UserError, match=r"^iteration 5, segments from epochs \[\d, \d\]: the losses are \[nan, .* not finite"
-        ):
-            distill(recipe(validate_every=0), buffer, tmp_path / "run")
-    state = runs.read_metadata(runs.open_tensors(tmp_path / "run" / "checkpoint.safetensors"), tmp_path, "state")
-    assert state["iteration"] == 4
-    distill(recipe(validate_every=0), buffer, tmp_path / "run")
-    distill(recipe(validate_every=0), buffer, tmp_path / "whole")
+        patch.setattr(concurrent, "matching_loss", spoil)
+        with pytest.raises(Diverged) as stopped:
+            distill(config, buffer, tmp_path / "run")
+    distill(config, buffer, tmp_path / "whole")
+    fifth = metrics(tmp_path / "whole")[5]
+    numbers = "nan" if spoiled == "loss" else f"{fifth['losses'][segment]:g}"
+    assert str(stopped.value) == (
+        f"iteration 5, the segment from epoch {fifth['starts'][segment]} of expert {fifth['expert']}: its loss is "
+        f"{numbers} and its gradient's norm nan; the checkpoint holds iteration 4; start again in another folder with "
+        f"a lower --lr-images or --step-size."
+    )
+    assert files.read_tensors(tmp_path / "run" / "checkpoint.safetensors", "state")[1]["iteration"] == 4
+    distill(config, buffer, tmp_path / "run")
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_exploding_images_stop_the_run(buffer: Buffer, recipe, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError,
-        match=r"^iteration 2, .* gradient is not finite; the checkpoint holds iteration 0; .* lower --lr-images",
-    ):
-        distill(recipe(lr_images=1e30), buffer, tmp_path)
+def test_segments_of_other_experts_are_named(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
+    config = recipe(segments=1, concurrent_experts=2, validate_every=0)
+    ((expert, start),) = concurrent_gradient(config, buffer, ready(config, buffer), 0)[1]["others"]
+    loss, calls = concurrent.matching_loss, itertools.count(1)
+    monkeypatch.setattr(
+        concurrent, "matching_loss", lambda *given: loss(*given) * (float("inf") if next(calls) == 2 else 1)
+    )
+    sentence = rf"^iteration 1, the segment from epoch {start} of expert {expert}: its loss is inf and "
+    with pytest.raises(Diverged, match=sentence):
+        distill(config, buffer, tmp_path)
+
+
+def test_the_best_set_before_a_divergence_can_be_evaluated(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    config = recipe(lr_images=1e30)
+    with pytest.raises(Diverged) as stopped:
+        distill(config, buffer, tmp_path)
+    assert re.fullmatch(
+        r"iteration 2, the segment from epoch \d of expert \d: its loss is (nan|inf) and its gradient's norm (nan|inf)"
+        r"; the checkpoint holds iteration 1; start again in another folder with a lower --lr-images or --step-size\. "
+        r"The best set so far, of iteration 0, can be evaluated\.",
+        str(stopped.value),
+    )
+    best = SyntheticSet.load(tmp_path / "synthetic.safetensors")
+    assert torch.equal(best.images, first(config, buffer).images)
+    record = cddlib.evaluate_run(tmp_path, runs=1, baselines=False, device="cpu")
+    assert record["accuracies"]["synthetic"] == [pytest.approx(0.5, abs=0.4)]
+    assert not (tmp_path / "result.json").exists()
+    with pytest.raises(Diverged) as again:
+        distill(config, buffer, tmp_path)
+    assert str(again.value) == str(stopped.value)
+
+
+def test_without_validation_no_set_is_saved_at_a_divergence(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"lower --lr-images or --step-size\.$"):
+        distill(recipe(lr_images=1e30, validate_every=0), buffer, tmp_path)
     assert not (tmp_path / "synthetic.safetensors").exists()
 
 
@@ -328,16 +386,64 @@ def test_images_that_are_not_finite_are_never_saved(buffer: Buffer, recipe, tmp_
         return [gradient.sign() * 1e38 for gradient in gradients], record  # finite, but not times the rate
 
     monkeypatch.setattr(module, "concurrent_gradient", huge)
-    with pytest.raises(UserError, match="iteration 1"):
+    with pytest.raises(
+        Diverged,
+        match=r"^iteration 1, segments from epochs \[\d, \d\] of expert \d: images or label logits are no longer "
+        r"finite; the checkpoint holds iteration 0; start again in another folder with a lower --lr-images or --lr-la",
+    ):
         distill(recipe(iterations=1, validate_every=0, lr_step_size=0.0), buffer, tmp_path)
     assert not (tmp_path / "synthetic.safetensors").exists()
+    assert files.read_tensors(tmp_path / "checkpoint.safetensors", "state")[1]["iteration"] == 0
 
 
-def test_a_step_size_that_is_not_positive_stops_the_run(buffer: Buffer, recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gradient", "became"), [(1.0, "-9.95"), (-0.49, "4.95"), (-0.5, "5.05")])
+def test_a_step_size_that_leaves_its_bounds_stops_the_run(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, gradient: float, became: str
+) -> None:
+    """0 and a hundred times its first value."""
+
+    def steered(*arguments):
+        (*others, last), record = concurrent_gradient(*arguments)
+        return [*others, torch.full_like(last, gradient)], record
+
+    monkeypatch.setattr(module, "concurrent_gradient", steered)
+    config = recipe(lr_step_size=10.0, lr_images=0.0, step_size=0.05, iterations=1, validate_every=0)
+    stopped = pytest.raises(
+        Diverged,
+        match=rf"^iteration 1, segments from epochs \[\d, \d\] of expert \d: the step size became {became}, from 0\.05 "
+        r"at first; the checkpoint holds iteration 0; start again in another folder with a lower --lr-step-size "
+        r"\(10\)\.$",
+    )
+    with contextlib.nullcontext() if gradient == -0.49 else stopped:
+        assert distill(config, buffer, tmp_path).step_size.item() == pytest.approx(float(became))
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_losses_that_stay_above_the_guard_stop_the_run(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, threshold: float | None
+) -> None:
+    """Without a threshold of the user's, no iteration is skipped; an interruption forgets nothing."""
+    guard = 100.0 if threshold is None else threshold
+
+    def told(config, buffer, synthetic, iteration, *ranks):
+        gradients, record = concurrent_gradient(config, buffer, synthetic, iteration, *ranks)
+        return gradients, {**record, "loss": guard if iteration == 1 else 1.01 * guard}  # guard: not above it
+
+    monkeypatch.setattr(module, "concurrent_gradient", told)
+    monkeypatch.setattr(module, "MOST_ABOVE", 3)
+    config = recipe(loss_threshold=threshold, validate_every=0, iterations=20)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, buffer, tmp_path)
+    lines = runs.Metrics.read(tmp_path / "metrics.jsonl", until=4)[1:]
+    assert [line["skipped"] for line in lines] == [threshold is not None and index != 1 for index in range(4)]
     with pytest.raises(
-        UserError, match=r"^iteration \d, .*: the step size became -\d.* lower --lr-step-size \(10\.0\)\.$"
+        Diverged,
+        match=rf"^iteration 5, segments from .*: the loss has been above {guard:g} for 3 iterations; the checkpoint "
+        r"holds iteration 4; .* lower --step-size or --lr-images, or with a higher --loss-threshold\.$",
     ):
-        distill(recipe(lr_step_size=10.0, lr_images=-0.0, iterations=50, seed=1), buffer, tmp_path)
+        distill(config, buffer, tmp_path)
 
 
 def test_nothing_depends_on_the_test_images(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
@@ -368,7 +474,7 @@ def test_the_best_iterate_on_the_validation_images_is_selected(
     for _, (_network, _config, strategy, real, streams) in seen:
         assert torch.equal(real.images, validation.images)
         assert (strategy, streams) == (config.augment, {"purpose": "validation", "seed": config.seed})
-    result = runs.read_json(tmp_path / "result.json")
+    result = files.read_json(tmp_path / "result.json")
     assert result["selected_iteration"] == best
     assert result["selected_by"] == "validation accuracy"
     assert result["validation_accuracy"] == max(accuracies)
@@ -416,21 +522,103 @@ def test_a_full_disk_gives_a_message_and_keeps_what_was_there(
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
 
 
-def test_a_damaged_checkpoint_is_named(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            distill(recipe(), buffer, tmp_path)
-    checkpoint = tmp_path / "checkpoint.safetensors"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
-    with pytest.raises(UserError, match=r"checkpoint\.safetensors is truncated"):
+# --- Checkpoints and milestones ---------------------------------------------------------------------------------
+
+
+def stop_at(iteration: int, config: DistillConfig, buffer: Buffer, folder: Path) -> None:
+    """Begin the run and stop it there."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, iteration)
+        distill(config, buffer, folder)
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"), [(0, []), (1, [0]), (2, [0, 3]), (4, [0, 1, 3, 4]), (9, [0, 1, 2, 3, 4, 5])]
+)
+def test_milestones_are_evenly_spaced_checkpoints(
+    buffer: Buffer, recipe, tmp_path: Path, count: int, kept: list[int]
+) -> None:
+    config = recipe(milestones=count, labels="learned", ema=0.9)
+    distill(config, buffer, tmp_path / "run")
+    assert milestones(tmp_path / "run") == kept
+    for iteration in kept:
+        often = dataclasses.replace(config, checkpoint_every=1, milestones=0)
+        stop_at(iteration, often, buffer, tmp_path / str(iteration)) if iteration else None
+        state, header = files.read_tensors(milestone_path(tmp_path / "run", iteration), "state")
+        assert header["iteration"] == iteration
+        if iteration:
+            other, also = files.read_tensors(tmp_path / str(iteration) / "checkpoint.safetensors", "state")
+            assert {**header, "seconds": 0} == {**also, "seconds": 0}
+            assert state.keys() == other.keys()
+            assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "flipped"])
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_checkpoint_that_is_deleted_costs_the_way_from_the_last_milestone(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, damage: str, count: int
+) -> None:
+    config = recipe(**FULL, milestones=count)
+    distill(config, buffer, tmp_path / "whole")
+    stop_at(3, config, buffer, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    if damage != "deleted":
+        whole = checkpoint.read_bytes()
+        checkpoint.write_bytes(whole[:-10] if damage == "truncated" else whole[:-10] + b"?" + whole[-9:])
+        before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        with pytest.raises(UserError) as refused:
+            distill(config, buffer, tmp_path / "run")
+        reason = {"truncated": r"is truncated or not .*", "flipped": r"is damaged: .* does not have the digest .*"}
+        place = "iteration 3" if count else "the start"
+        assert re.fullmatch(rf"{checkpoint} {reason[damage]}\. Delete it to go on from {place}\.", str(refused.value))
+        assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    checkpoint.unlink()
+    begun = []
+    iterate = module.iterate
+    monkeypatch.setattr(module, "iterate", lambda state, *rest: begun.append(state.iteration) or iterate(state, *rest))
+    distill(config, buffer, tmp_path / "run")
+    assert begun == list(range(3 if count else 0, 6))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_damaged_milestones_are_named_one_after_the_other(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    config = recipe(validate_every=0)
+    distill(config, buffer, tmp_path / "whole")
+    stop_at(3, config, buffer, tmp_path / "run")
+    for path in (tmp_path / "run").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    names = ["checkpoint.safetensors", *(f"milestone-00000{kept}.safetensors" for kept in (3, 1, 0))]
+    for name, place in zip(names, ("iteration 3", "iteration 1", "iteration 0", "the start"), strict=True):
+        with pytest.raises(UserError, match=rf"/{name} is truncated or not .*\. Delete it to go on from {place}\.$"):
+            distill(config, buffer, tmp_path / "run")
+        (tmp_path / "run" / name).unlink()
+    distill(config, buffer, tmp_path / "run")
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_damaged_metrics_are_named_before_anything_is_lost(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    stop_at(4, recipe(), buffer, tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes().replace(b'"anchor": ', b'"anchor":1', 1))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2, is damaged: its contents do not have the checksum"):
         distill(recipe(), buffer, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_guard_that_skips_everything_stops_the_run(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "MOST_SKIPPED", 3)
-    with pytest.raises(UserError, match=r"iteration 3, .* above loss_threshold \(0\.001\) for 3 iterations"):
-        distill(recipe(loss_threshold=0.001), buffer, tmp_path)
+def test_a_folder_in_use_is_refused(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    command = "import sys\nfrom pathlib import Path\nfrom cddlib.runs import locked\n"
+    command += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", command, str(tmp_path / "run" / ".lock")], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(
+            UserError, match=r"run is in use by another process, which holds \.lock; wait until it ends"
+        ):
+            distill(recipe(), buffer, tmp_path / "run")
+        other.communicate()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    distill(recipe(iterations=1, validate_every=0), buffer, tmp_path / "run")
 
 
 # --- Combining, holding, replaying, measuring -------------------------------------------------------------------
@@ -520,6 +708,36 @@ def test_replays_gradient_is_the_weighted_sum_of_all(buffer: Buffer, recipe, ove
     assert record["loss"] == pytest.approx(sum(share * loss for share, loss in zip(averaged, losses, strict=True)))
 
 
+def test_several_experts_give_the_mean_of_their_gradients(buffer: Buffer, recipe) -> None:
+    config = recipe(concurrent_experts=2, labels="learned", segments=2)
+    synthetic = ready(config, buffer)
+    for iteration in (0, 3):
+        found, record = concurrent_gradient(config, buffer, synthetic, iteration)
+        own = [(record["expert"], start) for start in record["starts"]]
+        assert {expert for expert, _ in own} | {expert for expert, _ in record["others"]} == {0, 1}
+        starts = [start for _, start in record["others"]]
+        assert len(starts) == 2 and starts[1] - starts[0] == 2 and starts[0] >= 0
+        parts = segment_gradients(config, buffer, synthetic, iteration, own + record["others"])
+        assert record["losses"] == pytest.approx([loss for loss, _ in parts])
+        assert record["loss"] == pytest.approx(sum(record["losses"]) / 4)
+        for v, gradient in enumerate(found):
+            by_expert = [(parts[k][1][v] + parts[k + 1][1][v]) / 2 for k in (0, 2)]
+            torch.testing.assert_close(gradient, (by_expert[0] + by_expert[1]) / 2)
+        for norm, (_, gradient) in zip(record["gradient_norms"], parts, strict=True):
+            assert norm == pytest.approx(torch.cat([part.flatten() for part in gradient]).norm().item(), rel=1e-4)
+
+
+def test_other_experts_change_no_draw_of_the_first(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    for count in (1, 2):
+        distill(recipe(concurrent_experts=count, validate_every=0), buffer, tmp_path / str(count))
+    one, two = (metrics(tmp_path / name)[1:] for name in "12")
+    drawn = ("expert", "starts", "anchor")
+    assert [[line[name] for name in drawn] for line in one] == [[line[name] for name in drawn] for line in two]
+    assert one[0]["losses"] == two[0]["losses"][:2]
+    assert not any("others" in line for line in one)
+    assert len({str(line["others"]) for line in two}) > 1
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_runs_in_the_loop_and_records_its_weights(buffer: Buffer, recipe, tmp_path: Path, rule: str) -> None:
     config = recipe(combine=rule, segments=3, iterations=2, validate_every=0, student_steps=3)
@@ -561,7 +779,7 @@ def test_the_rule_draws_from_the_iterations_own_stream(buffer: Buffer, recipe, m
         seen.append(arguments[-1].get_state())
         return combine.weights(*arguments)
 
-    monkeypatch.setattr(module, "weights", overheard)
+    monkeypatch.setattr(concurrent, "weights", overheard)
     for iteration in (0, 4):
         concurrent_gradient(config, buffer, ready(config, buffer), iteration)
     assert torch.equal(seen[0], stream_after(config, buffer, 0).get_state())
@@ -610,7 +828,7 @@ PROBES = {"probe_starts": (0, 2, 4), "probe_expert": 1, "probe_every": 2, "geome
         {"replay": 2, "combine": "gem", "expert": 0},
         {**PROBES, "probe_starts": (1, 4), "combine": "pcgrad", "student_steps": 3},
         {"labels": "teacher", "gradient": "truncated", "ema": 0.9},
-        {"convex": True, "match_step": "nearest", "replay": 1},
+        {"convex": True, "match_step": "nearest", "replay": 1, "concurrent_experts": 2},
         {**SUBSETS, "labels": "learned", "dropped_fraction": 0.2, "iterations": 8},
     ],
 )
@@ -671,6 +889,7 @@ def test_measuring_changes_nothing(buffer: Buffer, recipe, tmp_path: Path) -> No
         ),
         ({"probe_expert": 2}, "probe_expert is 2, but FOLDER holds experts 0 to 1."),
         ({"expert": 2}, "expert is 2, but FOLDER holds experts 0 to 1."),
+        ({"concurrent_experts": 3}, "concurrent_experts is 3, but FOLDER holds 2."),
     ],
 )
 def test_segments_that_the_buffer_does_not_hold_are_refused(
@@ -692,7 +911,7 @@ def test_the_last_probe_that_the_buffer_holds_is_followed(buffer: Buffer, recipe
 
 def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict]]:
     """What each iteration of the loop makes of the set: before, after, and the line for the metrics."""
-    iterate, seen = module._iterate, []
+    iterate, seen = module.iterate, []
 
     def watched(state, *rest):
         before = state.synthetic.copy().variable_tensors()
@@ -700,7 +919,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, torch.Tensor], 
         seen.append((before, state.synthetic.copy().variable_tensors(), record))
         return record
 
-    monkeypatch.setattr(module, "_iterate", watched)
+    monkeypatch.setattr(module, "iterate", watched)
     return seen
 
 
@@ -829,6 +1048,12 @@ def test_each_subset_has_sgd_of_its_own(buffer: Buffer, recipe, tmp_path: Path) 
     ("wrong", "message"),
     [
         ({"iterations": 0}, "iterations is 0; it must be at least 1."),
+        ({"milestones": -1}, "milestones is -1; it must be 0 or more."),
+        ({"concurrent_experts": 0}, "concurrent_experts is 0; it must be at least 1."),
+        (
+            {"concurrent_experts": 2, "expert": 1},
+            "expert is 1 and concurrent_experts is 2; leave one of them out.",
+        ),
         ({"subsets": 0}, "subsets is 0; it must be at least 1."),
         ({"dropped_fraction": 1.0}, "dropped_fraction is 1.0; it must be 0 or more and below 1."),
         ({"ipc": 1, "subsets": 2}, "ipc is 1; 2 subsets need at least 2 images a class."),

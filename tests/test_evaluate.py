@@ -1,8 +1,9 @@
 """Evaluation: the published protocol, its baselines, and records that grow and survive interruptions."""
 
 import dataclasses
-import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import cddlib
-from cddlib import augment, data, evaluate, runs
+from cddlib import augment, data, evaluate, files, runs
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set, summarise, train_network
 from cddlib.files import UserError
 from cddlib.networks import ConvNet, NetworkConfig, build_network
@@ -110,13 +111,13 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def record_of(run: Path) -> dict:
     (path,) = run.glob("evaluation-*.json")
-    return json.loads(path.read_text())
+    return files.read_json(path)
 
 
 def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
     record = evaluate_run(run, runs=2)
     assert record == record_of(run)
-    assert record["synthetic_sha256"] == runs.file_digest(run / "synthetic.safetensors")
+    assert record["synthetic_sha256"] == files.file_digest(run / "synthetic.safetensors")
     assert record["evaluation"] == {"evaluation_epochs": 5, "evaluation_batch": 256}
     assert record["seed"] == 0
     rate = SyntheticSet.load(run / "synthetic.safetensors").step_size.item()
@@ -130,7 +131,7 @@ def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
 
 def test_networks_are_tested_on_the_test_images(run: Path) -> None:
     synthetic = SyntheticSet.load(run / "synthetic.safetensors")
-    config = runs.from_dict(cddlib.DistillConfig, runs.read_json(run / "config.json"))
+    config = runs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
     network = ConvNet(NetworkConfig(width=8, depth=2), (1, 8, 8), 10)
     test = data.load("digits").test
     wanted = [
@@ -216,7 +217,7 @@ def test_another_seed_has_a_record_of_its_own(run: Path) -> None:
 def test_another_network_is_trained_instead(run: Path, name: str) -> None:
     other = NetworkConfig(network=name)
     synthetic = SyntheticSet.load(run / "synthetic.safetensors")
-    config = runs.from_dict(cddlib.DistillConfig, runs.read_json(run / "config.json"))
+    config = runs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
     digits = data.load("digits")
     network = build_network(other, (1, 8, 8), 10)
     arguments = {"purpose": "evaluation", "seed": 0}
@@ -291,9 +292,39 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
         evaluate_run(run, network=NetworkConfig(depth=4))
     with pytest.raises(UserError, match=r"none holds no finished distillation: synthetic\.safetensors is missing\.$"):
         evaluate_run(tmp_path / "none")
-    (run / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config\.json"):
+    files.write_json(run / "config.json", {})
+    with pytest.raises(UserError, match=r"config\.json is not a distillation's configuration \(KeyError\('.*'\)\)\.$"):
         evaluate_run(run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "synthetic.safetensors", "evaluation-*.json"])
+def test_damaged_files_are_named(run: Path, name: str) -> None:
+    evaluate_run(run, runs=1, baselines=False)
+    (path,) = run.glob(name)
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    with pytest.raises(UserError, match=rf"^{path} (is damaged: |cannot be read as JSON: )"):
+        evaluate_run(run, runs=2)
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+
+
+def test_an_evaluation_at_which_another_process_is_is_refused(run: Path) -> None:
+    evaluate_run(run, runs=1, baselines=False)
+    (record,) = run.glob("evaluation-*.json")
+    lock = run / f".{record.stem}.lock"
+    command = "import sys\nfrom pathlib import Path\nfrom cddlib.runs import locked\n"
+    command += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", command, str(lock)], **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=rf"run is in use by another process, which holds {lock.name}; wait"):
+            evaluate_run(run, runs=2, baselines=False)
+        assert len(evaluate_run(run, runs=1, baselines=False)["accuracies"]["synthetic"]) == 1  # nothing is missing
+        evaluate_run(run, runs=1, baselines=False, seed=9)  # another record
+        other.communicate()
+    assert len(evaluate_run(run, runs=2, baselines=False)["accuracies"]["synthetic"]) == 2
 
 
 def test_another_synthetic_set_in_the_folder_has_a_record_of_its_own(run: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from golden.write import GOLDEN, RUNS, golden
 
-from cddlib.files import read_json
+from cddlib.files import read_record
 
 TOLERANCE = 1e-4
 """Relative. Other kernels and instruction sets stay below 1e-5 here, and real changes far above."""
@@ -18,13 +18,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_experts(found: dict[str, Any]) -> None:
-    wanted = read_json(GOLDEN)["train_loss"]
+    wanted = read_record(GOLDEN)["train_loss"]
     assert found["train_loss"] == [pytest.approx(losses, rel=TOLERANCE) for losses in wanted]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_distillation(found: dict[str, Any], name: str) -> None:
-    wanted = read_json(GOLDEN)[name]
+    wanted = read_record(GOLDEN)[name]
     for drawn in ("expert", "starts", "anchor"):
         assert found[name][drawn] == wanted[drawn]
     assert found[name]["step_size"] == pytest.approx(wanted["step_size"], rel=TOLERANCE)

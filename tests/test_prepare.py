@@ -1,5 +1,6 @@
 """Preparing data sets: from folders of every layout, resumed after a kill, in little memory; and with torchvision."""
 
+import gzip
 import os
 import pickle
 import random
@@ -17,7 +18,8 @@ import torch
 from PIL import Image
 
 from cddlib import load, prepare
-from cddlib.files import UserError, read_json, write_tensors
+from cddlib.data import Images, fingerprint
+from cddlib.files import UserError, read_json, read_record, write_tensors
 
 MODULE = sys.modules["cddlib.prepare"]  # whose function hides it
 
@@ -262,7 +264,8 @@ def reference(folder: Path, path: Path, size: int = SIZE) -> bytes:
         files = [(file, i) for i, label in enumerate(classes) for file in sorted((folder / name / label).iterdir())]
         images = torch.stack([decode(file, size) for file, _ in files])
         tensors |= {f"{part}_images": images, f"{part}_labels": torch.tensor([label for _, label in files])}
-    write_tensors(path, tensors, {"classes": classes})
+    parts = (Images(tensors[f"{part}_images"], tensors[f"{part}_labels"]) for part in ("train", "test"))
+    write_tensors(path, tensors, "dataset", {"classes": classes, "fingerprint": fingerprint(*parts)}, digests=False)
     return path.read_bytes()
 
 
@@ -290,8 +293,8 @@ def noted(root: Path) -> int:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are decoded from now on, in this process."""
     seen: list[str] = []
-    load_image = MODULE.tv.folder.pil_loader
-    monkeypatch.setattr(MODULE.tv.folder, "pil_loader", lambda file: seen.append(file) or load_image(file))
+    read_image = MODULE._read_image
+    monkeypatch.setattr(MODULE, "_read_image", lambda file, size: seen.append(file) or read_image(file, size))
     return seen
 
 
@@ -307,11 +310,16 @@ def broken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, bytes]:
 
 def test_the_file_is_what_safetensors_writes(tmp_path: Path, folder: Path) -> None:
     assert make(folder, tmp_path) == reference(folder, tmp_path / "wanted")
-    assert {path.name for path in tmp_path.iterdir()} == {"images", "wanted", "imagefolder.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "images",
+        "wanted",
+        "imagefolder.safetensors",
+        ".imagefolder.lock",
+    }
 
 
 PAUSED = """
-import sys, time
+import sys
 from pathlib import Path
 import cddlib
 module = sys.modules["cddlib.prepare"]
@@ -321,7 +329,7 @@ def pausing(files, size):
     for number, batch in enumerate(decode(files, size)):
         if number == int(sys.argv[3]):
             print("paused", flush=True)
-            time.sleep(600)
+            sys.stdin.read()
         yield batch
 module._decode = pausing
 cddlib.prepare("imagefolder", Path(sys.argv[1]), source=Path(sys.argv[2]), size=int(sys.argv[4]))
@@ -332,10 +340,10 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, folder: Path, dec
     """SIGKILL between two batches, in the middle of what is not yet durable; its two worker processes end with it."""
     batches = random.randrange(4, 36)  # of 38
     command = [sys.executable, "-c", PAUSED, str(tmp_path), str(folder), str(batches), "64"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "paused\n"
-        with pytest.raises(UserError, match=r"imagefolder\.partial is being written by another process"):
+        with pytest.raises(UserError, match=r"in use by another process, which holds \.imagefolder\.lock; wait"):
             make(folder, tmp_path, 64)
         child.send_signal(signal.SIGKILL)
         child.communicate(timeout=60)  # until nobody has its output open
@@ -419,6 +427,42 @@ def test_a_record_does_not_vouch_for_what_another_source_wrote_over(
     assert make(folder, tmp_path) == reference(folder, tmp_path / "wanted")
 
 
+@pytest.mark.parametrize("place", [-1, 8 + 30 * SIZE**2, 240 * 3 * SIZE**2 // 2])
+def test_damage_to_the_images_so_far_is_noticed(
+    tmp_path: Path, folder: Path, broken: tuple[Path, bytes], decoded: list[str], place: int
+) -> None:
+    with pytest.raises(UserError, match="is not a readable image"):
+        make(folder, tmp_path)
+    broken[0].write_bytes(broken[1])
+    partial = tmp_path / "imagefolder.partial"
+    content = bytearray(partial.read_bytes())
+    images = len(content) - 240 * 3 * SIZE**2  # where they begin
+    content[images + place if place >= 0 else place] ^= 1
+    partial.write_bytes(content)
+    decoded.clear()
+    with pytest.raises(UserError) as refused:
+        make(folder, tmp_path)
+    assert str(refused.value) == (
+        f"{partial} is damaged: its first 240 images are not those that were read; delete it and run the same command "
+        f"again."
+    )
+    assert not decoded
+    assert partial.read_bytes() == content
+    partial.unlink()
+    assert make(folder, tmp_path) == reference(folder, tmp_path / "wanted")
+
+
+def test_a_damaged_record_of_progress_is_named(tmp_path: Path, folder: Path, broken: tuple[Path, bytes]) -> None:
+    with pytest.raises(UserError, match="is not a readable image"):
+        make(folder, tmp_path)
+    record = tmp_path / "imagefolder.progress.json"
+    record.write_bytes(record.read_bytes().replace(b"240", b"248"))
+    with pytest.raises(
+        UserError, match=r"imagefolder\.progress\.json is damaged: its contents do not have the checksum"
+    ):
+        make(folder, tmp_path)
+
+
 WATCHED = """
 import sys, threading
 from pathlib import Path
@@ -459,7 +503,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, imagenet
 
 
 def test_the_committed_record_shows_memory_that_does_not_grow() -> None:
-    record = read_json(Path(__file__).resolve().parent.parent / "book" / "results" / "streaming.json")
+    record = read_record(Path(__file__).resolve().parent.parent / "book" / "results" / "streaming.json")
     streamed, mapped = record["streamed"], record["mapped"]
     few, whole = (streamed[run]["peak_anonymous"]["process_mb"] for run in ("few", "whole"))
     assert whole - few < 0.2 * streamed["file_mb"]
@@ -478,30 +522,36 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 
 @pytest.fixture
-def fashion(tmp_path: Path) -> dict[str, np.ndarray]:
-    """Small Fashion-MNIST files where torchvision looks for them."""
+def fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """Small archives of Fashion-MNIST where torchvision looks for them, taken for the right ones."""
+    monkeypatch.setattr("torchvision.datasets.utils.check_integrity", lambda file, *_: Path(file).exists())
     arrays = random_arrays(1, (1, 28, 28))
     raw = tmp_path / "downloads" / "FashionMNIST" / "raw"
     for part, file in (("train", "train"), ("test", "t10k")):
         write_idx(raw / f"{file}-images-idx3-ubyte", arrays[f"{part}_images"][:, 0])
         write_idx(raw / f"{file}-labels-idx1-ubyte", arrays[f"{part}_labels"].astype(np.uint8))
+    for file in list(raw.iterdir()):
+        file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+        file.unlink()
     return arrays
 
 
-def test_fashion_mnist_from_torchvisions_files(tmp_path: Path, fashion: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_fashion_mnist_from_torchvisions_archives(
+    tmp_path: Path, fashion: dict[str, np.ndarray], unpacked: bool
+) -> None:
+    """What lies unpacked beside them, which no checksum vouches for, is replaced."""
+    if unpacked:
+        raw = tmp_path / "downloads" / "FashionMNIST" / "raw"
+        for file in list(raw.iterdir()):
+            file.with_suffix("").write_bytes(b"half")
     prepare("fashion_mnist", tmp_path)
     found = load("fashion_mnist", tmp_path)
     assert np.array_equal(found.train.images, fashion["train_images"])
     assert np.array_equal(found.test.labels, fashion["test_labels"])
     assert len(found.classes) == 10
     assert found.classes[9] == "Ankle boot"
-
-
-def test_half_unpacked_fashion_mnist_is_refused(tmp_path: Path, fashion: dict[str, np.ndarray]) -> None:
-    path = tmp_path / "downloads" / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(UserError, match="fashion_mnist"):
-        prepare("fashion_mnist", tmp_path)
+    assert found.fingerprint == found.recorded
 
 
 def write_cifar(folder: Path, arrays: dict[str, np.ndarray], name: str) -> list[str]:

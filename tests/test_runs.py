@@ -1,62 +1,20 @@
-"""Run folders: atomic writes, seeds, metrics, refusals, devices, provenance."""
+"""Run folders: seeds, metrics, locks, refusals, devices, memory, provenance."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import shutil
 import subprocess
+import sys
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from cddlib import runs
-from cddlib.files import UserError
-
-
-def write_half_then(error: BaseException):
-    def write(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise error
-
-    return write
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt("now")])
-def test_failing_writer_leaves_the_old_file_and_no_temporary(tmp_path: Path, error: BaseException) -> None:
-    path = tmp_path / "a.json"
-    runs.write_json(path, {"old": 1})
-    with pytest.raises(type(error), match=str(error)):
-        runs.write_atomically(path, write_half_then(error))
-    assert runs.read_json(path) == {"old": 1}
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_atomic_write_replaces_the_file_and_makes_folders(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "er" / "a.json"
-    for value in ({"x": 1}, {"x": 2}):
-        runs.write_json(path, value)
-        assert json.loads(path.read_text()) == value
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_the_file_is_whole_before_it_has_its_name(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    seen = []
-
-    def write(temporary: Path) -> None:
-        temporary.write_text("whole")
-        seen.append((path.exists(), temporary.parent))
-
-    runs.write_atomically(path, write)
-    assert seen == [(False, tmp_path)]  # same folder, so that renaming is atomic
-    assert path.read_text() == "whole"
-
-
-def test_an_error_of_safetensors_in_writing_is_an_oserror_with_the_path(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"cannot write .*a\.safetensors: full"):
-        runs.write_atomically(tmp_path / "a.safetensors", write_half_then(SafetensorError("full")))
-    assert list(tmp_path.iterdir()) == []
+from cddlib.files import UserError, write_json
 
 
 def test_streams_are_reproducible_and_ignore_the_global_seed() -> None:
@@ -72,19 +30,153 @@ def test_streams_are_independent() -> None:
     assert correlations.abs().max() < 0.08  # 5 standard errors of 4000 draws
 
 
-def test_metrics_drop_lines_after_the_checkpoint_and_half_written_ones(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f'{{"iteration": {i}}}\n' for i in range(6)) + '{"iteration": 2, "lo')
-    metrics = runs.Metrics(path, resume_at=3)
-    metrics.write(iteration=4, loss=0.5)
-    assert runs.Metrics.read(path) == [*({"iteration": i} for i in range(4)), {"iteration": 4, "loss": 0.5}]
-    metrics.close()
+# --- Metrics ----------------------------------------------------------------------------------------------------
 
 
-def test_metrics_start_empty(tmp_path: Path) -> None:
+@pytest.fixture
+def metrics_file(tmp_path: Path) -> Path:
+    """Lines of the iterations 0 … 5."""
     metrics = runs.Metrics(tmp_path / "metrics.jsonl", resume_at=-1)
+    for iteration in range(6):
+        metrics.write(iteration=iteration, loss=0.5)
     metrics.close()
-    assert runs.Metrics.read(tmp_path / "metrics.jsonl") == []
+    return tmp_path / "metrics.jsonl"
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"iteration": 2, "lo', b"\xff\n\n"])
+def test_metrics_drop_what_follows_the_checkpoint(metrics_file: Path, rest: bytes) -> None:
+    metrics_file.write_bytes(metrics_file.read_bytes() + rest)
+    metrics = runs.Metrics(metrics_file, resume_at=3)
+    metrics.write(iteration=4, loss=0.25)
+    found = [*({"iteration": i, "loss": 0.5} for i in range(4)), {"iteration": 4, "loss": 0.25}]
+    assert runs.Metrics.read(metrics_file, until=4) == found
+    assert runs.Metrics.read(metrics_file, until=2) == found[:3]
+    metrics.close()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it ends before iteration 5\.$"):
+        runs.Metrics.read(metrics_file, until=5)
+
+
+def test_metrics_start_empty(metrics_file: Path) -> None:
+    runs.Metrics(metrics_file, resume_at=-1).close()
+    assert metrics_file.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: [*lines[:2], lines[2].replace(b"0.5", b"0.6"), *lines[3:]], "line 3, is damaged: its contents"),
+        (lambda lines: [*lines[:2], b"\n", *lines[3:]], "line 3, cannot be read as JSON: "),
+        (lambda lines: [*lines[:2], b'{"iteration": 2}\n', *lines[3:]], "line 3, has no checksum: it is damaged, or"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "is damaged: line 2 is not that of iteration 1."),
+        (lambda lines: lines[:2] + lines[3:], "is damaged: line 3 is not that of iteration 2."),
+        (lambda lines: [lines[0], *lines], "is damaged: line 2 is not that of iteration 1."),
+        (lambda lines: lines[:4], "is damaged: it ends before iteration 4."),
+        (lambda lines: [*lines[:4], lines[4][:-1]], "is damaged: it ends before iteration 4."),
+        (lambda lines: [*lines[:4], lines[4][:-9]], "line 5, cannot be read as JSON: "),
+        (lambda lines: [], "is damaged: it ends before iteration 4."),
+    ],
+)
+def test_damaged_missing_and_reordered_lines_are_named(metrics_file: Path, damage, message: str) -> None:
+    metrics_file.write_bytes(b"".join(damage(metrics_file.read_bytes().splitlines(keepends=True))))
+    before = metrics_file.read_bytes()
+    for call in (lambda: runs.Metrics.read(metrics_file, until=4), lambda: runs.Metrics(metrics_file, resume_at=4)):
+        with pytest.raises(UserError) as refused:
+            call()
+        assert str(refused.value).removeprefix(str(metrics_file)).lstrip(", ").startswith(message)
+    assert metrics_file.read_bytes() == before
+
+
+def test_a_metrics_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: it ends before iteration 0\.$"):
+        runs.Metrics(tmp_path / "metrics.jsonl", resume_at=0)
+
+
+# --- Folders, devices, memory -----------------------------------------------------------------------------------
+
+HOLD = """
+import sys
+from pathlib import Path
+from cddlib.runs import locked
+
+with locked(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
+    lock = tmp_path / "run" / ".lock"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], **pipes) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with pytest.raises(UserError) as refused, runs.locked(lock):
+            pass
+        holder.kill()  # nothing that it could clean up
+    assert str(refused.value) == (
+        f"{tmp_path / 'run'} is in use by another process, which holds .lock; wait until it ends, or choose another "
+        f"folder."
+    )
+    for _ in range(2):
+        with runs.locked(lock) as file:
+            file.write(b"x")
+    assert lock.read_bytes() == b"x"
+
+
+def test_a_folder_is_free_when_the_work_in_it_fails(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), runs.locked(tmp_path / ".lock"):
+        raise ZeroDivisionError
+    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
+    assert subprocess.run(command, capture_output=True, text=True, input="").stdout == "locked\n"
+
+
+def test_file_systems_without_locks_are_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with runs.locked(tmp_path / ".lock") as file:
+        assert file.writable()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"),
+        RuntimeError("std::bad_alloc"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=["python", "GPU", "CPU", "mmap", "C++", "system"],
+)
+def test_a_want_of_memory_says_what_to_lower(error: Exception) -> None:
+    @runs.memory_advice("--width or --ipc")
+    def work() -> None:
+        raise error
+
+    with pytest.raises(UserError) as refused:
+        work()
+    reason = " ".join(str(error).split())
+    assert str(refused.value) == (
+        f"there is not enough memory ({reason}); lower --width or --ipc, in another folder, or go on with the same "
+        f"command where there is more: what was saved is kept."
+    )
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left on device"), UserError("ipc is 0.")]
+)
+def test_other_errors_are_not_taken_for_a_want_of_memory(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, runs.memory_advice("--width"):
+        raise error
+    assert caught.value is error
+
+
+def test_an_allocation_that_fails_is_a_want_of_memory() -> None:
+    sentence = r"^there is not enough memory \(.*; lower --width, "
+    with pytest.raises(UserError, match=sentence), runs.memory_advice("--width"):
+        torch.empty(2**60)
 
 
 def test_another_run_is_refused_with_the_fields_that_differ() -> None:
@@ -108,42 +200,6 @@ def test_auto_is_the_gpu_if_there_is_one() -> None:
     assert runs.resolve_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("read", [runs.read_json, runs.open_tensors])
-def test_a_missing_file_is_named(tmp_path: Path, read) -> None:
-    with pytest.raises(UserError, match=r"none\.x does not exist\.$"):
-        read(tmp_path / "none.x")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00", None])
-def test_broken_json_is_named(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "a.json"
-    path.mkdir() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.json cannot be read as JSON: "):
-        runs.read_json(path)
-
-
-def test_broken_tensor_files_are_named(tmp_path: Path) -> None:
-    whole = tmp_path / "whole"
-    runs.write_tensors(whole, {"a": torch.arange(100)}, {})
-    for content in (b"", b"garbage" * 99, whole.read_bytes()[:-1], whole.read_bytes() + b"x", None):
-        path = tmp_path / "a.safetensors"
-        path.mkdir() if content is None else path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.safetensors is truncated or not a safetensors file \("):
-            runs.open_tensors(path)
-        path.rmdir() if content is None else path.unlink()
-
-
-def test_tensors_and_header_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    matrix = torch.arange(6.0).reshape(2, 3)
-    runs.write_tensors(path, {"transposed": matrix.T.requires_grad_()}, {"classes": ["α", "b"]})
-    file = runs.open_tensors(path)
-    assert torch.equal(file.get_tensor("transposed"), matrix.T)
-    assert runs.read_metadata(file, path, "classes") == ["α", "b"]
-    with pytest.raises(UserError, match=r"a\.safetensors has no readable 'other' in its header"):
-        runs.read_metadata(file, path, "other")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     sizes: tuple[int, ...] = (1, 2)
@@ -158,11 +214,6 @@ def test_configurations_survive_json_and_hash_by_value() -> None:
     assert runs.config_hash({"a": 1, "b": 2}) == runs.config_hash({"b": 2, "a": 1})
     assert runs.config_hash({"a": 1}) != runs.config_hash({"a": 2})
     assert len(runs.config_hash({})) == 12
-
-
-def test_file_digest_is_sha256(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"abc")
-    assert runs.file_digest(tmp_path / "a").startswith("ba7816bf8f01cfea")
 
 
 def test_recorder_says_what_it_took_and_where() -> None:
@@ -204,15 +255,18 @@ def test_commit_is_that_of_the_checkout_or_none(tmp_path: Path, monkeypatch: pyt
     assert runs._commit() == git("rev-parse", "HEAD") + "+dirty"
 
 
-def test_a_record_gathers_what_a_run_wrote(tmp_path: Path) -> None:
+def test_a_record_gathers_what_a_run_wrote(metrics_file: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    tmp_path = tmp_path_factory.mktemp("run")
     with pytest.raises(UserError, match=r"holds no finished run: result\.json is missing\.$"):
         runs.collect(tmp_path)
-    for name in ("config", "result", "evaluation-b", "evaluation-a"):
-        runs.write_json(tmp_path / f"{name}.json", name)
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 0}\n')
+    written = {name: {"iterations": 5, "name": name} for name in ("config", "result", "evaluation-b", "evaluation-a")}
+    for name, value in written.items():
+        write_json(tmp_path / f"{name}.json", value)
+    wanted = {"config": written["config"], "result": written["result"]}
+    assert runs.collect(tmp_path) == wanted
+    shutil.copy(metrics_file, tmp_path)
     assert runs.collect(tmp_path) == {
-        "config": "config",
-        "result": "result",
-        "metrics": [{"iteration": 0}],
-        "evaluations": ["evaluation-a", "evaluation-b"],
+        **wanted,
+        "metrics": [{"iteration": i, "loss": 0.5} for i in range(6)],
+        "evaluations": [written["evaluation-a"], written["evaluation-b"]],
     }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import cddlib
-from cddlib import runs
+from cddlib import files, runs
 from cddlib.networks import build_network, views
 from cddlib.trajectory import Buffer, expert_path, write_trajectory
 
@@ -28,7 +28,7 @@ def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
         write_trajectory(expert_path(folder, expert), network, snapshots, {})
     data = {"name": "digits", "fingerprint": "", "shape": [1, 8, 8], "classes": 10}
     manifest = {"config": runs.as_dict(config), "data": data, "experts": [{}] * len(experts)}
-    runs.write_json(folder / "buffer.json", manifest)
+    files.write_json(folder / "buffer.json", manifest)
     return Buffer(folder)
 
 

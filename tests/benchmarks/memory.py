@@ -21,7 +21,7 @@ from torch import Tensor
 import cddlib
 from cddlib import augment
 from cddlib.combine import weighted_sum
-from cddlib.files import write_json
+from cddlib.files import write_record
 from cddlib.matching import MatchingConfig, Step
 from cddlib.networks import Network
 from cddlib.runs import Recorder, resolve_device
@@ -130,7 +130,7 @@ def main(options: Options) -> None:
     fresh.shutdown()
     config = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name != "to"}
     report = {key: value for key, value in recorder.report().items() if key != "peak_memory_mb"}  # not this process's
-    write_json(options.to, {"config": config, "measurements": measurements, **report})
+    write_record(options.to, {"config": config, "measurements": measurements, **report})
 
 
 if __name__ == "__main__":

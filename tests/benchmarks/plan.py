@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import cddlib
-from cddlib.files import read_json, write_json
+from cddlib.files import read_json, write_record
 from cddlib.plan import buffer_of, plan
 from cddlib.runs import Recorder, as_dict, keep_freed_memory
 
@@ -78,7 +78,7 @@ def main() -> None:
     for name in RUNS:
         with tempfile.TemporaryDirectory() as folder:
             runs.append(measure(name, options.root, Path(folder)))
-        write_json(options.to, {"runs": runs, **recorder.report()})
+        write_record(options.to, {"runs": runs, **recorder.report()})
         print(name, runs[-1]["planned"], runs[-1]["measured"], flush=True)
 
 

@@ -28,7 +28,8 @@ import tyro
 from PIL import Image
 
 import cddlib
-from cddlib.files import file_digest, read_json, write_json
+from cddlib.data import fingerprint
+from cddlib.files import file_digest, read_json, seal, write_record
 from cddlib.preprocessing import fit_preprocessing
 from cddlib.runs import Recorder, resolve_device
 from cddlib.training import fetch_real
@@ -151,7 +152,8 @@ def write_cache(path: Path, options: Options) -> int:
     """A data set in ImageNet's shape of `mapped_gb` random bytes, one image of ten for testing; returns its images."""
     n = int(options.mapped_gb * 1e9) // (3 * 64**2)
     labels = {"test": np.arange(n // 10) % 1000, "train": np.arange(n - n // 10) % 1000}
-    header: dict[str, Any] = {"__metadata__": {"classes": json.dumps([str(i) for i in range(1000)])}}
+    about = seal({"classes": [str(i) for i in range(1000)], "fingerprint": "never asked for"})
+    header: dict[str, Any] = {"__metadata__": {"dataset": json.dumps(about)}}
     end = 0
     for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * 64**2, [3, 64, 64])):
         for part, values in labels.items():
@@ -191,7 +193,7 @@ def measure_mapped(root: Path, batches: int) -> dict[str, Any]:
         fetch(torch.randint(len(train.labels), (256,), generator=rng))
     note("batches", start)
     start = time.monotonic()
-    assert dataset.fingerprint
+    assert fingerprint(dataset.train, dataset.test)
     note("fingerprint", start)
     return steps
 
@@ -210,7 +212,7 @@ def main(options: Options) -> None:
         print(json.dumps(steps, indent=1))
     config = {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name != "to"}
     report = {key: value for key, value in recorder.report().items() if key != "peak_memory_mb"}  # not this process's
-    write_json(options.to, {"config": config, "streamed": streamed, "mapped": {"images": images, **steps}, **report})
+    write_record(options.to, {"config": config, "streamed": streamed, "mapped": {"images": images, **steps}, **report})
 
 
 if __name__ == "__main__":

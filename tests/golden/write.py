@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from conftest import TINY
 
 import cddlib
-from cddlib.files import write_json
+from cddlib.files import write_record
 from cddlib.runs import Metrics
 
 GOLDEN = Path(__file__).with_name("digits.json")
@@ -49,7 +49,7 @@ def experts(folder: Path) -> cddlib.Buffer:
 def distillation(buffer: cddlib.Buffer, name: str, folder: Path) -> dict[str, list[Any]]:
     """What each iteration of the run `name` matched, its losses, and the step size that it learned."""
     cddlib.distill(cddlib.distill_recipe(data="digits", **RUNS[name], **SHARED), buffer, folder, device="cpu")
-    lines = [line for line in Metrics.read(folder / "metrics.jsonl") if "loss" in line]
+    lines = [line for line in Metrics.read(folder / "metrics.jsonl", until=SHARED["iterations"]) if "loss" in line]
     return {key: [line[key] for line in lines] for key in ("expert", "starts", "anchor", "losses", "step_size")}
 
 
@@ -64,4 +64,4 @@ def golden(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        write_json(GOLDEN, golden(Path(temporary)))
+        write_record(GOLDEN, golden(Path(temporary)))

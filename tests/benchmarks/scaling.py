@@ -1,0 +1,335 @@
+"""An iteration on 1, 2 and 4 processes beside what `cddlib.scaling` predicts, and its curves to 64 GPUs.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/scaling.py --to book/results/scaling.json
+
+Wants a quiet machine with four cores, and takes some minutes. Each number of processes measures, on its own:
+
+- segments, and iterations without any, while every process works by itself: processes share memory and clock rate, so
+  more of them are slower, which is the machine's doing and no communication;
+- all-reduces of several sizes, from which one link is fitted;
+- iterations as they are, which the model predicts from the first two.
+
+Times are medians, spreads half the distance between the 16th and the 84th percentile: the machine's other work counts
+less so, if there is some. Nothing is measured on a GPU: the curves rest on the assumptions that the record lists.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import itertools
+import multiprocessing
+import queue
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import cddlib
+from cddlib.data import load
+from cddlib.distill import DistillConfig, initial_state, iterate
+from cddlib.files import write_record
+from cddlib.matching import plan_student
+from cddlib.plan import sizes_of
+from cddlib.ranks import Ranks
+from cddlib.recipes import source
+from cddlib.runs import Recorder, generator, keep_freed_memory
+from cddlib.scaling import (
+    Cluster,
+    Link,
+    Scaling,
+    Work,
+    all_reduce,
+    fit_link,
+    gradient_bytes,
+    iteration,
+    scaled,
+    work_of,
+)
+
+PROCESSES = (1, 2, 4)
+SEGMENTS = (4, 8)
+SIZES = (4, 2**13, 2**17, 2**20, 2**24)
+DEVICES = (1, 2, 4, 8, 16, 32, 64)
+
+
+class Case(NamedTuple):
+    """One work, with the experts that it matches."""
+
+    name: str
+    config: DistillConfig
+    repeats: int
+    """Iterations that are timed; those of one segment, twice as many."""
+    buffer: Path
+    root: Path
+
+
+def cases(folder: Path) -> list[Case]:
+    """The works that are measured; trains their experts. The 32-pixel images are noise, in ten classes."""
+    rng = generator("scaling")
+    for part, label, number in itertools.product(("train", "val"), range(10), range(20)):
+        path = folder / "images" / part / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(256, (32, 32, 3), generator=rng, dtype=torch.uint8).numpy()).save(path)
+    cddlib.prepare("imagefolder", folder, source=folder / "images", size=32)
+    shared: dict[str, Any] = {"segments": max(SEGMENTS), "window_end": 16, "expert_epochs": 2}
+    shared |= {"lr_images": 0.0, "lr_step_size": 0.0}  # noise teaches nothing, and the same work is timed again
+    found = []
+    for name, data, depth, ipc, steps, repeats in (
+        ("digits, width 32, IPC 1", "digits", 2, 1, 20, 16),
+        ("32-pixel images, width 32, IPC 1", "imagefolder", 3, 1, 4, 8),
+        ("32-pixel images, width 32, IPC 10", "imagefolder", 3, 10, 1, 6),
+    ):
+        network: dict[str, Any] = {"width": 32, "depth": depth}
+        config = cddlib.distill_recipe("mtt", data, ipc, student_steps=steps, student_batch=None, **network, **shared)
+        buffer = folder / f"{data}-experts"
+        experts = cddlib.buffer_recipe(data, experts=1, epochs=18, augment=config.augment, **network)
+        cddlib.train_buffer(experts, buffer, root=folder, device="cpu")
+        found.append(Case(name, config, repeats, buffer, folder))
+    return found
+
+
+# --- In one of the processes ------------------------------------------------------------------------------------
+
+
+class Apart(Ranks):
+    """A process that differentiates the first few segments and adds them up with nobody."""
+
+    def __init__(self, segments: int) -> None:
+        """Work on so many segments."""
+        super().__init__()
+        self.rank, self.count, self._segments = 0, 1, segments
+
+    def share(self, work: Sequence[Any]) -> Sequence[Any]:
+        """The first few."""
+        return work[: self._segments]
+
+
+def timed(repeats: int, run: Callable[..., object], *arguments: Any) -> list[float]:
+    """Seconds of each run, after one that is not counted; all processes begin together."""
+    run(*arguments)
+    Ranks().wait()
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run(*arguments)
+        found.append(time.perf_counter() - began)
+    Ranks().wait()
+    return found
+
+
+def process(rank: int, count: int, store: str, works: list[Case], results: Any) -> None:
+    """Measure everything as one of `count` processes; the results are seconds by what they are of."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    if count > 1:
+        patience = datetime.timedelta(minutes=10)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
+    found: dict[Any, list[float]] = {}
+    for case, segments in itertools.product(works, SEGMENTS):
+        config = dataclasses.replace(case.config, segments=segments)
+        buffer = cddlib.Buffer(case.buffer)
+        state = initial_state(config, load(config.data, case.root), buffer, torch.device("cpu"))
+        state.iteration = 0
+        found[case.name, segments, "nothing"] = timed(20, iterate, state, config, buffer, Apart(0))
+        if segments == max(SEGMENTS):
+            found[case.name, segments, "one"] = timed(2 * case.repeats, iterate, state, config, buffer, Apart(1))
+        found[case.name, segments, "iteration"] = timed(case.repeats, iterate, state, config, buffer, Ranks())
+    if count > 1:
+        for size in SIZES:
+            found["all-reduce", size] = timed(30, Ranks().sum, torch.zeros(size // 4))
+        dist.destroy_process_group()
+    results.put((rank, found))
+
+
+# --- In the parent ----------------------------------------------------------------------------------------------
+
+
+def together(count: int, works: list[Case], folder: Path) -> list[dict[Any, list[float]]]:
+    """What each of `count` processes measured."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    store = str(folder / f"store-{count}")
+    started = [context.Process(target=process, args=(rank, count, store, works, results)) for rank in range(count)]
+    for one in started:
+        one.start()
+    found: dict[int, dict[Any, list[float]]] = {}
+    while len(found) < count:
+        try:
+            rank, measured = results.get(timeout=5)
+            found[rank] = measured
+        except queue.Empty:
+            if any(one.exitcode for one in started):
+                raise RuntimeError("a process failed; its error is above") from None
+    for one in started:
+        one.join()
+    return [found[rank] for rank in range(count)]
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half the distance between the 16th and the 84th percentile: a normal distribution's standard deviation."""
+    low, high = np.percentile(values, [16, 84])
+    return float(high - low) / 2
+
+
+def work_measured(every: list[dict[Any, list[float]]], case: Case, segments: int) -> Work:
+    """The work, from what the processes measured while each worked by itself."""
+    nothing = [float(np.median(found[case.name, segments, "nothing"])) for found in every]
+    one = [np.array(found[case.name, max(SEGMENTS), "one"]) for found in every]
+    besides = [float(np.median(found[case.name, max(SEGMENTS), "nothing"])) for found in every]
+    means = [float(np.median(times)) - beside for times, beside in zip(one, besides, strict=True)]
+    segment = float(np.mean(means))
+    return Work(
+        segments=segments,
+        segment=segment,
+        size=gradient_bytes(case.config, case.root),
+        alone=float(np.mean(nothing)),
+        segment_spread=float(np.mean([spread(times) for times in one])) / segment,
+        device_spread=float(np.std(means, ddof=1)) / segment if len(means) > 1 else 0.0,
+    )
+
+
+def compared(works: list[Case], by_count: dict[int, list[dict[Any, list[float]]]], link: Link) -> list[dict[str, Any]]:
+    """Measured iterations beside predicted ones."""
+    rows = []
+    for case, segments, count in itertools.product(works, SEGMENTS, PROCESSES):
+        seconds = float(np.median(by_count[count][0][case.name, segments, "iteration"]))
+        work = work_measured(by_count[count], case, segments)
+        parts = iteration(work, count, link)
+        alone = float(np.median(by_count[1][0][case.name, segments, "iteration"]))
+        rows.append(
+            {
+                "work": case.name,
+                "segments": segments,
+                "processes": count,
+                "seconds": seconds,
+                "predicted": parts.seconds,
+                "error": parts.seconds / seconds - 1,
+                "efficiency": alone / (count * seconds),
+                "parts": parts._asdict(),
+                "segment_seconds": work.segment,
+                "segment_spread": work.segment_spread,
+                "device_spread": work.device_spread,
+            }
+        )
+    return rows
+
+
+# --- To 64 GPUs -------------------------------------------------------------------------------------------------
+
+ASSUMED = {
+    "operations_per_second": (
+        2e13,
+        "assumed: 30 % of the 67e12 of NVIDIA's data sheet of the H100 SXM for FP32 without tensor cores; not measured",
+    ),
+    "memory_bytes_per_second": (2e12, "assumed: 60 % of the 3.35e12 of the same data sheet"),
+    "node": (8, "GPUs of a DGX or HGX H100"),
+    "inside_bandwidth": (3e11, "assumed: two thirds of NVLink 4's 450e9 bytes a second in one direction (data sheet)"),
+    "between_bandwidth": (4e10, "assumed: 80 % of a 400 Gb/s InfiniBand NDR port a GPU, as in a DGX H100"),
+    "inside_latency": (3.4e-6, "NCCL, src/graph/tuning.cc: NVLink, ring, protocol Simple"),
+    "between_latency": (1.4e-5, "the same: network, ring, protocol Simple"),
+    "segment_spread": (0.01, "assumed: every segment has the same operations"),
+    "device_spread": (0.03, "assumed: GPUs of one kind differ by some percent"),
+}
+SETS = (("CIFAR-100, IPC 50", "datm", "cifar100", 50), ("ImageNet-1K, IPC 10", "tesla", "imagenet", 10))
+CURVES: tuple[tuple[Scaling, int], ...] = (("strong", 1), ("strong", 8), ("weak", 1))
+"""The kind of scaling, and the experts that are matched at once: by all devices, or for each of them."""
+
+
+def model(segments: int = 8) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The curves of `SETS`, and what they rest on."""
+    a = {name: value for name, (value, _) in ASSUMED.items()}
+    inside, between = (Link(a[f"{where}_latency"], a[f"{where}_bandwidth"]) for where in ("inside", "between"))
+    cluster = Cluster(inside, between, int(a["node"]))
+    rows, works = [], {}
+    for name, method, data, ipc in SETS:
+        config = cddlib.distill_recipe(method, data, ipc, segments=segments)
+        draw = drawing_seconds(config)
+        for scaling, experts in CURVES:
+            work = work_of(
+                dataclasses.replace(config, concurrent_experts=experts),
+                a["operations_per_second"],
+                memory=a["memory_bytes_per_second"],
+                draw=draw,
+                segment_spread=a["segment_spread"],
+                device_spread=a["device_spread"],
+            )
+            for devices in DEVICES:
+                parts, efficiency = scaled(work, devices, cluster, scaling)
+                rows.append(
+                    {
+                        "set": name,
+                        "scaling": scaling,
+                        "segments": segments,
+                        "concurrent_experts": experts * (devices if scaling == "weak" else 1),
+                        "devices": devices,
+                        "seconds": parts.seconds,
+                        "efficiency": efficiency,
+                        "binds": parts.binds,
+                        "parts": parts._asdict(),
+                    }
+                )
+        works[name] = {
+            "method": method,
+            "source": source(method, data, ipc)._asdict(),
+            "segment_seconds": work.segment,
+            "all_reduced_bytes": work.size,
+            "seconds_beside": work.alone,
+            "draw_seconds": draw,
+        }
+    return rows, works
+
+
+def drawing_seconds(config: DistillConfig) -> float:
+    """Seconds to draw one segment's student; it happens on the CPU, whatever the device is."""
+    images = config.ipc * sizes_of(config.data, None).classes
+    rng = generator("scaling", config.data)
+    return float(np.median(timed(15, plan_student, config, images, config.augment, rng)))
+
+
+def main() -> None:
+    """Measure, predict, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, required=True, help="the record")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    recorder = Recorder(torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        works = cases(Path(folder))
+        by_count = {count: together(count, works, Path(folder)) for count in PROCESSES}
+        reduced = [
+            {"processes": count, "bytes": size, "seconds": float(np.median(by_count[count][0]["all-reduce", size]))}
+            for count, size in itertools.product(PROCESSES[1:], SIZES)
+        ]
+        link = fit_link([(row["bytes"], row["processes"], row["seconds"]) for row in reduced])
+        for row in reduced:
+            row["fitted"] = all_reduce(row["bytes"], row["processes"], link)
+        measured = compared(works, by_count, link)
+    for row in measured:
+        numbers = f"{row['seconds']:9.4f}{row['predicted']:9.4f}{row['error']:+7.0%}"
+        print(f"{row['work']:36}{row['segments']:3}{row['processes']:3}{numbers}", flush=True)
+    rows, on = model()
+    assumptions = {name: {"value": value, "source": where} for name, (value, where) in ASSUMED.items()}
+    assumptions["draw_seconds"] = {
+        "value": {name: work["draw_seconds"] for name, work in on.items()},
+        "source": "measured here: students are drawn on the CPU",
+    }
+    record = {
+        "measured": measured,
+        "all_reduce": reduced,
+        "link": link._asdict(),
+        "assumptions": assumptions,
+        "works": on,
+        "model": rows,
+        **recorder.report(),
+    }
+    write_record(options.to, record)
+
+
+if __name__ == "__main__":
+    main()

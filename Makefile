@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PROFILE ?= quick
+export PROFILE ?= quick
 
 .DEFAULT_GOAL := help
 .PHONY: help install test lint format book lock clean
@@ -35,7 +35,7 @@ format: $(READY) ## apply the style; strip notebooks of outputs
 		--drop-tagged-cells injected-parameters notebooks/*.ipynb
 
 book: $(READY) ## set up, execute every chapter, and build the book into _build/html (PROFILE=ci, quick or full)
-	$(BIN)/python book/build.py --profile $(PROFILE)
+	$(BIN)/python book/build.py --profile "$$PROFILE"
 
 lock: $(READY) ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

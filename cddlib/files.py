@@ -6,12 +6,14 @@ names the file. Checksums find damage; they do not prove who wrote a file.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import reprlib
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,7 @@ def read_record(record: str | Path) -> Any:
 def read_bytes(path: Path) -> bytes:
     """A small file; raises `UserError` if it is missing, unreadable or longer than `LARGEST_JSON`."""
     try:
+        _check_ends(path)
         if path.stat().st_size > LARGEST_JSON:
             raise UserError(
                 f"{path} has {path.stat().st_size} bytes; JSON files of cddlib have at most {LARGEST_JSON}."
@@ -181,6 +184,13 @@ def read_bytes(path: Path) -> bytes:
         raise UserError(f"{path} does not exist.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _check_ends(path: Path) -> None:
+    """Raise `OSError` for a pipe or a device: whoever reads one may wait, or read, forever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device")
 
 
 @contextlib.contextmanager
@@ -218,6 +228,7 @@ def write_tensors(
 def open_tensors(path: Path, framework: str = "pt") -> Any:
     """A lazy reader (`safetensors.safe_open`) of `path`, which checks no digest; raises `UserError` if it cannot be."""
     try:
+        _check_ends(path)
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > LARGEST_HEADER:

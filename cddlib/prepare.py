@@ -315,6 +315,8 @@ class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
 
 def _read_image(file: str, size: int) -> Image.Image:
     """An image in RGB whose shorter side can be resized to `size`; raises `ValueError` if it asks too much."""
+    if not os.path.isfile(file):
+        raise ValueError("it is not a file")
     if os.path.getsize(file) > LARGEST_IMAGE:
         raise ValueError(f"it has {os.path.getsize(file)} bytes, more than {LARGEST_IMAGE}")
     content = Path(file).read_bytes()

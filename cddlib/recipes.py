@@ -23,6 +23,7 @@ from cddlib.data import check_data_name
 from cddlib.distill import DistillConfig
 from cddlib.files import UserError
 from cddlib.methods import METHODS, Kind, Method
+from cddlib.runs import check_types
 
 CELLS = {
     "digits": (1, 10, 50),
@@ -71,6 +72,7 @@ def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, *
     Raises:
         UserError: unknown method or data set, or values that do not fit together.
     """
+    _refuse_types(DistillConfig, {**overrides, "ipc": ipc})
     values = {**_values(method, data, ipc, DistillConfig), "method": method, "ipc": ipc}
     values["subsets"] = min(values.get("subsets", 1), max(ipc, 1))
     values |= overrides
@@ -90,7 +92,16 @@ def buffer_recipe(data: str, method: str = "mtt", ipc: int = 1, **overrides: Any
     Raises:
         UserError: unknown method or data set, or values that do not fit together.
     """
+    _refuse_types(BufferConfig, overrides)
     return BufferConfig(**{**_values(method, data, ipc, BufferConfig), **overrides})
+
+
+def _refuse_types(config_type: type, values: dict[str, Any]) -> None:
+    """Raise `UserError` for a value of another type than its field's: a notebook's parameters can be anything."""
+    try:
+        check_types(config_type, values)
+    except TypeError as error:
+        raise UserError(f"{error}.") from None
 
 
 def source(method: str, data: str, ipc: int) -> Source:
@@ -293,6 +304,6 @@ PROFILES = {
 
 def profile(name: str) -> Profile:
     """The profile called `name`: ci (seconds), quick (minutes on a CPU, the digits) or full (the whole recipe)."""
-    if name not in PROFILES:
+    if not isinstance(name, str) or name not in PROFILES:
         raise UserError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}.")
     return PROFILES[name]

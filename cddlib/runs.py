@@ -154,14 +154,18 @@ def from_dict(config_type: type[T], values: dict[str, Any]) -> T:
         TypeError: a field has a value of another type.
     """
     found = {field.name: values[field.name] for field in dataclasses.fields(cast(Any, config_type))}
-    found = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in found.items()
-    }  # JSON has lists
-    kinds = _kinds(cast(Any, config_type))
-    for name, value in found.items():
-        if not _fits(value, kinds[name]):
-            raise TypeError(f"{name} is {reprlib.repr(value)}")
+    found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}  # JSON has lists
+    check_types(config_type, found)
     return config_type(**found)
+
+
+def check_types(config_type: type, values: dict[str, Any]) -> None:
+    """Raise `TypeError` for a value that the field of its name in `config_type` cannot have."""
+    kinds = _kinds(config_type)
+    for name in values.keys() & kinds.keys():
+        if not _fits(values[name], kinds[name]):
+            kind = getattr(kinds[name], "__name__", str(kinds[name]).removeprefix("typing."))
+            raise TypeError(f"{name} is {reprlib.repr(values[name])}, which is not of type {kind}")
 
 
 _kinds = functools.cache(typing.get_type_hints)
@@ -233,7 +237,7 @@ class Metrics:
 
 def _lines(path: Path, until: int) -> list[bytes]:
     """The lines of iterations 0 … `until`, all of them checked."""
-    lines = path.read_bytes().splitlines(keepends=True)[: until + 1] if path.exists() else []
+    lines = path.read_bytes().splitlines(keepends=True)[: until + 1] if path.is_file() else []
     for number, line in enumerate(lines, start=1):
         if unseal(line, f"{path}, line {number},").get("iteration") != number - 1:
             raise UserError(f"{path} is damaged: line {number} is not that of iteration {number - 1}.")

@@ -340,7 +340,7 @@ def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) 
         f"{path} is damaged: its images and labels have the fingerprint {found}, not {wanted}, which it names; delete "
         f"it and run `cddlib data cifar10` again."
     )
-    recipe = cddlib.buffer_recipe("cifar10", "mtt", width=4, experts=1, epochs=1)
+    recipe = cddlib.buffer_recipe("cifar10", "mtt", width=4, depth=1, experts=1, epochs=1)
     with pytest.raises(UserError, match=r"cifar10\.safetensors is damaged: "):
         cddlib.train_buffer(recipe, tmp_path / "buffer", root=tmp_path, device="cpu")
     assert not (tmp_path / "buffer").exists()
@@ -352,7 +352,7 @@ def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) 
 def write_sparse(path: Path, train: int, size: int) -> None:
     """A data set of `train` black images and one of each class for testing, which takes no room on disk."""
     labels = {part: np.arange(n, dtype=np.int64) % 3 for part, n in (("test", 3), ("train", train))}
-    about = files.seal({"classes": CLASSES, "fingerprint": "never asked for"})
+    about = files.seal({"classes": CLASSES, "fingerprint": "0" * 16})
     header: dict[str, object] = {"__metadata__": {"dataset": json.dumps(about)}}
     end = 0
     for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):

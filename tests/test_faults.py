@@ -233,16 +233,18 @@ def test_killed_while_tensors_are_written(works: Works, kind: str, notes: dict[s
     while code == 137:
         number += 1
         half = functools.partial(leave_half, folder)
-        code, said = work.run(folder, functools.partial(before, "cddlib.files.save_file", half, 1 + number % 2))
+        code, said = work.run(folder, functools.partial(before, "cddlib.files.save_file", half, number))
     assert code == 0, said
-    assert number > 4
+    assert number > 3
     assert_same(folder, work.wanted)
     note(notes, "kills", work=kind, kills=number - 1, when="while tensors are written", identical=True)
 
 
 def children_of(process: int) -> list[int]:
     """The processes that a process has started."""
-    return [int(number) for number in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [
+        int(number) for path in Path(f"/proc/{process}/task").glob("*/children") for number in path.read_text().split()
+    ]
 
 
 def test_a_killed_study_takes_its_processes_with_it(works: Works, notes: dict[str, Any]) -> None:
@@ -429,7 +431,6 @@ UNFINISHED = [  # the work, the file without which it is killed, what it goes on
     ("short buffer", "expert-001.safetensors", "buffer.json", None),
     ("short buffer", "expert-001.safetensors", "preprocessing.safetensors", None),
     ("short buffer", "expert-001.safetensors", ".expert-001.unfinished.safetensors", None),
-    ("short buffer", "buffer.json", "expert-000.safetensors", None),
     ("short distill", "milestone-000001.safetensors", "milestone-000000.safetensors", "checkpoint.safetensors"),
     ("short distill", "result.json", "checkpoint.safetensors", None),
     ("short distill", "result.json", "metrics.jsonl", None),
@@ -469,7 +470,6 @@ def test_damage_to_unfinished(
             assert_same(folder, work.wanted)
             harmless += 1
         shutil.rmtree(folder)
-    print(name, refused, harmless)
     assert refused
     note(notes, "damage", file=f"unfinished {name}", damaged=refused + harmless, refused=refused, harmless=harmless)
 
@@ -477,10 +477,14 @@ def test_damage_to_unfinished(
 def test_damage_to_the_reason_why_a_run_stopped(works: Works, tmp_path: Path, notes: dict[str, Any]) -> None:
     folder = Path(shutil.copytree(works["short study"].wanted, tmp_path / "study"))
     path = next(folder.glob("*/*/stopped.json"))
-    study_record(folder)
-    every = list(damages(path.read_bytes(), path.name))
-    for damaged in every:
+    wanted, refused, harmless = study_record(folder), 0, 0
+    for damaged in damages(path.read_bytes(), path.name):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=re.escape(str(path))):
-            study_record(folder)
-    note(notes, "damage", file="stopped.json", damaged=len(every), refused=len(every), harmless=0)
+        try:
+            assert study_record(folder) == wanted, damaged
+            harmless += 1
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused
+    note(notes, "damage", file="stopped.json", damaged=refused + harmless, refused=refused, harmless=harmless)

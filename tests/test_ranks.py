@@ -26,6 +26,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from children import CONTEXT
+from conftest import TINY
 
 import cddlib
 from cddlib import cli, ranks, runs
@@ -36,6 +37,22 @@ from cddlib.runs import Metrics, generator
 from cddlib.state import State
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer
+
+# The sigmoid has no kinks: with ReLU, a difference in the last digit can grow by a factor of 1e5 in an iteration.
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory: pytest.TempPathFactory) -> Buffer:
+    """Two experts of six epochs on the digits, width 8."""
+    config = cddlib.buffer_recipe("digits", **TINY, activation="sigmoid")
+    return cddlib.train_buffer(config, tmp_path_factory.mktemp("buffer"), device="cpu")
+
+
+@pytest.fixture
+def quick(quick: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of the digits' distillation recipe that run in a second on `buffer`."""
+    return {**quick, "activation": "sigmoid"}
+
 
 # --- Ranks without torchrun -------------------------------------------------------------------------------------
 
@@ -168,12 +185,12 @@ def test_ranks_end_where_one_process_ends(
         notes.setdefault("agreement", []).append(row)
 
 
-@pytest.mark.parametrize(("activation", "iterations"), [("sigmoid", 6), ("relu", 3)])
+@pytest.mark.parametrize(("activation", "iterations"), [("sigmoid", 5), ("relu", 3)])
 def test_the_digits_recipe_with_eight_segments(
     tmp_path: Path, notes: dict[str, Any], activation: str, iterations: int
 ) -> None:
-    """The same set within the rounding of sums; after a while with ReLU, whose kinks amplify it, the same losses."""
-    width = {"width": 16, "activation": activation}
+    """The same set within the rounding of sums; with ReLU the first loss, and then about the same losses."""
+    width = {"width": 8, "activation": activation}
     buffer = cddlib.train_buffer(
         cddlib.buffer_recipe("digits", experts=2, epochs=14, **width), tmp_path / "buffer", device="cpu"
     )
@@ -184,8 +201,8 @@ def test_the_digits_recipe_with_eight_segments(
     for count in (2, 4):
         together(count, distil, config, buffer.folder, tmp_path / str(count))
         found = [line["loss"] for line in metrics(tmp_path / str(count), iterations)[1:]]
-        assert found[:3] == pytest.approx(losses[:3], rel=1e-5)
-        assert found == pytest.approx(losses, rel=1e-6 if activation == "sigmoid" else 1e-2)
+        assert found[0] == pytest.approx(losses[0], rel=1e-6)
+        assert found == pytest.approx(losses, rel=1e-5 if activation == "sigmoid" else 1e-2)
         apart = difference(tmp_path / "1", tmp_path / str(count))
         assert apart < (1e-5 if activation == "sigmoid" else 0.1)
         rule = f"mean, {activation}, {iterations} iterations of the recipe, K = 8"
@@ -362,12 +379,13 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 class Agent:
     """A torchrun that shares one command of cddlib among its workers."""
 
-    def __init__(self, options: str, arguments: list[Any], log: Path) -> None:
+    def __init__(self, options: str, arguments: list[Any], log: Path, **settings: str) -> None:
         """Start it; what it and its workers say goes to `log`."""
         self.log = log
         python = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "cddlib"]
         with open(log, "w") as file:
-            self.process = subprocess.Popen([*python, *map(str, arguments)], stdout=file, stderr=file)
+            command, environment = [*python, *map(str, arguments)], {**os.environ, **settings}
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
 
     def __enter__(self) -> "Agent":
         return self
@@ -429,26 +447,26 @@ def arguments(config: dict[str, Any], buffer: Path, out: Path) -> list[Any]:
 
 
 def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any]
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
-    """Three times, at a random moment, a random one of two."""
+    """Again and again, at a random moment, a random one of two: twice, or more often for a record."""
+    kills = 2 if request.config.getoption("--records") is None else 10
     config = {**quick, **LONG}
     together(2, distil, cddlib.distill_recipe("contra", **config), buffer.folder, tmp_path / "whole")
-    out, rng, kills = tmp_path / "killed", generator("kill a rank"), 0
-    options = "--standalone --nproc-per-node 2 --max-restarts 3"
+    out, rng = tmp_path / "killed", generator("kill a rank")
+    options = f"--standalone --nproc-per-node 2 --max-restarts {max(3, kills)}"
     with Agent(options, arguments(config, buffer.folder, out), tmp_path / "log") as agent:
         workers: set[int] = set()
-        for reached in (1, 15, 35):
-            agent.until(lambda: lines(out) > reached and len({*agent.workers()} - workers) == 2)  # noqa: B023
+        for kill in range(kills):
+            agent.until(lambda: lines(out) > 40 * kill // kills and len({*agent.workers()} - workers) == 2)  # noqa: B023
             time.sleep(0.2 * float(torch.rand((), generator=rng)))
             workers |= {*agent.workers()}
             os.kill(agent.workers()[int(torch.randint(2, (), generator=rng))], signal.SIGKILL)
-            kills += 1
         assert "iteration" in agent.end()
     for name in ("synthetic.safetensors", "checkpoint.safetensors", "config.json"):
         assert contents(out / name) == contents(tmp_path / "whole" / name), name
     assert metrics(out, 60) == metrics(tmp_path / "whole", 60)
-    notes["kills"] = [{"work": "distill, 2 processes", "kills": kills, "identical": True}]
+    notes.setdefault("kills", []).append({"work": "distill, 2 processes", "kills": kills, "identical": True})
 
 
 def contents(file: Path) -> Any:
@@ -468,19 +486,20 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     options = f"--nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint localhost:{port}"
-    options += " --rdzv-id test --rdzv-conf last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=2"
+    options += " --rdzv-id test --rdzv-conf last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=8"
     out = tmp_path / "elastic"
     shared = options, arguments(config, buffer.folder, out)
-    with Agent(*shared, tmp_path / "staying") as staying:
+    unshared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the book says
+    with Agent(*shared, tmp_path / "staying", **unshared) as staying:
         staying.until(lambda: listens(port))
-        with Agent(*shared, tmp_path / "leaving") as leaving:
+        with Agent(*shared, tmp_path / "leaving", **unshared) as leaving:
             leaving.until(lambda: lines(out) > 5 and leaving.has(b"WORLD_SIZE=2") and staying.has(b"WORLD_SIZE=2"))
         assert "another process of this run is gone" in staying.end()
     found, wanted = metrics(out, 60), metrics(tmp_path / "1", 60)
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
     assert [line["starts"] for line in found[1:]] == [line["starts"] for line in wanted[1:]]
     apart = difference(tmp_path / "1", out)
-    assert apart < 0.1  # 60 iterations with ReLU
+    assert apart < 1e-4
     notes.setdefault("agreement", []).append(
         {"ranks": "2, then 1", "rule": "mean", "largest_relative_difference": apart}
     )

@@ -239,6 +239,7 @@ CONTAINER: dict[str, Any] = {
     "name": str,
     "image": str,
     "command": [str],
+    "env": [{"name": str, "value": str}],
     "resources": {"limits": {"nvidia.com/gpu": int}},
     "volumeMounts": [{"name": str, "mountPath": str}],
 }
@@ -297,7 +298,8 @@ def test_the_slurm_example_is_bash_and_sbatch_knows_its_options() -> None:
         assert re.fullmatch(SBATCH[name], value), name
     (command,) = launched(script.read_text())
     launcher = get_args_parser().parse_args(command)
-    assert int(given["signal"].split("@")[1]) > launcher.shutdown_timeout
+    (exported,) = re.findall(r"^export (.*)", script.read_text(), re.MULTILINE)
+    assert int(given["signal"].split("@")[1]) > grace(dict(word.split("=") for word in exported.split()))
     assert launcher.nproc_per_node == given["gpus-per-node"]
 
 
@@ -330,7 +332,14 @@ def test_the_kubernetes_example_fits_together() -> None:
     assert launcher.rdzv_endpoint.split(":")[0] == f"{job['metadata']['name']}-0.{pod['subdomain']}"
     assert int(launcher.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert launcher.nnodes.split(":")[-1] == str(job["spec"]["completions"])
-    assert pod["terminationGracePeriodSeconds"] > launcher.shutdown_timeout
+    assert pod["terminationGracePeriodSeconds"] > grace({each["name"]: each["value"] for each in container["env"]})
+
+
+def grace(environment: dict[str, str]) -> int:
+    """The seconds that torchrun gives processes to stop; the other setting is the one that several machines need."""
+    assert environment.keys() == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    return int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
 
 
 def launched(text: str) -> list[list[str]]:

@@ -19,9 +19,12 @@ source "${VENV:?the Python environment}/bin/activate"
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
+# torchrun forgets the addresses of processes that died, and gives those that it stops so many seconds.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150
+
 # One agent a node, which starts four processes, one a GPU.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 torchrun \
-    --nnodes "$SLURM_NNODES" --nproc-per-node 4 --max-restarts 3 --shutdown-timeout 150 \
+    --nnodes "$SLURM_NNODES" --nproc-per-node 4 --max-restarts 3 \
     --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$first:$port" \
     -m cddlib distill --method datm --data cifar100 --ipc 50 --segments 8 \
     --root "$shared/data" --buffer "$shared/experts" --out "$shared/datm-8"

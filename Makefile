@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-export PROFILE ?= quick
+PROFILE ?= quick
+# as it was given: neither make nor a shell reads it
+override export PROFILE := $(value PROFILE)
 
 .DEFAULT_GOAL := help
 .PHONY: help install test lint format book lock clean

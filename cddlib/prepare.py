@@ -191,7 +191,7 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
     with ranks.heeding_signals("the batch"), open(partial, "r+b") as file:
         found = read_json(record) if record.exists() else {}
         done = found.get("images") if found.get("source") == source else 0
-        if not isinstance(done, int) or not 0 <= done <= len(files):
+        if type(done) is not int or not 0 <= done <= len(files):
             raise UserError(f"{record} is not a record of {len(files)} images ({done!r}); delete it and start again.")
         if partial.stat().st_size < len(head) + done * 3 * size**2:
             done = 0  # it is gone, or cut off
@@ -219,6 +219,13 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
                     if ranks.asked and done < len(files):
                         stopped = f"stopped after image {done} of {len(files)}, which is saved"
                         raise Interrupted(stopped, ranks.asked)
+        except RuntimeError as error:  # torch's, wherever this process was
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise UserError(
+                f"a process that decodes images was killed, perhaps for want of memory ({str(error).rstrip('. ')}); "
+                f"{done} images are kept, and the same command goes on: on fewer processors (taskset) in less memory."
+            ) from None
         finally:
             _note(record, source, done, chain, file)
         written = map_images(partial, len(head), (len(files), 3, size, size))

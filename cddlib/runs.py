@@ -164,7 +164,7 @@ def check_types(config_type: type, values: dict[str, Any]) -> None:
     kinds = _kinds(config_type)
     for name in values.keys() & kinds.keys():
         if not _fits(values[name], kinds[name]):
-            kind = getattr(kinds[name], "__name__", str(kinds[name]).removeprefix("typing."))
+            kind = kinds[name].__name__ if isinstance(kinds[name], type) else str(kinds[name]).removeprefix("typing.")
             raise TypeError(f"{name} is {reprlib.repr(values[name])}, which is not of type {kind}")
 
 

@@ -6,7 +6,6 @@ themselves; the last ones start torchrun as a user does.
 
 import concurrent.futures
 import contextlib
-import dataclasses
 import datetime
 import io
 import os
@@ -31,11 +30,10 @@ from conftest import TINY
 import cddlib
 from cddlib import cli, ranks, runs
 from cddlib.combine import fixed_weights
-from cddlib.files import UserError, read_json, tensor_digest
+from cddlib.files import UserError, read_json, read_tensors, tensor_digest
 from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import Metrics, generator
-from cddlib.state import State
-from cddlib.synthetic import SyntheticSet
+from cddlib.state import CHECKPOINT, State, milestone_path
 from cddlib.trajectory import Buffer
 
 # The sigmoid has no kinks: with ReLU, a difference in the last digit can grow by a factor of 1e5 in an iteration.
@@ -52,6 +50,12 @@ def buffer(tmp_path_factory: pytest.TempPathFactory) -> Buffer:
 def quick(quick: dict[str, Any]) -> dict[str, Any]:
     """Overrides of the digits' distillation recipe that run in a second on `buffer`."""
     return {**quick, "activation": "sigmoid"}
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest) -> bool:
+    """Whether there is time for more, because a record is made."""
+    return request.config.getoption("--records") is not None
 
 
 # --- Ranks without torchrun -------------------------------------------------------------------------------------
@@ -123,15 +127,16 @@ def distil(config: cddlib.DistillConfig, buffer: Path, out: Path, asked: dict[in
 CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.truncate")
 
 
-def variables(run: Path) -> dict[str, torch.Tensor]:
-    """The finished synthetic set of a run."""
-    return SyntheticSet.load(run / "synthetic.safetensors").variable_tensors()
+def difference(run: Path, other: Path, file: str = CHECKPOINT) -> float:
+    """The largest difference of a run's last iterate to another's, or to another file's, over its largest number."""
+    here, there = (read_tensors(path, "state")[0] for path in (run / CHECKPOINT, other / file))
+    names = [name for name in ("images", "label_logits", "step_size") if name in here]
+    return max(float((here[name] - there[name]).abs().max() / here[name].abs().max()) for name in names)
 
 
-def difference(run: Path, other: Path) -> float:
-    """The largest difference of a variable between two runs, over its largest number."""
-    here, there = variables(run), variables(other)
-    return max(float((here[name] - there[name]).abs().max() / here[name].abs().max()) for name in here)
+def moved(run: Path) -> float:
+    """How far the last iterate is from the first."""
+    return difference(run, run, milestone_path(run, 0).name)
 
 
 def metrics(run: Path, iterations: int) -> list[dict[str, Any]]:
@@ -180,42 +185,42 @@ def test_ranks_end_where_one_process_ends(
             for name in ("starts", "others", "replayed", "validation_accuracy"):
                 assert line.get(name) == wanted.get(name)
             assert line.get("losses", []) == pytest.approx(wanted.get("losses", []), rel=1e-5)
-        assert apart < 1e-6
+        assert apart < 1e-6 and moved(out) > 1e-3
         row = {"ranks": count, "rule": case, "largest_relative_difference": apart}
         notes.setdefault("agreement", []).append(row)
 
 
 @pytest.mark.parametrize(("activation", "iterations"), [("sigmoid", 5), ("relu", 3)])
 def test_the_digits_recipe_with_eight_segments(
-    tmp_path: Path, notes: dict[str, Any], activation: str, iterations: int
+    tmp_path: Path, notes: dict[str, Any], recorded: bool, activation: str, iterations: int
 ) -> None:
-    """The same set within the rounding of sums; with ReLU the first loss, and then about the same losses."""
+    """The same set within the rounding of sums. With ReLU, as near as one process that adds in another order."""
+    iterations = 60 if recorded else iterations
     width = {"width": 8, "activation": activation}
     buffer = cddlib.train_buffer(
         cddlib.buffer_recipe("digits", experts=2, epochs=14, **width), tmp_path / "buffer", device="cpu"
     )
     options = {"segments": 8, "iterations": iterations, "validate_every": 0, **width}
     config = cddlib.distill_recipe("contra", "digits", 1, **options)
-    cddlib.distill(config, buffer, tmp_path / "1", device="cpu")
-    losses = [line["loss"] for line in metrics(tmp_path / "1", iterations)[1:]]
-    for count in (2, 4):
-        together(count, distil, config, buffer.folder, tmp_path / str(count))
-        found = [line["loss"] for line in metrics(tmp_path / str(count), iterations)[1:]]
+    cddlib.distill(config, buffer, tmp_path / "alone", device="cpu")
+    assert moved(tmp_path / "alone") > 1e-3
+    losses = [line["loss"] for line in metrics(tmp_path / "alone", iterations)[1:]]
+    for count in (1, 2, 4):
+        out = tmp_path / str(count)
+        together(count, distil_backwards if count == 1 else distil, config, buffer.folder, out)
+        found = [line["loss"] for line in metrics(out, iterations)[1:]]
         assert found[0] == pytest.approx(losses[0], rel=1e-6)
         assert found == pytest.approx(losses, rel=1e-5 if activation == "sigmoid" else 1e-2)
-        apart = difference(tmp_path / "1", tmp_path / str(count))
+        apart = difference(tmp_path / "alone", out)
         assert apart < (1e-5 if activation == "sigmoid" else 0.1)
-        rule = f"mean, {activation}, {iterations} iterations of the recipe, K = 8"
+        rule = f"mean, {activation}, {iterations} iterations" + (", segments added backwards" if count == 1 else "")
         notes.setdefault("agreement", []).append({"ranks": count, "rule": rule, "largest_relative_difference": apart})
-    moved = difference(tmp_path / "1", initial(config, buffer, tmp_path / "0"))
-    assert moved > 1e-3  # or nothing was shown
 
 
-def initial(config: cddlib.DistillConfig, buffer: Buffer, out: Path) -> Path:
-    """The set before the first iteration, as a run that never moves it."""
-    still = dataclasses.replace(config, lr_images=0.0, lr_step_size=0.0, lr_labels=0.0, iterations=1)
-    cddlib.distill(still, buffer, out, device="cpu")
-    return out
+def distil_backwards(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
+    """Distil in one process that takes the segments in reverse order."""
+    Ranks.share = lambda _self, work: work[::-1]  # type: ignore[method-assign] # this process ends with the test
+    cddlib.distill(config, buffer, out, device="cpu")
 
 
 # --- Experts and networks ---------------------------------------------------------------------------------------
@@ -287,7 +292,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
     whole, parts = (tmp_path / name / "synthetic.safetensors" for name in ("whole", "parts"))
     assert parts.read_bytes() == whole.read_bytes()
     together(3, distil, config, buffer.folder, tmp_path / "more")
-    assert difference(tmp_path / "whole", tmp_path / "more") < 1e-6
+    assert difference(tmp_path / "whole", tmp_path / "more") < 1e-6 and moved(tmp_path / "whole") > 1e-3
     assert metrics(tmp_path / "parts", 6) == metrics(tmp_path / "whole", 6)
 
 
@@ -437,7 +442,7 @@ def lines(run: Path) -> int:
     return file.read_text().count("\n") if file.exists() else 0
 
 
-LONG = {"iterations": 60, "segments": 4, "student_steps": 10, "checkpoint_every": 3, "validate_every": 25}
+LONG = {"iterations": 60, "segments": 4, "checkpoint_every": 3, "validate_every": 25}
 
 
 def arguments(config: dict[str, Any], buffer: Path, out: Path) -> list[Any]:
@@ -447,10 +452,10 @@ def arguments(config: dict[str, Any], buffer: Path, out: Path) -> list[Any]:
 
 
 def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], request: pytest.FixtureRequest
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], recorded: bool
 ) -> None:
     """Again and again, at a random moment, a random one of two: twice, or more often for a record."""
-    kills = 2 if request.config.getoption("--records") is None else 10
+    kills = 10 if recorded else 2
     config = {**quick, **LONG}
     together(2, distil, cddlib.distill_recipe("contra", **config), buffer.folder, tmp_path / "whole")
     out, rng = tmp_path / "killed", generator("kill a rank")
@@ -473,7 +478,7 @@ def contents(file: Path) -> Any:
     """A file, but for what depends on the clock."""
     if file.name != "checkpoint.safetensors":
         return file.read_bytes()
-    tensors, state = cddlib.files.read_tensors(file, "state")
+    tensors, state = read_tensors(file, "state")
     return {name: tensor_digest(tensor) for name, tensor in tensors.items()}, {**state, "seconds": 0}
 
 
@@ -499,7 +504,7 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
     assert [line["starts"] for line in found[1:]] == [line["starts"] for line in wanted[1:]]
     apart = difference(tmp_path / "1", out)
-    assert apart < 1e-4
+    assert apart < 1e-4 and moved(out) > 1e-3
     notes.setdefault("agreement", []).append(
         {"ranks": "2, then 1", "rule": "mean", "largest_relative_difference": apart}
     )
@@ -526,7 +531,3 @@ def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, note
     for name in ("buffer.json", *(f"expert-{number:03d}.safetensors" for number in range(3))):
         assert (out / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
     notes.setdefault("kills", []).append({"work": "buffer, 2 processes", "kills": 1, "identical": True})
-
-
-# NOTE OF THE LEAD (18:15): helper 'scaling' has written cddlib/scaling.py, its benchmark, its test, the page and the
-# examples; they are installed and final. Helper 'devices': do not write them; delete this note and report now.

@@ -124,7 +124,7 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     if (out / "result.json").exists() and not _missing(out, manifest):
         return Buffer(out)
     ranks = Ranks()
-    with ranks.heeding_signals("the epoch"), locked(out / ".lock") if ranks.first else contextlib.nullcontext():
+    with locked(out / ".lock") if ranks.first else contextlib.nullcontext(), ranks.heeding_signals("the epoch"):
         _train_missing(config, out, wanted, network, dataset, dev, ranks)
     return Buffer(out)
 

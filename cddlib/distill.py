@@ -116,7 +116,7 @@ def distill(
     buffer = buffer.convexified() if config.convex else buffer
     state = initial_state(config, dataset, buffer, dev)
     ranks = Ranks()
-    with ranks.heeding_signals("the iteration"), locked(out / ".lock") if ranks.first else contextlib.nullcontext():
+    with locked(out / ".lock") if ranks.first else contextlib.nullcontext(), ranks.heeding_signals("the iteration"):
         _refuse_other_run(out, run)  # another process may have begun it just now
         return _distill(state, config, buffer, dataset, out, run, dev, ranks)
 

@@ -192,7 +192,7 @@ def evaluate_run(
     if _missing(record_path, wanted):
         ranks = Ranks()
         lock = locked(record_path.with_name(f".{record_path.stem}.lock")) if ranks.first else contextlib.nullcontext()
-        with ranks.heeding_signals("the network"), lock:
+        with lock, ranks.heeding_signals("the network"):
             _train_missing(record_path, wanted, trainer, seed, {**identity, **described}, ranks)
     return read_json(record_path)
 
@@ -214,7 +214,7 @@ class _Record:
     diverged: tuple[str, ...] = ()
 
     def accuracies(self) -> dict[str, list[float]]:
-        return {name: list(getattr(self, name)) for name in ("synthetic", "random_real", "full")}
+        return {name: [float(a) for a in getattr(self, name)] for name in ("synthetic", "random_real", "full")}
 
 
 def _recorded(record_path: Path) -> _Record:

@@ -170,8 +170,11 @@ class Ranks:
             yield  # the system tells only the main thread
             return
 
+        insisted: list[int] = []
+
         def ask(number: int, _frame: Any) -> None:
             if self.asked and self.count == 1:
+                insisted.append(number)
                 raise Interrupted("stopped at once", number)
             if self.first and not self.asked:
                 second = "; a second signal stops at once" if self.count == 1 else ""
@@ -182,6 +185,10 @@ class Ranks:
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except Exception as error:
+            if insisted:  # compiled code may have turned the interruption into an error of its own
+                raise Interrupted("stopped at once", insisted[-1]) from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)

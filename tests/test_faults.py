@@ -371,6 +371,20 @@ def test_asked_to_stop_at_once(works: Works, kind: str, notes: dict[str, Any]) -
     note(notes, "signals", work=kind, signal="SIGINT, SIGTERM", times=3, identical=True)
 
 
+def test_a_second_signal_that_a_library_hides() -> None:
+    """Compiled code may turn the interruption into an error of its own; that is no reason to show its traceback."""
+    ranks = Ranks()
+    with pytest.raises(Interrupted, match="stopped at once") as stop, ranks.heeding_signals("the test"):
+        interrupt()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Interrupted:
+            raise ValueError("could not determine the shape") from None
+    assert stop.value.number == signal.SIGTERM
+    with pytest.raises(ValueError, match="of its own"), ranks.heeding_signals("the test"):
+        raise ValueError("of its own")
+
+
 def interrupt() -> None:
     """What Ctrl-C does."""
     os.kill(os.getpid(), signal.SIGINT)

@@ -49,8 +49,6 @@ from cddlib.trajectory import PREPROCESSING, Buffer, expert_path, read_preproces
 INPUTS = 10_000
 BATCH = 20
 """Inputs that hypothesis chooses at a time, which it does not do fast."""
-LIES = 4_000
-"""Inputs that lie, of a loader that gets `INPUTS` damaged ones too."""
 PREPARE = sys.modules["cddlib.prepare"]  # whose function hides it
 
 
@@ -60,8 +58,8 @@ PREPARE = sys.modules["cddlib.prepare"]  # whose function hides it
 class Tally:
     """What became of the inputs of a loader."""
 
-    def __init__(self, notes: dict[str, Any], loader: str, kind: str, wanted: int = INPUTS) -> None:
-        self.loader, self.kind, self.notes, self.wanted = loader, kind, notes, wanted
+    def __init__(self, notes: dict[str, Any], loader: str, kind: str) -> None:
+        self.loader, self.kind, self.notes = loader, kind, notes
         self.inputs = self.refused = self.unchanged = 0
         self.sentences: set[str] = set()
 
@@ -69,7 +67,7 @@ class Tally:
         """Give `attempt` inputs made from `size` bytes each; it says whether the object it read is the original."""
         length = BATCH * size
 
-        @hypothesis.settings(max_examples=-(-self.wanted // BATCH), database=None)
+        @hypothesis.settings(max_examples=-(-INPUTS // BATCH), database=None)
         @hypothesis.given(st.binary(min_size=length, max_size=length))
         def several(choices: bytes) -> None:
             for start in range(0, length, size):
@@ -80,8 +78,8 @@ class Tally:
         found = {name: getattr(self, name) for name in ("loader", "kind", "inputs", "refused", "unchanged")}
         found["valid"] = self.inputs - self.refused - self.unchanged  # other objects, as valid as the original
         self.notes.setdefault("loaders", []).append({**found, "sentences": len(self.sentences)})
-        assert self.inputs >= self.wanted
-        assert self.refused > self.wanted // 100
+        assert self.inputs >= INPUTS
+        assert self.refused > INPUTS // 100
 
     def _try(self, attempt: Callable[[bytes], bool], choice: bytes) -> None:
         self.inputs += 1
@@ -467,7 +465,7 @@ def test_lies_in_a_manifest(memory: Path, notes: dict[str, Any]) -> None:
         assert isinstance(buffer.preprocessing, Normalisation)
         return told == honest and buffer.parameters(0, buffer.epochs).numel() > 0
 
-    Tally(notes, "buffer.json", "lying", LIES).run(15, attempt)
+    Tally(notes, "buffer.json", "lying").run(15, attempt)
 
 
 @pytest.mark.parametrize("name", ["preprocessing", "expert", "synthetic set", "checkpoint", "data set"])
@@ -497,7 +495,7 @@ def test_lies_in_tensors_and_headers(memory: Path, notes: dict[str, Any], name: 
         loader.path.write_bytes(save(told, {kind: sealed(said)}))
         return loader.read(loader.path) == wanted
 
-    Tally(notes, name, "lying", LIES).run(15, attempt)
+    Tally(notes, name, "lying").run(15, attempt)
 
 
 def test_lies_in_a_configuration(memory: Path, notes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,7 +422,9 @@ class Agent:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """Kill it and its workers, as a power cut does."""
+        """Kill it and its workers, as a power cut does, unless it has ended."""
+        if self.process.poll() is not None:
+            return
         workers = self.workers()
         self.process.kill()
         for worker in workers:

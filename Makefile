@@ -8,7 +8,7 @@ PROFILE ?= quick
 override export PROFILE := $(value PROFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format book lock clean
+.PHONY: help install test lint format book lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,9 @@ book: $(READY) ## set up, execute every chapter, and build the book into _build/
 lock: $(READY) ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \
 		--upgrade pyproject.toml --output-file requirements.lock
+
+audit: $(READY) ## look the locked versions up among the known vulnerabilities of PyPI
+	$(BIN)/uv tool run pip-audit --strict --disable-pip --no-deps --requirement requirements.lock
 
 clean: ## remove what was built, but not .venv
 	rm -rf _build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

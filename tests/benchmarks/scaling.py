@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scaling.py --to book/results/scaling.json
 
-Wants a quiet machine with four cores, and takes some minutes. Each number of processes measures, on its own:
+Wants a quiet machine with four cores, and takes some minutes. Each number of processes measures:
 
 - segments, and iterations without any, while every process works by itself: processes share memory and clock rate, so
   more of them are slower, which is the machine's doing and no communication;
@@ -10,12 +10,15 @@ Wants a quiet machine with four cores, and takes some minutes. Each number of pr
 - iterations as they are, which the model predicts from the first two.
 
 Times are medians, spreads half the distance between the 16th and the 84th percentile: the machine's other work counts
-less so, if there is some. Nothing is measured on a GPU: the curves rest on the assumptions that the record lists.
+less so, if there is some. All are measured in turn, several rounds of them, for the machine is not always as fast.
+Nothing is measured on a GPU: the curves rest on the assumptions that the record lists.
 """
 
 import argparse
+import collections
 import dataclasses
 import datetime
+import functools
 import itertools
 import multiprocessing
 import queue
@@ -56,6 +59,7 @@ PROCESSES = (1, 2, 4)
 SEGMENTS = (4, 8)
 SIZES = (4, 2**13, 2**17, 2**20, 2**24)
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
+ROUNDS = 4
 
 
 class Case(NamedTuple):
@@ -64,7 +68,7 @@ class Case(NamedTuple):
     name: str
     config: DistillConfig
     repeats: int
-    """Iterations that are timed; those of one segment, twice as many."""
+    """Iterations that a round times."""
     buffer: Path
     root: Path
 
@@ -81,9 +85,9 @@ def cases(folder: Path) -> list[Case]:
     shared |= {"lr_images": 0.0, "lr_step_size": 0.0}  # noise teaches nothing, and the same work is timed again
     found = []
     for name, data, depth, ipc, steps, repeats in (
-        ("digits, width 32, IPC 1", "digits", 2, 1, 20, 16),
-        ("32-pixel images, width 32, IPC 1", "imagefolder", 3, 1, 4, 8),
-        ("32-pixel images, width 32, IPC 10", "imagefolder", 3, 10, 1, 6),
+        ("digits, width 32, IPC 1", "digits", 2, 1, 20, 5),
+        ("32-pixel images, width 32, IPC 1", "imagefolder", 3, 1, 4, 4),
+        ("32-pixel images, width 32, IPC 10", "imagefolder", 3, 10, 1, 3),
     ):
         network: dict[str, Any] = {"width": 32, "depth": depth}
         config = cddlib.distill_recipe("mtt", data, ipc, student_steps=steps, student_batch=None, **network, **shared)
@@ -110,20 +114,19 @@ class Apart(Ranks):
         return work[: self._segments]
 
 
-def timed(repeats: int, run: Callable[..., object], *arguments: Any) -> list[float]:
-    """Seconds of each run, after one that is not counted; all processes begin together."""
-    run(*arguments)
-    Ranks().wait()
-    found = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run(*arguments)
-        found.append(time.perf_counter() - began)
-    Ranks().wait()
+def timed(repeats: int, *runs: Callable[[], object]) -> list[list[float]]:
+    """Seconds of each run, in turn, after one turn that is not counted; all processes begin each together."""
+    found: list[list[float]] = [[] for _ in runs]
+    for turn in range(repeats + 1):
+        for run, seconds in zip(runs, found, strict=True):
+            Ranks().wait()
+            began = time.perf_counter()
+            run()
+            seconds += [time.perf_counter() - began] if turn else []
     return found
 
 
-def process(rank: int, count: int, store: str, works: list[Case], results: Any) -> None:
+def process(rank: int, count: int, store: Path, works: list[Case], results: Any) -> None:
     """Measure everything as one of `count` processes; the results are seconds by what they are of."""
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -136,13 +139,13 @@ def process(rank: int, count: int, store: str, works: list[Case], results: Any) 
         buffer = cddlib.Buffer(case.buffer)
         state = initial_state(config, load(config.data, case.root), buffer, torch.device("cpu"))
         state.iteration = 0
-        found[case.name, segments, "nothing"] = timed(20, iterate, state, config, buffer, Apart(0))
-        if segments == max(SEGMENTS):
-            found[case.name, segments, "one"] = timed(2 * case.repeats, iterate, state, config, buffer, Apart(1))
-        found[case.name, segments, "iteration"] = timed(case.repeats, iterate, state, config, buffer, Ranks())
+        ranks = {"nothing": Apart(0), "one": Apart(1), "iteration": Ranks()}
+        runs = [functools.partial(iterate, state, config, buffer, group) for group in ranks.values()]
+        for name, seconds in zip(ranks, timed(case.repeats, *runs), strict=True):
+            found[case.name, segments, name] = seconds
     if count > 1:
         for size in SIZES:
-            found["all-reduce", size] = timed(30, Ranks().sum, torch.zeros(size // 4))
+            (found["all-reduce", size],) = timed(10, functools.partial(Ranks().sum, torch.zeros(size // 4)))
         dist.destroy_process_group()
     results.put((rank, found))
 
@@ -150,11 +153,10 @@ def process(rank: int, count: int, store: str, works: list[Case], results: Any) 
 # --- In the parent ----------------------------------------------------------------------------------------------
 
 
-def together(count: int, works: list[Case], folder: Path) -> list[dict[Any, list[float]]]:
-    """What each of `count` processes measured."""
+def together(count: int, works: list[Case], store: Path) -> list[dict[Any, list[float]]]:
+    """What each of `count` processes measured in a round; they find each other at `store`, a new file."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    store = str(folder / f"store-{count}")
     started = [context.Process(target=process, args=(rank, count, store, works, results)) for rank in range(count)]
     for one in started:
         one.start()
@@ -180,9 +182,8 @@ def spread(values: Sequence[float]) -> float:
 def work_measured(every: list[dict[Any, list[float]]], case: Case, segments: int) -> Work:
     """The work, from what the processes measured while each worked by itself."""
     nothing = [float(np.median(found[case.name, segments, "nothing"])) for found in every]
-    one = [np.array(found[case.name, max(SEGMENTS), "one"]) for found in every]
-    besides = [float(np.median(found[case.name, max(SEGMENTS), "nothing"])) for found in every]
-    means = [float(np.median(times)) - beside for times, beside in zip(one, besides, strict=True)]
+    one = [found[case.name, segments, "one"] for found in every]
+    means = [float(np.median(times)) - beside for times, beside in zip(one, nothing, strict=True)]
     segment = float(np.mean(means))
     return Work(
         segments=segments,
@@ -289,7 +290,8 @@ def drawing_seconds(config: DistillConfig) -> float:
     """Seconds to draw one segment's student; it happens on the CPU, whatever the device is."""
     images = config.ipc * sizes_of(config.data, None).classes
     rng = generator("scaling", config.data)
-    return float(np.median(timed(15, plan_student, config, images, config.augment, rng)))
+    (seconds,) = timed(15, functools.partial(plan_student, config, images, config.augment, rng))
+    return float(np.median(seconds))
 
 
 def main() -> None:
@@ -301,7 +303,14 @@ def main() -> None:
     recorder = Recorder(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
         works = cases(Path(folder))
-        by_count = {count: together(count, works, Path(folder)) for count in PROCESSES}
+        by_count: dict[int, list[dict[Any, list[float]]]] = {
+            count: [collections.defaultdict(list) for _ in range(count)] for count in PROCESSES
+        }
+        for number, count in itertools.product(range(ROUNDS), PROCESSES):
+            found = together(count, works, Path(folder) / f"store-{number}-{count}")
+            for pooled, once in zip(by_count[count], found, strict=True):
+                for what, seconds in once.items():
+                    pooled[what] += seconds
         reduced = [
             {"processes": count, "bytes": size, "seconds": float(np.median(by_count[count][0]["all-reduce", size]))}
             for count, size in itertools.product(PROCESSES[1:], SIZES)

@@ -35,7 +35,7 @@ from cddlib.training import accuracy
 from cddlib.trajectory import Buffer, expert_path
 
 TOLERANCE = 0.02
-"""Largest relative difference that rounding explains between machines; 0.005 was measured."""
+"""Largest relative difference that rounding explains between machines; see the book's page on reliability."""
 ACCURACY = 0.05
 """The same for a network's accuracy after a whole training, as a fraction of the images."""
 

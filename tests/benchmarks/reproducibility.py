@@ -1,4 +1,4 @@
-"""How far the same run differs on another machine.
+"""How far the same run differs on another machine, for the book's page on reliability.
 
     python tests/benchmarks/reproducibility.py --to book/results/reproducibility.json
 

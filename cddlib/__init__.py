@@ -10,9 +10,10 @@ From real images to a tested synthetic set::
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
 The modules, in the order in which data flows: files, runs, ranks, data, prepare, preprocessing, augment, networks,
-training, curriculum, trajectory, buffer, segments, matching, combine, consolidate, synthetic, torch_files, exchange,
-export, correlation, continual, evaluate, state, concurrent, distill, verify, methods, recipes, plan, scaling, study,
-findings, claims, method_tables, figures, study_figures, reliability_figures, speed_figures, commands, cli.
+steps, training, curriculum, trajectory, buffer, segments, matching, combine, consolidate, synthetic, torch_files,
+exchange, export, correlation, continual, evaluate, state, concurrent, distill, verify, methods, recipes, plan,
+scaling, study, findings, claims, method_tables, figures, study_figures, reliability_figures, speed_figures, commands,
+cli.
 """
 
 from cddlib.buffer import BufferConfig, train_buffer

@@ -42,6 +42,7 @@ from cddlib.runs import (
     refuse_other_run,
     resolve_device,
 )
+from cddlib.steps import ComputeConfig, earns_compiling
 from cddlib.training import SharpnessConfig, accuracy, fetch_real, train_epoch
 from cddlib.trajectory import (
     DIFFICULTY,
@@ -59,7 +60,7 @@ UNFINISHED_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BufferConfig(CurriculumConfig, SharpnessConfig, DataConfig, NetworkConfig, AugmentConfig):
+class BufferConfig(CurriculumConfig, SharpnessConfig, DataConfig, NetworkConfig, AugmentConfig, ComputeConfig):
     """How experts are trained: SGD at a constant learning rate, on all images, unless told otherwise."""
 
     experts: int = 100
@@ -113,6 +114,9 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     dev = resolve_device(device)
     dataset = load(config.data, root)
     network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
+    if config.compiled is None:
+        seen = config.epochs * len(dataset.train.labels)  # by one expert, so that a buffer can grow
+        config = dataclasses.replace(config, compiled=earns_compiling(network, dataset.shape, seen))
     data = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -266,6 +270,7 @@ def expert_epoch(
         strategy=config.augment,
         generator=generator(config.seed + expert, "epoch", epoch),
         sharpness=config,
+        compute=config,
     )
 
 

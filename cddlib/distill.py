@@ -37,6 +37,7 @@ from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import Metrics, Recorder, as_dict, locked, memory_advice, refuse_other_run, resolve_device
 from cddlib.segments import active_subset
 from cddlib.state import CHECKPOINT, State
+from cddlib.steps import earns_compiling
 from cddlib.synthetic import SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
@@ -105,6 +106,7 @@ def distill(
         Interrupted: a signal asked to stop; the iteration is finished, and saved.
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
+    config = _decided(config, buffer)
     run = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
     _refuse_other_run(out, run)
     dev = resolve_device(device)
@@ -119,6 +121,17 @@ def distill(
     with locked(out / ".lock") if ranks.first else contextlib.nullcontext(), ranks.heeding_signals("the iteration"):
         _refuse_other_run(out, run)  # another process may have begun it just now
         return _distill(state, config, buffer, dataset, out, run, dev, ranks)
+
+
+def _decided(config: DistillConfig, buffer: Buffer) -> DistillConfig:
+    """`config`, with a decision whether to compile."""
+    if config.compiled is not None:
+        return config
+    subset = config.ipc * buffer.data["classes"] // config.subsets
+    batch = min(config.student_batch or subset, subset)
+    walks = config.iterations * (config.segments * config.concurrent_experts + config.replay)
+    images = 3 * walks * config.student_steps * batch  # a student's step is worth three of training
+    return dataclasses.replace(config, compiled=earns_compiling(buffer.network, tuple(buffer.data["shape"]), images))
 
 
 def _refuse_other_run(out: Path, run: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ same rates, as MTT, FTD and ATT do.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 from pathlib import Path
@@ -32,6 +33,7 @@ from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing
 from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import Recorder, as_dict, config_hash, from_dict, generator, locked, memory_advice, resolve_device
+from cddlib.steps import ComputeConfig
 from cddlib.synthetic import SyntheticSet, random_real
 from cddlib.training import Fetch, accuracy, fetch_real, train_epoch
 
@@ -41,7 +43,7 @@ MOST_EPOCHS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(ComputeConfig):
     """How networks are trained on a synthetic set, in evaluation and in validation during distillation."""
 
     evaluation_epochs: int = 1000
@@ -50,6 +52,7 @@ class EvaluateConfig:
     """Images a step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("evaluation_epochs", "evaluation_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -70,6 +73,7 @@ def train_network(
     seed: int,
     device: torch.device,
     begun: Float[Tensor, " p"] | None = None,
+    compute: ComputeConfig | None = None,
 ) -> Float[Tensor, " p"]:
     """Train a network by the published protocol on `size` examples; returns its parameters.
 
@@ -81,8 +85,9 @@ def train_network(
     optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[(epochs + 1) // 2], gamma=0.1)
     rng = generator(purpose, seed, "epochs")
+    passes = functools.partial(train_epoch, batch_size=batch_size, strategy=strategy, generator=rng, compute=compute)
     for _ in range(epochs):
-        train_epoch(network, theta, optimizer, fetch, size, batch_size=batch_size, strategy=strategy, generator=rng)
+        passes(network, theta, optimizer, fetch, size)
         schedule.step()
     return theta.detach()
 
@@ -125,6 +130,7 @@ def accuracy_of_set(
             seed=seed,
             device=targets.device,
             begun=theta,
+            compute=config,
         )
     assert theta is not None  # there is at least one subset
     return accuracy(network, theta, real, synthetic.preprocessing)
@@ -340,5 +346,6 @@ class Trainer:
             purpose="evaluation",
             seed=seed,
             device=self.device,
+            compute=self.config,
         )
         return accuracy(self.network, theta, test, preprocessing)

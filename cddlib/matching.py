@@ -12,7 +12,8 @@ chain rule is walked back one step at a time::
         ∂L/∂X_i −= α (∂g_i/∂X_i)ᵀ λ      ∂L/∂Y_i −= α (∂g_i/∂Y_i)ᵀ λ      ∂L/∂α −= ⟨g_i, λ⟩
         λ       ←  λ − α (∂g_i/∂θ)ᵀ λ
 
-Each turn differentiates the scalar ⟨g_i, λ⟩ once, and frees its graph. The methods of the field change little here::
+Each turn needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.steps`). What step i remembers for them is kept where
+memory allows, and computed again where it does not. The methods of the field change little here::
 
     TESLA   leaves out the last line: the student's path through later parameters is dropped, which is another gradient
     ATT     ends the student at the step n* that lies nearest to the target, and walks back from there
@@ -23,7 +24,6 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -31,10 +31,11 @@ from torch.autograd.function import once_differentiable
 from cddlib import augment
 from cddlib.files import UserError
 from cddlib.networks import Network
+from cddlib.steps import ComputeConfig, Memory, Steps, room, steps_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchingConfig:
+class MatchingConfig(ComputeConfig):
     """How the student is trained on the synthetic set."""
 
     student_steps: int = 20
@@ -49,6 +50,7 @@ class MatchingConfig:
     """Fraction of the parameters, those already nearest to the target, that the loss leaves out (PAD)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("student_steps", "student_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -89,19 +91,21 @@ def matching_loss(
     """L for the segment from `start` = θ*_t to `target` = θ*_{t+M}.
 
     Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
-    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's graph and
-    len(steps) parameter vectors.
+    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, len(steps)
+    parameter vectors, and `cddlib.steps.room`, which changes no bit of the result.
 
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.
     """
     if (start - target).square().sum() == 0:
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
-    return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps, config or MatchingConfig())
+    config = config or MatchingConfig()
+    kept = room(images.device) if torch.is_grad_enabled() else 0
+    return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps, config, kept)
 
 
 class _MatchingLoss(torch.autograd.Function):
-    """Forward: roll the student out, keeping its parameters. Backward: walk back over them."""
+    """Forward: roll the student out, keeping its parameters, and memories. Backward: walk back over them."""
 
     @staticmethod
     def forward(
@@ -114,14 +118,17 @@ class _MatchingLoss(torch.autograd.Function):
         target: Tensor,
         steps: list[Step],
         config: MatchingConfig,
+        room: int,
     ) -> Tensor:
-        path = roll_out(network, start, images, targets, step_size, steps)
+        engine = steps_of(network, config)
+        path, ctx.memories = _roll_out(engine, start, images, targets, step_size, steps, room)
         if config.match_step == "nearest":
             path = path[: nearest_step(path, target) + 1]
+            del ctx.memories[len(path) - 1 :]
         kept = kept_parameters(path[-1], target, config.dropped_fraction)
         scale = (start - target)[kept].square().sum()
         ctx.save_for_backward(images, targets, step_size, target, scale, *path)
-        ctx.network, ctx.steps, ctx.kept, ctx.gradient = network, steps[: len(path) - 1], kept, config.gradient
+        ctx.engine, ctx.steps, ctx.kept, ctx.gradient = engine, steps[: len(path) - 1], kept, config.gradient
         return (path[-1] - target)[kept].square().sum() / scale
 
     @staticmethod
@@ -131,19 +138,23 @@ class _MatchingLoss(torch.autograd.Function):
         d_images, d_targets, d_step_size = (torch.zeros_like(x) for x in (images, targets, step_size))
         adjoint = torch.zeros_like(target)
         adjoint[ctx.kept] = (path[-1] - target)[ctx.kept] * (2 * grad_loss / scale)
-        for theta, step in zip(reversed(path[:-1]), reversed(ctx.steps), strict=True):
+        for i, step in reversed(list(enumerate(ctx.steps))):
             indices = step.indices.to(images.device)
-            inner, by_theta, by_images, by_targets = differentiate_step(
-                ctx.network, theta, images[indices], targets[indices], step.draw, adjoint
-            )
+            memory, ctx.memories[i] = ctx.memories[i], None
+            if memory is None:
+                inputs = augment.apply(step.draw, images[indices])
+                _, memory = ctx.engine.take(path[i], inputs, targets[indices])
+            along = ctx.engine.along(memory, adjoint)
+            del memory
+            by_images = _before(step.draw, images[indices], along.by_inputs)
             d_images.index_add_(0, indices, by_images * -step_size)
-            d_targets.index_add_(0, indices, by_targets * -step_size)
-            d_step_size -= inner
+            d_targets.index_add_(0, indices, along.by_targets * -step_size)
+            d_step_size -= along.inner
             if ctx.gradient == "exact":
-                adjoint -= step_size * by_theta
+                adjoint -= step_size * along.by_theta
         if ctx.gradient == "halved":
             d_images /= 2
-        return d_images, d_targets, d_step_size, None, None, None, None, None
+        return d_images, d_targets, d_step_size, None, None, None, None, None, None
 
 
 def roll_out(
@@ -153,16 +164,32 @@ def roll_out(
 
     Arguments and their shapes are those of `matching_loss`.
     """
-    path = [start.detach()]
+    return _roll_out(steps_of(network, ComputeConfig()), start, images, targets, step_size, steps, 0)[0]
+
+
+def _roll_out(
+    engine: Steps, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[Step], room: int
+) -> tuple[list[Tensor], list[Memory | None]]:
+    """The student's parameters, and the memory of each step as long as there is room."""
+    path: list[Tensor] = [start.detach()]
+    memories: list[Memory | None] = []
     for step in steps:
         indices = step.indices.to(images.device)
         with torch.no_grad():
             inputs = augment.apply(step.draw, images[indices])
-        theta = path[-1].detach().requires_grad_()
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(_loss(network, theta, inputs, targets[indices].detach()), theta)
-        path.append((theta - step_size * gradient).detach())
-    return path
+        gradient, memory = engine.take(path[-1], inputs, targets[indices])
+        room -= memory.size
+        memories.append(memory if room >= 0 else None)
+        path.append((path[-1] - step_size * gradient).detach())
+        del memory
+    return path, memories
+
+
+def _before(draw: augment.Draw | None, images: Tensor, by_inputs: Tensor) -> Tensor:
+    """The gradient before an augmentation, from that after it."""
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        return torch.autograd.grad(augment.apply(draw, images), images, by_inputs)[0]
 
 
 def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:
@@ -181,26 +208,3 @@ def kept_parameters(student: Float[Tensor, " p"], target: Float[Tensor, " p"], d
     if dropped == 0:
         return slice(None)
     return (student - target).square().argsort(stable=True)[int(dropped * len(target)) :]
-
-
-def _loss(network: Network, theta: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The student's loss ℓ: cross-entropy with class probabilities, mean over the batch."""
-    return -(targets * F.log_softmax(network(theta, inputs), dim=1)).sum(dim=1).mean()
-
-
-def differentiate_step(
-    network: Network,
-    theta: Tensor,
-    images: Tensor,
-    targets: Tensor,
-    draw: augment.Draw | None,
-    adjoint: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """⟨g, λ⟩ and its derivatives with respect to θ, X and Y, for one step with gradient g."""
-    with torch.enable_grad():
-        theta, images, targets = (x.detach().requires_grad_() for x in (theta, images, targets))
-        loss = _loss(network, theta, augment.apply(draw, images), targets)
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        inner = gradient @ adjoint
-        by_theta, by_images, by_targets = torch.autograd.grad(inner, (theta, images, targets))
-    return inner.detach(), by_theta, by_images, by_targets

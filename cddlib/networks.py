@@ -123,8 +123,9 @@ class ConvNet:
     def __init__(self, config: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> None:
         """Lay out the parameters for square images of `image_shape` (channels, height, width)."""
         self.config = config
-        self._padding = [3 if image_shape[1] == 28 else 1] + [1] * (config.depth - 1)
-        channels, size = image_shape[0], image_shape[1] + 2 * (self._padding[0] - 1)
+        self.paddings = [3 if image_shape[1] == 28 else 1] + [1] * (config.depth - 1)
+        self.side = image_shape[1] + 2 * (self.paddings[0] - 1)
+        channels, size = image_shape[0], self.side
         self.shapes: dict[str, tuple[int, ...]] = {}
         for block in range(config.depth):
             self.shapes[f"conv{block}.weight"] = (config.width, channels, 3, 3)
@@ -160,7 +161,7 @@ class ConvNet:
         p = views(self, theta)
         x = images
         for block in range(self.config.depth):
-            x = F.conv2d(x, p[f"conv{block}.weight"], p[f"conv{block}.bias"], padding=self._padding[block])
+            x = F.conv2d(x, p[f"conv{block}.weight"], p[f"conv{block}.bias"], padding=self.paddings[block])
             if self.config.norm != "none":
                 x = self._normalise(x, p[f"norm{block}.weight"], p[f"norm{block}.bias"])
             x = _ACTIVATIONS[self.config.activation](x)

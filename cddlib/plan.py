@@ -29,11 +29,12 @@ from cddlib.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.data import VALIDATION_FRACTION, Images, load
 from cddlib.distill import DistillConfig
 from cddlib.files import UserError
-from cddlib.matching import differentiate_step, matching_loss, plan_student
+from cddlib.matching import matching_loss, plan_student
 from cddlib.networks import Network, NetworkConfig, build_network, parameter_count
 from cddlib.preprocessing import Normalisation, Preprocessing, Whitening
 from cddlib.recipes import buffer_recipe
 from cddlib.runs import as_dict, from_dict, generator, resolve_device
+from cddlib.steps import Autograd
 from cddlib.training import SharpnessConfig, fetch_real, predict, train_epoch
 
 MEASURED_SECONDS = 2.0
@@ -353,7 +354,8 @@ def _training(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, f
 def _student(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, float]:
     """Operations for one image of a student's step, forward and back, and its peak memory."""
     network, theta, images, targets = _blank(config, sizes, batch)
-    flops, memory = _count(lambda: differentiate_step(network, theta, images, targets, None, theta.detach()))
+    engine = Autograd(network)
+    flops, memory = _count(lambda: engine.along(engine.take(theta, images, targets)[1], theta.detach()))
     return flops / batch + _training(config, sizes, batch)[0], memory
 
 

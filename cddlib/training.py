@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from cddlib.data import Images
 from cddlib.files import UserError
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing
+from cddlib.steps import ComputeConfig, Steps, steps_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,37 +56,34 @@ def train_epoch(
     strategy: str,
     generator: torch.Generator,
     sharpness: SharpnessConfig | None = None,
+    compute: ComputeConfig | None = None,
 ) -> float:
     """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss."""
+    steps = steps_of(network, compute or ComputeConfig())
     total = torch.zeros((), device=theta.device)
     for indices in torch.randperm(size, generator=generator).split(batch_size):
         inputs, targets = fetch(indices.to(theta.device))
         inputs = augment.apply(augment.draw(strategy, len(indices), generator), inputs)
-        loss, theta.grad = _descent(network, theta, inputs, targets, sharpness or SharpnessConfig())
+        loss, theta.grad = _descent(steps, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
         total += loss * len(indices)
     return float(total) / size
 
 
 def _descent(
-    network: Network, theta: Tensor, inputs: Tensor, targets: Tensor, sharpness: SharpnessConfig
+    steps: Steps, theta: Tensor, inputs: Tensor, targets: Tensor, sharpness: SharpnessConfig
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and the direction to descend along.
 
     GSAM: with g at θ and h at θ + e, where e is the step of length ρ along which the loss rises fastest, it is
     h − α (g − its part along h): down in the surroundings' loss, and up in what of the loss does not change that.
     """
-
-    def slope(at: Tensor) -> tuple[Tensor, Tensor]:
-        loss = F.cross_entropy(network(at, inputs), targets)
-        return loss.detach(), torch.autograd.grad(loss, at)[0]
-
-    loss, here = slope(theta)
+    loss, here = steps.gradient(theta, inputs, targets)
     if sharpness.sharpness_radius == 0:
         return loss, here
     unit = theta.detach().abs() if sharpness.sharpness_adaptive else torch.ones_like(here)
     rise = unit.square() * here * (sharpness.sharpness_radius / ((unit * here).norm() + 1e-12))
-    _, there = slope((theta.detach() + rise).requires_grad_())
+    _, there = steps.gradient(theta.detach() + rise, inputs, targets)
     across = here - there * (here @ there / (there @ there).clamp(min=1e-24))
     return loss, there - sharpness.sharpness_weight * across
 

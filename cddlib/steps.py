@@ -1,0 +1,386 @@
+"""One step of training, and what becomes of its gradient when the parameters move: all the arithmetic that takes time.
+
+A step has the gradient g = ∇_θ ℓ(θ; X, Y), where ℓ is the cross-entropy with class probabilities, mean over the batch.
+Training needs g alone. Walking back over a student (`cddlib.matching`) needs, for a direction λ, the scalar ⟨g, λ⟩ and
+its derivatives with respect to θ, X and Y. They are the derivatives of ℓ and of its gradients along λ::
+
+    ⟨g, λ⟩ = d/dε ℓ      (∂g/∂θ)ᵀ λ = d/dε ∇_θ ℓ      (∂g/∂X)ᵀ λ = d/dε ∇_X ℓ      at θ + ελ, ε = 0
+
+`Autograd` finds them for every network, by differentiating ⟨g, λ⟩. `Derived` has them written out for the field's
+usual ConvNet: there compiled code merges all that lies between two convolutions, and the convolutions may have another
+precision. What a step must remember for its derivatives, its memory, can be kept or computed again: to the same bits.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+import psutil
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from cddlib.files import UserError, is_want_of_memory
+from cddlib.networks import ConvNet, Network, parameter_count, views
+
+EARNED = 1e14
+"""Floating-point operations of a run from which on compiling is worth its time; a quarter of an hour on two cores."""
+MOST_SHAPES = 256
+"""Of batches, for which one process compiles."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How the usual ConvNet (instance norm, ReLU, average pooling) is computed in training; others ignore it."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of what convolutions multiply; sums, norms and parameters are float32. A GPU's float32 convolutions use TF32."""
+    compiled: bool | None = None
+    """Compile the steps, which takes up to a minute, once on a machine; by default, if the run is long enough."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(f"precision is {self.precision!r}; it must be 'float32' or 'bfloat16'.")
+
+
+class Along(NamedTuple):
+    """⟨g, λ⟩ and its derivatives."""
+
+    inner: Float[Tensor, ""]
+    by_theta: Float[Tensor, " p"]
+    by_inputs: Float[Tensor, "b c h w"]
+    by_targets: Float[Tensor, "b classes"]
+
+
+class Memory(NamedTuple):
+    """What a step remembers for its derivatives."""
+
+    content: Any
+    size: int
+    """Bytes."""
+
+
+@runtime_checkable
+class Steps(Protocol):
+    """Steps of one network, on parameters θ [p], network inputs X [b c h w] and class probabilities Y [b classes]."""
+
+    def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """ℓ and g. `targets` may be classes."""
+
+    def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
+        """g, and what `along` needs."""
+
+    def along(self, memory: Memory, direction: Tensor) -> Along:
+        """⟨g, λ⟩ for a `direction` λ, and its derivatives; a memory serves once."""
+
+
+def steps_of(network: Network, config: ComputeConfig) -> Steps:
+    """The steps of a network; not compiled unless `config` says so."""
+    return _steps(network, config.precision, bool(config.compiled))  # type: ignore[arg-type]  # which can be hashed
+
+
+@functools.lru_cache(maxsize=16)
+def _steps(network: Network, precision: str, compiled: bool) -> Steps:
+    if (compiled or precision != "float32") and isinstance(network, ConvNet) and fits(network):
+        return Derived(network, precision, compiled)
+    return Autograd(network)
+
+
+def earns_compiling(network: Network, image_shape: tuple[int, int, int], images: int) -> bool:
+    """Whether a run that differentiates the network for so many `images`, counted each time, is long enough."""
+    if not (isinstance(network, ConvNet) and fits(network)):
+        return False
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(parameter_count(network), device="meta"), torch.empty(1, *image_shape, device="meta"))
+    return 3.0 * counter.get_total_flops() * images >= EARNED
+
+
+def fits(network: ConvNet) -> bool:
+    """Whether `Derived` computes this ConvNet: instance norm, ReLU, average pooling that leaves no pixel out."""
+    config = network.config
+    usual = (config.norm, config.activation, config.pooling) == ("instance", "relu", "avg")
+    return usual and network.side % 2**config.depth == 0
+
+
+@functools.cache
+def room(device: torch.device) -> int:
+    """Bytes that memories may take: CDDLIB_KEPT_MB, or an eighth of what was free when a process first asked."""
+    if "CDDLIB_KEPT_MB" in os.environ:
+        return _kept_mb(os.environ["CDDLIB_KEPT_MB"]) * 2**20
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 8
+    free = psutil.virtual_memory().available
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip().isdecimal():  # of a container; else it says "max"
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _kept_mb(text: str) -> int:
+    if not (text.isdecimal() and text.isascii()):
+        raise UserError(f"CDDLIB_KEPT_MB is {text!r}; it must be a number of MB, 0 or more.")
+    return int(text)
+
+
+# --- Every network ----------------------------------------------------------------------------------------------
+
+
+class Autograd:
+    """Steps by differentiating twice; the memory is the graph."""
+
+    def __init__(self, network: Network) -> None:
+        """Steps of `network`."""
+        self._network = network
+        self._sizes: dict[torch.Size, int] = {}
+
+    def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Steps`."""
+        with torch.enable_grad():
+            theta = theta.detach().requires_grad_()
+            loss = F.cross_entropy(self._network(theta, inputs), targets)
+            return loss.detach(), torch.autograd.grad(loss, theta)[0]
+
+    def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
+        """See `Steps`."""
+        if inputs.shape in self._sizes:
+            return self._take(theta, inputs, targets)
+        storages: dict[int, int] = {}
+
+        def count(saved: Tensor) -> Tensor:
+            storages[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved.detach()  # the graph would hold itself otherwise
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+            gradient, memory = self._take(theta, inputs, targets)
+        self._sizes[inputs.shape] = sum(storages.values())
+        return gradient, memory._replace(size=self._sizes[inputs.shape])
+
+    def _take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in (theta, inputs, targets)]
+            loss = -(leaves[2] * F.log_softmax(self._network(leaves[0], leaves[1]), dim=1)).sum(dim=1).mean()
+            (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        return gradient.detach(), Memory((gradient, leaves), self._sizes.get(inputs.shape, 0))
+
+    def along(self, memory: Memory, direction: Tensor) -> Along:
+        """See `Steps`."""
+        gradient, leaves = memory.content
+        with torch.enable_grad():
+            inner = gradient @ direction
+        return Along(inner.detach(), *torch.autograd.grad(inner, leaves))
+
+
+# --- The usual ConvNet ------------------------------------------------------------------------------------------
+
+EPSILON = 1e-5
+"""Of the norm, as PyTorch has it."""
+
+
+class Derived:
+    """Steps of the ConvNet with instance norm, ReLU and average pooling, by its derivatives.
+
+    A block maps x to pool(relu(γ n + β)), where n is conv(x; w) less its mean, times r, the inverse of its standard
+    deviation, for each image and channel. The convolution's bias changes nothing, so it is left out, and its gradient
+    is 0. Below, `d_` is a derivative along the direction λ, and `u_` the gradient of ℓ with respect to a quantity.
+    """
+
+    def __init__(self, network: ConvNet, precision: str, compiled: bool) -> None:
+        """Steps of `network`; see `fits`."""
+        self._network = network
+        self._low = torch.bfloat16 if precision == "bfloat16" else None
+        self._paddings = network.paddings
+        self._gradient, self._take, self._along = self._step, self._remembered, self._derivatives
+        if compiled and _can_compile():
+            self._gradient = _compiled(self._step, "training steps")
+            self._take = _compiled(self._remembered, "a student's steps")
+            self._along = _compiled(self._derivatives, "their derivatives")
+
+    def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Steps`."""
+        if targets.dtype == torch.int64:
+            targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
+        with torch.no_grad():
+            return self._gradient(theta.detach(), inputs.detach(), targets)
+
+    def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
+        """See `Steps`."""
+        with torch.no_grad():
+            gradient, blocks, head = self._take(theta.detach(), inputs.detach(), targets.detach())
+        size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
+        return gradient, Memory((theta.detach(), blocks, head), size)
+
+    def along(self, memory: Memory, direction: Tensor) -> Along:
+        """See `Steps`."""
+        with torch.no_grad():
+            theta, blocks, head = memory.content
+            inner, by_theta, by_inputs, by_targets = self._along(theta, blocks, head, direction)
+        return Along(inner, by_theta, by_inputs, by_targets)
+
+    def _step(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, _, (_, p, _, y) = self._remembered(theta, x, targets)
+        return -(y * p.log()).sum(1).mean(), gradient
+
+    def _remembered(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
+        """g; of each block x, n, r, and the gradients at its convolution and its output; and what the loss needs."""
+        w = views(self._network, theta)
+        blocks = []
+        x = x.contiguous(memory_format=torch.channels_last)
+        for block, padding in enumerate(self._paddings):
+            x = self._lowered(x)
+            a = self._convolve(x, w[f"conv{block}.weight"], padding)
+            a = a - _mean(a)
+            r = (_mean(a * a) + EPSILON).rsqrt()
+            n = a * r
+            blocks.append([x, n, r])
+            x = F.avg_pool2d(F.relu(self._scaled(n, w, block)), 2)
+        features = x.flatten(1)
+        p = F.linear(features, w["classifier.weight"], w["classifier.bias"]).softmax(1)
+        u_logits = (p * y.sum(1, keepdim=True) - y) / len(y)
+        gradient = {"classifier.weight": u_logits.T @ features, "classifier.bias": u_logits.sum(0)}
+        u_x = (u_logits @ w["classifier.weight"]).view_as(x).contiguous(memory_format=torch.channels_last)
+        for block, padding in reversed(list(enumerate(self._paddings))):
+            x, n, r = blocks[block]
+            weight = w[f"conv{block}.weight"]
+            u_z = torch.where(self._scaled(n, w, block) > 0, _unpooled(u_x), 0)
+            u_n = _wide(w[f"norm{block}.weight"]) * u_z
+            u_a = self._lowered(r * (u_n - _mean(u_n) - n * _mean(u_n * n)))
+            blocks[block] += [u_x, u_a]
+            gradient[f"norm{block}.weight"] = (u_z * n).sum((0, 2, 3))
+            gradient[f"norm{block}.bias"] = u_z.sum((0, 2, 3))
+            gradient[f"conv{block}.weight"] = conv2d_weight(x, weight.shape, u_a, padding=padding).to(theta)
+            gradient[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
+            if block:
+                u_x = conv2d_input(x.shape, self._lowered(weight), u_a, padding=padding).to(theta)
+        return self._vector(gradient), blocks, [features, p, u_logits, y]
+
+    def _derivatives(
+        self, theta: Tensor, blocks: list[list[Tensor]], head: list[Tensor], direction: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of `_remembered` along `direction`, and that of the loss."""
+        w, d_w = views(self._network, theta), views(self._network, direction)
+        moved: list[list[Tensor]] = []
+        d_x = None
+        for block, padding in enumerate(self._paddings):
+            x, n, r, *_ = blocks[block]
+            weight, d_weight = w[f"conv{block}.weight"], d_w[f"conv{block}.weight"]
+            if d_x is None:
+                d_a = self._convolve(x, d_weight, padding)
+            else:
+                d_x = self._lowered(d_x)
+                d_a = self._convolve(x, d_weight, padding) + self._convolve(d_x, weight, padding)
+            shift = _mean(n * d_a)
+            d_n = r * (d_a - _mean(d_a) - n * shift)
+            moved.append([d_n, -r * r * shift] + ([] if d_x is None else [d_x]))
+            d_z = self._scaled(n, d_w, block) + _wide(w[f"norm{block}.weight"]) * d_n
+            d_x = F.avg_pool2d(torch.where(self._scaled(n, w, block) > 0, d_z, 0), 2)
+        features, p, u_logits, y = head
+        assert d_x is not None  # there is at least one block
+        d_features = d_x.flatten(1)
+        top, d_top = w["classifier.weight"], d_w["classifier.weight"]
+        d_logits = F.linear(features, d_top, d_w["classifier.bias"]) + d_features @ top.T
+        d_log_p = d_logits - (p * d_logits).sum(1, keepdim=True)
+        d_u_logits = y.sum(1, keepdim=True) * p * d_log_p / len(y)
+        found = {
+            "classifier.weight": d_u_logits.T @ features + u_logits.T @ d_features,
+            "classifier.bias": d_u_logits.sum(0),
+        }
+        d_u_x = (d_u_logits @ top + u_logits @ d_top).view_as(d_x).contiguous(memory_format=torch.channels_last)
+        for block, padding in reversed(list(enumerate(self._paddings))):
+            x, n, r, u_x, u_a = blocks[block]
+            d_n, d_r, *d_xs = moved[block]
+            weight, d_weight = w[f"conv{block}.weight"], d_w[f"conv{block}.weight"]
+            gamma, d_gamma = _wide(w[f"norm{block}.weight"]), _wide(d_w[f"norm{block}.weight"])
+            on = self._scaled(n, w, block) > 0
+            u_z, d_u_z = torch.where(on, _unpooled(u_x), 0), torch.where(on, _unpooled(d_u_x), 0)
+            u_n, d_u_n = gamma * u_z, d_gamma * u_z + gamma * d_u_z
+            slope = _mean(u_n * n)
+            d_u_a = d_r * (u_n - _mean(u_n) - n * slope)
+            d_u_a += r * (d_u_n - _mean(d_u_n) - d_n * slope - n * _mean(d_u_n * n + u_n * d_n))
+            d_u_a = self._lowered(d_u_a)
+            found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((0, 2, 3))
+            found[f"norm{block}.bias"] = d_u_z.sum((0, 2, 3))
+            xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
+            found[f"conv{block}.weight"] = conv2d_weight(xs, weight.shape, u_as, padding=padding).to(theta)
+            found[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
+            both = self._lowered(torch.cat([weight, d_weight]))
+            d_u_x = conv2d_input(x.shape, both, torch.cat([d_u_a, u_a], 1), padding=padding).to(theta)
+        return (u_logits * d_logits).sum(), self._vector(found), d_u_x, -d_log_p / len(y)
+
+    def _lowered(self, x: Tensor) -> Tensor:
+        return x if self._low is None else x.to(self._low)
+
+    def _convolve(self, x: Tensor, weight: Tensor, padding: int) -> Tensor:
+        return F.conv2d(x, self._lowered(weight), padding=padding).to(weight.dtype)
+
+    def _scaled(self, n: Tensor, w: dict[str, Tensor], block: int) -> Tensor:
+        return _wide(w[f"norm{block}.weight"]) * n + _wide(w[f"norm{block}.bias"])
+
+    def _vector(self, pieces: dict[str, Tensor]) -> Tensor:
+        return torch.cat([pieces[name].flatten() for name in self._network.shapes])
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+def _wide(per_channel: Tensor) -> Tensor:
+    return per_channel[:, None, None]
+
+
+def _unpooled(x: Tensor) -> Tensor:
+    """The gradient before an average pooling whose output's gradient is `x`."""
+    return F.interpolate(x, scale_factor=2, mode="nearest") / 4
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------
+
+
+def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """`function`, of which the second argument is a batch of tensors, compiled for each shape when it first comes.
+
+    PyTorch keeps the result on disk for other processes. If it cannot compile, the function runs as it is.
+    """
+    faster = torch.compile(function, fullgraph=True, dynamic=False)
+    known: dict[torch.Size, Callable[..., Any]] = {}
+
+    def run(*arguments: Any) -> Any:
+        batch = arguments[1][0][0] if isinstance(arguments[1], list) else arguments[1]
+        if batch.shape in known:
+            return known[batch.shape](*arguments)
+        progress = tqdm(total=1, desc=f"compiling {what} for batches of {len(batch)}", leave=False, unit="")
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), progress:
+            try:
+                result = faster(*arguments)
+            except Exception as error:
+                if is_want_of_memory(error):
+                    raise
+                _notice(f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})")
+                known[batch.shape] = function
+                return function(*arguments)
+            progress.update()
+        known[batch.shape] = faster
+        return result
+
+    return run
+
+
+@functools.cache
+def _can_compile() -> bool:
+    found = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++"))
+    if not found:
+        _notice("there is no C++ compiler")
+    return found
+
+
+@functools.cache
+def _notice(reason: str) -> None:
+    print(f"{reason}: steps run uncompiled, which takes longer.", file=sys.stderr)

@@ -40,7 +40,7 @@ book: $(READY) ## set up, execute every chapter, and build the book into _build/
 	$(BIN)/python book/build.py --profile "$$PROFILE"
 
 bench: $(READY) ## time matching, training and evaluation beside the textbook's way, on this machine, into speed.json
-	$(BIN)/python tests/benchmarks/speed.py --to speed.json
+	$(BIN)/cddlib bench --to speed.json
 
 lock: $(READY) ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

@@ -81,8 +81,9 @@ class BufferConfig(CurriculumConfig, SharpnessConfig, DataConfig, NetworkConfig,
     """Seed of the first expert; expert i has seed + i, so independent buffers have seeds at least `experts` apart."""
 
     def __post_init__(self) -> None:
-        for base in BufferConfig.__mro__[1:-1]:
-            base.__post_init__(self)  # type: ignore[attr-defined]
+        for base in BufferConfig.__mro__[1:]:
+            if "__post_init__" in vars(base):
+                base.__post_init__(self)  # type: ignore[attr-defined]
         for name in ("experts", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")

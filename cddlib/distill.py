@@ -72,7 +72,7 @@ class DistillConfig(
 
     def __post_init__(self) -> None:
         for base in DistillConfig.__mro__[1:]:
-            if dataclasses.is_dataclass(base):
+            if "__post_init__" in vars(base):
                 base.__post_init__(self)  # type: ignore[attr-defined]
         for name in ("validation_runs", "checkpoint_every"):
             if getattr(self, name) < 1:

@@ -52,7 +52,6 @@ class EvaluateConfig(ComputeConfig):
     """Images a step."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("evaluation_epochs", "evaluation_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")

@@ -50,7 +50,6 @@ class MatchingConfig(ComputeConfig):
     """Fraction of the parameters, those already nearest to the target, that the loss leaves out (PAD)."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("student_steps", "student_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:

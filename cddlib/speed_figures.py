@@ -1,27 +1,36 @@
-"""Figures and tables of what `make bench` recorded."""
+"""Figures and tables of what `make bench` and tests/benchmarks/precision.py recorded."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 TEXTBOOK = "textbook"
 """How the names of all implementations begin that cddlib is compared with."""
+COLUMNS = ("name", "work", "curve", "implementation", "seconds", "memory_mb", "rate", "convolution_rate", "left_out")
 
 
-def _table(record: Mapping[str, Any]) -> pd.DataFrame:
-    """A row a measurement; of what was left out, seconds and memory are nan."""
-    columns = ["name", "work", "implementation", "seconds", "peak_memory_mb", "rate", "convolution_rate", "left_out"]
-    return pd.DataFrame(record["measurements"]).reindex(columns=columns)
+def measurements(record: Mapping[str, Any], *, curves: bool) -> pd.DataFrame:
+    """A row a measurement, of the curves or of the others; of what was left out, seconds and memory are nan.
+
+    `memory_mb` is how far the process grew beyond what it held before the work.
+    """
+    table = pd.DataFrame(record["measurements"])
+    if "peak_memory_mb" in table:
+        table["memory_mb"] = table["peak_memory_mb"] - table["start_memory_mb"]
+    table = table.reindex(columns=[*COLUMNS, *(name for name in table if name not in COLUMNS)])
+    return table[(table["curve"].fillna("") != "") == curves]
 
 
 def bars(record: Mapping[str, Any], column: str, xlabel: str) -> Figure:
     """Bars of seconds or of memory, on a logarithmic axis; what was left out has its reason in place of a bar."""
-    table = _table(record)
+    table = measurements(record, curves=False)
     names, implementations = table["name"].unique(), table["implementation"].unique()
-    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.5 * len(names)))
+    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.6 * len(names)))
     height = 0.8 / len(implementations)
     for number, implementation in enumerate(implementations):
         rows = table[table["implementation"] == implementation].set_index("name").reindex(names)
@@ -29,33 +38,95 @@ def bars(record: Mapping[str, Any], column: str, xlabel: str) -> Figure:
         axis.barh(places, rows[column], height, label=implementation)
         for place, reason in zip(places, rows["left_out"], strict=True):
             if isinstance(reason, str):
-                axis.text(0.01, place, reason, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+                axis.text(0.01, place, reason, transform=axis.get_yaxis_transform(), va="center", fontsize=6)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.margins(y=0.01)
     axis.set(xscale="log", xlabel=xlabel)
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(implementations), fontsize=8)
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
     return figure
 
 
-def ratio_table(record: Mapping[str, Any]) -> str:
-    """How cddlib compares with the faster of the textbook's ways; a Markdown table."""
-    lines = [
-        "| work | textbook, s | cddlib, s | times as fast | memory, of the textbook's | of the convolution's rate |"
-    ]
-    lines.append("|---|---|---|---|---|---|")
-    for name, rows in _table(record).groupby("name", sort=False):
-        ours = rows[rows["implementation"] == "cddlib"].iloc[0]
+def ratio_table(record: Mapping[str, Any], column: str) -> str:
+    """How each of cddlib's ways compares with the faster of the textbook's; a Markdown table.
+
+    Args:
+        record: of `make bench`.
+        column: `seconds`, of which the ratio says how many times as fast; or `memory_mb`, of which it is the fraction.
+    """
+    table = measurements(record, curves=False)
+    ways = [way for way in table["implementation"].unique() if not way.startswith(TEXTBOOK)]
+    lines = [f"| work | {TEXTBOOK} | " + " | ".join(ways) + " |", "|---" * (2 + len(ways)) + "|"]
+    unit = "s" if column == "seconds" else "MB"
+    for name, rows in table.groupby("name", sort=False):
         theirs = rows[rows["implementation"].str.startswith(TEXTBOOK)]
-        if pd.isna(ours["seconds"]):
-            lines.append(f"| {name} | | {ours['left_out']} | | | |")
-            continue
-        mine = f"{ours['seconds']:.3g} |"
-        fraction = f"{ours['rate'] / ours['convolution_rate']:.0%} |"
-        if theirs["seconds"].isna().all():
-            lines.append(f"| {name} | {theirs['left_out'].iloc[0]} | {mine} | | {fraction}")
-            continue
-        best = theirs.loc[theirs["seconds"].idxmin()]
-        ratio, memory = best["seconds"] / ours["seconds"], ours["peak_memory_mb"] / best["peak_memory_mb"]
-        lines.append(f"| {name} | {best['seconds']:.3g} | {mine} {ratio:.2f} | {memory:.2f} | {fraction}")
+        left_out = theirs["seconds"].isna().all()
+        best = None if left_out else theirs.loc[theirs["seconds"].idxmin(), column]
+        cells = [theirs["left_out"].iloc[0] if best is None else f"{best:.3g} {unit}"]
+        for way in ways:
+            own = rows[rows["implementation"] == way]
+            if own.empty:
+                cells.append("")
+            elif pd.isna(own["seconds"].iloc[0]):
+                cells.append(own["left_out"].iloc[0])
+            else:
+                value = own[column].iloc[0]
+                ratio = None if best is None else best / value if column == "seconds" else value / best
+                cells.append(f"{value:.3g} {unit}" + ("" if ratio is None else f", {ratio:.2f}"))
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def rate_of(record: Mapping[str, Any], implementation: str) -> pd.Series:
+    """By the work's name, its rate as a fraction of the convolution's."""
+    table = measurements(record, curves=False)
+    rows = table[table["implementation"] == implementation].dropna(subset="rate").set_index("name")
+    return rows["rate"] / rows["convolution_rate"]
+
+
+def law(record: Mapping[str, Any], implementation: str) -> tuple[float, float, float]:
+    """Seconds = a + b operations, fitted to the curves in relative error; a, b, and the largest relative error."""
+    table = measurements(record, curves=True)
+    rows = table[table["implementation"] == implementation].dropna(subset="seconds")
+    seconds, operations = rows["seconds"].to_numpy(float), rows["operations"].to_numpy(float)
+    scaled = np.stack([1 / seconds, operations / seconds], axis=1)
+    (a, b), *_ = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)
+    return float(a), float(b), float(np.abs(scaled @ [a, b] - 1).max())
+
+
+def curves(record: Mapping[str, Any], varied: Mapping[str, str]) -> Figure:
+    """Seconds, with the law, and memory of an iteration, against one thing at a time.
+
+    Args:
+        record: of `make bench`.
+        varied: for each curve, the column that varies.
+    """
+    table = measurements(record, curves=True)
+    figure, axes = plt.subplots(2, len(varied), figsize=(9, 4.6), sharey="row", layout="constrained")
+    for (curve, column), (upper, lower) in zip(varied.items(), axes.T, strict=True):
+        for way, rows in table[table["curve"] == curve].groupby("implementation", sort=False):
+            upper.plot(rows[column], rows["seconds"], "o", label=way, markersize=4)
+            lower.plot(rows[column], rows["memory_mb"], "o-", label=way, markersize=4)
+            a, b, _ = law(record, str(way))
+            upper.plot(rows[column], a + b * rows["operations"], "-", color=upper.lines[-1].get_color(), linewidth=1)
+        lower.set(xlabel=curve, xscale="log", yscale="log")
+        upper.set(xscale="log", yscale="log")
+        for axis in (upper, lower):
+            axis.set_xticks(rows[column], [f"{value:g}" for value in rows[column]], minor=False)
+            axis.minorticks_off()
+    axes[0, 0].set_ylabel("seconds")
+    axes[1, 0].set_ylabel("MB beyond the start")
+    axes[0, 0].legend(fontsize=7)
+    return figure
+
+
+def precision(record: Mapping[str, Any]) -> Figure:
+    """1 − cosine to the float64 gradient, a point a walk, by images a class."""
+    table = pd.DataFrame(record["walks"])
+    table["distance"] = 1 - table["cosine"]
+    figure, axis = plt.subplots(figsize=(6.4, 3.2))
+    sns.stripplot(table, x="distance", y="way", hue="ipc", palette="colorblind", ax=axis, size=5, alpha=0.8)
+    axis.axvline(0.01, color="0.5", linewidth=1, linestyle="--")
+    axis.set(xscale="log", xlabel="1 − cosine to the float64 gradient of the images", ylabel="")
+    axis.legend(title="images a class", fontsize=8)
+    return figure

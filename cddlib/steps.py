@@ -34,6 +34,7 @@ from cddlib.networks import ConvNet, Network, parameter_count, views
 
 EARNED = 1e14
 """Floating-point operations of a run from which on compiling is worth its time; a quarter of an hour on two cores."""
+CGROUP = Path("/sys/fs/cgroup")
 MOST_SHAPES = 256
 """Of batches, for which one process compiles."""
 
@@ -46,10 +47,6 @@ class ComputeConfig:
     """Of what convolutions multiply; sums, norms and parameters are float32. A GPU's float32 convolutions use TF32."""
     compiled: bool | None = None
     """Compile the steps, which takes up to a minute, once on a machine; by default, if the run is long enough."""
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bfloat16"):
-            raise UserError(f"precision is {self.precision!r}; it must be 'float32' or 'bfloat16'.")
 
 
 class Along(NamedTuple):
@@ -118,11 +115,16 @@ def room(device: torch.device) -> int:
         return _kept_mb(os.environ["CDDLIB_KEPT_MB"]) * 2**20
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 8
-    free = psutil.virtual_memory().available
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and limit.read_text().strip().isdecimal():  # of a container; else it says "max"
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(0, free) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    free = max(0, min(psutil.virtual_memory().available, _of_container()))
+    return int(free) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _of_container() -> int | float:
+    """Bytes that the container leaves its processes."""
+    limit = CGROUP / "memory.max"
+    if not limit.exists() or limit.read_text().strip() == "max":
+        return float("inf")
+    return int(limit.read_text()) - int((CGROUP / "memory.current").read_text())
 
 
 def _kept_mb(text: str) -> int:

@@ -118,7 +118,8 @@ def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
     record = evaluate_run(run, runs=2)
     assert record == record_of(run)
     assert record["synthetic_sha256"] == files.file_digest(run / "synthetic.safetensors")
-    assert record["evaluation"] == {"evaluation_epochs": 5, "evaluation_batch": 256}
+    how = {"evaluation_epochs": 5, "evaluation_batch": 256, "precision": "float32", "compiled": False}
+    assert record["evaluation"] == how
     assert record["seed"] == 0
     rate = SyntheticSet.load(run / "synthetic.safetensors").step_size.item()
     assert record["learning_rates"] == {"synthetic": rate, "random_real": 0.01, "full": 0.01}

@@ -4,14 +4,19 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from cddlib import speed_figures
+import cddlib
+from cddlib import commands, speed_figures
 
 LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}
+NAMES = ["textbook", "textbook, keeping memory", "cddlib", "cddlib, least memory"]
+WANTED = [("match", name, 1) for name in NAMES]
+WANTED += [(work, name, ipc) for work, ipc in (("expert", 1), ("evaluate", 10)) for name in NAMES[:3]]
 
 
 @pytest.fixture(scope="module")
@@ -24,27 +29,32 @@ def speed() -> Any:
 
 @pytest.fixture(scope="module")
 def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """What the benchmark writes of little work, in this process."""
-    path, every = tmp_path_factory.mktemp("speed") / "speed.json", speed.points
+    """What the benchmark writes of little work, in this process, where nothing is compiled; in two parts."""
+    path, every, most = tmp_path_factory.mktemp("speed") / "speed.json", speed.points, [5]
 
     def few(options: Any) -> list[Any]:
-        points = [dataclasses.replace(point, **LITTLE) for point in every(options)]
-        return [*points[:3], *points[-6:-3], *points[-9:-6]]
+        points = [point for point in every(options) if "compiled" not in point.implementation]
+        first = [next(p for p in points if p.work == w and p.implementation == n and p.ipc == i) for w, n, i in WANTED]
+        curves = [p for p in points if p.curve and p.side <= 64 and p.segments <= 2 and p.ipc <= 2]
+        few = [dataclasses.replace(point, **LITTLE) for point in first]
+        few += [dataclasses.replace(p, width=p.width // 8, student_steps=p.student_steps // 5) for p in curves]
+        return [dataclasses.replace(point, least_seconds=0.02) for point in few][: most[0]]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "points", few)
         patch.setattr(speed, "in_a_process", speed.measure)
         speed.main(["--threads", "1", "--device", "cpu", "--to", str(path)])
-    return json.loads(path.read_text())
+        begun = json.loads(path.read_text())["measurements"]
+        most[0] = None
+        speed.main(["--threads", "1", "--device", "cpu", "--to", str(path)])
+    whole = json.loads(path.read_text())
+    assert whole["measurements"][:5] == begun
+    return whole
 
 
 def test_all_is_measured_side_by_side(record: dict) -> None:
     rows = record["measurements"]
-    assert [(row["work"], row["implementation"]) for row in rows] == [
-        (work, name)
-        for work in ("match", "evaluate", "expert")
-        for name in ("textbook", "textbook, keeping memory", "cddlib")
-    ]
+    assert [(row["work"], row["implementation"], row["ipc"]) for row in rows[: len(WANTED)]] == WANTED
     for row in rows:
         assert 0 < row["seconds"] <= row["slowest"] and row["start_memory_mb"] <= row["peak_memory_mb"]
         assert row["rate"] == pytest.approx(row["operations"] / row["seconds"])
@@ -60,11 +70,37 @@ def test_operations_are_those_counted_by_hand(record: dict) -> None:
     assert found == dict.fromkeys(found, expected)
 
 
-def test_a_process_of_its_own_measures_the_same(speed: Any) -> None:
-    point = speed.Point(work="match", implementation="textbook, keeping memory", **LITTLE)
+def test_the_ways_do_nearly_the_same_operations(speed: Any) -> None:
+    """Where nothing is computed again. The textbook's leaves out what the first step's parameters would need."""
+    points = [speed.Point(work="match", implementation=name, **LITTLE) for name in ("textbook", "cddlib")]
+    theirs, ours = map(speed.operations, points)
+    assert 0.8 * ours < theirs <= ours
+
+
+@pytest.mark.parametrize("name", ["textbook, keeping memory", "cddlib, least memory"])
+def test_a_process_of_its_own_measures_the_same(speed: Any, name: str) -> None:
+    point = speed.Point(work="match", implementation=name, operations=1e6, **LITTLE)
     found = speed.in_a_process(point, 100.0)
-    assert found["operations"] == speed.operations(point) and found["seconds"] > 0
+    assert found["seconds"] > 0 and found["rate"] == pytest.approx(1e6 / found["seconds"])
     assert speed.in_a_process(point, 1e-9) == {"left_out": "more than 0 seconds"}
+
+
+def test_the_command_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    commanded: list[list[str]] = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        commanded.append([str(word) for word in command[1:]])
+        return SimpleNamespace(returncode=len(commanded) - 1)
+
+    monkeypatch.setattr(commands.subprocess, "run", run)
+    to = tmp_path / "s.json"
+    commands.bench(to=to, threads=3, device="cpu", seconds=5.0)
+    assert commanded == [[str(commands.BENCHMARK), f"--to={to}", "--threads=3", "--device=cpu", "--seconds=5.0"]]
+    with pytest.raises(cddlib.UserError, match="the same command goes on with"):
+        commands.bench(to=to)
+    monkeypatch.setattr(commands, "BENCHMARK", tmp_path / "speed.py")
+    with pytest.raises(cddlib.UserError, match="the benchmark is part of the repository, not of the package"):
+        commands.bench(to=to)
 
 
 def test_both_ways_give_one_gradient(speed: Any) -> None:
@@ -79,19 +115,48 @@ def test_both_ways_give_one_gradient(speed: Any) -> None:
 
 def test_ratios_are_to_the_faster_textbook() -> None:
     names = ("name", "implementation", "seconds", "peak_memory_mb", "rate", "convolution_rate")
-    rows = [("a", "textbook", 4.0, 100.0, 1.0, 2.0), ("a", "textbook, kept", 3.0, 200.0, 1.0, 2.0)]
-    rows += [("a", "cddlib", 2.0, 50.0, 1.0, 4.0), ("b", "cddlib", 5.0, 50.0, 1.0, 2.0)]
-    measurements = [dict(zip(names, row, strict=True)) for row in rows]
-    measurements += [{"name": "b", "implementation": "textbook", "left_out": "not enough memory"}]
-    measurements += [{"name": "c", "implementation": name, "left_out": "too long"} for name in ("textbook", "cddlib")]
-    found = {"measurements": measurements}
-    assert speed_figures.ratio_table(found).splitlines()[2:] == [
-        "| a | 3 | 2 | 1.50 | 0.25 | 25% |",
-        "| b | not enough memory | 5 | | | 50% |",
-        "| c | | too long | | | |",
+    rows = [("a", "textbook", 4.0, 110.0, 1.0, 2.0), ("a", "textbook, kept", 3.0, 210.0, 1.0, 2.0)]
+    rows += [("a", "cddlib", 2.0, 60.0, 1.0, 4.0), ("b", "cddlib", 5.0, 60.0, 1.0, 2.0)]
+    measured = [{**dict(zip(names, row, strict=True)), "start_memory_mb": 10.0} for row in rows]
+    measured += [{"name": "b", "implementation": "textbook", "left_out": "not enough memory"}]
+    measured += [{"name": "c", "implementation": name, "left_out": "too long"} for name in ("textbook", "cddlib")]
+    measured += [{"name": "a", "implementation": "cddlib, too", "curve": "x", "seconds": 1.0}]
+    found = {"measurements": measured}
+    assert speed_figures.ratio_table(found, "seconds").splitlines() == [
+        "| work | textbook | cddlib |",
+        "|---|---|---|",
+        "| a | 3 s | 2 s, 1.50 |",
+        "| b | not enough memory | 5 s |",
+        "| c | too long | too long |",
     ]
+    assert speed_figures.ratio_table(found, "memory_mb").splitlines()[2:4] == [
+        "| a | 200 MB | 50 MB, 0.25 |",
+        "| b | not enough memory | 50 MB |",
+    ]
+    assert speed_figures.rate_of(found, "cddlib").to_dict() == {"a": 0.25, "b": 0.5}
     figure = speed_figures.bars(found, "seconds", "seconds")
     (axis,) = figure.axes
     assert sorted(text.get_text() for text in axis.texts) == ["not enough memory", "too long", "too long"]
     widths = {c.get_label(): [bar.get_width() for bar in c] for c in axis.containers}
     assert widths["cddlib"][:2] == [2, 5] and widths["textbook, kept"][0] == 3
+
+
+def test_the_law_is_found_and_drawn(record: dict) -> None:
+    for row in record["measurements"]:
+        if row["curve"] and row["implementation"] == "cddlib":
+            row["seconds"] = 0.5 + 2e-9 * row["operations"]
+    a, b, error = speed_figures.law(record, "cddlib")
+    assert (a, b) == (pytest.approx(0.5), pytest.approx(2e-9)) and error < 1e-9
+    record["measurements"][-1]["seconds"] *= 1.5
+    assert speed_figures.law(record, record["measurements"][-1]["implementation"])[2] > 0.05
+    varied = {"student steps": "student_steps", "side": "side"}
+    axes = speed_figures.curves(record, varied).axes
+    assert [axis.get_xlabel() for axis in axes if axis.get_xlabel()] == list(varied)
+    assert len(axes[0].lines) == 4, "two ways, each with its law"
+
+
+def test_precisions_are_drawn_by_their_distance() -> None:
+    walks = [{"way": way, "ipc": ipc, "cosine": 0.99} for way in ("float32", "bfloat16") for ipc in (1, 10)]
+    (axis,) = speed_figures.precision({"walks": walks}).axes
+    found = [float(x) for points in axis.collections for x, _ in points.get_offsets()]
+    assert found == pytest.approx([0.01] * 4)

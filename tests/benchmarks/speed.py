@@ -1,19 +1,23 @@
 """Time and memory of matching, expert training and evaluation: cddlib beside the textbook's way, in one run.
 
     make bench
-    python tests/benchmarks/speed.py --to book/results/speed-cpu.json --threads 2
+    cddlib bench --to book/results/speed-cpu.json --threads 2
 
 CIFAR's shape, MTT's ConvNet of width 128, all augmentation, images and labels of noise: time does not depend on them.
 Every measurement has a process of its own, whose peak memory it is. The textbook's way is timed with the system's
-allocator as it comes, and told to keep what it has (`KEEPING`).
+allocator as it comes, and told to keep what it has (`KEEPING`); cddlib's as in `WAYS`.
 Rates are in floating-point operations a second, a multiplication and an addition counted as two, beside the rate of
-the convolution that does most of the work, measured in the same process; augmentation and norms are not counted.
+the float32 convolution that does most of the work, measured in the same process. Counted is what the textbook's way
+does in convolutions and products of matrices, not what another way does twice.
+The record is written after every measurement; the same command goes on with it.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
+import math
 import os
 import resource
 import subprocess
@@ -33,10 +37,11 @@ import cddlib
 from cddlib.augment import AugmentConfig
 from cddlib.data import Images
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
-from cddlib.files import is_want_of_memory, write_record
+from cddlib.files import is_want_of_memory, read_record, write_record
 from cddlib.matching import MatchingConfig
 from cddlib.preprocessing import Normalisation
 from cddlib.runs import Recorder, keep_freed_memory, resolve_device
+from cddlib.steps import ComputeConfig
 from cddlib.synthetic import SyntheticSet
 from cddlib.training import fetch_real, train_epoch
 
@@ -44,7 +49,15 @@ SHAPE, CLASSES = (3, 32, 32), 10
 STRATEGY = AugmentConfig().augment
 KEEPING = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33), "MALLOC_TOP_PAD_": str(2**26)}
 """What glibc reads when a process starts; it takes no MALLOC_MMAP_THRESHOLD_ above 32 MiB, so there is none at all."""
-IMPLEMENTATIONS = ("textbook", "textbook, keeping memory", "cddlib")
+WAYS: dict[str, tuple[ComputeConfig | None, dict[str, str]]] = {
+    "textbook": (None, {}),
+    "textbook, keeping memory": (None, KEEPING),
+    "cddlib": (ComputeConfig(compiled=False), {}),
+    "cddlib, least memory": (ComputeConfig(compiled=False), {"CDDLIB_KEPT_MB": "0"}),
+    "cddlib, compiled": (ComputeConfig(compiled=True), {}),
+    "cddlib, compiled, bfloat16": (ComputeConfig(compiled=True, precision="bfloat16"), {}),
+}
+"""How each is computed, None for the textbook's; and what is in the environment of its process."""
 BATCH = 256
 """Images of a training step."""
 NETWORKS = 5
@@ -63,44 +76,74 @@ class Point:
     student_batch: int | None = None
     segments: int = 1
     width: int = 128
+    side: int = 32
+    """Of the images; the network has a block more for each time that it is twice 32."""
     images: int = 2048
     """Training images of an expert's epoch."""
     epochs: int = 30
     """Epochs of each evaluation network."""
     threads: int = 1
     device: str = "cpu"
+    operations: float = 0.0
+    """Floating-point operations of the work."""
+    curve: str = ""
+    """Which of `CURVES` the point is of."""
     least_seconds: float = LEAST_SECONDS
     """It is done again until it has taken so long, or `MOST_REPEATS` times."""
 
 
+CURVES: dict[str, tuple[dict[str, int], ...]] = {
+    "student steps": tuple({"student_steps": n} for n in (5, 10, 20, 40)),
+    "images a class": tuple({"ipc": ipc} for ipc in (1, 2, 5, 10)),
+    "side": tuple({"side": side} for side in (16, 32, 64, 128)),
+    "width": tuple({"width": width} for width in (32, 64, 128, 256)),
+    "segments": tuple({"segments": segments} for segments in (1, 2, 4, 8)),
+}
+"""One thing varied, of one image a class, ten student steps, one segment and `Point`'s other sizes."""
+CURVED = ("cddlib", "cddlib, least memory")
 MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
 """Images a class, student steps, images a step."""
 SEGMENTS = (1, 2, 4, 8)
+ONCE = ("textbook", "textbook, keeping memory", "cddlib, compiled")
+"""What is measured with several segments too."""
 
 
 # --- In a process of its own ------------------------------------------------------------------------------------
 
 
+@functools.cache
+def convnet(point: Point) -> cddlib.ConvNet:
+    """The network, one object for all repetitions: it is compiled once."""
+    config = cddlib.NetworkConfig(width=point.width, depth=3 + max(0, int(math.log2(point.side / 32))))
+    return cddlib.ConvNet(config, (SHAPE[0], point.side, point.side), CLASSES)
+
+
 def match(point: Point, device: torch.device, steps: int | None = None) -> list[Tensor]:
     """Gradients of K segments with respect to images and step size, summed; or of one with a student of some steps."""
-    config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
-    network = cddlib.ConvNet(config, SHAPE, CLASSES)
+    network, rng = convnet(point), cddlib.generator("speed")
+    shape = (SHAPE[0], point.side, point.side)
     start = network.init(rng)
     target = start + 0.01 * torch.randn(start.shape, generator=rng)
     size = point.ipc * CLASSES
-    images = torch.randn(size, *SHAPE, generator=rng)
+    images = torch.randn(size, *shape, generator=rng)
     targets = F.one_hot(torch.arange(size) % CLASSES, CLASSES).float()
     start, target, images, targets, step_size = (
         tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
     )
     variables = [images.requires_grad_(), step_size.requires_grad_()]
     total: list[Tensor] = []
-    student = MatchingConfig(student_steps=steps or point.student_steps, student_batch=point.student_batch)
-    matching_loss = cddlib.matching_loss if point.implementation == "cddlib" else textbook.matching_loss
+    compute = WAYS[point.implementation][0]
+    student = MatchingConfig(
+        student_steps=steps or point.student_steps,
+        student_batch=point.student_batch,
+        **dataclasses.asdict(compute or ComputeConfig()),
+    )
     for _ in range(1 if steps else point.segments):
         plan = cddlib.plan_student(student, size, STRATEGY, rng)
-        loss = matching_loss(network, start, target, images, targets, step_size, plan)
+        matched = (network, start, target, images, targets, step_size, plan)
+        loss = cddlib.matching_loss(*matched, student) if compute else textbook.matching_loss(*matched)
         found = torch.autograd.grad(loss, variables)
+        del loss  # and its graph, before the next
         total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else list(found)
     return total
 
@@ -112,12 +155,14 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
     pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8).to(device)
     labels = torch.randint(CLASSES, (size,), generator=rng).to(device)
     normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
-    if point.implementation == "cddlib":
-        network = cddlib.ConvNet(config, SHAPE, CLASSES)
+    compute = WAYS[point.implementation][0]
+    if compute:
+        network = convnet(point)
         theta = network.init(rng).to(device).requires_grad_()
         fetch = fetch_real(Images(pixels, labels), normalisation)
         optimizer = torch.optim.SGD([theta], lr=0.01)
-        train_epoch(network, theta, optimizer, fetch, size, batch_size=BATCH, strategy=STRATEGY, generator=rng)
+        how: dict[str, Any] = {"batch_size": BATCH, "strategy": STRATEGY, "generator": rng, "compute": compute}
+        train_epoch(network, theta, optimizer, fetch, size, **how)
     else:
         module = textbook.convnet(config, SHAPE, CLASSES).to(device)
         inputs = normalisation(pixels)
@@ -133,8 +178,9 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
     pixels = torch.randint(256, (2000, *SHAPE), generator=rng, dtype=torch.uint8).to(device)
     answers = torch.randint(CLASSES, (2000,), generator=rng).to(device)
     normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
-    if point.implementation == "cddlib":
-        network = cddlib.ConvNet(config, SHAPE, CLASSES)
+    compute = WAYS[point.implementation][0]
+    if compute:
+        network = convnet(point)
         names = tuple(map(str, range(CLASSES)))
         synthetic = SyntheticSet(
             images=images,
@@ -144,7 +190,7 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
             preprocessing=normalisation,
             classes=names,
         )
-        test, how = Images(pixels, answers), EvaluateConfig(evaluation_epochs=epochs)
+        test, how = Images(pixels, answers), EvaluateConfig(evaluation_epochs=epochs, **dataclasses.asdict(compute))
         for seed in range(networks):
             accuracy_of_set(synthetic, network, how, STRATEGY, test, purpose="speed", seed=seed)
         return
@@ -157,6 +203,7 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
         textbook.accuracy(module, inputs, answers)
 
 
+@functools.cache
 def operations(point: Point) -> float:
     """Of the whole work, from those of one and of two of its parts: student steps, training steps, or epochs."""
     run, parts, times = WORKS[point.work](point)
@@ -206,10 +253,10 @@ def median(values: list[float]) -> float:
 def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     """Time, memory and rate of a point."""
     torch.set_num_threads(point.threads)
-    if point.implementation == "cddlib":
+    if WAYS[point.implementation][0]:
         keep_freed_memory()
     device = resolve_device(point.device)
-    rate, count = convolution_rate(point, device), operations(point)
+    rate, count = convolution_rate(point, device), point.operations
     if count / rate > most_seconds / 2:  # nothing is faster than half of that rate
         return {"left_out": f"more than {most_seconds:.0f} seconds"}
     run, _, _ = WORKS[point.work](point)
@@ -227,7 +274,6 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
         "slowest": max(seconds),
         "peak_memory_mb": Recorder(device).report()["peak_memory_mb"],
         "start_memory_mb": before,
-        "operations": count,
         "rate": count / median(seconds),
         "convolution_rate": rate,
     }
@@ -252,14 +298,23 @@ def points(options: argparse.Namespace) -> list[Point]:
         for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
     ]
     works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
-    return [Point(**shared, **work, implementation=name) for work in works for name in IMPLEMENTATIONS]
+    found = []
+    for work in works:
+        names = [name for name in WAYS if work.get("segments", 1) == 1 or name in ONCE]
+        names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
+        found += [Point(**shared, **work, implementation=name) for name in names]
+    little: dict[str, Any] = {"student_steps": 10, "least_seconds": options.seconds / 50}
+    for (curve, variants), name in itertools.product(CURVES.items(), CURVED):
+        for variant in variants:
+            sizes = {**shared, **little, **variant}
+            found.append(Point(**sizes, work="match", curve=curve, implementation=name))
+    return found
 
 
 def in_a_process(point: Point, most_seconds: float) -> dict[str, Any]:
     """Measure a point in a process of its own."""
-    keeping = KEEPING if point.implementation == "textbook, keeping memory" else {}
     command = [sys.executable, __file__, "--point", json.dumps(dataclasses.asdict(point))]
-    environment = {**os.environ, **keeping, "OMP_NUM_THREADS": str(point.threads)}
+    environment = {**os.environ, **WAYS[point.implementation][1], "OMP_NUM_THREADS": str(point.threads)}
     done = subprocess.run([*command, "--seconds", str(most_seconds)], env=environment, capture_output=True, text=True)
     if done.returncode < 0:
         return {"left_out": f"ended by signal {-done.returncode}"}
@@ -270,6 +325,9 @@ def in_a_process(point: Point, most_seconds: float) -> dict[str, Any]:
 
 def described(point: Point) -> str:
     """A point in words."""
+    if point.curve:
+        (name,) = CURVES[point.curve][0]
+        return f"match, {point.curve}: {getattr(point, name)}"
     if point.work == "match":
         return f"match, IPC {point.ipc}, N = {point.student_steps}, K = {point.segments}"
     return "expert, an epoch" if point.work == "expert" else f"evaluate, IPC {point.ipc}, {NETWORKS} networks"
@@ -279,10 +337,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure every point, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("speed.json"), help="the record")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=0, help="0 is PyTorch's own choice")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
-    parser.add_argument("--seconds", type=float, default=180.0, help="leave out what would take longer")
+    parser.add_argument("--seconds", type=float, default=100.0, help="leave out what would take longer")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.point:
@@ -290,10 +348,12 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(measure(Point(**json.loads(options.point)), options.seconds)))
         return
     options.device = str(resolve_device(options.device))
+    options.threads = options.threads or torch.get_num_threads()
     recorder = Recorder(resolve_device(options.device))
-    print(f"{'':38}{'':26}{'seconds':>9}{'MB':>8}{'Gflop/s':>9}{'of conv':>9}")
-    rows = []
-    for point in points(options):
+    print(f"{'':38}{'':28}{'seconds':>9}{'MB':>8}{'Gflop/s':>9}{'of conv':>9}")
+    rows = read_record(options.to)["measurements"] if options.to.exists() else []
+    for point in points(options)[len(rows) :]:
+        point = dataclasses.replace(point, operations=operations(dataclasses.replace(point, implementation="textbook")))
         found = in_a_process(point, options.seconds)
         rows.append({**dataclasses.asdict(point), "name": described(point), **found})
         if "left_out" in found:
@@ -301,9 +361,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             numbers = (found["seconds"], found["peak_memory_mb"], found["rate"] / 1e9)
             said = "{:9.3f}{:8.0f}{:9.1f}".format(*numbers) + f"{found['rate'] / found['convolution_rate']:9.0%}"
-        print(f"{described(point):38}{point.implementation:26}{said}", flush=True)
-    report = {key: value for key, value in recorder.report().items() if key not in ("peak_memory_mb", "threads")}
-    write_record(options.to, {"threads": options.threads, "measurements": rows, **report})
+        print(f"{described(point):38}{point.implementation:28}{said}", flush=True)
+        report = {key: value for key, value in recorder.report().items() if key not in ("peak_memory_mb", "threads")}
+        write_record(options.to, {"threads": options.threads, "measurements": rows, **report})
 
 
 if __name__ == "__main__":

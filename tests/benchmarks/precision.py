@@ -1,0 +1,100 @@
+"""How far gradients in float32 and bfloat16 are from those in float64, over whole walks on real experts.
+
+    python tests/benchmarks/precision.py BUFFER --to book/results/precision.json
+
+A walk is one segment's matching gradient, from real images, with all augmentation: `WALKS` has early and late segments,
+1 and 10 images a class, 20 to 50 student steps. Recorded are the cosine between the images' gradients, that of each
+image, and the error of the step size's gradient.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cddlib
+from cddlib.augment import AugmentConfig
+from cddlib.data import load
+from cddlib.files import read_record, write_record
+from cddlib.matching import MatchingConfig, matching_loss, plan_student
+from cddlib.runs import Recorder, keep_freed_memory, resolve_device
+from cddlib.steps import ComputeConfig
+from cddlib.synthetic import SyntheticConfig, initialise
+from cddlib.trajectory import Buffer
+
+WALKS = [
+    *itertools.product((1,), (20, 50), ("early", "middle", "late"), (0, 1)),
+    *itertools.product((10,), (20, 30), ("early", "middle", "late"), (0, 1)),
+]
+"""Images a class, student steps, where the segment starts, seed."""
+WAYS = {
+    "float32": ComputeConfig(),
+    "float32, derived": ComputeConfig(compiled=True),
+    "bfloat16, derived": ComputeConfig(precision="bfloat16", compiled=True),
+}
+EXPERT_EPOCHS = 2
+STEP_SIZE = 0.01
+
+
+def gradients(
+    buffer: Buffer, walk: tuple[int, int, str, int], root: Path | None, compute: ComputeConfig, dtype: torch.dtype
+) -> tuple[float, Tensor, float]:
+    """Loss, and the gradients of images and step size, on the CPU in float64."""
+    ipc, student_steps, where, seed = walk
+    device = resolve_device("auto")
+    config = SyntheticConfig(ipc=ipc, step_size=STEP_SIZE)
+    synthetic = initialise(config, load(buffer.data["name"], root), buffer, seed, device)
+    latest = buffer.epochs - EXPERT_EPOCHS
+    start = {"early": 0, "middle": latest // 2, "late": latest}[where]
+    matching = MatchingConfig(student_steps=student_steps, precision=compute.precision, compiled=compute.compiled)
+    rng = cddlib.generator(seed, "precision", ipc, student_steps, where)
+    steps = plan_student(matching, len(synthetic.labels), AugmentConfig().augment, rng)
+    images, step_size = (x.detach().to(dtype).requires_grad_() for x in (synthetic.images, synthetic.step_size))
+    theta, target = (buffer.parameters(0, epoch).to(device, dtype) for epoch in (start, start + EXPERT_EPOCHS))
+    targets = synthetic.targets().detach().to(dtype)
+    loss = matching_loss(buffer.network, theta, target, images, targets, step_size, steps, matching)
+    by_images, by_step_size = torch.autograd.grad(loss, (images, step_size))
+    return loss.item(), by_images.double().cpu(), by_step_size.item()
+
+
+def compare(found: tuple[float, Tensor, float], exact: tuple[float, Tensor, float]) -> dict[str, Any]:
+    """How far a gradient is from the exact one."""
+    a, b = found[1].flatten(1), exact[1].flatten(1)
+    each = torch.nn.functional.cosine_similarity(a, b, dim=1)
+    lengths = b.norm(dim=1)
+    return {
+        "loss_error": found[0] / exact[0] - 1,
+        "cosine": float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
+        "cosines_of_images": [round(value, 5) for value in each.tolist()],
+        "largest_share": float((lengths**2).max() / (lengths**2).sum()),
+        "step_size_error": found[2] / exact[2] - 1,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compare every way in every walk; the record is written after each, and goes on from what it has."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("buffer", type=Path)
+    parser.add_argument("--to", type=Path, default=Path("precision.json"), help="the record")
+    parser.add_argument("--root", type=Path, help="folder of the data sets")
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    buffer = Buffer(options.buffer)
+    recorder = Recorder(resolve_device("auto"))
+    rows: list[dict[str, Any]] = read_record(options.to)["walks"] if options.to.exists() else []
+    for walk in tqdm(WALKS[len(rows) // len(WAYS) :], unit="walk"):
+        exact = gradients(buffer, walk, options.root, ComputeConfig(), torch.float64)
+        for way, compute in WAYS.items():
+            found = gradients(buffer, walk, options.root, compute, torch.float32)
+            named = dict(zip(("ipc", "student_steps", "where", "seed"), walk, strict=True))
+            rows.append({"way": way, **named, **compare(found, exact)})
+        described = {"expert": {"data": buffer.data["name"], "epochs": buffer.epochs, "width": buffer.config["width"]}}
+        write_record(options.to, {**described, "expert_epochs": EXPERT_EPOCHS, "walks": rows, **recorder.report()})
+
+
+if __name__ == "__main__":
+    main()

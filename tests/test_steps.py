@@ -1,0 +1,348 @@
+"""Steps: the derived ones against automatic differentiation, memories kept or not, compiling and doing without."""
+
+import functools
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cddlib
+from cddlib import steps
+from cddlib.augment import AugmentConfig
+from cddlib.matching import MatchingConfig, matching_loss, plan_student
+from cddlib.networks import ConvNet, Network, NetworkConfig, build_network
+from cddlib.steps import Autograd, ComputeConfig, Derived, earns_compiling, fits, steps_of
+
+USUAL = NetworkConfig(depth=2, width=6)
+
+
+def problem(shape: tuple[int, int, int], config: NetworkConfig = USUAL, batch: int = 4, seed: int = 0) -> Any:
+    """A network, and a step's arguments in float64: parameters, inputs, soft targets that do not add up to 1, λ."""
+    rng = cddlib.generator("steps", seed)
+    network = build_network(config, shape, 5)
+    theta = network.init(rng).double()
+    theta += 0.1 * torch.randn(len(theta), generator=rng, dtype=torch.float64)  # norms that scale and shift
+    inputs = torch.randn(batch, *shape, generator=rng, dtype=torch.float64)
+    targets = torch.rand(batch, 5, generator=rng, dtype=torch.float64)
+    return network, theta, inputs, targets, torch.randn(len(theta), generator=rng, dtype=torch.float64)
+
+
+def obvious(
+    network: Network, theta: Tensor, inputs: Tensor, targets: Tensor, direction: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """g, and ⟨g, λ⟩ with its derivatives."""
+    leaves = [x.clone().requires_grad_() for x in (theta, inputs, targets)]
+    loss = -(leaves[2] * network(leaves[0], leaves[1]).log_softmax(1)).sum() / len(inputs)
+    (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+    inner = (gradient * direction).sum()
+    return gradient.detach(), (inner.detach(), *torch.autograd.grad(inner, leaves))
+
+
+def agree(engine: Any, network: Network, arguments: tuple[Tensor, ...]) -> None:
+    *step, direction = arguments
+    wanted, derivatives = obvious(network, *arguments)
+    gradient, memory = engine.take(*step)
+    along = engine.along(memory, direction)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-11)
+    for found, value in zip(along, derivatives, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-10)
+    loss, alone = engine.gradient(*step)
+    torch.testing.assert_close(alone, wanted, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(loss, F.cross_entropy(network(step[0], step[1]), step[2]), rtol=1e-9, atol=1e-11)
+
+
+@hypothesis.given(
+    depth=st.integers(1, 3),
+    width=st.integers(1, 7),
+    channels=st.integers(1, 4),
+    side=st.sampled_from([8, 16, 24, 28]),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 10**6),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_derived_steps_are_those_of_automatic_differentiation(
+    depth: int, width: int, channels: int, side: int, batch: int, seed: int
+) -> None:
+    config = NetworkConfig(depth=depth, width=width)
+    network, *arguments = problem((channels, side, side), config, batch, seed)
+    assert fits(network)
+    agree(Derived(network, "float32", False), network, tuple(arguments))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        USUAL,
+        NetworkConfig(depth=2, width=4, norm="batch", activation="sigmoid", pooling="none"),
+        NetworkConfig(network="mlp"),
+    ],
+    ids=lambda config: config.network + config.norm,
+)
+def test_steps_of_any_network_are_those_of_automatic_differentiation(config: NetworkConfig) -> None:
+    network, *arguments = problem((2, 8, 8), config)
+    agree(Autograd(network), network, tuple(arguments))
+
+
+@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+def test_classes_are_as_good_as_their_probabilities(engine: Any) -> None:
+    network, theta, inputs, _, _ = problem((2, 8, 8))
+    classes = torch.tensor([3, 0, 4, 3])
+    by_class, by_probability = (
+        engine(network).gradient(theta, inputs, targets) for targets in (classes, F.one_hot(classes, 5).double())
+    )
+    for found, wanted in zip(by_class, by_probability, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+UNUSUAL = [
+    NetworkConfig(depth=2, width=4, norm=norm, activation=activation, pooling=pooling)
+    for norm, activation, pooling in (
+        ("group", "relu", "avg"),
+        ("instance", "leakyrelu", "avg"),
+        ("instance", "relu", "max"),
+    )
+]
+
+
+def test_only_the_usual_convnet_is_derived() -> None:
+    fast = ComputeConfig(precision="bfloat16", compiled=True)
+    usual = build_network(USUAL, (3, 8, 8), 5)
+    assert isinstance(steps_of(usual, ComputeConfig()), Autograd)
+    assert isinstance(steps_of(usual, ComputeConfig(precision="bfloat16")), Derived)
+    assert isinstance(steps_of(usual, ComputeConfig(compiled=True)), Derived)
+    assert steps_of(usual, fast) is steps_of(usual, MatchingConfig(precision="bfloat16", compiled=True))
+    for config in (*UNUSUAL, NetworkConfig(network="mlp")):
+        assert isinstance(steps_of(build_network(config, (3, 8, 8), 5), fast), Autograd)
+    odd = build_network(USUAL, (3, 10, 10), 5)  # its second pooling leaves out the last pixel
+    assert isinstance(steps_of(odd, fast), Autograd)
+
+
+def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
+    network, theta, inputs, targets, direction = (
+        x.float() if isinstance(x, Tensor) else x for x in problem((3, 16, 16), batch=8)
+    )
+    found, exact = [], []
+    for engine, results in ((Derived(network, "bfloat16", False), found), (Autograd(network), exact)):
+        gradient, memory = engine.take(theta, inputs, targets)
+        results += [gradient, *engine.along(memory, direction)]
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-5 < (a - b).norm() / b.norm() < 0.2  # a bfloat16 has 8 bits
+    heads = Derived(network, "bfloat16", False).take(theta, inputs, targets)[1].content[2]
+    assert all(tensor.dtype == torch.float32 for tensor in heads)
+
+
+# --- Memories ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", [ComputeConfig(), ComputeConfig(precision="bfloat16")], ids=["autograd", "derived"])
+def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = cddlib.generator("memories")
+    network = build_network(USUAL, (2, 8, 8), 5)
+    start, target = network.init(rng), network.init(rng)
+    images = torch.randn(10, 2, 8, 8, generator=rng).requires_grad_()
+    targets = F.one_hot(torch.arange(10) % 5, 5).float()
+    step_size = torch.tensor(0.05, requires_grad=True)
+    config = MatchingConfig(student_steps=7, student_batch=4, precision=compute.precision)
+    plan = plan_student(config, 10, AugmentConfig().augment, rng)
+    engine, taken = steps_of(network, compute), 0
+    take = engine.take
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return take(*arguments)
+
+    monkeypatch.setattr(engine, "take", counted)
+    one = take(start, images[:4].detach(), targets[:4])[1].size
+    results = []
+    for room, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
+        monkeypatch.setattr("cddlib.matching.room", lambda device, room=room: room)
+        taken = 0
+        loss = matching_loss(network, start, target, images, targets, step_size, plan, config)
+        gradients = torch.autograd.grad(loss, (images, step_size))
+        assert taken == 7 + more
+        results.append([loss.detach(), *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cddlib.matching.room", lambda device: pytest.fail("asked for room"))
+    network, theta, inputs, targets, direction = problem((2, 8, 8))
+    plan = plan_student(MatchingConfig(student_steps=2), 4, "none", cddlib.generator(0))
+    with torch.no_grad():
+        matching_loss(network, theta, theta + direction, inputs, targets, torch.tensor(0.1).double(), plan)
+
+
+@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
+    network, theta, inputs, targets, _ = problem((2, 8, 8))
+    steps_ = engine(network)
+    sizes = [steps_.take(theta, inputs, targets)[1].size for _ in range(2)]
+    doubled = steps_.take(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1))[1].size
+    assert sizes[0] == sizes[1] < doubled < 2 * sizes[0] + 8 * len(theta)
+    maps = 8 * 4 * 6 * (8 * 8 + 4 * 4)  # bytes of what the two convolutions give
+    assert 2 * maps < sizes[0] < 12 * maps + 8 * 10 * len(theta)
+    gc.collect()
+    gc.disable()
+    try:
+        _, memory = steps_.take(theta, inputs, targets)
+        last = memory.content[1][-1]
+        held = weakref.ref(last[-1] if isinstance(last, list) else last)
+        del memory, last
+        assert held() is None, "a memory lives on"
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def fresh_room() -> Any:
+    steps.room.cache_clear()
+    yield steps.room
+    steps.room.cache_clear()
+
+
+CPU = torch.device("cpu")
+
+
+def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 8 * 10**9
+    monkeypatch.delenv("CDDLIB_KEPT_MB", raising=False)
+    monkeypatch.setattr(steps, "_of_container", lambda: 10**12)
+    monkeypatch.setattr(steps.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert fresh_room(CPU) == 10**9
+    free = 0
+    assert fresh_room(CPU) == 10**9, "it is measured once"
+    for container, processes, wanted in ((4 * 10**9, 1, 5 * 10**8), (10**12, 4, 25 * 10**7), (-5, 1, 0)):
+        fresh_room.cache_clear()
+        free = 8 * 10**9
+        monkeypatch.setattr(steps, "_of_container", lambda container=container: container)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert fresh_room(CPU) == wanted
+
+
+def test_a_container_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "CGROUP", tmp_path)
+    assert steps._of_container() == float("inf")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("300\n")
+    assert steps._of_container() == float("inf")
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert steps._of_container() == 700
+
+
+def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
+    assert fresh_room(CPU) == 3 * 2**20
+    for wrong in ("", "-1", "many", "1.5", "²"):
+        fresh_room.cache_clear()
+        monkeypatch.setenv("CDDLIB_KEPT_MB", wrong)
+        with pytest.raises(
+            cddlib.UserError, match=f"CDDLIB_KEPT_MB is '{wrong}'; it must be a number of MB, 0 or more"
+        ):
+            fresh_room(CPU)
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------
+
+
+def test_long_runs_of_the_usual_convnet_are_compiled() -> None:
+    network = ConvNet(NetworkConfig(), (3, 32, 32), 10)
+    a_pass = 2 * 9 * 128 * (3 * 32**2 + 128 * 16**2 + 128 * 8**2) + 2 * 2048 * 10  # operations, forward
+    enough = -(-steps.EARNED // (3 * a_pass))
+    assert earns_compiling(network, (3, 32, 32), int(enough))
+    assert not earns_compiling(network, (3, 32, 32), int(enough) - 1)
+    assert not earns_compiling(build_network(UNUSUAL[0], (3, 8, 8), 5), (3, 8, 8), 10**18)
+
+
+COMPILED = """
+import torch, cddlib
+from cddlib.networks import NetworkConfig, build_network
+from cddlib.steps import ComputeConfig, steps_of
+torch.set_num_threads(1)
+rng = cddlib.generator("compiled")
+network = build_network(NetworkConfig(depth=1, width=4), (1, 8, 8), 3)
+theta, direction = network.init(rng), network.init(rng)
+inputs, targets = torch.randn(3, 1, 8, 8, generator=rng), torch.eye(3)
+results = []
+for compiled in (True, True, False):
+    engine = steps_of(network, ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled))
+    if not compiled:
+        engine = type(engine)(network, "float32", False)
+    gradient, memory = engine.take(theta, inputs, targets)
+    results.append([gradient, *engine.gradient(theta, inputs, targets), *engine.along(memory, direction)])
+for twice, once, plain in zip(*results):
+    assert torch.equal(twice, once)
+    torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)
+"""
+
+
+def run_compiled(tmp_path: Path, **environment: str) -> str:
+    """What the script says on standard error; types are not checked in it, which would be compiled too."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        env={**inherited, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
+    said = run_compiled(tmp_path)
+    for what in ("training steps", "a student's steps", "their derivatives"):
+        assert f"compiling {what} for batches of 3" in said
+    assert "uncompiled" not in said
+    assert any(tmp_path.iterdir()), "nothing is kept for other processes"
+
+
+def test_without_a_compiler_there_is_one_notice(tmp_path: Path) -> None:
+    said = run_compiled(tmp_path, PATH="/nowhere", CXX="no-such-compiler")
+    assert said.count("there is no C++ compiler: steps run uncompiled, which takes longer.") == 1
+    assert "compiling" not in said
+
+
+def test_where_compiling_fails_there_is_one_notice(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    said = run_compiled(tmp_path / "cache", CXX=str(compiler))
+    assert said.count("steps run uncompiled, which takes longer.") == 1
+    assert "PyTorch cannot compile here" in said
+
+
+def test_want_of_memory_while_compiling_is_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*arguments: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: starved)
+    network, theta, inputs, targets, _ = problem((2, 8, 8))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        Derived(network, "float32", True).take(theta, inputs, targets)
+
+
+def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(steps, "tqdm", functools.partial(steps.tqdm, disable=False))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    network, theta, inputs, targets, _ = problem((2, 8, 8))
+    engine = Derived(network, "float32", True)
+    for batch in (4, 3, 4, 3):
+        engine.gradient(theta, inputs[:batch], targets[:batch])
+    said = capfd.readouterr().err
+    for batch in (3, 4):
+        assert said.count(f"compiling training steps for batches of {batch}:   0%") == 1

@@ -1,8 +1,9 @@
 """Do training and distillation end at the same accuracy in both precisions? Experts, and sets, of several seeds.
 
-    python tests/benchmarks/precision_runs.py runs/precision --root DIR --to book/results/precision-runs.json
+    python tests/benchmarks/precision_runs.py digits runs/precision --to book/results/precision-digits.json
+    python tests/benchmarks/precision_runs.py cifar10 runs/precision --to book/results/precision-cifar10.json
 
-Short runs, on the digits and on CIFAR-10: what is compared is the precision, not the method. Runs resume.
+Short runs: what is compared is the precision, not the method. They resume.
 """
 
 import argparse
@@ -18,49 +19,57 @@ from cddlib.recipes import buffer_recipe, distill_recipe
 from cddlib.runs import Recorder, keep_freed_memory, resolve_device
 
 PRECISIONS = ("float32", "bfloat16")
-EXPERTS = 3
-DIGITS: dict[str, Any] = {"iterations": 200, "validate_every": 0, "segments": 2, "evaluation_epochs": 300}
-CIFAR: dict[str, Any] = {**DIGITS, "compiled": True, "zca": False, "segments": 1, "student_steps": 20}
-RUNS: dict[tuple[str, int], tuple[dict[str, Any], int]] = {
-    ("digits", 1): (DIGITS, 5),
-    ("digits", 10): (DIGITS, 5),
-    ("cifar10", 1): (CIFAR | {"iterations": 60, "expert_epochs": 2, "window_end": 5}, 3),
-    ("cifar10", 10): (CIFAR | {"iterations": 20, "expert_epochs": 2, "window_end": 5, "student_batch": 50}, 3),
+DIGITS: dict[str, Any] = {"iterations": 100, "validate_every": 0, "segments": 2, "evaluation_epochs": 300}
+CIFAR: dict[str, Any] = {
+    **DIGITS,
+    "compiled": True,
+    "zca": False,
+    "segments": 1,
+    "student_steps": 20,
+    "expert_epochs": 2,
+    "window_end": 2,
 }
-"""By data set and images a class: the settings, and how many seeds."""
+EXPERTS: dict[str, dict[str, Any]] = {
+    "digits": {"experts": 3, "compiled": False},
+    "cifar10": {"experts": 1, "epochs": 4, "compiled": True, "zca": False},
+}
+SETS: dict[str, dict[int, dict[str, Any]]] = {
+    "digits": {1: DIGITS, 10: DIGITS},
+    "cifar10": {1: CIFAR | {"iterations": 50}, 10: CIFAR | {"iterations": 10, "student_batch": 50}},
+}
+"""By images a class."""
+SEEDS = 3
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Train what is missing; the record is written after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=SETS)
     parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--cifar", type=Path, help="a buffer of CIFAR-10's experts; without it, only the digits")
     parser.add_argument("--root", type=Path, help="folder of the data sets")
-    parser.add_argument("--to", type=Path, default=Path("precision-runs.json"), help="the record")
+    parser.add_argument("--to", type=Path, required=True, help="the record")
     options = parser.parse_args(arguments)
     keep_freed_memory()
-    recorder, rows = Recorder(resolve_device("auto")), []
+    data, root, rows = options.data, options.root, []
+    recorder = Recorder(resolve_device("auto"))
 
     def add(**row: Any) -> None:
         rows.append(row)
-        write_record(options.to, {"runs": rows, **recorder.report()})
+        write_record(options.to, {"data": data, "runs": rows, **recorder.report()})
 
-    digits = {}
+    buffers = {}
     for precision in PRECISIONS:
-        config = buffer_recipe("digits", experts=EXPERTS, precision=precision, compiled=False)
-        digits[precision] = cddlib.train_buffer(config, options.out / f"digits-{precision}")
-        for expert in digits[precision].experts:
-            accuracy = expert["test_accuracy"]
-            add(data="digits", work="expert", precision=precision, seed=expert["seed"], accuracies=[accuracy])
-    for ((data, ipc), (settings, seeds)), precision in itertools.product(RUNS.items(), PRECISIONS):
-        for seed in range(seeds if data == "digits" or options.cifar else 0):
-            out = options.out / f"{data}-{ipc}-{precision}-{seed}"
-            buffer = digits["float32"].folder if data == "digits" else options.cifar
-            config = distill_recipe("contra", data, ipc, **{"seed": seed, "precision": precision, **settings})
-            distill(config, buffer, out, root=options.root)
-            record = evaluate_run(out, runs=2, baselines=False, root=options.root)
-            accuracies = record["accuracies"]["synthetic"]
-            add(data=data, work=f"IPC {ipc}", precision=precision, seed=seed, accuracies=accuracies)
+        config = buffer_recipe(data, precision=precision, **EXPERTS[data])
+        buffers[precision] = cddlib.train_buffer(config, options.out / f"{data}-{precision}", root=root)
+        for expert in buffers[precision].experts:
+            accuracies = [expert["test_accuracy"]]
+            add(work="expert", precision=precision, seed=expert["seed"], accuracies=accuracies)
+    for (ipc, settings), seed, precision in itertools.product(SETS[data].items(), range(SEEDS), PRECISIONS):
+        out = options.out / f"{data}-{ipc}-{precision}-{seed}"
+        config = distill_recipe("contra", data, ipc, **{"seed": seed, "precision": precision, **settings})
+        distill(config, buffers["float32"], out, root=root)
+        record = evaluate_run(out, runs=2, baselines=False, root=root)
+        add(work=f"IPC {ipc}", precision=precision, seed=seed, accuracies=record["accuracies"]["synthetic"])
 
 
 if __name__ == "__main__":

@@ -211,12 +211,12 @@ class Derived:
         if targets.dtype == torch.int64:
             targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
         with torch.no_grad():
-            return self._gradient(theta.detach(), inputs.detach(), targets)
+            return self._gradient(theta.detach(), _channels_last(inputs), targets)
 
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """See `Steps`."""
         with torch.no_grad():
-            gradient, blocks, head = self._take(theta.detach(), inputs.detach(), targets.detach())
+            gradient, blocks, head = self._take(theta.detach(), _channels_last(inputs), targets.detach())
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
         return gradient, Memory((theta.detach(), blocks, head), size)
 
@@ -235,7 +235,6 @@ class Derived:
         """g; of each block x, n, r, and the gradients at its convolution and its output; and what the loss needs."""
         w = views(self._network, theta)
         blocks = []
-        x = x.contiguous(memory_format=torch.channels_last)
         for block, padding in enumerate(self._paddings):
             x = self._lowered(x)
             a = self._convolve(x, w[f"conv{block}.weight"], padding)
@@ -248,7 +247,7 @@ class Derived:
         p = F.linear(features, w["classifier.weight"], w["classifier.bias"]).softmax(1)
         u_logits = (p * y.sum(1, keepdim=True) - y) / len(y)
         gradient = {"classifier.weight": u_logits.T @ features, "classifier.bias": u_logits.sum(0)}
-        u_x = (u_logits @ w["classifier.weight"]).view_as(x).contiguous(memory_format=torch.channels_last)
+        u_x = _channels_last((u_logits @ w["classifier.weight"]).view_as(x))
         for block, padding in reversed(list(enumerate(self._paddings))):
             x, n, r = blocks[block]
             weight = w[f"conv{block}.weight"]
@@ -295,7 +294,7 @@ class Derived:
             "classifier.weight": d_u_logits.T @ features + u_logits.T @ d_features,
             "classifier.bias": d_u_logits.sum(0),
         }
-        d_u_x = (d_u_logits @ top + u_logits @ d_top).view_as(d_x).contiguous(memory_format=torch.channels_last)
+        d_u_x = _channels_last((d_u_logits @ top + u_logits @ d_top).view_as(d_x))
         for block, padding in reversed(list(enumerate(self._paddings))):
             x, n, r, u_x, u_a = blocks[block]
             d_n, d_r, *d_xs = moved[block]
@@ -328,6 +327,11 @@ class Derived:
 
     def _vector(self, pieces: dict[str, Tensor]) -> Tensor:
         return torch.cat([pieces[name].flatten() for name in self._network.shapes])
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The order in memory in which compiled code is fastest, and one order: for another it would be compiled anew."""
+    return x.detach().contiguous(memory_format=torch.channels_last)
 
 
 def _mean(x: Tensor) -> Tensor:

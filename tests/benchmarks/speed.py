@@ -267,7 +267,7 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     run, _, _ = WORKS[point.work](point)
     before = Recorder(device).report()["peak_memory_mb"]
     try:
-        run(point, device, 1)
+        run(point, device, 1)  # which compiles, and fills what is kept
         seconds = timed(lambda: run(point, device), device, point.least_seconds, MOST_REPEATS)
     except (MemoryError, RuntimeError) as error:
         if not is_want_of_memory(error):

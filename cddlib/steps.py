@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from cddlib.files import UserError, is_want_of_memory
 from cddlib.networks import ConvNet, Network, parameter_count, views
+from cddlib.ranks import Ranks
 
 EARNED = 1e14
 """Floating-point operations of a run from which on compiling is worth its time; a quarter of an hour on two cores."""
@@ -362,7 +362,7 @@ def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
         batch = arguments[1][0][0] if isinstance(arguments[1], list) else arguments[1]
         if batch.shape in known:
             return known[batch.shape](*arguments)
-        progress = tqdm(total=1, desc=f"compiling {what} for batches of {len(batch)}", leave=False, unit="")
+        progress = Ranks().progress(total=1, desc=f"compiling {what} for batches of {len(batch)}", leave=False)
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), progress:
             try:
                 result = faster(*arguments)

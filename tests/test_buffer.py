@@ -126,6 +126,17 @@ def test_experts_differ_only_by_their_seed(buffer: Buffer, tmp_path: Path) -> No
     assert records[0] == records[1]
 
 
+def test_experts_of_long_training_are_compiled_unless_told_otherwise(tmp_path: Path, monkeypatch) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr("cddlib.buffer.earns_compiling", lambda network, shape, images: images >= 2 * 1257)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    wanted = {(1, None): False, (2, None): True, (2, False): False, (1, True): True}
+    for number, ((epochs, asked), answer) in enumerate(wanted.items()):
+        compiled.clear()
+        trained = train(recipe(experts=1, epochs=epochs, compiled=asked), tmp_path / str(number))
+        assert trained.config["compiled"] is answer and bool(compiled) is answer
+
+
 def test_training_again_gives_the_same_bytes(buffer: Buffer, tmp_path: Path) -> None:
     train(recipe(), tmp_path)
     assert contents(tmp_path) == contents(buffer.folder)

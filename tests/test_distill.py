@@ -112,7 +112,10 @@ FULL = {"labels": "learned", "ema": 0.9, "momentum_labels": 0.9, "lr_labels": 0.
 SUBSETS = {"subsets": 2, "ipc": 3, "segments": 2, "momentum_images": 0.9}
 
 
-@pytest.mark.parametrize("overrides", [{}, FULL, {**FULL, "validate_every": 0}, {"student_batch": 4, "balance": 0.5}])
+OTHERS = ({"student_batch": 4, "balance": 0.5}, {"precision": "bfloat16"})
+
+
+@pytest.mark.parametrize("overrides", [{}, FULL, {**FULL, "validate_every": 0}, *OTHERS])
 @pytest.mark.parametrize("iteration", [1, 4, 5])
 def test_interrupted_and_resumed_gives_the_same(
     buffer: Buffer, recipe, tmp_path: Path, monkeypatch, overrides: dict[str, object], iteration: int
@@ -158,6 +161,18 @@ def test_interrupted_before_any_file_it_gives_the_same(
             distill(recipe(**FULL), buffer, tmp_path / "parts")
     distill(recipe(**FULL), buffer, tmp_path / "parts")
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_long_runs_are_compiled_unless_told_otherwise(buffer: Buffer, recipe) -> None:
+    def decided(**overrides: object) -> bool:
+        return module._decided(recipe(**overrides), buffer).compiled
+
+    least = next(n for n in (2**k for k in range(60)) if decided(iterations=n))
+    assert least > 10_000, "the digits of the tests earn it late"
+    assert not decided(iterations=least // 2) and not decided(iterations=least, compiled=False)
+    assert decided(iterations=5, compiled=True)
+    for more in ({"segments": 4}, {"student_steps": 2 * recipe().student_steps}, {"ipc": 2}):
+        assert decided(iterations=least // 2, **more)
 
 
 def kill_at_random(arguments: list[str], metrics_file: Path, lines: int, rng: random.Random) -> int:

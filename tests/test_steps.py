@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cddlib
-from cddlib import steps
+from cddlib import ranks, steps
 from cddlib.augment import AugmentConfig
 from cddlib.matching import MatchingConfig, matching_loss, plan_student
 from cddlib.networks import ConvNet, Network, NetworkConfig, build_network
@@ -337,7 +337,7 @@ def test_want_of_memory_while_compiling_is_want_of_memory(monkeypatch: pytest.Mo
 
 
 def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(steps, "tqdm", functools.partial(steps.tqdm, disable=False))
+    monkeypatch.setattr(ranks, "tqdm", functools.partial(ranks.tqdm, disable=False))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     network, theta, inputs, targets, _ = problem((2, 8, 8))
     engine = Derived(network, "float32", True)

@@ -1,6 +1,7 @@
 """Peak memory of one segment's gradient as the student takes more steps: cddlib's walk beside the textbook's graph.
 
-And of the summed gradient of K segments, one after the other, at the first of the student steps, repeatedly.
+And of the summed gradient of K segments, one after the other, at the first of the student steps, repeatedly. What a
+step remembers for its derivatives is not kept.
 
     python tests/benchmarks/memory.py --to book/results/memory.json
 
@@ -10,6 +11,7 @@ CIFAR's shape, MTT's ConvNet, full-batch steps with all augmentation. Each measu
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ SEVERAL = "cddlib, K segments"
 def measure(options: Options, implementation: str, student_steps: int, segments: int) -> dict[str, Any]:
     """Loss and gradient once for each segment; memory and time that they took."""
     torch.set_num_threads(options.threads)
+    os.environ["CDDLIB_KEPT_MB"] = "0"
     device = resolve_device(options.device)
     rng = cddlib.generator("memory")
     network = cddlib.ConvNet(cddlib.NetworkConfig(width=options.width), (3, 32, 32), 10)

@@ -1,5 +1,6 @@
 """Run folders: seeds, metrics, locks, refusals, devices, memory, provenance."""
 
+import ast
 import dataclasses
 import errno
 import fcntl
@@ -228,6 +229,13 @@ def test_recorder_says_what_it_took_and_where() -> None:
     assert report["device"]
     assert datetime.fromisoformat(report["finished"]).utcoffset() is not None
     json.dumps(report)
+
+
+def test_the_peak_is_of_the_process_and_not_of_the_one_that_started_it() -> None:
+    large = b"x" * 1_500_000_000
+    script = "import torch; from cddlib.runs import Recorder; r = Recorder(torch.device('cpu')); print(r.report())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 50 < ast.literal_eval(done.stdout)["peak_memory_mb"] < len(large) / 1e6
 
 
 def test_recorder_notes_the_commit_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

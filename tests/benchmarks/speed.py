@@ -170,7 +170,7 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
 
 
 def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
-    """Several networks trained on the synthetic set; or one, for some epochs. Tested on 10 images an epoch, as 1000 are."""
+    """Several networks, or one for some epochs, trained on the synthetic set and tested on 10 images an epoch."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
     images = torch.randn(size, *SHAPE, generator=rng).to(device)

@@ -110,7 +110,7 @@ def import_buffer(
     for where, length in lengths:
         if length != lengths[0][1]:
             raise UserError(f"{where} has {length} epochs and {lengths[0][0]} has {lengths[0][1]}; all need the same.")
-    config = dataclasses.replace(config, experts=len(lengths), epochs=lengths[0][1] - 1)
+    config = dataclasses.replace(config, experts=len(lengths), epochs=lengths[0][1] - 1, compiled=False)
     manifest = {
         "config": {**as_dict(config), "imported": True},  # so that `train_buffer` does not add experts of its own
         "data": {

@@ -331,7 +331,10 @@ def _gathered(out: Path, description: dict[str, Any]) -> dict[str, Any]:
         if not (finished or (description.get("keep_stopped") and _ended(out / name))):
             raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")
         config = read_json(out / name / "config.json")
-        changes = {key: config[key] for key, value in description["config"].items() if config[key] != value}
+        base = {**description["config"]}
+        if base.get("compiled") is None:  # each run decided by itself, which is no change
+            base.pop("compiled", None)
+        changes = {key: config[key] for key, value in base.items() if config[key] != value}
         if not finished:
             runs[name] = {"changes": changes, "stopped": read_json(out / name / STOPPED)["reason"]}
             continue

@@ -4,6 +4,7 @@ Every kind of work is done once undisturbed. Whatever happens to it afterwards, 
 files.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -335,7 +336,8 @@ def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any]) -> None:
             if child.wait_until(child.heeds):
                 time.sleep(0.6 * work.seconds * float(torch.rand((), generator=rng)))
                 for worker in children_of(child.process.pid):  # a terminal tells all
-                    os.kill(worker, signal.SIGINT)
+                    with contextlib.suppress(ProcessLookupError):  # it may have ended by now
+                        os.kill(worker, signal.SIGINT)
                 child.signal(number)
             code, said = child.wait(), child.said
             if "finishing" not in said:  # the signal came when all was done, or not at all

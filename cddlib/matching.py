@@ -13,7 +13,8 @@ chain rule is walked back one step at a time::
         λ       ←  λ − α (∂g_i/∂θ)ᵀ λ
 
 Each turn needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.steps`). What step i remembers for them is kept where
-memory allows, and computed again where it does not. The methods of the field change little here::
+memory allows, and computed again where it does not. A batch's loss is a mean, so on a CPU a large batch is taken in
+parts, one after another: the memory is then that of a part. The methods of the field change little here::
 
     TESLA   leaves out the last line: the student's path through later parameters is dropped, which is another gradient
     ATT     ends the student at the step n* that lies nearest to the target, and walks back from there
@@ -30,8 +31,11 @@ from torch.autograd.function import once_differentiable
 
 from cddlib import augment
 from cddlib.files import UserError
-from cddlib.networks import Network
-from cddlib.steps import ComputeConfig, Memory, Steps, room, steps_of
+from cddlib.networks import ConvNet, Network
+from cddlib.steps import ComputeConfig, Memory, room, steps_of
+
+PART = 64
+"""Images that a CPU takes at a time; more are no faster. A GPU takes all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,8 +94,8 @@ def matching_loss(
     """L for the segment from `start` = θ*_t to `target` = θ*_{t+M}.
 
     Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
-    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, len(steps)
-    parameter vectors, and `cddlib.steps.room`, which changes no bit of the result.
+    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, of `PART` images on
+    a CPU, len(steps) parameter vectors, and `cddlib.steps.room`, which changes no bit of the result.
 
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.
@@ -119,15 +123,14 @@ class _MatchingLoss(torch.autograd.Function):
         config: MatchingConfig,
         room: int,
     ) -> Tensor:
-        engine = steps_of(network, config)
-        path, ctx.memories = _roll_out(engine, start, images, targets, step_size, steps, room)
+        path, ctx.memories = _roll_out(network, start, images, targets, step_size, steps, config, room)
         if config.match_step == "nearest":
             path = path[: nearest_step(path, target) + 1]
             del ctx.memories[len(path) - 1 :]
         kept = kept_parameters(path[-1], target, config.dropped_fraction)
         scale = (start - target)[kept].square().sum()
         ctx.save_for_backward(images, targets, step_size, target, scale, *path)
-        ctx.engine, ctx.steps, ctx.kept, ctx.gradient = engine, steps[: len(path) - 1], kept, config.gradient
+        ctx.network, ctx.steps, ctx.kept, ctx.config = network, steps[: len(path) - 1], kept, config
         return (path[-1] - target)[kept].square().sum() / scale
 
     @staticmethod
@@ -137,21 +140,28 @@ class _MatchingLoss(torch.autograd.Function):
         d_images, d_targets, d_step_size = (torch.zeros_like(x) for x in (images, targets, step_size))
         adjoint = torch.zeros_like(target)
         adjoint[ctx.kept] = (path[-1] - target)[ctx.kept] * (2 * grad_loss / scale)
+        engine = steps_of(ctx.network, ctx.config)
         for i, step in reversed(list(enumerate(ctx.steps))):
             indices = step.indices.to(images.device)
-            memory, ctx.memories[i] = ctx.memories[i], None
-            if memory is None:
-                inputs = augment.apply(step.draw, images[indices])
-                _, memory = ctx.engine.take(path[i], inputs, targets[indices])
-            along = ctx.engine.along(memory, adjoint)
-            del memory
-            by_images = _before(step.draw, images[indices], along.by_inputs)
-            d_images.index_add_(0, indices, by_images * -step_size)
-            d_targets.index_add_(0, indices, along.by_targets * -step_size)
-            d_step_size -= along.inner
-            if ctx.gradient == "exact":
-                adjoint -= step_size * along.by_theta
-        if ctx.gradient == "halved":
+            with torch.enable_grad():
+                chosen = images[indices].detach().requires_grad_()
+                inputs = augment.apply(step.draw, chosen)
+            by_inputs, by_theta = torch.empty_like(chosen), torch.zeros_like(adjoint)
+            for number, (part, share) in enumerate(_parts(ctx.network, inputs)):
+                memory, ctx.memories[i][number] = ctx.memories[i][number], None
+                if memory is None:
+                    _, memory = engine.take(path[i], inputs[part], targets[indices[part]])
+                along = engine.along(memory, adjoint)
+                del memory
+                by_inputs[part] = share * along.by_inputs
+                by_theta += share * along.by_theta
+                d_targets.index_add_(0, indices[part], along.by_targets * (share * -step_size))
+                d_step_size -= share * along.inner
+            (by_chosen,) = torch.autograd.grad(inputs, chosen, by_inputs)
+            d_images.index_add_(0, indices, by_chosen * -step_size)
+            if ctx.config.gradient == "exact":
+                adjoint -= step_size * by_theta
+        if ctx.config.gradient == "halved":
             d_images /= 2
         return d_images, d_targets, d_step_size, None, None, None, None, None, None
 
@@ -163,32 +173,45 @@ def roll_out(
 
     Arguments and their shapes are those of `matching_loss`.
     """
-    return _roll_out(steps_of(network, ComputeConfig()), start, images, targets, step_size, steps, 0)[0]
+    return _roll_out(network, start, images, targets, step_size, steps, MatchingConfig(), 0)[0]
 
 
 def _roll_out(
-    engine: Steps, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[Step], room: int
-) -> tuple[list[Tensor], list[Memory | None]]:
-    """The student's parameters, and the memory of each step as long as there is room."""
+    network: Network,
+    start: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+    steps: list[Step],
+    config: MatchingConfig,
+    room: int,
+) -> tuple[list[Tensor], list[list[Memory | None]]]:
+    """The student's parameters; and the memory of each step, part by part, as long as there is room."""
+    engine = steps_of(network, config)
     path: list[Tensor] = [start.detach()]
-    memories: list[Memory | None] = []
+    memories: list[list[Memory | None]] = []
     for step in steps:
         indices = step.indices.to(images.device)
         with torch.no_grad():
             inputs = augment.apply(step.draw, images[indices])
-        gradient, memory = engine.take(path[-1], inputs, targets[indices])
-        room -= memory.size
-        memories.append(memory if room >= 0 else None)
+        gradient = torch.zeros_like(path[-1])
+        memories.append([])
+        for part, share in _parts(network, inputs):
+            by_part, memory = engine.take(path[-1], inputs[part], targets[indices[part]])
+            gradient += share * by_part
+            room -= memory.size
+            memories[-1].append(memory if room >= 0 else None)
+            del memory
         path.append((path[-1] - step_size * gradient).detach())
-        del memory
     return path, memories
 
 
-def _before(draw: augment.Draw | None, images: Tensor, by_inputs: Tensor) -> Tensor:
-    """The gradient before an augmentation, from that after it."""
-    with torch.enable_grad():
-        images = images.detach().requires_grad_()
-        return torch.autograd.grad(augment.apply(draw, images), images, by_inputs)[0]
+def _parts(network: Network, inputs: Tensor) -> list[tuple[slice, float]]:
+    """Where a batch is cut, and what share of it each part is; whole if a batch norm makes its images depend on it."""
+    whole = inputs.is_cuda or not isinstance(network, ConvNet) or network.config.norm == "batch"
+    size = len(inputs) if whole else PART
+    pieces = [range(len(inputs))[first : first + size] for first in range(0, len(inputs), size)]
+    return [(slice(piece.start, piece.stop), len(piece) / len(inputs)) for piece in pieces]
 
 
 def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:

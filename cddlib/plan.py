@@ -6,8 +6,8 @@ On the command line::
 
 Operations and memory are counted on tensors without data, for one step of each kind, and scaled to the run. Time is
 measured: a few steps of each kind run on this machine, uncompiled, on random images of the right shape, so it holds as
-far as the machine will be as busy as it is now; a compiled run takes less. Memory is what a run cannot do without; what
-`cddlib.steps` keeps where there is room comes on top.
+far as the machine will be as busy as it is now; a compiled run takes less. Memory is what a run cannot do without where
+a student takes its batch whole, as on a GPU; what `cddlib.steps` keeps where there is room comes on top.
 """
 
 import dataclasses

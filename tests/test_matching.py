@@ -14,6 +14,7 @@ import cddlib
 from cddlib import augment
 from cddlib.matching import MatchingConfig, Step, kept_parameters, nearest_step, roll_out
 from cddlib.networks import Network
+from cddlib.steps import steps_of
 from cddlib.synthetic import initialise
 
 CLASSES = 3
@@ -105,6 +106,26 @@ def test_gradient_is_exact_with_every_augmentation(dsa: str) -> None:
 @pytest.mark.parametrize("batch", [None, 1, 3, 5, 7, 100])
 def test_gradient_is_exact_with_mini_batches(batch: int | None, soft: bool) -> None:
     Problem(batch=batch, soft=soft, n=6, dsa=DSA).check()
+
+
+@pytest.mark.parametrize(("norm", "largest"), [("instance", 3), ("layer", 3), ("none", 3), ("batch", 7)])
+@pytest.mark.parametrize("kept", ["0", "1000"])
+def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where images do not depend on their batch, a step takes `PART` of them at a time."""
+    monkeypatch.setattr("cddlib.matching.PART", 3)
+    monkeypatch.setattr("cddlib.matching.room", lambda device: int(kept) * 2**20)
+    problem = Problem(dsa=DSA, norm=norm)
+    engine, sizes = steps_of(problem.network, MatchingConfig()), []
+    take = engine.take
+
+    def seen(theta: Tensor, inputs: Tensor, targets: Tensor) -> Any:
+        sizes.append(len(inputs))
+        return take(theta, inputs, targets)
+
+    monkeypatch.setattr(engine, "take", seen)
+    problem.check()
+    assert max(sizes) == largest
+    assert sum(sizes) == 5 * 7 * (2 if kept == "0" else 1)
 
 
 @hypothesis.settings(max_examples=40)

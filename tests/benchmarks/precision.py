@@ -3,8 +3,8 @@
     python tests/benchmarks/precision.py BUFFER --to book/results/precision.json
 
 A walk is one segment's matching gradient, from real images, with all augmentation: `WALKS` has early and late segments,
-1 and 10 images a class, 20 to 50 student steps. Recorded are the cosine between the images' gradients, that of each
-image, and the error of the step size's gradient.
+1 and 10 images a class, 20 to 50 student steps, and at last steps that are too long. Recorded are the cosine between
+the images' gradients, that of each image, and the error of the step size's gradient.
 """
 
 import argparse
@@ -27,26 +27,30 @@ from cddlib.synthetic import SyntheticConfig, initialise
 from cddlib.trajectory import Buffer
 
 WALKS = [
-    *itertools.product((1,), (20, 50), ("early", "middle", "late"), (0, 1)),
-    *itertools.product((10,), (20, 30), ("early", "middle", "late"), (0, 1)),
+    *itertools.product((1,), (20, 50), ("early", "middle", "late"), (0, 1), (0.01,)),
+    *itertools.product((10,), (20, 30), ("early", "middle", "late"), (0, 1), (0.01,)),
+    *itertools.product((1,), (20,), ("early", "late"), (0, 1), (0.03, 0.1)),
 ]
-"""Images a class, student steps, where the segment starts, seed."""
+"""Images a class, student steps, where the segment starts, seed, step size."""
 WAYS = {
     "float32": ComputeConfig(),
     "float32, derived": ComputeConfig(compiled=True),
     "bfloat16, derived": ComputeConfig(precision="bfloat16", compiled=True),
 }
 EXPERT_EPOCHS = 2
-STEP_SIZE = 0.01
 
 
 def gradients(
-    buffer: Buffer, walk: tuple[int, int, str, int], root: Path | None, compute: ComputeConfig, dtype: torch.dtype
+    buffer: Buffer,
+    walk: tuple[int, int, str, int, float],
+    root: Path | None,
+    compute: ComputeConfig,
+    dtype: torch.dtype,
 ) -> tuple[float, Tensor, float]:
     """Loss, and the gradients of images and step size, on the CPU in float64."""
-    ipc, student_steps, where, seed = walk
+    ipc, student_steps, where, seed, step_length = walk
     device = resolve_device("auto")
-    config = SyntheticConfig(ipc=ipc, step_size=STEP_SIZE)
+    config = SyntheticConfig(ipc=ipc, step_size=step_length)
     synthetic = initialise(config, load(buffer.data["name"], root), buffer, seed, device)
     latest = buffer.epochs - EXPERT_EPOCHS
     start = {"early": 0, "middle": latest // 2, "late": latest}[where]
@@ -67,6 +71,7 @@ def compare(found: tuple[float, Tensor, float], exact: tuple[float, Tensor, floa
     each = torch.nn.functional.cosine_similarity(a, b, dim=1)
     lengths = b.norm(dim=1)
     return {
+        "loss": exact[0],
         "loss_error": found[0] / exact[0] - 1,
         "cosine": float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
         "cosines_of_images": [round(value, 5) for value in each.tolist()],
@@ -90,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         exact = gradients(buffer, walk, options.root, ComputeConfig(), torch.float64)
         for way, compute in WAYS.items():
             found = gradients(buffer, walk, options.root, compute, torch.float32)
-            named = dict(zip(("ipc", "student_steps", "where", "seed"), walk, strict=True))
+            named = dict(zip(("ipc", "student_steps", "where", "seed", "step_size"), walk, strict=True))
             rows.append({"way": way, **named, **compare(found, exact)})
         described = {"expert": {"data": buffer.data["name"], "epochs": buffer.epochs, "width": buffer.config["width"]}}
         write_record(options.to, {**described, "expert_epochs": EXPERT_EPOCHS, "walks": rows, **recorder.report()})

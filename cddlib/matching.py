@@ -13,8 +13,8 @@ chain rule is walked back one step at a time::
         λ       ←  λ − α (∂g_i/∂θ)ᵀ λ
 
 Each turn needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.steps`). What step i remembers for them is kept where
-memory allows, and computed again where it does not. A batch's loss is a mean, so on a CPU a large batch is taken in
-parts, one after another: the memory is then that of a part. The methods of the field change little here::
+memory allows, and computed again where it does not. A batch's loss is a mean, so on a CPU a ConvNet takes a large
+batch in parts, one after another: the memory is then that of a part. The methods of the field change little here::
 
     TESLA   leaves out the last line: the student's path through later parameters is dropped, which is another gradient
     ATT     ends the student at the step n* that lies nearest to the target, and walks back from there
@@ -35,7 +35,7 @@ from cddlib.networks import ConvNet, Network
 from cddlib.steps import ComputeConfig, Memory, room, steps_of
 
 PART = 64
-"""Images that a CPU takes at a time; more are no faster. A GPU takes all."""
+"""Most images that a CPU takes at a time; more are no faster. A GPU takes all."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,8 +94,9 @@ def matching_loss(
     """L for the segment from `start` = θ*_t to `target` = θ*_{t+M}.
 
     Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
-    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, of `PART` images on
-    a CPU, len(steps) parameter vectors, and `cddlib.steps.room`, which changes no bit of the result.
+    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, of at most `PART`
+    images for a ConvNet on a CPU, len(steps) parameter vectors, and `cddlib.steps.room`, which changes no bit of the
+    result.
 
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.
@@ -207,11 +208,11 @@ def _roll_out(
 
 
 def _parts(network: Network, inputs: Tensor) -> list[tuple[slice, float]]:
-    """Where a batch is cut, and what share of it each part is; whole if a batch norm makes its images depend on it."""
-    whole = inputs.is_cuda or not isinstance(network, ConvNet) or network.config.norm == "batch"
-    size = len(inputs) if whole else PART
-    pieces = [range(len(inputs))[first : first + size] for first in range(0, len(inputs), size)]
-    return [(slice(piece.start, piece.stop), len(piece) / len(inputs)) for piece in pieces]
+    """Where a batch is cut, and what share of it each part is. Only a ConvNet's, whose images it must not mix."""
+    mixed = not isinstance(network, ConvNet) or network.config.norm == "batch"
+    number = 1 if mixed or inputs.device.type != "cpu" else -(-len(inputs) // PART)
+    pieces = torch.arange(len(inputs)).chunk(number)
+    return [(slice(int(p[0]), int(p[-1]) + 1), len(p) / len(inputs)) for p in pieces]
 
 
 def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:

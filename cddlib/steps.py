@@ -44,7 +44,7 @@ class ComputeConfig:
     """How the usual ConvNet (instance norm, ReLU, average pooling) is computed in training; others ignore it."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of what convolutions multiply; sums, norms and parameters are float32. A GPU's float32 convolutions use TF32."""
+    """Of what convolutions take and give; all else is float32. A GPU's float32 convolutions use TF32."""
     compiled: bool | None = None
     """Compile the steps, which takes up to a minute, once on a machine; by default, if the run is long enough."""
 
@@ -114,7 +114,8 @@ def room(device: torch.device) -> int:
     if "CDDLIB_KEPT_MB" in os.environ:
         return _kept_mb(os.environ["CDDLIB_KEPT_MB"]) * 2**20
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 8
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 8
     free = max(0, min(psutil.virtual_memory().available, _of_container()))
     return int(free) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -216,7 +217,7 @@ class Derived:
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """See `Steps`."""
         with torch.no_grad():
-            gradient, blocks, head = self._take(theta.detach(), _channels_last(inputs), targets.detach())
+            _, gradient, blocks, head = self._take(theta.detach(), _channels_last(inputs), targets.detach())
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
         return gradient, Memory((theta.detach(), blocks, head), size)
 
@@ -228,11 +229,12 @@ class Derived:
         return Along(inner, by_theta, by_inputs, by_targets)
 
     def _step(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        gradient, _, (_, p, _, y) = self._remembered(theta, x, targets)
-        return -(y * p.log()).sum(1).mean(), gradient
+        return self._remembered(theta, x, targets)[:2]
 
-    def _remembered(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
-        """g; of each block x, n, r, and the gradients at its convolution and its output; and what the loss needs."""
+    def _remembered(
+        self, theta: Tensor, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor, list[list[Tensor]], list[Tensor]]:
+        """ℓ, g; of each block x, n, r, and the gradients at its convolution and its output; and what the loss needs."""
         w = views(self._network, theta)
         blocks = []
         for block, padding in enumerate(self._paddings):
@@ -244,7 +246,8 @@ class Derived:
             blocks.append([x, n, r])
             x = F.avg_pool2d(F.relu(self._scaled(n, w, block)), 2)
         features = x.flatten(1)
-        p = F.linear(features, w["classifier.weight"], w["classifier.bias"]).softmax(1)
+        log_p = F.linear(features, w["classifier.weight"], w["classifier.bias"]).log_softmax(1)
+        p, loss = log_p.exp(), -(y * log_p).sum(1).mean()
         u_logits = (p * y.sum(1, keepdim=True) - y) / len(y)
         gradient = {"classifier.weight": u_logits.T @ features, "classifier.bias": u_logits.sum(0)}
         u_x = _channels_last((u_logits @ w["classifier.weight"]).view_as(x))
@@ -261,7 +264,7 @@ class Derived:
             gradient[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
             if block:
                 u_x = conv2d_input(x.shape, self._lowered(weight), u_a, padding=padding).to(theta)
-        return self._vector(gradient), blocks, [features, p, u_logits, y]
+        return loss, self._vector(gradient), blocks, [features, p, u_logits, y]
 
     def _derivatives(
         self, theta: Tensor, blocks: list[list[Tensor]], head: list[Tensor], direction: Tensor
@@ -331,7 +334,10 @@ class Derived:
 
 def _channels_last(x: Tensor) -> Tensor:
     """The order in memory in which compiled code is fastest, and one order: for another it would be compiled anew."""
-    return x.detach().contiguous(memory_format=torch.channels_last)
+    x = x.detach()
+    if x.stride(1) == 1:  # of one channel, others count as this order too
+        return x.contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -369,7 +375,7 @@ def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
             except Exception as error:
                 if is_want_of_memory(error):
                     raise
-                _notice(f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})")
+                not_compiled(f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})")
                 known[batch.shape] = function
                 return function(*arguments)
             progress.update()
@@ -383,10 +389,11 @@ def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 def _can_compile() -> bool:
     found = any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++"))
     if not found:
-        _notice("there is no C++ compiler")
+        not_compiled("there is no C++ compiler")
     return found
 
 
 @functools.cache
-def _notice(reason: str) -> None:
+def not_compiled(reason: str) -> None:
+    """Say once why."""
     print(f"{reason}: steps run uncompiled, which takes longer.", file=sys.stderr)

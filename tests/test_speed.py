@@ -85,6 +85,22 @@ def test_a_process_of_its_own_measures_the_same(speed: Any, name: str) -> None:
     assert speed.in_a_process(point, 1e-9) == {"left_out": "more than 0 seconds"}
 
 
+def test_what_is_not_compiled_is_not_called_compiled(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    point = speed.Point(work="match", implementation="cddlib, compiled", operations=1e6, **LITTLE)
+    assert speed.in_a_process(point, 100.0) == {"left_out": "cannot be compiled here"}
+
+
+def test_uneven_batches_are_counted(speed: Any) -> None:
+    """Steps of 6 and 4 images by turns: half of those with all ten of them."""
+    whole, halves = (
+        speed.operations(speed.Point(work="match", implementation="textbook", student_batch=batch, **few))
+        for batch, few in ((None, {**LITTLE, "student_steps": 4}), (6, {**LITTLE, "student_steps": 8}))
+    )
+    assert halves == pytest.approx(whole, rel=0.1)
+
+
 def test_the_command_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     commanded: list[list[str]] = []
 

@@ -128,6 +128,34 @@ def test_only_the_usual_convnet_is_derived() -> None:
     assert isinstance(steps_of(odd, fast), Autograd)
 
 
+@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+@pytest.mark.parametrize("gap", [0.0, 200.0, 1e4])
+def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
+    """Where probabilities are less than the least number."""
+    network, theta, inputs, targets, _ = (x.float() if isinstance(x, Tensor) else x for x in problem((2, 8, 8)))
+    theta[-5:] = torch.tensor([0.0, gap, -gap, 0.0, 0.0])
+    for wanted in (targets, torch.tensor([1, 1, 0, 2])):
+        loss, gradient = engine(network).gradient(theta, inputs, wanted)
+        torch.testing.assert_close(loss, F.cross_entropy(network(theta, inputs), wanted))
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_compiled_code_sees_one_order_in_memory(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Augmentations give several, and for each it would be compiled."""
+    seen = set()
+
+    def compiled(function: Any, **options: Any) -> Any:
+        return lambda theta, inputs, *others: (seen.add(inputs.stride()), function(theta, inputs, *others))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    network, theta, inputs, targets, _ = problem((channels, 8, 8))
+    engine, wanted = Derived(network, "float32", True), Autograd(network).gradient(theta, inputs, targets)
+    for other in (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT):
+        torch.testing.assert_close(engine.gradient(theta, other, targets), wanted)
+    assert seen == {(64 * channels, 1, 8 * channels, channels)}
+
+
 def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
     network, theta, inputs, targets, direction = (
         x.float() if isinstance(x, Tensor) else x for x in problem((3, 16, 16), batch=8)

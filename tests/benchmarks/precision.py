@@ -90,15 +90,18 @@ def main(arguments: list[str] | None = None) -> None:
     keep_freed_memory()
     buffer = Buffer(options.buffer)
     recorder = Recorder(resolve_device("auto"))
-    rows: list[dict[str, Any]] = read_record(options.to)["walks"] if options.to.exists() else []
+    expert = {"data": buffer.data["name"], "epochs": buffer.epochs, "width": buffer.config["width"]}
+    earlier = read_record(options.to) if options.to.exists() else {"expert": expert, "walks": []}
+    if earlier["expert"] != expert:
+        parser.error(f"{options.to} is of another expert, {earlier['expert']}; this one is {expert}.")
+    rows: list[dict[str, Any]] = earlier["walks"]
     for walk in tqdm(WALKS[len(rows) // len(WAYS) :], unit="walk"):
         exact = gradients(buffer, walk, options.root, ComputeConfig(), torch.float64)
         for way, compute in WAYS.items():
             found = gradients(buffer, walk, options.root, compute, torch.float32)
             named = dict(zip(("ipc", "student_steps", "where", "seed", "step_size"), walk, strict=True))
             rows.append({"way": way, **named, **compare(found, exact)})
-        described = {"expert": {"data": buffer.data["name"], "epochs": buffer.epochs, "width": buffer.config["width"]}}
-        write_record(options.to, {**described, "expert_epochs": EXPERT_EPOCHS, "walks": rows, **recorder.report()})
+        write_record(options.to, {"expert": expert, "expert_epochs": EXPERT_EPOCHS, "walks": rows, **recorder.report()})
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ CIFAR's shape, MTT's ConvNet of width 128, all augmentation, images and labels o
 On a CPU every measurement has a process of its own, whose peak memory it is. There the textbook's way is timed with
 the system's allocator as it comes, and told to keep what it has (`KEEPING`); cddlib's as in `WAYS`.
 Rates are in floating-point operations a second, a multiplication and an addition counted as two, beside the rate of
-the float32 convolution that does most of the work, measured in the same process. Counted is what the textbook's way
-does in convolutions and products of matrices, not what another way does twice.
+the convolution that does most of the work, measured in the same process in the same precision. Counted is what the
+textbook's way does in convolutions and products of matrices, not what another way does twice.
 The record is written after every measurement; the same command goes on with it.
 """
 
@@ -41,7 +41,7 @@ from cddlib.files import is_want_of_memory, read_record, write_record
 from cddlib.matching import MatchingConfig
 from cddlib.preprocessing import Normalisation
 from cddlib.runs import Recorder, keep_freed_memory, resolve_device
-from cddlib.steps import ComputeConfig, room
+from cddlib.steps import ComputeConfig, not_compiled, room
 from cddlib.synthetic import SyntheticSet
 from cddlib.training import fetch_real, train_epoch
 
@@ -152,8 +152,7 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
     """An expert's epoch; or some of its steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size = BATCH * steps if steps else point.images
-    pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8).to(device)
-    labels = torch.randint(CLASSES, (size,), generator=rng).to(device)
+    pixels, labels = real_images(size, device)
     normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
     compute = WAYS[point.implementation][0]
     if compute:
@@ -169,14 +168,21 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
         textbook.train_epoch(module, torch.optim.SGD(module.parameters(), lr=0.01), inputs, labels, BATCH, STRATEGY)
 
 
+@functools.cache
+def real_images(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pixels and labels; drawing them is no part of an epoch."""
+    rng = cddlib.generator("real images")
+    pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8)
+    return pixels.to(device), torch.randint(CLASSES, (size,), generator=rng).to(device)
+
+
 def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
     """Several networks, or one for some epochs, trained on the synthetic set and tested on 10 images an epoch."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
     images = torch.randn(size, *SHAPE, generator=rng).to(device)
     labels = (torch.arange(size) % CLASSES).to(device)
-    pixels = torch.randint(256, (10 * epochs, *SHAPE), generator=rng, dtype=torch.uint8).to(device)
-    answers = torch.randint(CLASSES, (10 * epochs,), generator=rng).to(device)
+    pixels, answers = real_images(10 * epochs, device)
     normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
     compute = WAYS[point.implementation][0]
     if compute:
@@ -205,14 +211,14 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
 
 @functools.cache
 def operations(point: Point) -> float:
-    """Of the whole work, from those of one and of two of its parts: student steps, training steps, or epochs."""
+    """Of the whole work, from those of one, two and three of its parts: student steps, training steps, or epochs."""
     run, parts, times = WORKS[point.work](point)
     found = []
-    for number in (1, 2):
+    for number in (1, 2, 3):
         with FlopCounterMode(display=False) as counter:
-            run(point, torch.device("cpu"), number)
+            run(point, torch.device(point.device), number)
         found.append(counter.get_total_flops())
-    return float(times * (found[0] + (parts - 1) * (found[1] - found[0])))
+    return float(times * (found[0] + (parts - 1) * (found[2] - found[0]) / 2))
 
 
 WORKS: dict[str, Callable[[Point], tuple[Callable[..., None], int, int]]] = {
@@ -226,11 +232,16 @@ WORKS: dict[str, Callable[[Point], tuple[Callable[..., None], int, int]]] = {
 def convolution_rate(point: Point, device: torch.device) -> float:
     """The best rate of the second block's convolution, forward, with as many images as a step has."""
     images = min(point.ipc * CLASSES, point.student_batch or BATCH) if point.work != "expert" else BATCH
-    x = torch.randn(images, point.width, 16, 16, device=device)
-    w = torch.randn(point.width, point.width, 3, 3, device=device)
-    with torch.no_grad():
-        seconds = timed(lambda: F.conv2d(x, w, padding=1), device, point.least_seconds / 10, 1000)
-    return 2 * images * point.width**2 * 9 * 16**2 / min(seconds)
+    compute, times = WAYS[point.implementation][0], 50 if device.type == "cuda" else 1
+    dtype = torch.bfloat16 if compute and compute.precision == "bfloat16" else torch.float32
+    seconds = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(images, point.width, 16, 16, device=device, dtype=dtype).contiguous(memory_format=order)
+        w = torch.randn(point.width, point.width, 3, 3, device=device, dtype=dtype).contiguous(memory_format=order)
+        with torch.no_grad():
+            several = functools.partial(lambda x, w: [F.conv2d(x, w, padding=1) for _ in range(times)], x, w)
+            seconds += timed(several, device, point.least_seconds / 20, 500)
+    return 2 * images * point.width**2 * 9 * 16**2 * times / min(seconds)
 
 
 def timed(run: Callable[[], object], device: torch.device, least: float, most: int) -> list[float]:
@@ -255,19 +266,24 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     torch.set_num_threads(point.threads)
     if WAYS[point.implementation][0]:
         keep_freed_memory()
-    device = resolve_device(point.device)
-    if device.type == "cuda":  # one process measures all: its peak can be forgotten, and starting takes long
-        torch.cuda.reset_peak_memory_stats(device)
+    device, recorder = resolve_device(point.device), Recorder(resolve_device(point.device))
+    if device.type == "cuda":  # one process measures all, for starting takes long: it must forget what was before
+        torch.cuda.empty_cache()
         os.environ.pop("CDDLIB_KEPT_MB", None)
         os.environ.update(WAYS[point.implementation][1])
         room.cache_clear()
+    before = recorder.report()["peak_memory_mb"]
     rate, count = convolution_rate(point, device), point.operations
     if count / rate > most_seconds:  # nothing is faster than that rate
         return {"left_out": f"more than {most_seconds:.0f} seconds"}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = recorder.report()["peak_memory_mb"]
     run, _, _ = WORKS[point.work](point)
-    before = Recorder(device).report()["peak_memory_mb"]
     try:
-        run(point, device, 1)  # which compiles, and fills what is kept
+        run(point, device, 2)  # which compiles for every size of a batch, and fills what is kept
+        if not_compiled.cache_info().currsize:
+            return {"left_out": "cannot be compiled here"}
         seconds = timed(lambda: run(point, device), device, point.least_seconds, MOST_REPEATS)
     except (MemoryError, RuntimeError) as error:
         if not is_want_of_memory(error):
@@ -277,7 +293,7 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
         "seconds": median(seconds),
         "repeats": len(seconds),
         "slowest": max(seconds),
-        "peak_memory_mb": Recorder(device).report()["peak_memory_mb"],
+        "peak_memory_mb": recorder.report()["peak_memory_mb"],
         "start_memory_mb": before,
         "rate": count / median(seconds),
         "convolution_rate": rate,
@@ -362,14 +378,17 @@ def main(arguments: list[str] | None = None) -> None:
     earlier = read_record(options.to)["measurements"] if options.to.exists() else []
     rows: list[dict[str, Any]] = []
     for bare in points(options):
-        point = dataclasses.replace(bare, operations=operations(dataclasses.replace(bare, implementation="textbook")))
-        wanted = {**dataclasses.asdict(point), "name": described(point)}
+        wanted = {key: value for key, value in dataclasses.asdict(bare).items() if key != "operations"}
         known = next((row for row in earlier if wanted.items() <= row.items()), None)
         if known:
             rows.append(known)
             continue
+        one = dataclasses.replace(bare, implementation="textbook", segments=1, curve="", least_seconds=0.0)
+        point = dataclasses.replace(bare, operations=bare.segments * operations(one))
         found = measured(point, options.seconds)
-        rows.append({**wanted, **found, "commit": recorder.report()["commit"]})
+        rows.append(
+            {**dataclasses.asdict(point), "name": described(point), **found, "commit": recorder.report()["commit"]}
+        )
         if "left_out" in found:
             said = f"   {found['left_out']}"
         else:

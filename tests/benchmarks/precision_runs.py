@@ -35,7 +35,10 @@ EXPERTS: dict[str, dict[str, Any]] = {
 }
 SETS: dict[str, dict[int, dict[str, Any]]] = {
     "digits": {1: DIGITS, 10: DIGITS},
-    "cifar10": {1: CIFAR | {"iterations": 50}, 10: CIFAR | {"iterations": 10, "student_batch": 50}},
+    "cifar10": {
+        1: CIFAR | {"iterations": 50},
+        10: CIFAR | {"iterations": 10, "student_batch": 50, "window_end_initial": 2},
+    },
 }
 """By images a class."""
 SEEDS = 3

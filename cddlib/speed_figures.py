@@ -42,7 +42,7 @@ def bars(record: Mapping[str, Any], column: str, xlabel: str) -> Figure:
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.margins(y=0.01)
-    axis.set(xscale="log", xlabel=xlabel)
+    axis.set(xscale="log", xlabel=xlabel, xlim=(10 ** np.floor(np.log10(table[column].min())), None))
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
     return figure
 
@@ -57,12 +57,12 @@ def ratio_table(record: Mapping[str, Any], column: str) -> str:
     table = measurements(record, curves=False)
     ways = [way for way in table["implementation"].unique() if not way.startswith(TEXTBOOK)]
     lines = [f"| work | {TEXTBOOK} | " + " | ".join(ways) + " |", "|---" * (2 + len(ways)) + "|"]
-    unit = "s" if column == "seconds" else "MB"
+    shown = "{:.3g} s" if column == "seconds" else "{:,.0f} MB"
     for name, rows in table.groupby("name", sort=False):
         theirs = rows[rows["implementation"].str.startswith(TEXTBOOK)]
         left_out = theirs["seconds"].isna().all()
         best = None if left_out else theirs.loc[theirs["seconds"].idxmin(), column]
-        cells = [theirs["left_out"].iloc[0] if best is None else f"{best:.3g} {unit}"]
+        cells = [theirs["left_out"].iloc[0] if best is None else shown.format(best)]
         for way in ways:
             own = rows[rows["implementation"] == way]
             if own.empty:
@@ -72,7 +72,7 @@ def ratio_table(record: Mapping[str, Any], column: str) -> str:
             else:
                 value = own[column].iloc[0]
                 ratio = None if best is None else best / value if column == "seconds" else value / best
-                cells.append(f"{value:.3g} {unit}" + ("" if ratio is None else f", {ratio:.2f}"))
+                cells.append(shown.format(value) + ("" if ratio is None else f", {ratio:.2f}"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -208,7 +208,7 @@ def _roll_out(
 
 
 def _parts(network: Network, inputs: Tensor) -> list[tuple[slice, float]]:
-    """Where a batch is cut, and what share of it each part is. Only a ConvNet's, whose images it must not mix."""
+    """Where a batch is cut, and each part's share of it: a ConvNet's, unless its batch norm mixes the images."""
     mixed = not isinstance(network, ConvNet) or network.config.norm == "batch"
     number = 1 if mixed or inputs.device.type != "cpu" else -(-len(inputs) // PART)
     pieces = torch.arange(len(inputs)).chunk(number)

@@ -266,7 +266,8 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     torch.set_num_threads(point.threads)
     if WAYS[point.implementation][0]:
         keep_freed_memory()
-    device, recorder = resolve_device(point.device), Recorder(resolve_device(point.device))
+    device = resolve_device(point.device)
+    recorder = Recorder(device)
     if device.type == "cuda":  # one process measures all, for starting takes long: it must forget what was before
         torch.cuda.empty_cache()
         os.environ.pop("CDDLIB_KEPT_MB", None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cddlib.augment import AugmentConfig
 from cddlib.combine import CombineConfig, fixed_weights, gramian, weighted_sum, weights
-from cddlib.matching import MatchingConfig, Step, matching_loss, plan_student
+from cddlib.matching import MatchingConfig, Step, matching_losses, plan_student, turns
 from cddlib.ranks import Ranks
 from cddlib.runs import generator
 from cddlib.segments import Segments, SegmentsConfig, active_subset, draw_segments
@@ -34,7 +34,8 @@ def concurrent_gradient(
 
     The segments share an expert, drawn uniformly; each has its own batches and augmentation. That is our choice: the
     paper's is not known. Nothing random depends on earlier iterations, or on how many ranks there are. Each rank
-    differentiates its share of the segments, and keeps one gradient, or all where the weights depend on them.
+    differentiates its share of the segments, side by side or one after the other (`cddlib.matching.turns`), and keeps
+    one gradient, or all where the weights depend on them.
 
     Returns:
         A gradient for each variable, in its shape; and the iteration's loss, losses, gradient norms, start epochs,
@@ -53,10 +54,13 @@ def concurrent_gradient(
     shares = fixed_weights(config, len(matched), segments.anchor)
     kept = synthetic.images.new_zeros(1 if shares else len(matched), sum(variable.numel() for variable in variables))
     losses, norms = kept.new_zeros(len(matched)), kept.new_zeros(len(matched))
-    for k in ranks.share(range(len(matched))):
-        loss, gradient = _segment_gradient(config, buffer, synthetic, rows, matched[k], students[k])
-        losses[k], norms[k] = loss, gradient.norm()
-        kept[0 if shares else k] += shares[k] * gradient if shares else gradient
+    mine = ranks.share(range(len(matched)))
+    for turn in turns(buffer.network, config, synthetic.images, len(students[0][0].indices), len(mine)):
+        here = [matched[k] for k in mine[turn]]
+        differentiated = _segment_gradients(config, buffer, synthetic, rows, here, [students[k] for k in mine[turn]])
+        for k, loss, gradient in zip(mine[turn], *differentiated, strict=True):
+            losses[k], norms[k] = loss, gradient.norm()
+            kept[0 if shares else k] += shares[k] * gradient if shares else gradient
     ranks.sum(kept, losses, norms)
 
     gradients = [_by_variable(row, variables) for row in kept]
@@ -78,31 +82,35 @@ def concurrent_gradient(
     }
 
 
-def _segment_gradient(
+def _segment_gradients(
     config: ConcurrentConfig,
     buffer: Buffer,
     synthetic: SyntheticSet,
     rows: Tensor,
-    matched: tuple[int, int | float],
-    steps: list[Step],
+    matched: list[tuple[int, int | float]],
+    students: list[list[Step]],
 ) -> tuple[Tensor, Tensor]:
-    """The loss of one segment, an expert and its start epoch, and its gradient, all variables in one vector."""
-    expert, start = matched
-    device = synthetic.images.device
-    variables = synthetic.variables()
+    """The losses of segments, each an expert and its start epoch, and their gradients, a row each for all variables.
+
+    Every student has a copy of the set, so that gradients do not add up.
+    """
+    device, later = synthetic.images.device, config.expert_epochs
+    copies, targets = synthetic.copies(len(matched))
     taught = config.labels == "teacher"
-    loss = matching_loss(
+    if taught:
+        targets = torch.stack([teacher_logits(config, buffer, synthetic, *segment).softmax(1) for segment in matched])
+    losses = matching_losses(
         buffer.network,
-        buffer.parameters(expert, start).to(device),
-        buffer.parameters(expert, start + config.expert_epochs).to(device),
-        synthetic.images,
-        teacher_logits(config, buffer, synthetic, expert, start).softmax(1) if taught else synthetic.targets(),
-        synthetic.step_size,
-        [step._replace(indices=rows[step.indices]) for step in steps],
+        torch.stack([buffer.parameters(expert, start) for expert, start in matched]).to(device),
+        torch.stack([buffer.parameters(expert, start + later) for expert, start in matched]).to(device),
+        copies["images"],
+        targets,
+        copies["step_size"],
+        [[step._replace(indices=rows[step.indices]) for step in steps] for steps in students],
         config,
     )
-    gradients = torch.autograd.grad(loss, variables, allow_unused=taught, materialize_grads=taught)
-    return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+    gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=taught, materialize_grads=taught)
+    return losses.detach(), torch.cat([gradient.reshape(len(matched), -1) for gradient in gradients], 1)
 
 
 def matched_segments(record: dict[str, Any]) -> list[tuple[int, int | float]]:

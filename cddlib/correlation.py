@@ -13,8 +13,7 @@ A claim about signs needs a test: `permutation_test` for two curves, `t_test` fo
 """
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from cddlib.combine import gramian
 from cddlib.files import UserError
-from cddlib.matching import matching_loss, plan_student
+from cddlib.matching import MatchingConfig, matching_losses, plan_student, turns
 from cddlib.runs import generator
 from cddlib.synthetic import SyntheticSet
 from cddlib.trajectory import Buffer
@@ -88,19 +87,27 @@ class Probes:
             for start in starts
         ]
 
-    def loss(self, synthetic: SyntheticSet, probe: int, *, draw: int = 0) -> Float[Tensor, ""]:
-        """Matching loss of the probe of that index; another `draw` is another student on the same segment."""
-        stream = generator(self.seed, "probe", self.starts[probe], draw)
-        steps = plan_student(self.config, len(synthetic.labels), self.config.augment, stream)
-        start, target = self.ends[probe]
-        return matching_loss(
-            self.network, start, target, synthetic.images, synthetic.targets(), synthetic.step_size, steps
-        )
+    def matched(self, synthetic: SyntheticSet, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
+        """Matching losses of the probes, turn by turn, and the variables they depend on, a row for each loss.
+
+        Another `draw` is another student on every segment.
+        """
+        students = []
+        for start in self.starts:
+            stream = generator(self.seed, "probe", start, draw)
+            students.append(plan_student(self.config, len(synthetic.labels), self.config.augment, stream))
+        plain = MatchingConfig(side_by_side=self.config.side_by_side)
+        for turn in turns(self.network, plain, synthetic.images, len(students[0][0].indices), len(students)):
+            starts, targets = (torch.stack(ends) for ends in zip(*self.ends[turn], strict=True))
+            copies, labels = synthetic.copies(len(starts))
+            held_by_each = (copies["images"], labels, copies["step_size"])
+            losses = matching_losses(self.network, starts, targets, *held_by_each, students[turn], plain)
+            yield losses, list(copies.values())
 
     def losses(self, synthetic: SyntheticSet) -> list[float]:
         """Matching loss of every probe."""
         with torch.no_grad():
-            return [self.loss(synthetic, probe).item() for probe in range(len(self.starts))]
+            return [loss for losses, _ in self.matched(synthetic) for loss in losses.tolist()]
 
     def geometry(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
         """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
@@ -114,16 +121,12 @@ class Probes:
             variable the 2P x 2P inner products, without learning rates, of the gradients of two students a probe, first
             all the first ones.
         """
-        here = synthetic.copy()
-        variables = here.variables()
-        for variable in variables:
-            variable.requires_grad_()
         count = len(self.starts)
-        gradients, losses = [], []
-        for draw, probe in itertools.product((0, 1), range(count)):
-            loss = self.loss(here, probe, draw=draw)
-            gradients.append(torch.autograd.grad(loss, variables))
-            losses.append(loss.item())
+        gradients: list[tuple[Tensor, ...]] = []
+        losses: list[float] = []
+        for found, variables in (turn for draw in (0, 1) for turn in self.matched(synthetic, draw=draw)):
+            gradients += zip(*torch.autograd.grad(found.sum(), variables), strict=True)
+            losses += found.tolist()
         after = []
         for gradient in gradients[:count]:
             stepped = synthetic.copy()

@@ -22,20 +22,24 @@ batch in parts, one after another: the memory is then that of a part. The method
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cddlib import augment
 from cddlib.files import UserError
 from cddlib.networks import ConvNet, Network
-from cddlib.steps import ComputeConfig, Memory, room, steps_of
+from cddlib.steps import ComputeConfig, Memory, operations, room, steps_of
 
 PART = 64
 """Most images that a CPU takes at a time; more are no faster. A GPU takes all."""
+SMALL, SMALL_ON_GPU = 1e8, 1e10
+"""Operations, forward, up to which a student's step does not keep the processor busy. A GPU's follows from the time
+that it takes to start kernels; it has not been measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,12 +56,19 @@ class MatchingConfig(ComputeConfig):
     """Match the student's last parameters, or those that are nearest to the target in the L1 norm (ATT)."""
     dropped_fraction: float = 0.0
     """Fraction of the parameters, those already nearest to the target, that the loss leaves out (PAD)."""
+    side_by_side: int | None = None
+    """Most segments whose students take their steps side by side; by default all where steps are small, else 1."""
 
     def __post_init__(self) -> None:
-        for name in ("student_steps", "student_batch"):
+        for name in ("student_steps", "student_batch", "side_by_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
+        if self.match_step == "nearest" and (self.side_by_side or 1) > 1:
+            raise UserError(
+                f"side_by_side is {self.side_by_side}; with match_step 'nearest', where students end at different "
+                f"steps, it must be 1."
+            )
         if not 0 <= self.dropped_fraction < 1:
             raise UserError(f"dropped_fraction is {self.dropped_fraction}; it must be 0 or more and below 1.")
 
@@ -101,15 +112,48 @@ def matching_loss(
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.
     """
-    if (start - target).square().sum() == 0:
+    losses = matching_losses(
+        network, start[None], target[None], images[None], targets[None], step_size[None], [steps], config
+    )
+    return losses[0]
+
+
+def matching_losses(
+    network: Network,
+    start: Float[Tensor, "s p"],
+    target: Float[Tensor, "s p"],
+    images: Float[Tensor, "s n c h w"],
+    targets: Float[Tensor, "s n classes"],
+    step_size: Float[Tensor, " s"],
+    students: list[list[Step]],
+    config: MatchingConfig | None = None,
+) -> Float[Tensor, " s"]:
+    """L of s segments, whose students take their steps side by side, each on images, targets and steps of its own.
+
+    The students have batches of equal sizes. See `matching_loss`; memory is s times its own. In exchange, the small
+    steps of ConvNets take less time: see `turns`.
+    """
+    if bool(((start - target).square().sum(1) == 0).any()):
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
     config = config or MatchingConfig()
     kept = room(images.device) if torch.is_grad_enabled() else 0
-    return _MatchingLoss.apply(images, targets, step_size, network, start, target, steps, config, kept)
+    return _MatchingLosses.apply(images, targets, step_size, network, start, target, students, config, kept)
 
 
-class _MatchingLoss(torch.autograd.Function):
-    """Forward: roll the student out, keeping its parameters, and memories. Backward: walk back over them."""
+def turns(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
+    """Which of the students take their steps side by side, `batch` images each, one turn after the other.
+
+    By default ConvNets whose steps are `SMALL` go all at once, others one at a time.
+    """
+    number = config.side_by_side or 1
+    if config.side_by_side is None and isinstance(network, ConvNet) and config.match_step == "last":
+        most = SMALL if images.device.type == "cpu" else SMALL_ON_GPU
+        number = max(1, students) if batch * operations(network, tuple(images.shape[1:])) <= most else 1
+    return [slice(first, min(first + number, students)) for first in range(0, students, number)]
+
+
+class _MatchingLosses(torch.autograd.Function):
+    """Forward: roll the students out, keeping their parameters, and memories. Backward: walk back over them."""
 
     @staticmethod
     def forward(
@@ -120,48 +164,52 @@ class _MatchingLoss(torch.autograd.Function):
         network: Network,
         start: Tensor,
         target: Tensor,
-        steps: list[Step],
+        students: list[list[Step]],
         config: MatchingConfig,
         room: int,
     ) -> Tensor:
-        path, ctx.memories = _roll_out(network, start, images, targets, step_size, steps, config, room)
+        path, ctx.memories = _roll_out(network, start, images, targets, step_size, students, config, room)
         if config.match_step == "nearest":
-            path = path[: nearest_step(path, target) + 1]
+            path = path[: nearest_step([theta[0] for theta in path], target[0]) + 1]
             del ctx.memories[len(path) - 1 :]
-        kept = kept_parameters(path[-1], target, config.dropped_fraction)
-        scale = (start - target)[kept].square().sum()
-        ctx.save_for_backward(images, targets, step_size, target, scale, *path)
-        ctx.network, ctx.steps, ctx.kept, ctx.config = network, steps[: len(path) - 1], kept, config
-        return (path[-1] - target)[kept].square().sum() / scale
+        kept = torch.stack(
+            [kept_parameters(*ends, config.dropped_fraction) for ends in zip(path[-1], target, strict=True)]
+        )
+        scale = ((start - target) * kept).square().sum(1)
+        ctx.save_for_backward(images, targets, step_size, target, scale, kept, *path)
+        ctx.network, ctx.students, ctx.config = network, students, config
+        return ((path[-1] - target) * kept).square().sum(1) / scale
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        images, targets, step_size, target, scale, *path = ctx.saved_tensors
+        images, targets, step_size, target, scale, kept, *path = ctx.saved_tensors
         d_images, d_targets, d_step_size = (torch.zeros_like(x) for x in (images, targets, step_size))
-        adjoint = torch.zeros_like(target)
-        adjoint[ctx.kept] = (path[-1] - target)[ctx.kept] * (2 * grad_loss / scale)
+        adjoint = (path[-1] - target) * kept * (2 * grad_loss / scale)[:, None]
         engine = steps_of(ctx.network, ctx.config)
-        for i, step in reversed(list(enumerate(ctx.steps))):
-            indices = step.indices.to(images.device)
+        for i in reversed(range(len(path) - 1)):
+            batches = [student[i] for student in ctx.students]
+            rows = _rows(batches, images)
             with torch.enable_grad():
-                chosen = images[indices].detach().requires_grad_()
-                inputs = augment.apply(step.draw, chosen)
-            by_inputs, by_theta = torch.empty_like(chosen), torch.zeros_like(adjoint)
+                chosen = images[rows].detach().requires_grad_()
+                inputs = _augmented(batches, chosen)
+            wanted = targets[rows]
+            by_inputs, by_theta, by_targets = (torch.zeros_like(x) for x in (inputs, adjoint, wanted))
             for number, (part, share) in enumerate(_parts(ctx.network, inputs)):
                 memory, ctx.memories[i][number] = ctx.memories[i][number], None
                 if memory is None:
-                    _, memory = engine.take(path[i], inputs[part], targets[indices[part]])
+                    _, memory = engine.take(path[i], inputs[:, part], wanted[:, part])
                 along = engine.along(memory, adjoint)
                 del memory
-                by_inputs[part] = share * along.by_inputs
+                by_inputs[:, part] = share * along.by_inputs
+                by_targets[:, part] = share * along.by_targets
                 by_theta += share * along.by_theta
-                d_targets.index_add_(0, indices[part], along.by_targets * (share * -step_size))
                 d_step_size -= share * along.inner
             (by_chosen,) = torch.autograd.grad(inputs, chosen, by_inputs)
-            d_images.index_add_(0, indices, by_chosen * -step_size)
+            d_images.index_put_(rows, _each(-step_size, by_chosen) * by_chosen, accumulate=True)
+            d_targets.index_put_(rows, _each(-step_size, by_targets) * by_targets, accumulate=True)
             if ctx.config.gradient == "exact":
-                adjoint -= step_size * by_theta
+                adjoint -= step_size[:, None] * by_theta
         if ctx.config.gradient == "halved":
             d_images /= 2
         return d_images, d_targets, d_step_size, None, None, None, None, None, None
@@ -174,7 +222,10 @@ def roll_out(
 
     Arguments and their shapes are those of `matching_loss`.
     """
-    return _roll_out(network, start, images, targets, step_size, steps, MatchingConfig(), 0)[0]
+    path, _ = _roll_out(
+        network, start[None], images[None], targets[None], step_size[None], [steps], MatchingConfig(), 0
+    )
+    return [thetas[0] for thetas in path]
 
 
 def _roll_out(
@@ -183,36 +234,54 @@ def _roll_out(
     images: Tensor,
     targets: Tensor,
     step_size: Tensor,
-    steps: list[Step],
+    students: list[list[Step]],
     config: MatchingConfig,
     room: int,
 ) -> tuple[list[Tensor], list[list[Memory | None]]]:
-    """The student's parameters; and the memory of each step, part by part, as long as there is room."""
+    """The students' parameters; and the memory of each step, part by part, as long as there is room."""
     engine = steps_of(network, config)
     path: list[Tensor] = [start.detach()]
     memories: list[list[Memory | None]] = []
-    for step in steps:
-        indices = step.indices.to(images.device)
+    for batches in zip(*students, strict=True):
+        rows = _rows(batches, images)
         with torch.no_grad():
-            inputs = augment.apply(step.draw, images[indices])
+            inputs = _augmented(batches, images[rows])
+        wanted = targets[rows]
         gradient = torch.zeros_like(path[-1])
         memories.append([])
         for part, share in _parts(network, inputs):
-            by_part, memory = engine.take(path[-1], inputs[part], targets[indices[part]])
+            by_part, memory = engine.take(path[-1], inputs[:, part], wanted[:, part])
             gradient += share * by_part
             room -= memory.size
             memories[-1].append(memory if room >= 0 else None)
             del memory
-        path.append((path[-1] - step_size * gradient).detach())
+        path.append((path[-1] - step_size[:, None] * gradient).detach())
     return path, memories
 
 
-def _parts(network: Network, inputs: Tensor) -> list[tuple[slice, float]]:
+def _rows(batches: Sequence[Step], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images [s n …] the students take: student and index, each [s b]."""
+    indices = torch.stack([batch.indices for batch in batches]).to(images.device)
+    return torch.arange(len(indices), device=images.device)[:, None].expand_as(indices), indices
+
+
+def _augmented(batches: Sequence[Step], chosen: Tensor) -> Tensor:
+    """Each student's images under its own augmentation."""
+    return torch.stack([augment.apply(batch.draw, images) for batch, images in zip(batches, chosen, strict=True)])
+
+
+def _each(numbers: Tensor, tensor: Tensor) -> Tensor:
+    """A number for each student, shaped to multiply `tensor`."""
+    return numbers.view(-1, *[1] * (tensor.dim() - 1))
+
+
+def _parts(network: Network, inputs: Float[Tensor, "s b c h w"]) -> list[tuple[slice, float]]:
     """Where a batch is cut, and each part's share of it: a ConvNet's, unless its batch norm mixes the images."""
+    size = inputs.shape[1]
     mixed = not isinstance(network, ConvNet) or network.config.norm == "batch"
-    number = 1 if mixed or inputs.device.type != "cpu" else -(-len(inputs) // PART)
-    pieces = torch.arange(len(inputs)).chunk(number)
-    return [(slice(int(p[0]), int(p[-1]) + 1), len(p) / len(inputs)) for p in pieces]
+    number = 1 if mixed or inputs.device.type != "cpu" else -(-size // PART)
+    pieces = torch.arange(size).chunk(number)
+    return [(slice(int(p[0]), int(p[-1]) + 1), len(p) / size) for p in pieces]
 
 
 def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:
@@ -226,8 +295,9 @@ def nearest_step(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -
     return len(distances) - int(distances.flip(0).argmin())
 
 
-def kept_parameters(student: Float[Tensor, " p"], target: Float[Tensor, " p"], dropped: float) -> Tensor | slice:
-    """Indices of the parameters that PAD's loss keeps: all but the fraction `dropped` with the smallest errors."""
-    if dropped == 0:
-        return slice(None)
-    return (student - target).square().argsort(stable=True)[int(dropped * len(target)) :]
+def kept_parameters(student: Float[Tensor, " p"], target: Float[Tensor, " p"], dropped: float) -> Bool[Tensor, " p"]:
+    """Which parameters PAD's loss keeps: all but the fraction `dropped` with the smallest errors."""
+    kept = torch.ones_like(target, dtype=torch.bool)
+    if dropped:
+        kept[(student - target).square().argsort(stable=True)[: int(dropped * len(target))]] = False
+    return kept

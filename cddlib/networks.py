@@ -98,10 +98,22 @@ def parameter_count(network: Network) -> int:
     return sum(math.prod(shape) for shape in network.shapes.values())
 
 
-def views(network: Network, theta: Float[Tensor, " p"]) -> dict[str, Tensor]:
-    """The parameter vector as named tensors that share its memory."""
-    pieces = theta.split([math.prod(shape) for shape in network.shapes.values()])
-    return {name: piece.view(shape) for (name, shape), piece in zip(network.shapes.items(), pieces, strict=True)}
+def views(network: Network, theta: Float[Tensor, "*s p"]) -> dict[str, Tensor]:
+    """The parameter vector, or several, as named tensors that share its memory."""
+    pieces = theta.split([math.prod(shape) for shape in network.shapes.values()], dim=-1)
+    return {
+        name: piece.view(*theta.shape[:-1], *shape)
+        for (name, shape), piece in zip(network.shapes.items(), pieces, strict=True)
+    }
+
+
+def side_by_side(
+    network: Network, thetas: Float[Tensor, "s p"], images: Float[Tensor, "s b c h w"]
+) -> Float[Tensor, "s b classes"]:
+    """Logits of several networks of one kind, each for images of its own: of ConvNets in one pass."""
+    if isinstance(network, ConvNet):
+        return network.side_by_side(thetas, images)
+    return torch.stack([network(theta, batch) for theta, batch in zip(thetas, images, strict=True)])
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -158,23 +170,41 @@ class ConvNet:
         return torch.cat(pieces)
 
     def __call__(self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
-        p = views(self, theta)
-        x = images
+        return self.side_by_side(theta[None], images[None])[0]
+
+    def side_by_side(
+        self, thetas: Float[Tensor, "s p"], images: Float[Tensor, "s b c h w"]
+    ) -> Float[Tensor, "s b classes"]:
+        """Logits of s networks. Their channels lie side by side, and each convolution sees those of its own network."""
+        count = len(thetas)
+        p = {name: tensor.flatten(0, 1) for name, tensor in views(self, thetas).items()}
+        x = beside(images)
         for block in range(self.config.depth):
-            x = F.conv2d(x, p[f"conv{block}.weight"], p[f"conv{block}.bias"], padding=self.paddings[block])
+            x = F.conv2d(x, p[f"conv{block}.weight"], p[f"conv{block}.bias"], 1, self.paddings[block], groups=count)
             if self.config.norm != "none":
-                x = self._normalise(x, p[f"norm{block}.weight"], p[f"norm{block}.bias"])
+                x = self._normalise(x, p[f"norm{block}.weight"], p[f"norm{block}.bias"], count)
             x = _ACTIVATIONS[self.config.activation](x)
             if self.config.pooling != "none":
                 x = _POOLINGS[self.config.pooling](x, 2)
-        return F.linear(x.flatten(1), p["classifier.weight"], p["classifier.bias"])
+        weight, bias = (p[f"classifier.{name}"].unflatten(0, (count, -1)) for name in ("weight", "bias"))
+        return torch.baddbmm(bias[:, None], apart(x, count).flatten(2), weight.mT)
 
-    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor, count: int) -> Tensor:
         if self.config.norm == "layer":
-            return F.layer_norm(x, x.shape[1:], weight, bias)
+            return F.group_norm(x, count) * weight + bias
         if self.config.norm == "batch":
             return F.batch_norm(x, None, None, weight, bias, training=True)
-        return F.group_norm(x, 4 if self.config.norm == "group" else x.shape[1], weight, bias)
+        return F.group_norm(x, 4 * count if self.config.norm == "group" else x.shape[1], weight, bias)
+
+
+def beside(x: Float[Tensor, "s b c h w"]) -> Float[Tensor, "b sc h w"]:
+    """The channels of several networks side by side."""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def apart(x: Float[Tensor, "b sc h w"], count: int) -> Float[Tensor, "s b c h w"]:
+    """The channels of `count` networks, which lie side by side, each network's for itself."""
+    return x.unflatten(1, (count, -1)).transpose(0, 1)
 
 
 # --- Other architectures ----------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from cddlib.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.data import VALIDATION_FRACTION, Images, load
 from cddlib.distill import DistillConfig
 from cddlib.files import UserError
-from cddlib.matching import matching_loss, plan_student
+from cddlib.matching import matching_losses, plan_student, turns
 from cddlib.networks import Network, NetworkConfig, build_network, parameter_count
 from cddlib.preprocessing import Normalisation, Preprocessing, Whitening
 from cddlib.recipes import buffer_recipe
@@ -150,9 +150,13 @@ def _buffering(experts: BufferConfig, sizes: Sizes, steps: "_Steps", devices: in
     )
 
 
+def matched(config: DistillConfig) -> int:
+    """Segments that an iteration matches, of all experts and times."""
+    return config.segments * config.concurrent_experts + config.replay
+
+
 def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices: int) -> Cost:
     images = config.ipc * sizes.classes
-    matched = config.segments * config.concurrent_experts + config.replay
     subset = images // config.subsets
     in_a_step = min(config.student_batch or subset, subset)
     labelled = [(steps.test, config.iterations * images)] if config.labels == "teacher" else []
@@ -164,13 +168,13 @@ def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices:
     checks += [(steps.test, times * config.validation_runs * validation), *labelled]
     set_bytes = 4 * images * (sizes.shape[0] * sizes.shape[1] * sizes.shape[2] + sizes.classes)
     vectors = 4 * parameter_count(steps.network) * (config.student_steps + 3)
-    kept = 1 if config.combine == "mean" else matched
+    kept = 1 if config.combine == "mean" else matched(config)
     return Cost(
         "distillation",
-        matched * _flops(student) + _flops(checks),
-        steps.student_memory + vectors + (kept + 5) * set_bytes + _data_bytes(sizes, validation),
+        matched(config) * _flops(student) + _flops(checks),
+        steps.students * (steps.student_memory + vectors) + (kept + 5) * set_bytes + _data_bytes(sizes, validation),
         4 * set_bytes,  # the set; and the checkpoint: variables, momentum, best
-        _seconds(student, -(-matched // devices), checks),
+        _seconds(student, -(-matched(config) // devices), checks),
     )
 
 
@@ -242,6 +246,8 @@ class _Steps:
         expert, self.expert_memory = _training(network, sizes, experts.batch_size)
         train, self.train_memory = _training(network, sizes, train_batch)
         student, self.student_memory = _student(network, sizes, student_batch)
+        image = torch.empty(1, *sizes.shape, device=device)
+        self.students = turns(self.network, config, image, student_batch, matched(config))[0].stop  # side by side
         seconds: dict[str, float | None] = dict.fromkeys(("expert", "train", "real", "test", "student"))
         if device is not None:
             seconds |= self._measure(experts.batch_size, train_batch, student_batch, sharp, device)
@@ -283,20 +289,23 @@ class _Steps:
 
         few = dataclasses.replace(c, student_steps=2, student_batch=None)
         step_size = torch.tensor(c.step_size, device=device)
-        learned = [images[:student_batch].clone().requires_grad_(), step_size.requires_grad_()]
-        start = theta.detach()
+        start, learned, wanted, rates = (
+            tensor.expand(self.students, *tensor.shape)
+            for tensor in (theta.detach(), images[:student_batch], targets[:student_batch], step_size)
+        )
+        variables = [learned.requires_grad_(), rates.requires_grad_()]
 
         def student() -> None:
-            steps = plan_student(few, student_batch, c.augment, rng)
-            loss = matching_loss(network, start, start + 1, learned[0], targets[:student_batch], learned[1], steps, few)
-            torch.autograd.grad(loss, learned)
+            steps = [plan_student(few, student_batch, c.augment, rng) for _ in range(self.students)]
+            losses = matching_losses(network, start, start + 1, learned, wanted, rates, steps, few)
+            torch.autograd.grad(losses.sum(), variables)
 
         return {
             "expert": _time(epoch(fetch, expert_batch, sharp), device) / expert_batch,
             "train": _time(epoch(held, train_batch), device) / train_batch,
             "real": _time(epoch(fetch, c.evaluation_batch), device) / c.evaluation_batch,
             "test": _time(lambda: predict(network, theta, fetch, 500), device) / 500,
-            "student": _time(student, device) / (2 * student_batch),
+            "student": _time(student, device) / (2 * student_batch * self.students),
         }
 
 
@@ -355,8 +364,8 @@ def _training(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, f
 def _student(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, float]:
     """Operations for one image of a student's step, forward and back, and its peak memory."""
     network, theta, images, targets = _blank(config, sizes, batch)
-    engine = Autograd(network)
-    flops, memory = _count(lambda: engine.along(engine.take(theta, images, targets)[1], theta.detach()))
+    engine, step = Autograd(network), (theta[None], images[None], targets[None])
+    flops, memory = _count(lambda: engine.along(engine.take(*step)[1], theta.detach()[None]))
     return flops / batch + _training(config, sizes, batch)[0], memory
 
 

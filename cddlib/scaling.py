@@ -23,7 +23,7 @@ from scipy.optimize import nnls
 from scipy.stats import norm
 
 from cddlib.distill import DistillConfig
-from cddlib.plan import buffer_of, plan, sizes_of
+from cddlib.plan import buffer_of, matched, plan, sizes_of
 
 Scaling = Literal["strong", "weak"]
 
@@ -172,7 +172,7 @@ def work_of(config: DistillConfig, rate: float, *, memory: float = float("inf"),
     segment, beside = operations(config)
     size = gradient_bytes(config)
     alone = others.pop("alone", 0.0) + beside / rate + 10 * size / memory
-    return Work(segments=_matched(config), segment=segment / rate, size=size, alone=alone, **others)
+    return Work(segments=matched(config), segment=segment / rate, size=size, alone=alone, **others)
 
 
 def operations(config: DistillConfig) -> tuple[float, float]:
@@ -184,7 +184,7 @@ def operations(config: DistillConfig) -> tuple[float, float]:
 
     now = in_all(config.replay)
     segment = in_all(config.replay + 1) - now
-    return segment, now - _matched(config) * segment
+    return segment, now - matched(config) * segment
 
 
 def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
@@ -197,8 +197,4 @@ def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
     sizes = sizes_of(config.data, root)
     logits = 0 if config.labels == "hard" else sizes.classes
     numbers = config.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1
-    return 4 * numbers * (1 if config.combine == "mean" else _matched(config))
-
-
-def _matched(config: DistillConfig) -> int:
-    return config.segments * config.concurrent_experts + config.replay
+    return 4 * numbers * (1 if config.combine == "mean" else matched(config))

@@ -9,6 +9,8 @@ its derivatives with respect to θ, X and Y. They are the derivatives of ℓ and
 `Autograd` finds them for every network, by differentiating ⟨g, λ⟩. `Derived` has them written out for the field's
 usual ConvNet: there compiled code merges all that lies between two convolutions, and the convolutions may have another
 precision. What a step must remember for its derivatives, its memory, can be kept or computed again: to the same bits.
+
+Several networks of one kind take a step each, side by side: with parameters, a batch and a direction of its own.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.flop_counter import FlopCounterMode
 
 from cddlib.files import UserError, is_want_of_memory
-from cddlib.networks import ConvNet, Network, parameter_count, views
+from cddlib.networks import ConvNet, Network, apart, beside, parameter_count, side_by_side, views
 from cddlib.ranks import Ranks
 
 EARNED = 1e14
@@ -50,12 +52,12 @@ class ComputeConfig:
 
 
 class Along(NamedTuple):
-    """⟨g, λ⟩ and its derivatives."""
+    """⟨g, λ⟩ and its derivatives, of each network."""
 
-    inner: Float[Tensor, ""]
-    by_theta: Float[Tensor, " p"]
-    by_inputs: Float[Tensor, "b c h w"]
-    by_targets: Float[Tensor, "b classes"]
+    inner: Float[Tensor, " s"]
+    by_theta: Float[Tensor, "s p"]
+    by_inputs: Float[Tensor, "s b c h w"]
+    by_targets: Float[Tensor, "s b classes"]
 
 
 class Memory(NamedTuple):
@@ -68,10 +70,10 @@ class Memory(NamedTuple):
 
 @runtime_checkable
 class Steps(Protocol):
-    """Steps of one network, on parameters θ [p], network inputs X [b c h w] and class probabilities Y [b classes]."""
+    """Steps of s networks, on parameters θ [s p], inputs X [s b c h w] and class probabilities Y [s b classes]."""
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """ℓ and g. `targets` may be classes."""
+        """ℓ [s] and g [s p]. `targets` may be classes [s b]."""
 
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """g, and what `along` needs."""
@@ -81,7 +83,7 @@ class Steps(Protocol):
 
 
 def steps_of(network: Network, config: ComputeConfig) -> Steps:
-    """The steps of a network; not compiled unless `config` says so."""
+    """The steps of networks of one kind; not compiled unless `config` says so."""
     return _steps(network, config.precision, bool(config.compiled))  # type: ignore[arg-type]  # which can be hashed
 
 
@@ -96,9 +98,15 @@ def earns_compiling(network: Network, image_shape: tuple[int, int, int], images:
     """Whether a run that differentiates the network for so many `images`, counted each time, is long enough."""
     if not (isinstance(network, ConvNet) and fits(network)):
         return False
+    return 3 * operations(network, image_shape) * images >= EARNED
+
+
+@functools.lru_cache(maxsize=16)
+def operations(network: Network, image_shape: tuple[int, ...]) -> float:
+    """Floating-point operations with which the network classifies an image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(parameter_count(network), device="meta"), torch.empty(1, *image_shape, device="meta"))
-    return 3.0 * counter.get_total_flops() * images >= EARNED
+    return float(counter.get_total_flops())
 
 
 def fits(network: ConvNet) -> bool:
@@ -149,8 +157,10 @@ class Autograd:
         """See `Steps`."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
-            loss = F.cross_entropy(self._network(theta, inputs), targets)
-            return loss.detach(), torch.autograd.grad(loss, theta)[0]
+            logits = side_by_side(self._network, theta, inputs)
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+            loss = losses.unflatten(0, targets.shape[:2]).mean(1)
+            return loss.detach(), torch.autograd.grad(loss.sum(), theta)[0]
 
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """See `Steps`."""
@@ -170,16 +180,18 @@ class Autograd:
     def _take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (theta, inputs, targets)]
-            loss = -(leaves[2] * F.log_softmax(self._network(leaves[0], leaves[1]), dim=1)).sum(dim=1).mean()
-            (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+            log_p = side_by_side(self._network, leaves[0], leaves[1]).log_softmax(2)
+            loss = -(leaves[2] * log_p).sum(2).mean(1)
+            (gradient,) = torch.autograd.grad(loss.sum(), leaves[0], create_graph=True)
         return gradient.detach(), Memory((gradient, leaves), self._sizes.get(inputs.shape, 0))
 
     def along(self, memory: Memory, direction: Tensor) -> Along:
         """See `Steps`."""
         gradient, leaves = memory.content
         with torch.enable_grad():
-            inner = gradient @ direction
-        return Along(inner.detach(), *torch.autograd.grad(inner, leaves))
+            inner = torch.linalg.vecdot(gradient, direction)
+            derivatives = torch.autograd.grad(inner.sum(), leaves)
+        return Along(inner.detach(), *derivatives)
 
 
 # --- The usual ConvNet ------------------------------------------------------------------------------------------
@@ -194,6 +206,7 @@ class Derived:
     A block maps x to pool(relu(γ n + β)), where n is conv(x; w) less its mean, times r, the inverse of its standard
     deviation, for each image and channel. The convolution's bias changes nothing, so it is left out, and its gradient
     is 0. Below, `d_` is a derivative along the direction λ, and `u_` the gradient of ℓ with respect to a quantity.
+    Channels of several networks lie side by side, and each convolution has its own as a group.
     """
 
     def __init__(self, network: ConvNet, precision: str, compiled: bool) -> None:
@@ -212,12 +225,12 @@ class Derived:
         if targets.dtype == torch.int64:
             targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
         with torch.no_grad():
-            return self._gradient(theta.detach(), _channels_last(inputs), targets)
+            return self._gradient(theta.detach(), _channels_last(beside(inputs)), targets)
 
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """See `Steps`."""
         with torch.no_grad():
-            _, gradient, blocks, head = self._take(theta.detach(), _channels_last(inputs), targets.detach())
+            _, gradient, blocks, head = self._take(theta.detach(), _channels_last(beside(inputs)), targets.detach())
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
         return gradient, Memory((theta.detach(), blocks, head), size)
 
@@ -226,7 +239,7 @@ class Derived:
         with torch.no_grad():
             theta, blocks, head = memory.content
             inner, by_theta, by_inputs, by_targets = self._along(theta, blocks, head, direction)
-        return Along(inner, by_theta, by_inputs, by_targets)
+        return Along(inner, by_theta, apart(by_inputs, len(theta)), by_targets)
 
     def _step(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self._remembered(theta, x, targets)[:2]
@@ -245,12 +258,13 @@ class Derived:
             n = a * r
             blocks.append([x, n, r])
             x = F.avg_pool2d(F.relu(self._scaled(n, w, block)), 2)
-        features = x.flatten(1)
-        log_p = F.linear(features, w["classifier.weight"], w["classifier.bias"]).log_softmax(1)
-        p, loss = log_p.exp(), -(y * log_p).sum(1).mean()
-        u_logits = (p * y.sum(1, keepdim=True) - y) / len(y)
-        gradient = {"classifier.weight": u_logits.T @ features, "classifier.bias": u_logits.sum(0)}
-        u_x = _channels_last((u_logits @ w["classifier.weight"]).view_as(x))
+        maps = apart(x, len(theta))
+        features = maps.flatten(2)
+        log_p = torch.baddbmm(w["classifier.bias"][:, None], features, w["classifier.weight"].mT).log_softmax(2)
+        p, loss = log_p.exp(), -(y * log_p).sum(2).mean(1)
+        u_logits = (p * y.sum(2, keepdim=True) - y) / y.shape[1]
+        gradient = {"classifier.weight": u_logits.mT @ features, "classifier.bias": u_logits.sum(1)}
+        u_x = _channels_last(beside((u_logits @ w["classifier.weight"]).view_as(maps)))
         for block, padding in reversed(list(enumerate(self._paddings))):
             x, n, r = blocks[block]
             weight = w[f"conv{block}.weight"]
@@ -260,11 +274,12 @@ class Derived:
             blocks[block] += [u_x, u_a]
             gradient[f"norm{block}.weight"] = (u_z * n).sum((0, 2, 3))
             gradient[f"norm{block}.bias"] = u_z.sum((0, 2, 3))
-            gradient[f"conv{block}.weight"] = conv2d_weight(x, weight.shape, u_a, padding=padding).to(theta)
+            group = {"padding": padding, "groups": len(theta)}
+            gradient[f"conv{block}.weight"] = conv2d_weight(x, weight.flatten(0, 1).shape, u_a, **group).to(theta)
             gradient[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
             if block:
-                u_x = conv2d_input(x.shape, self._lowered(weight), u_a, padding=padding).to(theta)
-        return loss, self._vector(gradient), blocks, [features, p, u_logits, y]
+                u_x = conv2d_input(x.shape, self._lowered(weight).flatten(0, 1), u_a, **group).to(theta)
+        return loss, self._vector(gradient, len(theta)), blocks, [features, p, u_logits, y]
 
     def _derivatives(
         self, theta: Tensor, blocks: list[list[Tensor]], head: list[Tensor], direction: Tensor
@@ -288,16 +303,17 @@ class Derived:
             d_x = F.avg_pool2d(torch.where(self._scaled(n, w, block) > 0, d_z, 0), 2)
         features, p, u_logits, y = head
         assert d_x is not None  # there is at least one block
-        d_features = d_x.flatten(1)
+        d_maps = apart(d_x, len(theta))
+        d_features = d_maps.flatten(2)
         top, d_top = w["classifier.weight"], d_w["classifier.weight"]
-        d_logits = F.linear(features, d_top, d_w["classifier.bias"]) + d_features @ top.T
-        d_log_p = d_logits - (p * d_logits).sum(1, keepdim=True)
-        d_u_logits = y.sum(1, keepdim=True) * p * d_log_p / len(y)
+        d_logits = torch.baddbmm(d_w["classifier.bias"][:, None], features, d_top.mT) + d_features @ top.mT
+        d_log_p = d_logits - (p * d_logits).sum(2, keepdim=True)
+        d_u_logits = y.sum(2, keepdim=True) * p * d_log_p / y.shape[1]
         found = {
-            "classifier.weight": d_u_logits.T @ features + u_logits.T @ d_features,
-            "classifier.bias": d_u_logits.sum(0),
+            "classifier.weight": d_u_logits.mT @ features + u_logits.mT @ d_features,
+            "classifier.bias": d_u_logits.sum(1),
         }
-        d_u_x = _channels_last((d_u_logits @ top + u_logits @ d_top).view_as(d_x))
+        d_u_x = _channels_last(beside((d_u_logits @ top + u_logits @ d_top).view_as(d_maps)))
         for block, padding in reversed(list(enumerate(self._paddings))):
             x, n, r, u_x, u_a = blocks[block]
             d_n, d_r, *d_xs = moved[block]
@@ -313,23 +329,26 @@ class Derived:
             found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((0, 2, 3))
             found[f"norm{block}.bias"] = d_u_z.sum((0, 2, 3))
             xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
-            found[f"conv{block}.weight"] = conv2d_weight(xs, weight.shape, u_as, padding=padding).to(theta)
+            group = {"padding": padding, "groups": len(theta)}
+            found[f"conv{block}.weight"] = conv2d_weight(xs, weight.flatten(0, 1).shape, u_as, **group).to(theta)
             found[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
-            both = self._lowered(torch.cat([weight, d_weight]))
-            d_u_x = conv2d_input(x.shape, both, torch.cat([d_u_a, u_a], 1), padding=padding).to(theta)
-        return (u_logits * d_logits).sum(), self._vector(found), d_u_x, -d_log_p / len(y)
+            both = self._lowered(torch.cat([weight, d_weight], 1)).flatten(0, 1)
+            u_both = torch.cat([u.unflatten(1, (len(theta), -1)) for u in (d_u_a, u_a)], 2).flatten(1, 2)
+            d_u_x = conv2d_input(x.shape, both, u_both, **group).to(theta)
+        return (u_logits * d_logits).sum((1, 2)), self._vector(found, len(theta)), d_u_x, -d_log_p / y.shape[1]
 
     def _lowered(self, x: Tensor) -> Tensor:
         return x if self._low is None else x.to(self._low)
 
     def _convolve(self, x: Tensor, weight: Tensor, padding: int) -> Tensor:
-        return F.conv2d(x, self._lowered(weight), padding=padding).to(weight.dtype)
+        lowered = self._lowered(weight).flatten(0, 1)
+        return F.conv2d(x, lowered, padding=padding, groups=len(weight)).to(weight.dtype)
 
     def _scaled(self, n: Tensor, w: dict[str, Tensor], block: int) -> Tensor:
         return _wide(w[f"norm{block}.weight"]) * n + _wide(w[f"norm{block}.bias"])
 
-    def _vector(self, pieces: dict[str, Tensor]) -> Tensor:
-        return torch.cat([pieces[name].flatten() for name in self._network.shapes])
+    def _vector(self, pieces: dict[str, Tensor], count: int) -> Tensor:
+        return torch.cat([pieces[name].reshape(count, -1) for name in self._network.shapes], 1)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -345,7 +364,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _wide(per_channel: Tensor) -> Tensor:
-    return per_channel[:, None, None]
+    return per_channel.flatten()[:, None, None]
 
 
 def _unpooled(x: Tensor) -> Tensor:

@@ -81,6 +81,16 @@ class SyntheticSet:
         """What distillation optimises, in that order."""
         return list(self.variable_tensors().values())
 
+    def copies(self, count: int) -> tuple[dict[str, Tensor], Float[Tensor, "s n classes"]]:
+        """For students side by side: variables by name, which need gradients, a row for each student; and targets."""
+        found = {
+            name: tensor.detach().expand(count, *tensor.shape).requires_grad_()
+            for name, tensor in self.variable_tensors().items()
+        }
+        if "label_logits" in found:
+            return found, found["label_logits"].softmax(dim=2)
+        return found, self.targets().expand(count, -1, -1)
+
     def copy(self) -> "SyntheticSet":
         """A set of its own memory, outside any graph."""
         copies: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in self.variable_tensors().items()}

@@ -78,12 +78,12 @@ def _descent(
     GSAM: with g at θ and h at θ + e, where e is the step of length ρ along which the loss rises fastest, it is
     h − α (g − its part along h): down in the surroundings' loss, and up in what of the loss does not change that.
     """
-    loss, here = steps.gradient(theta, inputs, targets)
+    loss, here = (found[0] for found in steps.gradient(theta[None], inputs[None], targets[None]))
     if sharpness.sharpness_radius == 0:
         return loss, here
     unit = theta.detach().abs() if sharpness.sharpness_adaptive else torch.ones_like(here)
     rise = unit.square() * here * (sharpness.sharpness_radius / ((unit * here).norm() + 1e-12))
-    _, there = steps.gradient(theta.detach() + rise, inputs, targets)
+    _, (there,) = steps.gradient((theta.detach() + rise)[None], inputs[None], targets[None])
     across = here - there * (here @ there / (there @ there).clamp(min=1e-24))
     return loss, there - sharpness.sharpness_weight * across
 

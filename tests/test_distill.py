@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib
-import itertools
 import os
 import random
 import re
@@ -330,19 +329,23 @@ def test_the_moving_average_is_saved_in_place_of_the_images(buffer: Buffer, reci
 def test_numbers_that_are_not_finite_stop_and_name_the_segment(
     buffer: Buffer, recipe, tmp_path: Path, monkeypatch, segment: int, spoiled: str
 ) -> None:
-    loss = concurrent.matching_loss
+    losses = concurrent.matching_losses
     calls = []
 
     def spoil(*arguments):
-        found = loss(*arguments)
+        found = losses(*arguments)
         calls.append(1)
-        if len(calls) == 9 + segment:  # two segments an iteration: in iteration 5
-            return found * float("nan") if spoiled == "loss" else found + (found.detach() - found).sqrt()
-        return found
+        if len(calls) < 5:
+            return found
+        each = list(found)
+        each[segment] = (
+            each[segment] * float("nan") if spoiled == "loss" else each[segment] + (0 * each[segment]).sqrt()
+        )
+        return torch.stack(each)
 
     config = recipe(validate_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(concurrent, "matching_loss", spoil)
+        patch.setattr(concurrent, "matching_losses", spoil)
         with pytest.raises(Diverged) as stopped:
             distill(config, buffer, tmp_path / "run")
     distill(config, buffer, tmp_path / "whole")
@@ -361,9 +364,9 @@ def test_numbers_that_are_not_finite_stop_and_name_the_segment(
 def test_segments_of_other_experts_are_named(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
     config = recipe(segments=1, concurrent_experts=2, validate_every=0)
     ((expert, start),) = concurrent_gradient(config, buffer, ready(config, buffer), 0)[1]["others"]
-    loss, calls = concurrent.matching_loss, itertools.count(1)
+    losses = concurrent.matching_losses
     monkeypatch.setattr(
-        concurrent, "matching_loss", lambda *given: loss(*given) * (float("inf") if next(calls) == 2 else 1)
+        concurrent, "matching_losses", lambda *given: losses(*given) * torch.tensor([1.0, float("inf")])
     )
     sentence = rf"^iteration 1, the segment from epoch {start} of expert {expert}: its loss is inf and "
     with pytest.raises(Diverged, match=sentence):

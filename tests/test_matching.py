@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib import augment
-from cddlib.matching import MatchingConfig, Step, kept_parameters, nearest_step, roll_out
+from cddlib.matching import MatchingConfig, Step, kept_parameters, matching_losses, nearest_step, roll_out, turns
 from cddlib.networks import Network
 from cddlib.steps import steps_of
 from cddlib.synthetic import initialise
@@ -119,7 +119,7 @@ def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypa
     take = engine.take
 
     def seen(theta: Tensor, inputs: Tensor, targets: Tensor) -> Any:
-        sizes.append(len(inputs))
+        sizes.append(inputs.shape[1])
         return take(theta, inputs, targets)
 
     monkeypatch.setattr(engine, "take", seen)
@@ -329,6 +329,100 @@ def test_every_parameter_kept_is_at_least_as_far_as_any_left_out(errors: list[in
     assert max((abs(errors[i]) for i in left_out), default=0) <= min(abs(errors[i]) for i in kept)
 
 
+# --- Side by side -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["0", "1000"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {},
+        {"norm": "batch", "activation": "sigmoid", "pooling": "max"},
+        {"norm": "group", "pooling": "none"},
+        {"norm": "layer"},
+        {"norm": "none"},
+        {"network": "mlp"},
+    ],
+)
+@pytest.mark.parametrize(
+    "config", [{}, {"gradient": "truncated"}, {"gradient": "halved"}, {"dropped_fraction": 0.3}, {"student_batch": 3}]
+)
+def test_students_side_by_side_are_students_one_by_one(
+    network: dict[str, Any], config: dict[str, Any], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with parameters, images, labels, step size, batches and augmentation of its own."""
+    monkeypatch.setattr("cddlib.matching.PART", 4)
+    monkeypatch.setattr("cddlib.matching.room", lambda device: int(kept) * 2**20)
+    asked, rng = MatchingConfig(student_steps=4, **config), cddlib.generator("side by side")
+    built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
+    start = torch.stack([built.init(rng) for _ in range(3)]).double()
+    target = start + 0.1 * torch.randn(start.shape, generator=rng, dtype=torch.double)
+    images = torch.randn(3, 7, 2, 8, 8, generator=rng, dtype=torch.double, requires_grad=True)
+    targets = torch.rand(3, 7, CLASSES, generator=rng, dtype=torch.double, requires_grad=True)
+    step_size = torch.tensor([0.3, 0.1, 0.2], dtype=torch.double, requires_grad=True)
+    students = [cddlib.plan_student(asked, 7, DSA, rng) for _ in range(3)]
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
+
+    losses = matching_losses(built, start, target, images, targets, step_size, students, asked)
+    found = torch.autograd.grad(losses @ weights, (images, targets, step_size))
+    for k in range(3):
+        variables = [tensor[k].detach().requires_grad_() for tensor in (images, targets, step_size)]
+        alone = cddlib.matching_loss(built, start[k], target[k], *variables, students[k], asked)
+        assert relative(losses[k], alone) < 1e-12
+        for together, wanted in zip(found, torch.autograd.grad(weights[k] * alone, variables), strict=True):
+            assert relative(together[k], wanted) < 1e-9
+
+
+def test_one_student_that_overflows_does_not_touch_the_others() -> None:
+    problem = Problem(n=2)
+    network, start, target, images, targets, step_size, steps = problem.arguments()
+    alone = torch.autograd.grad(cddlib.matching_loss(*problem.arguments()), images)[0]
+    two = [torch.stack([tensor, tensor]) for tensor in (start, target, images, targets.detach())]
+    rates = torch.stack([step_size.detach(), torch.tensor(1e300).double()])
+    losses = matching_losses(network, *two, rates, [steps, steps])
+    assert losses[0].isfinite()
+    assert not losses[1].isfinite()
+    (found,) = torch.autograd.grad(losses.sum(), two[2])
+    assert relative(found[0], alone) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("network", "config", "batch", "wanted"),
+    [
+        ({}, {}, 10, [5]),
+        ({}, {}, 10**5, [1] * 5),
+        ({}, {"side_by_side": 1}, 10, [1] * 5),
+        ({}, {"side_by_side": 2}, 10**5, [2, 2, 1]),
+        ({}, {"side_by_side": 9}, 10, [5]),
+        ({}, {"match_step": "nearest"}, 10, [1] * 5),
+        ({"network": "mlp"}, {}, 10, [1] * 5),
+    ],
+)
+def test_small_steps_of_convnets_are_taken_side_by_side(
+    network: dict[str, Any], config: dict[str, Any], batch: int, wanted: list[int]
+) -> None:
+    built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
+    taken = turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 5)
+    assert [len(range(5)[turn]) for turn in taken] == wanted
+    assert [k for turn in taken for k in range(5)[turn]] == list(range(5))
+    assert turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 0) == []
+
+
+def test_what_a_small_step_is() -> None:
+    network = Problem().network  # 2 channels of 8x8 pixels, width 4; then 4 channels of 4x4; then 16 numbers
+    a_pass = 2 * (9 * 2 * 4 * 8 * 8 + 9 * 4 * 4 * 4 * 4 + 16 * CLASSES)
+    most = int(1e8 // a_pass)
+    for batch, wanted in ((most, 1), (most + 1, 4)):
+        assert len(turns(network, MatchingConfig(), torch.zeros(1, 2, 8, 8), batch, 4)) == wanted
+
+
+def test_students_that_end_at_different_steps_are_not_taken_side_by_side() -> None:
+    with pytest.raises(cddlib.UserError, match=r"^side_by_side is 2; with match_step 'nearest', where students end at"):
+        MatchingConfig(match_step="nearest", side_by_side=2)
+    with pytest.raises(cddlib.UserError, match=r"^side_by_side is 0; it must be at least 1\.$"):
+        MatchingConfig(side_by_side=0)
+
+
 # --- Together ---------------------------------------------------------------------------------------------------
 
 
@@ -447,10 +541,10 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:
     found: list[list[Step]] = []
 
     def overhear(*arguments: Any) -> Tensor:
-        found.append(arguments[6])
-        return cddlib.matching_loss(*arguments)
+        found.extend(arguments[6])
+        return matching_losses(*arguments)
 
-    monkeypatch.setattr("cddlib.concurrent.matching_loss", overhear)
+    monkeypatch.setattr("cddlib.concurrent.matching_losses", overhear)
     return found
 
 
@@ -461,6 +555,7 @@ def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib
     return dataclasses.replace(found, **doubles)
 
 
+@pytest.mark.parametrize("side_by_side", [None, 1, 2, 3, 5])
 @pytest.mark.parametrize(
     ("balance", "shares"), [(None, [1 / 3, 1 / 3, 1 / 3]), (0.0, [1.0, 0.0, 0.0]), (0.5, [2 / 3, 1 / 6, 1 / 6])]
 )
@@ -470,10 +565,11 @@ def test_concurrent_gradient_is_the_weighted_sum(
     plans: list[list[Step]],
     balance: float | None,
     shares: list[float],
+    side_by_side: int | None,
 ) -> None:
     """`shares` are those of the anchor and of the two others."""
     overrides = {**quick, "segments": 3, "labels": "learned", "student_batch": 4, "balance": balance}
-    config = cddlib.distill_recipe("contra", "digits", **overrides)
+    config = cddlib.distill_recipe("contra", "digits", **overrides, side_by_side=side_by_side)
     synthetic = synthetic_set(config, buffer)
     found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
 

@@ -82,7 +82,7 @@ def test_flat_experts_take_twice_the_steps_and_a_curriculum_its_share() -> None:
 def test_devices_share_segments_and_experts(monkeypatch, devices: int, segments: int, share: int) -> None:
     monkeypatch.setattr("cddlib.plan.MEASURED_SECONDS", 0)
     monkeypatch.setattr("cddlib.plan._time", lambda run, device: 1.0)
-    config = cddlib.distill_recipe("mtt", "digits", 1, segments=segments, validate_every=0)
+    config = cddlib.distill_recipe("mtt", "digits", 1, segments=segments, validate_every=0, side_by_side=1)
     experts, distillation, _ = plan(buffer_of(config), config, devices=devices, device="cpu")
     in_one = config.iterations * config.student_steps / 2
     assert distillation.seconds == pytest.approx(share * in_one)

@@ -49,17 +49,24 @@ def obvious(
     return gradient.detach(), (inner.detach(), *torch.autograd.grad(inner, leaves))
 
 
-def agree(engine: Any, network: Network, arguments: tuple[Tensor, ...]) -> None:
-    *step, direction = arguments
-    wanted, derivatives = obvious(network, *arguments)
+def agree(engine: Any, network: Network, *networks: tuple[Tensor, ...]) -> None:
+    """Steps of networks side by side, each with arguments of its own, are each network's."""
+    *step, direction = (torch.stack(tensors) for tensors in zip(*networks, strict=True))
     gradient, memory = engine.take(*step)
     along = engine.along(memory, direction)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-11)
-    for found, value in zip(along, derivatives, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-10)
     loss, alone = engine.gradient(*step)
-    torch.testing.assert_close(alone, wanted, rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(loss, F.cross_entropy(network(step[0], step[1]), step[2]), rtol=1e-9, atol=1e-11)
+    for k, (theta, inputs, targets, _) in enumerate(networks):
+        wanted, derivatives = obvious(network, *networks[k])
+        torch.testing.assert_close(gradient[k], wanted, rtol=1e-9, atol=1e-11)
+        for found, value in zip(along, derivatives, strict=True):
+            torch.testing.assert_close(found[k], value, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(alone[k], wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(loss[k], F.cross_entropy(network(theta, inputs), targets), rtol=1e-9, atol=1e-11)
+
+
+def alone(*tensors: Tensor) -> list[Tensor]:
+    """The arguments of one network's step."""
+    return [tensor[None] for tensor in tensors]
 
 
 @hypothesis.given(
@@ -68,16 +75,18 @@ def agree(engine: Any, network: Network, arguments: tuple[Tensor, ...]) -> None:
     channels=st.integers(1, 4),
     side=st.sampled_from([8, 16, 24, 28]),
     batch=st.integers(1, 5),
+    networks=st.integers(1, 3),
     seed=st.integers(0, 10**6),
 )
 @hypothesis.settings(max_examples=40, deadline=None)
 def test_derived_steps_are_those_of_automatic_differentiation(
-    depth: int, width: int, channels: int, side: int, batch: int, seed: int
+    depth: int, width: int, channels: int, side: int, batch: int, networks: int, seed: int
 ) -> None:
     config = NetworkConfig(depth=depth, width=width)
-    network, *arguments = problem((channels, side, side), config, batch, seed)
+    problems = [problem((channels, side, side), config, batch, seed + k) for k in range(networks)]
+    network = problems[0][0]
     assert fits(network)
-    agree(Derived(network, "float32", False), network, tuple(arguments))
+    agree(Derived(network, "float32", False), network, *(tuple(arguments) for _, *arguments in problems))
 
 
 @pytest.mark.parametrize(
@@ -90,8 +99,10 @@ def test_derived_steps_are_those_of_automatic_differentiation(
     ids=lambda config: config.network + config.norm,
 )
 def test_steps_of_any_network_are_those_of_automatic_differentiation(config: NetworkConfig) -> None:
-    network, *arguments = problem((2, 8, 8), config)
-    agree(Autograd(network), network, tuple(arguments))
+    problems = [problem((2, 8, 8), config, seed=k) for k in range(3)]
+    network = problems[0][0]
+    for several in (problems, problems[:1]):
+        agree(Autograd(network), network, *(tuple(arguments) for _, *arguments in several))
 
 
 @pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
@@ -99,7 +110,8 @@ def test_classes_are_as_good_as_their_probabilities(engine: Any) -> None:
     network, theta, inputs, _, _ = problem((2, 8, 8))
     classes = torch.tensor([3, 0, 4, 3])
     by_class, by_probability = (
-        engine(network).gradient(theta, inputs, targets) for targets in (classes, F.one_hot(classes, 5).double())
+        engine(network).gradient(*alone(theta, inputs, targets))
+        for targets in (classes, F.one_hot(classes, 5).double())
     )
     for found, wanted in zip(by_class, by_probability, strict=True):
         torch.testing.assert_close(found, wanted)
@@ -135,7 +147,7 @@ def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
     network, theta, inputs, targets, _ = (x.float() if isinstance(x, Tensor) else x for x in problem((2, 8, 8)))
     theta[-5:] = torch.tensor([0.0, gap, -gap, 0.0, 0.0])
     for wanted in (targets, torch.tensor([1, 1, 0, 2])):
-        loss, gradient = engine(network).gradient(theta, inputs, wanted)
+        (loss,), gradient = engine(network).gradient(*alone(theta, inputs, wanted))
         torch.testing.assert_close(loss, F.cross_entropy(network(theta, inputs), wanted))
         assert gradient.isfinite().all()
 
@@ -150,9 +162,9 @@ def test_compiled_code_sees_one_order_in_memory(channels: int, monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", compiled)
     network, theta, inputs, targets, _ = problem((channels, 8, 8))
-    engine, wanted = Derived(network, "float32", True), Autograd(network).gradient(theta, inputs, targets)
+    engine, wanted = Derived(network, "float32", True), Autograd(network).gradient(*alone(theta, inputs, targets))
     for other in (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT):
-        torch.testing.assert_close(engine.gradient(theta, other, targets), wanted)
+        torch.testing.assert_close(engine.gradient(*alone(theta, other, targets)), wanted)
     assert seen == {(64 * channels, 1, 8 * channels, channels)}
 
 
@@ -162,12 +174,12 @@ def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
     )
     found, exact = [], []
     for engine, results in ((Derived(network, "bfloat16", False), found), (Autograd(network), exact)):
-        gradient, memory = engine.take(theta, inputs, targets)
-        results += [gradient, *engine.along(memory, direction)]
+        gradient, memory = engine.take(*alone(theta, inputs, targets))
+        results += [gradient, *engine.along(memory, direction[None])]
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == torch.float32
         assert 1e-5 < (a - b).norm() / b.norm() < 0.2  # a bfloat16 has 8 bits
-    heads = Derived(network, "bfloat16", False).take(theta, inputs, targets)[1].content[2]
+    heads = Derived(network, "bfloat16", False).take(*alone(theta, inputs, targets))[1].content[2]
     assert all(tensor.dtype == torch.float32 for tensor in heads)
 
 
@@ -193,7 +205,7 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
         return take(*arguments)
 
     monkeypatch.setattr(engine, "take", counted)
-    one = take(start, images[:4].detach(), targets[:4])[1].size
+    one = take(*alone(start, images[:4].detach(), targets[:4]))[1].size
     results = []
     for room, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
         monkeypatch.setattr("cddlib.matching.room", lambda device, room=room: room)
@@ -218,15 +230,15 @@ def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
     network, theta, inputs, targets, _ = problem((2, 8, 8))
     steps_ = engine(network)
-    sizes = [steps_.take(theta, inputs, targets)[1].size for _ in range(2)]
-    doubled = steps_.take(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1))[1].size
+    sizes = [steps_.take(*alone(theta, inputs, targets))[1].size for _ in range(2)]
+    doubled = steps_.take(*alone(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1)))[1].size
     assert sizes[0] == sizes[1] < doubled < 2 * sizes[0] + 8 * len(theta)
     maps = 8 * 4 * 6 * (8 * 8 + 4 * 4)  # bytes of what the two convolutions give
     assert 2 * maps < sizes[0] < 12 * maps + 8 * 10 * len(theta)
     gc.collect()
     gc.disable()
     try:
-        _, memory = steps_.take(theta, inputs, targets)
+        _, memory = steps_.take(*alone(theta, inputs, targets))
         last = memory.content[1][-1]
         held = weakref.ref(last[-1] if isinstance(last, list) else last)
         del memory, last
@@ -304,6 +316,7 @@ rng = cddlib.generator("compiled")
 network = build_network(NetworkConfig(depth=1, width=4), (1, 8, 8), 3)
 theta, direction = network.init(rng), network.init(rng)
 inputs, targets = torch.randn(3, 1, 8, 8, generator=rng), torch.eye(3)
+theta, direction, inputs, targets = (x.expand(2, *x.shape) for x in (theta, direction, inputs, targets))
 results = []
 for compiled in (True, True, False):
     engine = steps_of(network, ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled))
@@ -361,7 +374,7 @@ def test_want_of_memory_while_compiling_is_want_of_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", lambda function, **options: starved)
     network, theta, inputs, targets, _ = problem((2, 8, 8))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        Derived(network, "float32", True).take(theta, inputs, targets)
+        Derived(network, "float32", True).take(*alone(theta, inputs, targets))
 
 
 def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +383,7 @@ def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: py
     network, theta, inputs, targets, _ = problem((2, 8, 8))
     engine = Derived(network, "float32", True)
     for batch in (4, 3, 4, 3):
-        engine.gradient(theta, inputs[:batch], targets[:batch])
+        engine.gradient(*alone(theta, inputs[:batch], targets[:batch]))
     said = capfd.readouterr().err
     for batch in (3, 4):
         assert said.count(f"compiling training steps for batches of {batch}:   0%") == 1

@@ -139,8 +139,8 @@ def test_without_a_radius_it_is_sgd_to_the_bit(sharpness: SharpnessConfig | None
 @pytest.mark.parametrize(("radius", "passes"), [(0.0, 1), (0.1, 2)])
 def test_only_flat_experts_cost_a_second_pass(monkeypatch: pytest.MonkeyPatch, radius: float, passes: int) -> None:
     calls = []
-    forward = cddlib.ConvNet.__call__
-    monkeypatch.setattr(cddlib.ConvNet, "__call__", lambda *arguments: calls.append(1) or forward(*arguments))
+    forward = cddlib.ConvNet.side_by_side
+    monkeypatch.setattr(cddlib.ConvNet, "side_by_side", lambda *arguments: calls.append(1) or forward(*arguments))
     train(*problem(), epochs=1, sharpness=SharpnessConfig(sharpness_radius=radius))
     assert len(calls) == passes * 3  # batches
 

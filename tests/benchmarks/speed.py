@@ -38,7 +38,7 @@ from cddlib.augment import AugmentConfig
 from cddlib.data import Images
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.files import is_want_of_memory, read_record, write_record
-from cddlib.matching import MatchingConfig
+from cddlib.matching import MatchingConfig, matching_losses, turns
 from cddlib.preprocessing import Normalisation
 from cddlib.runs import Recorder, keep_freed_memory, resolve_device
 from cddlib.steps import ComputeConfig, not_compiled, room
@@ -56,8 +56,11 @@ WAYS: dict[str, tuple[ComputeConfig | None, dict[str, str]]] = {
     "cddlib, least memory": (ComputeConfig(compiled=False), {"CDDLIB_KEPT_MB": "0"}),
     "cddlib, compiled": (ComputeConfig(compiled=True), {}),
     "cddlib, compiled, bfloat16": (ComputeConfig(compiled=True, precision="bfloat16"), {}),
+    "cddlib, one by one": (ComputeConfig(compiled=False), {}),
+    "cddlib, compiled, one by one": (ComputeConfig(compiled=True), {}),
 }
-"""How each is computed, None for the textbook's; and what is in the environment of its process."""
+"""How each is computed, None for the textbook's; and what is in the environment of its process. One by one, no
+segments are matched side by side, which others do where steps are small."""
 BATCH = 256
 """Images of a training step."""
 NETWORKS = 5
@@ -106,6 +109,9 @@ MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
 SEGMENTS = (1, 2, 4, 8)
 ONCE = ("textbook", "textbook, keeping memory", "cddlib, compiled")
 """What is measured with several segments too."""
+SMALL = {"ipc": 1, "student_steps": 20, "side": 8, "width": 32}
+"""A match of small steps, like those on the digits."""
+SMALL_WAYS = ("textbook", "textbook, keeping memory", "cddlib", "cddlib, one by one")
 
 
 # --- In a process of its own ------------------------------------------------------------------------------------
@@ -130,21 +136,30 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
     start, target, images, targets, step_size = (
         tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
     )
-    variables = [images.requires_grad_(), step_size.requires_grad_()]
-    total: list[Tensor] = []
     compute = WAYS[point.implementation][0]
     student = MatchingConfig(
         student_steps=steps or point.student_steps,
         student_batch=point.student_batch,
+        side_by_side=1 if point.implementation.endswith("one by one") else None,
         **dataclasses.asdict(compute or ComputeConfig()),
     )
-    for _ in range(1 if steps else point.segments):
-        plan = cddlib.plan_student(student, size, STRATEGY, rng)
-        matched = (network, start, target, images, targets, step_size, plan)
-        loss = cddlib.matching_loss(*matched, student) if compute else textbook.matching_loss(*matched)
-        found = torch.autograd.grad(loss, variables)
-        del loss  # and its graph, before the next
-        total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else list(found)
+    plans = [cddlib.plan_student(student, size, STRATEGY, rng) for _ in range(1 if steps else point.segments)]
+    total = [torch.zeros_like(images), torch.zeros_like(step_size)]
+    if not compute:
+        variables = [images.requires_grad_(), step_size.requires_grad_()]
+        for plan in plans:
+            loss = textbook.matching_loss(network, start, target, images, targets, step_size, plan)
+            for sum_, gradient in zip(total, torch.autograd.grad(loss, variables), strict=True):
+                sum_ += gradient
+            del loss  # and its graph, before the next
+        return total
+    for turn in turns(network, student, images, len(plans[0][0].indices), len(plans)):
+        count = len(plans[turn])
+        held_by_each = [x.expand(count, *x.shape) for x in (start, target, images, targets, step_size)]
+        variables = [held_by_each[2].requires_grad_(), held_by_each[4].requires_grad_()]
+        losses = matching_losses(network, *held_by_each, plans[turn], student)
+        for sum_, gradient in zip(total, torch.autograd.grad(losses.sum(), variables), strict=True):
+            sum_ += gradient.sum(0)
     return total
 
 
@@ -232,16 +247,16 @@ WORKS: dict[str, Callable[[Point], tuple[Callable[..., None], int, int]]] = {
 def convolution_rate(point: Point, device: torch.device) -> float:
     """The best rate of the second block's convolution, forward, with as many images as a step has."""
     images = min(point.ipc * CLASSES, point.student_batch or BATCH) if point.work != "expert" else BATCH
-    compute, times = WAYS[point.implementation][0], 50 if device.type == "cuda" else 1
+    compute, times, side = WAYS[point.implementation][0], 50 if device.type == "cuda" else 1, point.side // 2
     dtype = torch.bfloat16 if compute and compute.precision == "bfloat16" else torch.float32
     seconds = []
     for order in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(images, point.width, 16, 16, device=device, dtype=dtype).contiguous(memory_format=order)
+        x = torch.randn(images, point.width, side, side, device=device, dtype=dtype).contiguous(memory_format=order)
         w = torch.randn(point.width, point.width, 3, 3, device=device, dtype=dtype).contiguous(memory_format=order)
         with torch.no_grad():
             several = functools.partial(lambda x, w: [F.conv2d(x, w, padding=1) for _ in range(times)], x, w)
             seconds += timed(several, device, point.least_seconds / 20, 500)
-    return 2 * images * point.width**2 * 9 * 16**2 * times / min(seconds)
+    return 2 * images * point.width**2 * 9 * side**2 * times / min(seconds)
 
 
 def timed(run: Callable[[], object], device: torch.device, least: float, most: int) -> list[float]:
@@ -316,7 +331,8 @@ def points(options: argparse.Namespace) -> list[Point]:
     """Everything that is measured."""
     shared: dict[str, Any] = {"threads": options.threads, "device": options.device, "width": options.width}
     shared["least_seconds"] = options.seconds / 10
-    ways = [name for name in WAYS if name != "textbook, keeping memory" or options.device == "cpu"]
+    gpu = options.device != "cpu"
+    ways = [name for name in WAYS if name != "textbook, keeping memory" or not gpu]
     works: list[dict[str, Any]] = [
         {"work": "match", "ipc": ipc, "student_steps": n, "student_batch": batch, "segments": segments}
         for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
@@ -324,9 +340,14 @@ def points(options: argparse.Namespace) -> list[Point]:
     works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
     found = []
     for work in works:
-        names = [name for name in ways if work.get("segments", 1) == 1 or name in ONCE]
+        several = work.get("segments", 1) > 1
+        once = (*ONCE, "cddlib, compiled, one by one") if gpu else ONCE
+        names = [name for name in ways if (name in once if several else not name.endswith("one by one"))]
         names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
         found += [Point(**shared, **work, implementation=name) for name in names]
+    for segments, name in itertools.product(SEGMENTS, SMALL_WAYS):
+        if name in ways and (segments > 1 or not name.endswith("one by one")):
+            found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))
     little: dict[str, Any] = {"student_steps": 10, "least_seconds": options.seconds / 50}
     for (curve, variants), name in itertools.product(CURVES.items(), CURVED):
         for variant in variants:
@@ -353,7 +374,8 @@ def described(point: Point) -> str:
         (name,) = CURVES[point.curve][0]
         return f"match, {point.curve}: {getattr(point, name)}"
     if point.work == "match":
-        return f"match, IPC {point.ipc}, N = {point.student_steps}, K = {point.segments}"
+        side = "" if point.side == 32 else f", {point.side} × {point.side} pixels"
+        return f"match, IPC {point.ipc}, N = {point.student_steps}, K = {point.segments}{side}"
     return "expert, an epoch" if point.work == "expert" else f"{NETWORKS} evaluation networks, IPC {point.ipc}"
 
 

@@ -4,7 +4,7 @@ On the command line::
 
     cddlib distill --method contra --data digits --ipc 1 --segments 4 --buffer runs/buffer --out runs/contra
 
-One iteration draws K segments of one expert, computes each segment's exact gradient one after the other, combines
+One iteration draws K segments of one expert, computes each segment's exact gradient, combines
 them, and takes one optimiser step on images, label logits and step size. The validation part of the training data
 selects the best iterate. A run resumes from its checkpoint and ends with the same bytes as one never interrupted.
 
@@ -84,7 +84,7 @@ class DistillConfig(
             raise UserError(f"ipc is {self.ipc}; {self.subsets} subsets need at least {self.subsets} images a class.")
 
 
-@memory_advice("--student-batch, --evaluation-batch, --ipc or --width")
+@memory_advice("--side-by-side, --student-batch, --evaluation-batch, --ipc or --width")
 def distill(
     config: DistillConfig, buffer: Buffer | Path, out: Path, *, root: Path | None = None, device: str = "auto"
 ) -> SyntheticSet:

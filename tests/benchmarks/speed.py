@@ -57,10 +57,12 @@ WAYS: dict[str, tuple[ComputeConfig | None, dict[str, str]]] = {
     "cddlib, compiled": (ComputeConfig(compiled=True), {}),
     "cddlib, compiled, bfloat16": (ComputeConfig(compiled=True, precision="bfloat16"), {}),
     "cddlib, one by one": (ComputeConfig(compiled=False), {}),
+    "cddlib, side by side": (ComputeConfig(compiled=False), {}),
     "cddlib, compiled, one by one": (ComputeConfig(compiled=True), {}),
+    "cddlib, compiled, side by side": (ComputeConfig(compiled=True), {}),
 }
-"""How each is computed, None for the textbook's; and what is in the environment of its process. One by one, no
-segments are matched side by side, which others do where steps are small."""
+"""How each is computed, None for the textbook's; and what is in the environment of its process. How many segments are
+matched side by side is cddlib's own choice, but for the last four."""
 BATCH = 256
 """Images of a training step."""
 NETWORKS = 5
@@ -111,7 +113,6 @@ ONCE = ("textbook", "textbook, keeping memory", "cddlib, compiled")
 """What is measured with several segments too."""
 SMALL = {"ipc": 1, "student_steps": 20, "side": 8, "width": 32}
 """A match of small steps, like those on the digits."""
-SMALL_WAYS = ("textbook", "textbook, keeping memory", "cddlib", "cddlib, one by one")
 
 
 # --- In a process of its own ------------------------------------------------------------------------------------
@@ -140,7 +141,7 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
     student = MatchingConfig(
         student_steps=steps or point.student_steps,
         student_batch=point.student_batch,
-        side_by_side=1 if point.implementation.endswith("one by one") else None,
+        side_by_side={"one by one": 1, "side by side": point.segments}.get(point.implementation.split(", ")[-1]),
         **dataclasses.asdict(compute or ComputeConfig()),
     )
     plans = [cddlib.plan_student(student, size, STRATEGY, rng) for _ in range(1 if steps else point.segments)]
@@ -333,6 +334,7 @@ def points(options: argparse.Namespace) -> list[Point]:
     shared["least_seconds"] = options.seconds / 10
     gpu = options.device != "cpu"
     ways = [name for name in WAYS if name != "textbook, keeping memory" or not gpu]
+    apart = [name for name in ways if name.endswith(("one by one", "side by side"))]
     works: list[dict[str, Any]] = [
         {"work": "match", "ipc": ipc, "student_steps": n, "student_batch": batch, "segments": segments}
         for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
@@ -340,13 +342,13 @@ def points(options: argparse.Namespace) -> list[Point]:
     works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
     found = []
     for work in works:
-        several = work.get("segments", 1) > 1
-        once = (*ONCE, "cddlib, compiled, one by one") if gpu else ONCE
-        names = [name for name in ways if (name in once if several else not name.endswith("one by one"))]
+        names = [name for name in ways if work.get("segments", 1) == 1 or name in ONCE]
         names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
-        found += [Point(**shared, **work, implementation=name) for name in names]
-    for segments, name in itertools.product(SEGMENTS, SMALL_WAYS):
-        if name in ways and (segments > 1 or not name.endswith("one by one")):
+        found += [Point(**shared, **work, implementation=name) for name in names if name not in apart]
+        if work.get("segments") == 4 and (work["ipc"] == 1 or (gpu and work["ipc"] == 10)):
+            found += [Point(**shared, **work, implementation=name) for name in apart if gpu == ("compiled" in name)]
+    for segments, name in itertools.product(SEGMENTS, ways):
+        if name.startswith("textbook") or (name in apart and "compiled" not in name):
             found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))
     little: dict[str, Any] = {"student_steps": 10, "least_seconds": options.seconds / 50}
     for (curve, variants), name in itertools.product(CURVES.items(), CURVED):

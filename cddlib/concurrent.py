@@ -26,6 +26,11 @@ class ConcurrentConfig(OptimizerConfig, SyntheticConfig, CombineConfig, Matching
     seed: int = 0
     """Seed of everything random."""
 
+    @property
+    def matched_segments(self) -> int:
+        """How many segments an iteration matches, of all experts and times."""
+        return self.segments * self.concurrent_experts + self.replay
+
 
 def concurrent_gradient(
     config: ConcurrentConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int, ranks: Ranks | None = None
@@ -95,10 +100,12 @@ def _segment_gradients(
     Every student has a copy of the set, so that gradients do not add up.
     """
     device, later = synthetic.images.device, config.expert_epochs
-    copies, targets = synthetic.copies(len(matched))
+    copies = synthetic.copies(len(matched))
     taught = config.labels == "teacher"
     if taught:
         targets = torch.stack([teacher_logits(config, buffer, synthetic, *segment).softmax(1) for segment in matched])
+    else:
+        targets = synthetic.targets_of(copies)
     losses = matching_losses(
         buffer.network,
         torch.stack([buffer.parameters(expert, start) for expert, start in matched]).to(device),

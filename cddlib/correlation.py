@@ -87,7 +87,7 @@ class Probes:
             for start in starts
         ]
 
-    def matched(self, synthetic: SyntheticSet, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
+    def in_turns(self, synthetic: SyntheticSet, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
         """Matching losses of the probes, turn by turn, and the variables they depend on, a row for each loss.
 
         Another `draw` is another student on every segment.
@@ -99,15 +99,15 @@ class Probes:
         plain = MatchingConfig(side_by_side=self.config.side_by_side)
         for turn in turns(self.network, plain, synthetic.images, len(students[0][0].indices), len(students)):
             starts, targets = (torch.stack(ends) for ends in zip(*self.ends[turn], strict=True))
-            copies, labels = synthetic.copies(len(starts))
-            held_by_each = (copies["images"], labels, copies["step_size"])
+            copies = synthetic.copies(len(starts))
+            held_by_each = (copies["images"], synthetic.targets_of(copies), copies["step_size"])
             losses = matching_losses(self.network, starts, targets, *held_by_each, students[turn], plain)
             yield losses, list(copies.values())
 
     def losses(self, synthetic: SyntheticSet) -> list[float]:
         """Matching loss of every probe."""
         with torch.no_grad():
-            return [loss for losses, _ in self.matched(synthetic) for loss in losses.tolist()]
+            return [loss for losses, _ in self.in_turns(synthetic) for loss in losses.tolist()]
 
     def geometry(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
         """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
@@ -124,7 +124,7 @@ class Probes:
         count = len(self.starts)
         gradients: list[tuple[Tensor, ...]] = []
         losses: list[float] = []
-        for found, variables in (turn for draw in (0, 1) for turn in self.matched(synthetic, draw=draw)):
+        for found, variables in (turn for draw in (0, 1) for turn in self.in_turns(synthetic, draw=draw)):
             gradients += zip(*torch.autograd.grad(found.sum(), variables), strict=True)
             losses += found.tolist()
         after = []

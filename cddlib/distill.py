@@ -4,9 +4,9 @@ On the command line::
 
     cddlib distill --method contra --data digits --ipc 1 --segments 4 --buffer runs/buffer --out runs/contra
 
-One iteration draws K segments of one expert, computes each segment's exact gradient, combines
-them, and takes one optimiser step on images, label logits and step size. The validation part of the training data
-selects the best iterate. A run resumes from its checkpoint and ends with the same bytes as one never interrupted.
+One iteration draws K segments of one expert, computes each segment's exact gradient, combines them, and takes one
+optimiser step on images, label logits and step size. The validation part of the training data selects the best
+iterate. A run resumes from its checkpoint and ends with the same bytes as one never interrupted.
 
 Under torchrun, the segments are divided among its processes, and one all-reduce an iteration adds their gradients::
 
@@ -129,8 +129,9 @@ def _decided(config: DistillConfig, buffer: Buffer) -> DistillConfig:
         return config
     subset = config.ipc * buffer.data["classes"] // config.subsets
     batch = min(config.student_batch or subset, subset)
-    walks = config.iterations * (config.segments * config.concurrent_experts + config.replay)
-    images = 3 * walks * config.student_steps * batch  # a student's step is worth three of training
+    images = (
+        3 * config.iterations * config.matched_segments * config.student_steps * batch
+    )  # a student's step is worth three of training
     return dataclasses.replace(config, compiled=earns_compiling(buffer.network, tuple(buffer.data["shape"]), images))
 
 

@@ -12,9 +12,10 @@ chain rule is walked back one step at a time::
         ∂L/∂X_i −= α (∂g_i/∂X_i)ᵀ λ      ∂L/∂Y_i −= α (∂g_i/∂Y_i)ᵀ λ      ∂L/∂α −= ⟨g_i, λ⟩
         λ       ←  λ − α (∂g_i/∂θ)ᵀ λ
 
-Each turn needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.steps`). What step i remembers for them is kept where
-memory allows, and computed again where it does not. A batch's loss is a mean, so on a CPU a ConvNet takes a large
-batch in parts, one after another: the memory is then that of a part. The methods of the field change little here::
+Each of these steps needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.steps`). What step i remembers for them is
+kept where memory allows, and computed again where it does not. A batch's loss is a mean, so on a CPU a ConvNet takes a
+large batch in parts, one after another: the memory is then that of a part. Small steps leave a processor idle, so the
+students of several segments take theirs side by side. The methods of the field change little here::
 
     TESLA   leaves out the last line: the student's path through later parameters is dropped, which is another gradient
     ATT     ends the student at the step n* that lies nearest to the target, and walks back from there
@@ -36,10 +37,10 @@ from cddlib.networks import ConvNet, Network
 from cddlib.steps import ComputeConfig, Memory, operations, room, steps_of
 
 PART = 64
-"""Most images that a CPU takes at a time; more are no faster. A GPU takes all."""
-SMALL, SMALL_ON_GPU = 1e8, 1e10
-"""Operations, forward, up to which a student's step does not keep the processor busy. A GPU's follows from the time
-that it takes to start kernels; it has not been measured."""
+"""Most images of a student that a CPU takes at a time; more are no faster. A GPU takes all."""
+FILLS_CPU, FILLS_GPU = 1e8, 1e10
+"""Operations, forward, of steps that keep the processor busy. The GPU's follows from the time that it takes to start
+kernels; it has not been measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,20 +58,24 @@ class MatchingConfig(ComputeConfig):
     dropped_fraction: float = 0.0
     """Fraction of the parameters, those already nearest to the target, that the loss leaves out (PAD)."""
     side_by_side: int | None = None
-    """Most segments whose students take their steps side by side; by default all where steps are small, else 1."""
+    """Most segments whose students take their steps side by side; by default as many as fill the processor."""
 
     def __post_init__(self) -> None:
         for name in ("student_steps", "student_batch", "side_by_side"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
-        if self.match_step == "nearest" and (self.side_by_side or 1) > 1:
-            raise UserError(
-                f"side_by_side is {self.side_by_side}; with match_step 'nearest', where students end at different "
-                f"steps, it must be 1."
-            )
+        self.check_students(self.side_by_side or 1)
         if not 0 <= self.dropped_fraction < 1:
             raise UserError(f"dropped_fraction is {self.dropped_fraction}; it must be 0 or more and below 1.")
+
+    def check_students(self, side_by_side: int) -> None:
+        """Raise `UserError` if so many students cannot take their steps side by side."""
+        if self.match_step == "nearest" and side_by_side > 1:
+            raise UserError(
+                f"side_by_side is {side_by_side}; with match_step 'nearest', where students end at different steps, "
+                f"it must be 1."
+            )
 
 
 class Step(NamedTuple):
@@ -131,24 +136,29 @@ def matching_losses(
     """L of s segments, whose students take their steps side by side, each on images, targets and steps of its own.
 
     The students have batches of equal sizes. See `matching_loss`; memory is s times its own. In exchange, the small
-    steps of ConvNets take less time: see `turns`.
+    steps of ConvNets take less time: see `at_a_time`.
     """
     if bool(((start - target).square().sum(1) == 0).any()):
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
     config = config or MatchingConfig()
+    config.check_students(len(students))
     kept = room(images.device) if torch.is_grad_enabled() else 0
     return _MatchingLosses.apply(images, targets, step_size, network, start, target, students, config, kept)
 
 
-def turns(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
-    """Which of the students take their steps side by side, `batch` images each, one turn after the other.
+def at_a_time(
+    network: Network, config: MatchingConfig, device: torch.device, image_shape: tuple[int, ...], batch: int
+) -> int:
+    """How many students take their steps, of `batch` images, side by side; by default ConvNets, until they fill it."""
+    if config.side_by_side or not isinstance(network, ConvNet) or config.match_step == "nearest":
+        return config.side_by_side or 1
+    fills = FILLS_CPU if device.type == "cpu" else FILLS_GPU
+    return max(1, int(fills / (batch * operations(network, image_shape))))
 
-    By default ConvNets whose steps are `SMALL` go all at once, others one at a time.
-    """
-    number = config.side_by_side or 1
-    if config.side_by_side is None and isinstance(network, ConvNet) and config.match_step == "last":
-        most = SMALL if images.device.type == "cpu" else SMALL_ON_GPU
-        number = max(1, students) if batch * operations(network, tuple(images.shape[1:])) <= most else 1
+
+def turns(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
+    """Which of the students, who train on `images`, take their steps side by side, one turn after the other."""
+    number = at_a_time(network, config, images.device, tuple(images.shape[1:]), batch)
     return [slice(first, min(first + number, students)) for first in range(0, students, number)]
 
 
@@ -184,30 +194,28 @@ class _MatchingLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         images, targets, step_size, target, scale, kept, *path = ctx.saved_tensors
-        d_images, d_targets, d_step_size = (torch.zeros_like(x) for x in (images, targets, step_size))
+        d_images, d_targets, d_step_size = (x.new_zeros(x.shape) for x in (images, targets, step_size))
         adjoint = (path[-1] - target) * kept * (2 * grad_loss / scale)[:, None]
         engine = steps_of(ctx.network, ctx.config)
         for i in reversed(range(len(path) - 1)):
             batches = [student[i] for student in ctx.students]
-            rows = _rows(batches, images)
+            k, indices = _rows(batches, images)
             with torch.enable_grad():
-                chosen = images[rows].detach().requires_grad_()
+                chosen = images[k, indices].detach().requires_grad_()
                 inputs = _augmented(batches, chosen)
-            wanted = targets[rows]
-            by_inputs, by_theta, by_targets = (torch.zeros_like(x) for x in (inputs, adjoint, wanted))
+            by_inputs, by_theta = torch.empty_like(inputs), torch.zeros_like(adjoint)
             for number, (part, share) in enumerate(_parts(ctx.network, inputs)):
                 memory, ctx.memories[i][number] = ctx.memories[i][number], None
                 if memory is None:
-                    _, memory = engine.take(path[i], inputs[:, part], wanted[:, part])
+                    _, memory = engine.take(path[i], inputs[:, part], targets[k, indices[:, part]])
                 along = engine.along(memory, adjoint)
                 del memory
                 by_inputs[:, part] = share * along.by_inputs
-                by_targets[:, part] = share * along.by_targets
                 by_theta += share * along.by_theta
+                _subtract(d_targets, k, indices[:, part], step_size * share, along.by_targets)
                 d_step_size -= share * along.inner
             (by_chosen,) = torch.autograd.grad(inputs, chosen, by_inputs)
-            d_images.index_put_(rows, _each(-step_size, by_chosen) * by_chosen, accumulate=True)
-            d_targets.index_put_(rows, _each(-step_size, by_targets) * by_targets, accumulate=True)
+            _subtract(d_images, k, indices, step_size, by_chosen)
             if ctx.config.gradient == "exact":
                 adjoint -= step_size[:, None] * by_theta
         if ctx.config.gradient == "halved":
@@ -243,14 +251,13 @@ def _roll_out(
     path: list[Tensor] = [start.detach()]
     memories: list[list[Memory | None]] = []
     for batches in zip(*students, strict=True):
-        rows = _rows(batches, images)
+        k, indices = _rows(batches, images)
         with torch.no_grad():
-            inputs = _augmented(batches, images[rows])
-        wanted = targets[rows]
+            inputs = _augmented(batches, images[k, indices])
         gradient = torch.zeros_like(path[-1])
         memories.append([])
         for part, share in _parts(network, inputs):
-            by_part, memory = engine.take(path[-1], inputs[:, part], wanted[:, part])
+            by_part, memory = engine.take(path[-1], inputs[:, part], targets[k, indices[:, part]])
             gradient += share * by_part
             room -= memory.size
             memories[-1].append(memory if room >= 0 else None)
@@ -260,9 +267,9 @@ def _roll_out(
 
 
 def _rows(batches: Sequence[Step], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images [s n …] the students take: student and index, each [s b]."""
+    """Which images [s n …] the students take: student [s 1] and indices [s b]."""
     indices = torch.stack([batch.indices for batch in batches]).to(images.device)
-    return torch.arange(len(indices), device=images.device)[:, None].expand_as(indices), indices
+    return torch.arange(len(indices), device=images.device)[:, None], indices
 
 
 def _augmented(batches: Sequence[Step], chosen: Tensor) -> Tensor:
@@ -270,9 +277,11 @@ def _augmented(batches: Sequence[Step], chosen: Tensor) -> Tensor:
     return torch.stack([augment.apply(batch.draw, images) for batch, images in zip(batches, chosen, strict=True)])
 
 
-def _each(numbers: Tensor, tensor: Tensor) -> Tensor:
-    """A number for each student, shaped to multiply `tensor`."""
-    return numbers.view(-1, *[1] * (tensor.dim() - 1))
+def _subtract(total: Tensor, k: Tensor, indices: Tensor, factors: Tensor, values: Tensor) -> None:
+    """Take each student's `values` [s b …], times its factor [s], off the rows of `total` [s n …] at its `indices`."""
+    scaled = values * -factors.view(-1, *[1] * (values.dim() - 1))
+    rows = (k * total.shape[1] + indices).flatten()
+    total.view(-1, *total.shape[2:]).index_add_(0, rows, scaled.flatten(0, 1))
 
 
 def _parts(network: Network, inputs: Float[Tensor, "s b c h w"]) -> list[tuple[slice, float]]:

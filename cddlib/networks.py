@@ -176,8 +176,9 @@ class ConvNet:
         self, thetas: Float[Tensor, "s p"], images: Float[Tensor, "s b c h w"]
     ) -> Float[Tensor, "s b classes"]:
         """Logits of s networks. Their channels lie side by side, and each convolution sees those of its own network."""
-        count = len(thetas)
-        p = {name: tensor.flatten(0, 1) for name, tensor in views(self, thetas).items()}
+        count, p = len(thetas), views(self, thetas)
+        weight, bias = p.pop("classifier.weight"), p.pop("classifier.bias")
+        p = {name: tensor.flatten(0, 1) for name, tensor in p.items()}
         x = beside(images)
         for block in range(self.config.depth):
             x = F.conv2d(x, p[f"conv{block}.weight"], p[f"conv{block}.bias"], 1, self.paddings[block], groups=count)
@@ -186,7 +187,6 @@ class ConvNet:
             x = _ACTIVATIONS[self.config.activation](x)
             if self.config.pooling != "none":
                 x = _POOLINGS[self.config.pooling](x, 2)
-        weight, bias = (p[f"classifier.{name}"].unflatten(0, (count, -1)) for name in ("weight", "bias"))
         return torch.baddbmm(bias[:, None], apart(x, count).flatten(2), weight.mT)
 
     def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor, count: int) -> Tensor:

@@ -30,7 +30,7 @@ from cddlib.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.data import VALIDATION_FRACTION, Images, load
 from cddlib.distill import DistillConfig
 from cddlib.files import UserError
-from cddlib.matching import matching_losses, plan_student, turns
+from cddlib.matching import at_a_time, matching_losses, plan_student
 from cddlib.networks import Network, NetworkConfig, build_network, parameter_count
 from cddlib.preprocessing import Normalisation, Preprocessing, Whitening
 from cddlib.recipes import buffer_recipe
@@ -116,7 +116,7 @@ def plan(
         devices: equal devices among which experts, segments and networks are divided, at no cost for communication.
         measure: run a few steps to predict the time.
         root: folder of the data sets.
-        device: where to measure.
+        device: where to measure, or what for.
 
     Raises:
         UserError: `devices` or `networks` is below 1, or the size of the data set is not known.
@@ -125,7 +125,7 @@ def plan(
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
     sizes = sizes_of(config.data, root)
-    steps = _Steps(experts, config, sizes, resolve_device(device) if measure else None)
+    steps = _Steps(experts, config, sizes, device, measure, devices)
     return [
         _buffering(experts, sizes, steps, devices),
         _distillation(config, sizes, steps, devices),
@@ -150,11 +150,6 @@ def _buffering(experts: BufferConfig, sizes: Sizes, steps: "_Steps", devices: in
     )
 
 
-def matched(config: DistillConfig) -> int:
-    """Segments that an iteration matches, of all experts and times."""
-    return config.segments * config.concurrent_experts + config.replay
-
-
 def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices: int) -> Cost:
     images = config.ipc * sizes.classes
     subset = images // config.subsets
@@ -168,13 +163,15 @@ def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices:
     checks += [(steps.test, times * config.validation_runs * validation), *labelled]
     set_bytes = 4 * images * (sizes.shape[0] * sizes.shape[1] * sizes.shape[2] + sizes.classes)
     vectors = 4 * parameter_count(steps.network) * (config.student_steps + 3)
-    kept = 1 if config.combine == "mean" else matched(config)
+    kept = 1 if config.combine == "mean" else config.matched_segments
     return Cost(
         "distillation",
-        matched(config) * _flops(student) + _flops(checks),
-        steps.students * (steps.student_memory + vectors) + (kept + 5) * set_bytes + _data_bytes(sizes, validation),
+        config.matched_segments * _flops(student) + _flops(checks),
+        steps.students * (steps.student_memory + vectors)
+        + (kept + 3 + 2 * steps.students) * set_bytes
+        + _data_bytes(sizes, validation),
         4 * set_bytes,  # the set; and the checkpoint: variables, momentum, best
-        _seconds(student, -(-matched(config) // devices), checks),
+        _seconds(student, -(-config.matched_segments // devices), checks),
     )
 
 
@@ -235,7 +232,9 @@ def _duration(seconds: float) -> str:
 class _Steps:
     """The cost of one image in an expert's step, a student's step, a network's step, and a test."""
 
-    def __init__(self, experts: BufferConfig, config: DistillConfig, sizes: Sizes, device: torch.device | None) -> None:
+    def __init__(
+        self, experts: BufferConfig, config: DistillConfig, sizes: Sizes, device: str, measure: bool, devices: int
+    ) -> None:
         self.network = build_network(config, sizes.shape, sizes.classes)
         self.config, self.sizes = config, sizes
         subset = config.ipc * sizes.classes // config.subsets
@@ -246,11 +245,13 @@ class _Steps:
         expert, self.expert_memory = _training(network, sizes, experts.batch_size)
         train, self.train_memory = _training(network, sizes, train_batch)
         student, self.student_memory = _student(network, sizes, student_batch)
-        image = torch.empty(1, *sizes.shape, device=device)
-        self.students = turns(self.network, config, image, student_batch, matched(config))[0].stop  # side by side
+        dev = resolve_device(device) if measure or device == "auto" else torch.device(device)
+        most = at_a_time(self.network, config, dev, sizes.shape, student_batch)
+        self.students = min(most, -(-config.matched_segments // devices))
+        """How many take their steps side by side."""
         seconds: dict[str, float | None] = dict.fromkeys(("expert", "train", "real", "test", "student"))
-        if device is not None:
-            seconds |= self._measure(experts.batch_size, train_batch, student_batch, sharp, device)
+        if measure:
+            seconds |= self._measure(experts.batch_size, train_batch, student_batch, sharp, dev)
         self.expert = _Unit(expert * (2 if sharp.sharpness_radius else 1), seconds["expert"])
         self.train, self.real = _Unit(train, seconds["train"]), _Unit(train, seconds["real"])
         self.test = _Unit(_test(network, sizes), seconds["test"])
@@ -290,7 +291,7 @@ class _Steps:
         few = dataclasses.replace(c, student_steps=2, student_batch=None)
         step_size = torch.tensor(c.step_size, device=device)
         start, learned, wanted, rates = (
-            tensor.expand(self.students, *tensor.shape)
+            tensor.expand(self.students, *tensor.shape).contiguous()
             for tensor in (theta.detach(), images[:student_batch], targets[:student_batch], step_size)
         )
         variables = [learned.requires_grad_(), rates.requires_grad_()]

@@ -7,6 +7,7 @@ adds the gradients; and every device draws all students and takes the optimiser'
          + 2 (W − 1) latency + 2 (W − 1) / W · bytes / bandwidth    communication
          + segments · draw + alone                                  what is not divided
 
+The times of segments add up, as they do one by one; small steps that are taken side by side take less.
 Efficiency is T(1) / (W T(W)) for the same work (strong scaling), and T(1) / T(W) if the work grows with the devices, by
 `concurrent_experts` (weak scaling). What the numbers are has to be measured or assumed; ``tests/benchmarks/scaling.py``
 measures them on one machine, and compares the model with runs of 2 and 4 processes there.
@@ -23,7 +24,7 @@ from scipy.optimize import nnls
 from scipy.stats import norm
 
 from cddlib.distill import DistillConfig
-from cddlib.plan import buffer_of, matched, plan, sizes_of
+from cddlib.plan import buffer_of, plan, sizes_of
 
 Scaling = Literal["strong", "weak"]
 
@@ -172,7 +173,7 @@ def work_of(config: DistillConfig, rate: float, *, memory: float = float("inf"),
     segment, beside = operations(config)
     size = gradient_bytes(config)
     alone = others.pop("alone", 0.0) + beside / rate + 10 * size / memory
-    return Work(segments=matched(config), segment=segment / rate, size=size, alone=alone, **others)
+    return Work(segments=config.matched_segments, segment=segment / rate, size=size, alone=alone, **others)
 
 
 def operations(config: DistillConfig) -> tuple[float, float]:
@@ -184,7 +185,7 @@ def operations(config: DistillConfig) -> tuple[float, float]:
 
     now = in_all(config.replay)
     segment = in_all(config.replay + 1) - now
-    return segment, now - matched(config) * segment
+    return segment, now - config.matched_segments * segment
 
 
 def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
@@ -197,4 +198,4 @@ def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
     sizes = sizes_of(config.data, root)
     logits = 0 if config.labels == "hard" else sizes.classes
     numbers = config.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1
-    return 4 * numbers * (1 if config.combine == "mean" else matched(config))
+    return 4 * numbers * (1 if config.combine == "mean" else config.matched_segments)

@@ -11,6 +11,10 @@ from matplotlib.figure import Figure
 
 TEXTBOOK = "textbook"
 """How the names of all implementations begin that cddlib is compared with."""
+APART = ("one by one", "side by side")
+"""How the names of implementations end that differ in how many segments they match at a time."""
+SMALL_SIDE = 8
+"""Pixels of the images with which steps are small."""
 COLUMNS = ("name", "work", "curve", "implementation", "seconds", "memory_mb", "rate", "convolution_rate", "left_out")
 
 
@@ -24,6 +28,20 @@ def measurements(record: Mapping[str, Any], *, curves: bool) -> pd.DataFrame:
         table["memory_mb"] = table["peak_memory_mb"] - table["start_memory_mb"]
     table = table.reindex(columns=[*COLUMNS, *(name for name in table if name not in COLUMNS)])
     return table[(table["curve"].fillna("") != "") == curves]
+
+
+def part(record: Mapping[str, Any], *, apart: bool) -> dict[str, Any]:
+    """Of a record of `make bench`, what compares segments side by side with segments one by one; or all else."""
+    rows = record["measurements"]
+    names = {row["name"] for row in rows if row["implementation"].endswith(APART)}
+    chosen = []
+    for row in rows:
+        own = row["implementation"].endswith(APART)
+        if apart and row["name"] in names and (own or row["implementation"].startswith(TEXTBOOK)):
+            chosen.append(row)
+        if not (apart or own or row["side"] == SMALL_SIDE):
+            chosen.append(row)
+    return {**record, "measurements": chosen}
 
 
 def bars(record: Mapping[str, Any], column: str, xlabel: str) -> Figure:

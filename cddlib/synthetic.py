@@ -81,15 +81,18 @@ class SyntheticSet:
         """What distillation optimises, in that order."""
         return list(self.variable_tensors().values())
 
-    def copies(self, count: int) -> tuple[dict[str, Tensor], Float[Tensor, "s n classes"]]:
-        """For students side by side: variables by name, which need gradients, a row for each student; and targets."""
-        found = {
+    def copies(self, count: int) -> dict[str, Tensor]:
+        """The variables by name, a row for each of several students, which need gradients of their own."""
+        return {
             name: tensor.detach().expand(count, *tensor.shape).requires_grad_()
             for name, tensor in self.variable_tensors().items()
         }
-        if "label_logits" in found:
-            return found, found["label_logits"].softmax(dim=2)
-        return found, self.targets().expand(count, -1, -1)
+
+    def targets_of(self, copies: dict[str, Tensor]) -> Float[Tensor, "s n classes"]:
+        """The class probabilities that go with `copies`."""
+        if self.label_logits is not None:
+            return copies["label_logits"].softmax(dim=2)
+        return self.targets().expand(len(copies["images"]), -1, -1)
 
     def copy(self) -> "SyntheticSet":
         """A set of its own memory, outside any graph."""

@@ -344,16 +344,31 @@ def test_probes_losses_depend_on_the_synthetic_set_alone(problem: Callable[..., 
     first = usual.probes.losses(usual.synthetic)
     torch.rand(1)
     assert usual.probes.losses(usual.synthetic) == first
-    assert usual.probes_of((1,)).losses(usual.synthetic) == [first[1]]
+    assert usual.probes_of((1,)).losses(usual.synthetic) == pytest.approx([first[1]], rel=1e-12)
     moved = usual.synthetic.copy()
     moved.images[0] += 0.1
     assert all(a != b for a, b in zip(usual.probes.losses(moved), first, strict=True))
 
 
+def test_probes_are_the_same_side_by_side_and_one_by_one(problem: Callable[..., Problem]) -> None:
+    rates, found = [30.0, 2.0, 1e-5], []
+    for side_by_side in (1, 2, None):
+        usual = problem(side_by_side=side_by_side)
+        turns = list(usual.probes.in_turns(usual.synthetic))
+        assert len(turns) == {1: 3, 2: 2, None: 1}[side_by_side]
+        found.append(usual.probes.geometry(usual.synthetic, rates))
+    for other in found[1:]:
+        for name in ("losses", "after"):
+            np.testing.assert_allclose(other[name], found[0][name], rtol=1e-9)
+        for variable, products in other["products"].items():
+            wanted = np.array(found[0]["products"][variable])
+            np.testing.assert_allclose(products, wanted, rtol=1e-7, atol=1e-9 * np.abs(wanted).max())
+
+
 def test_other_seeds_draws_and_experts_give_other_probes(problem: Callable[..., Problem]) -> None:
     usual = problem()
     first = usual.probes.losses(usual.synthetic)
-    other_draw = [loss for losses, _ in usual.probes.matched(usual.synthetic, draw=1) for loss in losses.tolist()]
+    other_draw = [loss for losses, _ in usual.probes.in_turns(usual.synthetic, draw=1) for loss in losses.tolist()]
     for other in (
         other_draw,
         usual.probes_of(STARTS, seed=8).losses(usual.synthetic),

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib import augment
-from cddlib.matching import MatchingConfig, Step, kept_parameters, matching_losses, nearest_step, roll_out, turns
+from cddlib.matching import (
+    MatchingConfig,
+    Step,
+    at_a_time,
+    kept_parameters,
+    matching_losses,
+    nearest_step,
+    roll_out,
+    turns,
+)
 from cddlib.networks import Network
-from cddlib.steps import steps_of
+from cddlib.steps import Derived, steps_of
 from cddlib.synthetic import initialise
 
 CLASSES = 3
@@ -373,6 +382,32 @@ def test_students_side_by_side_are_students_one_by_one(
             assert relative(together[k], wanted) < 1e-9
 
 
+@pytest.mark.parametrize("steps_kept", [0, 3, 1000])
+def test_derived_students_side_by_side_are_students_one_by_one(
+    steps_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, of which memory is kept for none, some or all."""
+    problem = Problem(n=5, batch=5, dsa=DSA)
+    engine = Derived(problem.network, "float32", False)
+    network, start, target, images, targets, _, steps = problem.arguments()
+    size = engine.take(start[None], images[None, :3].detach(), targets[None, :3].detach())[1].size
+    monkeypatch.setattr("cddlib.matching.PART", 3)
+    monkeypatch.setattr("cddlib.matching.steps_of", lambda network, config: engine)
+    monkeypatch.setattr("cddlib.matching.room", lambda device: steps_kept * size)
+    other = cddlib.plan_student(MatchingConfig(student_steps=5, student_batch=5), 7, DSA, cddlib.generator("other"))
+    rates = torch.tensor([0.3, 0.1]).double()
+    two = [torch.stack([x.detach(), x.detach().roll(1, 0)]) for x in (start, target, images, targets)]
+    variables = [x.requires_grad_() for x in (two[2], two[3], rates)]
+    losses = matching_losses(network, *two, rates, [steps, other])
+    found = torch.autograd.grad(losses.sum(), variables)
+    for k, plan in enumerate((steps, other)):
+        own = [x[k].detach().requires_grad_() for x in variables]
+        alone = unrolled(network, two[0][k], two[1][k], own[0], own[1], own[2], plan)
+        assert relative(losses[k], alone) < 1e-12
+        for together, wanted in zip(found, torch.autograd.grad(alone, own), strict=True):
+            assert relative(together[k], wanted) < 1e-9
+
+
 def test_one_student_that_overflows_does_not_touch_the_others() -> None:
     problem = Problem(n=2)
     network, start, target, images, targets, step_size, steps = problem.arguments()
@@ -390,6 +425,7 @@ def test_one_student_that_overflows_does_not_touch_the_others() -> None:
     ("network", "config", "batch", "wanted"),
     [
         ({}, {}, 10, [5]),
+        ({}, {}, 3000, [2, 2, 1]),
         ({}, {}, 10**5, [1] * 5),
         ({}, {"side_by_side": 1}, 10, [1] * 5),
         ({}, {"side_by_side": 2}, 10**5, [2, 2, 1]),
@@ -408,17 +444,24 @@ def test_small_steps_of_convnets_are_taken_side_by_side(
     assert turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 0) == []
 
 
-def test_what_a_small_step_is() -> None:
+@pytest.mark.parametrize(("device", "fills"), [("cpu", 1e8), ("cuda", 1e10)])
+def test_so_many_students_go_side_by_side_as_fill_the_processor(device: str, fills: float) -> None:
     network = Problem().network  # 2 channels of 8x8 pixels, width 4; then 4 channels of 4x4; then 16 numbers
     a_pass = 2 * (9 * 2 * 4 * 8 * 8 + 9 * 4 * 4 * 4 * 4 + 16 * CLASSES)
-    most = int(1e8 // a_pass)
-    for batch, wanted in ((most, 1), (most + 1, 4)):
-        assert len(turns(network, MatchingConfig(), torch.zeros(1, 2, 8, 8), batch, 4)) == wanted
+    for students in (2, 7):
+        most = int(fills / (a_pass * students))
+        for batch, wanted in ((most, students), (most + 1, students - 1)):
+            assert at_a_time(network, MatchingConfig(), torch.device(device), (2, 8, 8), batch) == wanted
 
 
 def test_students_that_end_at_different_steps_are_not_taken_side_by_side() -> None:
-    with pytest.raises(cddlib.UserError, match=r"^side_by_side is 2; with match_step 'nearest', where students end at"):
+    sentence = r"^side_by_side is 2; with match_step 'nearest', where students end at different steps, it must be 1\.$"
+    with pytest.raises(cddlib.UserError, match=sentence):
         MatchingConfig(match_step="nearest", side_by_side=2)
+    network, *tensors, steps = Problem().arguments()
+    two = [torch.stack([tensor, tensor]) for tensor in tensors]
+    with pytest.raises(cddlib.UserError, match=sentence):
+        matching_losses(network, *two, [steps, steps], MatchingConfig(match_step="nearest"))
     with pytest.raises(cddlib.UserError, match=r"^side_by_side is 0; it must be at least 1\.$"):
         MatchingConfig(side_by_side=0)
 

@@ -78,6 +78,23 @@ def test_flat_experts_take_twice_the_steps_and_a_curriculum_its_share() -> None:
     assert (staged - ranking - tests) / (plain - tests) == pytest.approx((25 * 0.5 + 0.5 * 12 + 25) / 50, abs=0.01)
 
 
+@pytest.mark.parametrize(("devices", "together"), [(1, 4), (2, 2), (3, 2), (8, 1)])
+def test_students_side_by_side_share_the_time_and_need_memory_each(monkeypatch, devices: int, together: int) -> None:
+    monkeypatch.setattr("cddlib.plan._time", lambda run, device: 1.0)
+    found = []
+    for side_by_side in (None, 1):
+        changes = {"segments": 4, "validate_every": 0, "side_by_side": side_by_side}
+        config = cddlib.distill_recipe("mtt", "digits", 1, **changes)
+        found.append(plan(buffer_of(config), config, devices=devices, device="cpu")[1])
+    beside, one = found
+    assert beside.seconds == pytest.approx(one.seconds / together)
+    assert (beside.flops, beside.disk) == (one.flops, one.disk)
+    p = parameter_count(cddlib.build_network(config, (1, 8, 8), 10))
+    least = 4 * (p * (config.student_steps + 3) + 2 * 10 * (64 + 10))  # parameters on the way; gradients of the set
+    assert beside.memory - one.memory >= (together - 1) * least
+    assert beside.memory <= together * one.memory
+
+
 @pytest.mark.parametrize(("devices", "segments", "share"), [(1, 4, 4), (2, 4, 2), (3, 4, 2), (8, 4, 1)])
 def test_devices_share_segments_and_experts(monkeypatch, devices: int, segments: int, share: int) -> None:
     monkeypatch.setattr("cddlib.plan.MEASURED_SECONDS", 0)

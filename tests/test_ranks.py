@@ -144,11 +144,12 @@ def metrics(run: Path, iterations: int) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
 CASES: dict[str, dict[str, Any]] = {
     "mean": {},
     "balance": {"balance": 0.5},
-    **{rule: {"combine": rule} for rule in ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")},
-    "one by one": {"combine": "upgrad", "side_by_side": 1},
+    **{rule: {"combine": rule} for rule in RULES},
+    **{f"{rule}, one by one": {"combine": rule, "side_by_side": 1} for rule in RULES},
     "replay": {"replay": 2},
     "other experts": {"concurrent_experts": 2},
     "learned labels": {"labels": "learned", "ema": 0.9},

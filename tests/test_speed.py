@@ -119,14 +119,45 @@ def test_the_command_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_p
         commands.bench(to=to)
 
 
-def test_both_ways_give_one_gradient(speed: Any) -> None:
+def test_all_ways_give_one_gradient(speed: Any) -> None:
     """Where the benchmark runs them."""
-    found = []
-    for name in ("cddlib", "textbook"):
-        point = speed.Point(work="match", implementation=name, **LITTLE)
-        found.append(speed.match(point, torch.device("cpu")))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+    theirs, *others = (
+        speed.match(speed.Point(work="match", implementation=name, segments=3, **LITTLE), torch.device("cpu"))
+        for name in ("textbook", "cddlib", "cddlib, one by one", "cddlib, side by side")
+    )
+    for ours in others:
+        for found, wanted in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", True)])
+def test_side_by_side_is_measured_where_steps_are_small_and_where_not(
+    speed: Any, monkeypatch: pytest.MonkeyPatch, device: str, compiled: bool
+) -> None:
+    points = speed.points(SimpleNamespace(threads=1, device=device, width=128, seconds=10.0))
+    apart = [point for point in points if point.implementation.endswith(speed_figures.APART)]
+    small = [point for point in apart if point.side == speed_figures.SMALL_SIDE]
+    assert {point.segments for point in small} == {1, 2, 4, 8}
+    large = [point for point in apart if point not in small]
+    assert {(point.width, "compiled" in point.implementation) for point in large} == {(128, compiled)}
+    taken = []
+    monkeypatch.setattr(speed, "turns", lambda *given: taken.append(given[1].side_by_side) or [])
+    for point in [p for p in small if p.segments == 4] + [p for p in points if p.segments == 4 and p.curve]:
+        speed.match(dataclasses.replace(point, width=4), torch.device("cpu"))
+    assert taken == [1, 4, None, None]
+
+
+def test_a_record_s_parts_are_for_two_tables() -> None:
+    names = ["textbook", "cddlib, compiled", "cddlib, one by one", "cddlib, side by side"]
+    rows = [{"name": "large", "implementation": name, "side": 32} for name in names]
+    rows += [{"name": "alone", "implementation": name, "side": 32} for name in names[:2]]
+    rows += [{"name": "small", "implementation": name, "side": 8} for name in (names[0], *names[2:])]
+    usual, apart = (
+        [rows.index(row) for row in speed_figures.part({"measurements": rows}, apart=apart)["measurements"]]
+        for apart in (False, True)
+    )
+    assert usual == [0, 1, 4, 5]
+    assert apart == [0, 2, 3, 6, 7, 8]
 
 
 def test_ratios_are_to_the_faster_textbook() -> None:

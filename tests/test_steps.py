@@ -162,10 +162,15 @@ def test_compiled_code_sees_one_order_in_memory(channels: int, monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", compiled)
     network, theta, inputs, targets, _ = problem((channels, 8, 8))
-    engine, wanted = Derived(network, "float32", True), Autograd(network).gradient(*alone(theta, inputs, targets))
-    for other in (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT):
-        torch.testing.assert_close(engine.gradient(*alone(theta, other, targets)), wanted)
-    assert seen == {(64 * channels, 1, 8 * channels, channels)}
+    engine = Derived(network, "float32", True)
+    orders = (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT)
+    for networks in (1, 2):
+        wanted = Autograd(network).gradient(*(x.expand(networks, *x.shape) for x in (theta, inputs, targets)))
+        for other in orders:
+            for several in (torch.stack([other] * networks), other.expand(networks, *other.shape)):
+                found = engine.gradient(theta.expand(networks, -1), several, targets.expand(networks, -1, -1))
+                torch.testing.assert_close(found, wanted)
+    assert seen == {(64 * total, 1, 8 * total, total) for total in (channels, 2 * channels)}
 
 
 def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
@@ -314,9 +319,8 @@ from cddlib.steps import ComputeConfig, steps_of
 torch.set_num_threads(1)
 rng = cddlib.generator("compiled")
 network = build_network(NetworkConfig(depth=1, width=4), (1, 8, 8), 3)
-theta, direction = network.init(rng), network.init(rng)
-inputs, targets = torch.randn(3, 1, 8, 8, generator=rng), torch.eye(3)
-theta, direction, inputs, targets = (x.expand(2, *x.shape) for x in (theta, direction, inputs, targets))
+theta, direction = (torch.stack([network.init(rng) for _ in range(2)]) for _ in range(2))
+inputs, targets = torch.randn(2, 3, 1, 8, 8, generator=rng), torch.rand(2, 3, 3, generator=rng)
 results = []
 for compiled in (True, True, False):
     engine = steps_of(network, ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled))

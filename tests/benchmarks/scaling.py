@@ -82,6 +82,7 @@ def cases(folder: Path) -> list[Case]:
         Image.fromarray(torch.randint(256, (32, 32, 3), generator=rng, dtype=torch.uint8).numpy()).save(path)
     cddlib.prepare("imagefolder", folder, source=folder / "images", size=32)
     shared: dict[str, Any] = {"segments": max(SEGMENTS), "window_end": 16, "expert_epochs": 2}
+    shared |= {"side_by_side": 1}  # as the model has it
     shared |= {"lr_images": 0.0, "lr_step_size": 0.0}  # noise teaches nothing, and the same work is timed again
     found = []
     for name, data, depth, ipc, steps, repeats in (

@@ -126,7 +126,7 @@ def convnet(point: Point) -> cddlib.ConvNet:
 
 
 def match(point: Point, device: torch.device, steps: int | None = None) -> list[Tensor]:
-    """Gradients of K segments with respect to images and step size, summed; or of one with a student of some steps."""
+    """Gradients of K segments with respect to images and step size, summed; or with students of some steps."""
     network, rng = convnet(point), cddlib.generator("speed")
     shape = (SHAPE[0], point.side, point.side)
     start = network.init(rng)
@@ -144,7 +144,7 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
         side_by_side={"one by one": 1, "side by side": point.segments}.get(point.implementation.split(", ")[-1]),
         **dataclasses.asdict(compute or ComputeConfig()),
     )
-    plans = [cddlib.plan_student(student, size, STRATEGY, rng) for _ in range(1 if steps else point.segments)]
+    plans = [cddlib.plan_student(student, size, STRATEGY, rng) for _ in range(point.segments)]
     total = [torch.zeros_like(images), torch.zeros_like(step_size)]
     if not compute:
         variables = [images.requires_grad_(), step_size.requires_grad_()]
@@ -156,7 +156,7 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
         return total
     for turn in turns(network, student, images, len(plans[0][0].indices), len(plans)):
         count = len(plans[turn])
-        held_by_each = [x.expand(count, *x.shape) for x in (start, target, images, targets, step_size)]
+        held_by_each = [torch.stack([x] * count) for x in (start, target, images, targets, step_size)]
         variables = [held_by_each[2].requires_grad_(), held_by_each[4].requires_grad_()]
         losses = matching_losses(network, *held_by_each, plans[turn], student)
         for sum_, gradient in zip(total, torch.autograd.grad(losses.sum(), variables), strict=True):
@@ -398,7 +398,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.device = str(resolve_device(options.device))
     options.threads = options.threads or torch.get_num_threads()
     recorder = Recorder(resolve_device(options.device))
-    print(f"{'':38}{'':28}{'seconds':>9}{'MB':>8}{'Gflop/s':>9}{'of conv':>9}")
+    print(f"{'':42}{'':28}{'seconds':>9}{'MB':>8}{'Gflop/s':>9}{'of conv':>9}")
     measured = measure if options.device.startswith("cuda") else in_a_process
     earlier = read_record(options.to)["measurements"] if options.to.exists() else []
     rows: list[dict[str, Any]] = []
@@ -419,7 +419,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             numbers = (found["seconds"], found["peak_memory_mb"], found["rate"] / 1e9)
             said = "{:9.3f}{:8.0f}{:9.1f}".format(*numbers) + f"{found['rate'] / found['convolution_rate']:9.0%}"
-        print(f"{described(point):38}{point.implementation:28}{said}", flush=True)
+        print(f"{described(point):42}{point.implementation:28}{said}", flush=True)
         report = {key: value for key, value in recorder.report().items() if key not in ("peak_memory_mb", "threads")}
         write_record(options.to, {"threads": options.threads, "measurements": rows, **report})
 

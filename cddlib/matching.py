@@ -149,7 +149,7 @@ def matching_losses(
 def at_a_time(
     network: Network, config: MatchingConfig, device: torch.device, image_shape: tuple[int, ...], batch: int
 ) -> int:
-    """How many students take their steps, of `batch` images, side by side; by default ConvNets, until they fill it."""
+    """How many students take their steps, of `batch` images, side by side; by default ConvNets, as fill the device."""
     if config.side_by_side or not isinstance(network, ConvNet) or config.match_step == "nearest":
         return config.side_by_side or 1
     fills = FILLS_CPU if device.type == "cpu" else FILLS_GPU

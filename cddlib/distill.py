@@ -129,9 +129,8 @@ def _decided(config: DistillConfig, buffer: Buffer) -> DistillConfig:
         return config
     subset = config.ipc * buffer.data["classes"] // config.subsets
     batch = min(config.student_batch or subset, subset)
-    images = (
-        3 * config.iterations * config.matched_segments * config.student_steps * batch
-    )  # a student's step is worth three of training
+    steps = config.iterations * config.matched_segments * config.student_steps
+    images = 3 * steps * batch  # a student's step is worth three of training
     return dataclasses.replace(config, compiled=earns_compiling(buffer.network, tuple(buffer.data["shape"]), images))
 
 

@@ -147,18 +147,18 @@ def matching_losses(
 
 
 def at_a_time(
-    network: Network, config: MatchingConfig, device: torch.device, image_shape: tuple[int, ...], batch: int
+    network: Network, config: MatchingConfig, device_type: str, image_shape: tuple[int, ...], batch: int
 ) -> int:
     """How many students take their steps, of `batch` images, side by side; by default ConvNets, as fill the device."""
     if config.side_by_side or not isinstance(network, ConvNet) or config.match_step == "nearest":
         return config.side_by_side or 1
-    fills = FILLS_CPU if device.type == "cpu" else FILLS_GPU
+    fills = FILLS_CPU if device_type == "cpu" else FILLS_GPU
     return max(1, int(fills / (batch * operations(network, image_shape))))
 
 
 def turns(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
     """Which of the students, who train on `images`, take their steps side by side, one turn after the other."""
-    number = at_a_time(network, config, images.device, tuple(images.shape[1:]), batch)
+    number = at_a_time(network, config, images.device.type, tuple(images.shape[1:]), batch)
     return [slice(first, min(first + number, students)) for first in range(0, students, number)]
 
 

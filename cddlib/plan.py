@@ -245,13 +245,13 @@ class _Steps:
         expert, self.expert_memory = _training(network, sizes, experts.batch_size)
         train, self.train_memory = _training(network, sizes, train_batch)
         student, self.student_memory = _student(network, sizes, student_batch)
-        dev = resolve_device(device) if measure or device == "auto" else torch.device(device)
-        most = at_a_time(self.network, config, dev, sizes.shape, student_batch)
+        kind = resolve_device(device).type if measure or device == "auto" else device.split(":")[0]
+        most = at_a_time(self.network, config, kind, sizes.shape, student_batch)
         self.students = min(most, -(-config.matched_segments // devices))
         """How many take their steps side by side."""
         seconds: dict[str, float | None] = dict.fromkeys(("expert", "train", "real", "test", "student"))
         if measure:
-            seconds |= self._measure(experts.batch_size, train_batch, student_batch, sharp, dev)
+            seconds |= self._measure(experts.batch_size, train_batch, student_batch, sharp, resolve_device(device))
         self.expert = _Unit(expert * (2 if sharp.sharpness_radius else 1), seconds["expert"])
         self.train, self.real = _Unit(train, seconds["train"]), _Unit(train, seconds["real"])
         self.test = _Unit(_test(network, sizes), seconds["test"])

@@ -95,6 +95,13 @@ def test_students_side_by_side_share_the_time_and_need_memory_each(monkeypatch, 
     assert beside.memory <= together * one.memory
 
 
+def test_a_gpu_that_is_not_here_is_planned_for() -> None:
+    """There, the steps of one image a class are small."""
+    config = cddlib.distill_recipe("mtt", "cifar10", 1, segments=4)
+    here, there = (plan(buffer_of(config), config, measure=False, device=d)[1].memory for d in ("cpu", "cuda:7"))
+    assert 2 * here < there < 4 * here
+
+
 @pytest.mark.parametrize(("devices", "segments", "share"), [(1, 4, 4), (2, 4, 2), (3, 4, 2), (8, 4, 1)])
 def test_devices_share_segments_and_experts(monkeypatch, devices: int, segments: int, share: int) -> None:
     monkeypatch.setattr("cddlib.plan.MEASURED_SECONDS", 0)

@@ -160,15 +160,19 @@ def finished(folder: Path) -> dict[str, Any]:
     return found
 
 
+LITTLE = 50
+"""Bytes; a record says how many seconds it took, so that another time it is some bytes shorter."""
+
+
 def limits(works: Works, disk: Disk, kind: str) -> list[int]:
-    """Free bytes that are too few: of a disk up to six numbers of pages, for single files all but a byte of each."""
+    """Free bytes that are too few: of a disk up to six numbers of pages, for single files all but `LITTLE` of each."""
     before = works.begin(kind, disk.folder / "before")
     began = {path.name: path.stat().st_size for path in before.iterdir()}
     shutil.rmtree(before)
     done = {path.name: path.stat().st_size for path in (works.room / kind).iterdir()}
     if disk.process is None:
         sizes = {size for name, size in done.items() if size != began.get(name)}
-        return sorted(size - 1 for size in sizes if size > 800)[:4]  # the log is a file, too
+        return sorted(size - LITTLE for size in sizes if size > 800)[:4]  # the log is a file, too
     used, before_that = (sum(-(-size // PAGE) for size in sizes.values()) for sizes in (done, began))
     pages = range(max(1, used - before_that))
     return sorted({pages[(len(pages) - 1) * part // 5] * PAGE for part in range(6)})

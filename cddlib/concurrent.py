@@ -27,7 +27,7 @@ class ConcurrentConfig(OptimizerConfig, SyntheticConfig, CombineConfig, Matching
     """Seed of everything random."""
 
     @property
-    def matched_segments(self) -> int:
+    def segments_in_all(self) -> int:
         """How many segments an iteration matches, of all experts and times."""
         return self.segments * self.concurrent_experts + self.replay
 

@@ -129,7 +129,7 @@ def _decided(config: DistillConfig, buffer: Buffer) -> DistillConfig:
         return config
     subset = config.ipc * buffer.data["classes"] // config.subsets
     batch = min(config.student_batch or subset, subset)
-    steps = config.iterations * config.matched_segments * config.student_steps
+    steps = config.iterations * config.segments_in_all * config.student_steps
     images = 3 * steps * batch  # a student's step is worth three of training
     return dataclasses.replace(config, compiled=earns_compiling(buffer.network, tuple(buffer.data["shape"]), images))
 

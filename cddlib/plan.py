@@ -163,15 +163,15 @@ def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices:
     checks += [(steps.test, times * config.validation_runs * validation), *labelled]
     set_bytes = 4 * images * (sizes.shape[0] * sizes.shape[1] * sizes.shape[2] + sizes.classes)
     vectors = 4 * parameter_count(steps.network) * (config.student_steps + 3)
-    kept = 1 if config.combine == "mean" else config.matched_segments
+    kept = 1 if config.combine == "mean" else config.segments_in_all
     return Cost(
         "distillation",
-        config.matched_segments * _flops(student) + _flops(checks),
+        config.segments_in_all * _flops(student) + _flops(checks),
         steps.students * (steps.student_memory + vectors)
         + (kept + 3 + 2 * steps.students) * set_bytes
         + _data_bytes(sizes, validation),
         4 * set_bytes,  # the set; and the checkpoint: variables, momentum, best
-        _seconds(student, -(-config.matched_segments // devices), checks),
+        _seconds(student, -(-config.segments_in_all // devices), checks),
     )
 
 
@@ -247,7 +247,7 @@ class _Steps:
         student, self.student_memory = _student(network, sizes, student_batch)
         kind = resolve_device(device).type if measure or device == "auto" else device.split(":")[0]
         most = at_a_time(self.network, config, kind, sizes.shape, student_batch)
-        self.students = min(most, -(-config.matched_segments // devices))
+        self.students = min(most, -(-config.segments_in_all // devices))
         """How many take their steps side by side."""
         seconds: dict[str, float | None] = dict.fromkeys(("expert", "train", "real", "test", "student"))
         if measure:

@@ -173,7 +173,7 @@ def work_of(config: DistillConfig, rate: float, *, memory: float = float("inf"),
     segment, beside = operations(config)
     size = gradient_bytes(config)
     alone = others.pop("alone", 0.0) + beside / rate + 10 * size / memory
-    return Work(segments=config.matched_segments, segment=segment / rate, size=size, alone=alone, **others)
+    return Work(segments=config.segments_in_all, segment=segment / rate, size=size, alone=alone, **others)
 
 
 def operations(config: DistillConfig) -> tuple[float, float]:
@@ -185,7 +185,7 @@ def operations(config: DistillConfig) -> tuple[float, float]:
 
     now = in_all(config.replay)
     segment = in_all(config.replay + 1) - now
-    return segment, now - config.matched_segments * segment
+    return segment, now - config.segments_in_all * segment
 
 
 def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
@@ -198,4 +198,4 @@ def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
     sizes = sizes_of(config.data, root)
     logits = 0 if config.labels == "hard" else sizes.classes
     numbers = config.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1
-    return 4 * numbers * (1 if config.combine == "mean" else config.matched_segments)
+    return 4 * numbers * (1 if config.combine == "mean" else config.segments_in_all)

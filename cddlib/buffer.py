@@ -42,7 +42,7 @@ from cddlib.runs import (
     refuse_other_run,
     resolve_device,
 )
-from cddlib.steps import ComputeConfig, earns_compiling
+from cddlib.steps import ComputeConfig, worth_compiling
 from cddlib.training import SharpnessConfig, accuracy, fetch_real, train_epoch
 from cddlib.trajectory import (
     DIFFICULTY,
@@ -115,9 +115,9 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     dev = resolve_device(device)
     dataset = load(config.data, root)
     network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
-    if config.compiled is None:
-        seen = config.epochs * len(dataset.train.labels)  # by one expert, so that a buffer can grow
-        config = dataclasses.replace(config, compiled=earns_compiling(network, dataset.shape, seen))
+    seen = config.epochs * len(dataset.train.labels)  # by one expert, so that a buffer can grow
+    compiled = worth_compiling(network, config, dev, dataset.shape, seen)
+    config = dataclasses.replace(config, compiled=compiled)
     data = {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,

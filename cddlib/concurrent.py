@@ -108,8 +108,8 @@ def _segment_gradients(
         targets = synthetic.targets_of(copies)
     losses = matching_losses(
         buffer.network,
-        torch.stack([buffer.parameters(expert, start) for expert, start in matched]).to(device),
-        torch.stack([buffer.parameters(expert, start + later) for expert, start in matched]).to(device),
+        torch.stack([buffer.parameters_on(device, expert, start) for expert, start in matched]),
+        torch.stack([buffer.parameters_on(device, expert, start + later) for expert, start in matched]),
         copies["images"],
         targets,
         copies["step_size"],
@@ -136,7 +136,7 @@ def teacher_logits(
     config: SegmentsConfig, buffer: Buffer, synthetic: SyntheticSet, expert: int, start: int | float
 ) -> Float[Tensor, "n classes"]:
     """What the network at the end of a segment says of the synthetic images (TESLA's labels for 1000 classes)."""
-    theta = buffer.parameters(expert, start + config.expert_epochs).to(synthetic.images.device)
+    theta = buffer.parameters_on(synthetic.images.device, expert, start + config.expert_epochs)
     images = synthetic.images.detach()
     return predict(buffer.network, theta, lambda indices: (images[indices], synthetic.labels[indices]), len(images))
 

@@ -83,7 +83,7 @@ class Probes:
         """
         self.config, self.network, self.starts, self.seed = config, buffer.network, tuple(starts), seed
         self.ends = [
-            tuple(buffer.parameters(expert, epoch).to(device) for epoch in (start, start + config.expert_epochs))
+            tuple(buffer.parameters_on(device, expert, epoch) for epoch in (start, start + config.expert_epochs))
             for start in starts
         ]
 

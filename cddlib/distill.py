@@ -37,7 +37,7 @@ from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import Metrics, Recorder, as_dict, locked, memory_advice, refuse_other_run, resolve_device
 from cddlib.segments import active_subset
 from cddlib.state import CHECKPOINT, State
-from cddlib.steps import earns_compiling
+from cddlib.steps import worth_compiling
 from cddlib.synthetic import SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 
@@ -106,10 +106,10 @@ def distill(
         Interrupted: a signal asked to stop; the iteration is finished, and saved.
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
-    config = _decided(config, buffer)
+    dev = resolve_device(device)
+    config = _decided(config, buffer, dev)
     run = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
     _refuse_other_run(out, run)
-    dev = resolve_device(device)
     if (out / "result.json").exists():
         return SyntheticSet.load(out / "synthetic.safetensors").to(dev)
     _check_buffer(config, buffer)
@@ -123,15 +123,14 @@ def distill(
         return _distill(state, config, buffer, dataset, out, run, dev, ranks)
 
 
-def _decided(config: DistillConfig, buffer: Buffer) -> DistillConfig:
+def _decided(config: DistillConfig, buffer: Buffer, device: torch.device) -> DistillConfig:
     """`config`, with a decision whether to compile."""
-    if config.compiled is not None:
-        return config
     subset = config.ipc * buffer.data["classes"] // config.subsets
     batch = min(config.student_batch or subset, subset)
     steps = config.iterations * config.segments_in_all * config.student_steps
     images = 3 * steps * batch  # a student's step is worth three of training
-    return dataclasses.replace(config, compiled=earns_compiling(buffer.network, tuple(buffer.data["shape"]), images))
+    compiled = worth_compiling(buffer.network, config, device, tuple(buffer.data["shape"]), images)
+    return dataclasses.replace(config, compiled=compiled)
 
 
 def _refuse_other_run(out: Path, run: dict[str, Any]) -> None:

@@ -23,7 +23,11 @@ students of several segments take theirs side by side. The methods of the field 
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import itertools
+import sys
+import threading
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,11 +37,15 @@ from torch.autograd.function import once_differentiable
 
 from cddlib import augment
 from cddlib.files import UserError
+from cddlib.graphs import Graph, branches
 from cddlib.networks import ConvNet, Network
-from cddlib.steps import ComputeConfig, Memory, operations, room, steps_of
+from cddlib.steps import ComputeConfig, Memory, Steps, operations, room, steps_of
 
 PART = 64
-"""Most images of a student that a CPU takes at a time; more are no faster. A GPU takes all."""
+"""Most images of a student that a CPU takes at a time; more are no faster. A GPU takes as many as its memory holds."""
+MAPS_OF_A_STEP = 72
+"""Feature maps of an image, each as large as the convolutions' outputs together, that a step and its derivatives may
+take on a GPU: twice what they do, since as much is left to what steps remember."""
 FILLS_CPU, FILLS_GPU = 1e8, 1e10
 """Operations, forward, of steps that keep the processor busy. The GPU's follows from the time that it takes to start
 kernels; it has not been measured."""
@@ -142,8 +150,45 @@ def matching_losses(
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
     config = config or MatchingConfig()
     config.check_students(len(students))
-    kept = room(images.device) if torch.is_grad_enabled() else 0
-    return _MatchingLosses.apply(images, targets, step_size, network, start, target, students, config, kept)
+    inputs, wanted, sizes = _batches(students, images, targets)
+    ends = (start.detach(), target.detach())
+    held = (inputs.detach(), wanted.detach(), step_size.detach())
+    derivatives = torch.is_grad_enabled()
+    own = MatchingConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MatchingConfig)})
+    if start.device.type == "cpu" or own.match_step == "nearest":
+        walk = _walk_for(network, own, start.device, sizes, derivatives, 1)
+    else:
+        walk = _graph(network, own, start.device, sizes, derivatives, inputs.shape, threading.get_ident())
+    losses, *found = walk(*ends, *held)
+    return _Scaled.apply(inputs, wanted, step_size, losses, *found) if derivatives else losses
+
+
+def _walk_for(
+    network: Network,
+    config: MatchingConfig,
+    device: torch.device,
+    sizes: tuple[int, ...],
+    derivatives: bool,
+    students: int,
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The walk of `students` that share a device's memory, with all but its tensors given."""
+    engine, free = steps_of(network, config, device), room(device) // students if derivatives else 0
+    return functools.partial(_walk, engine, sizes, config, most_at_once(network, device, free), free, derivatives)
+
+
+@functools.lru_cache(maxsize=16)
+def _graph(
+    network: Network,
+    config: MatchingConfig,
+    device: torch.device,
+    sizes: tuple[int, ...],
+    derivatives: bool,
+    shape: torch.Size,
+    thread: int,
+) -> Graph:
+    """The walk of students with inputs of a `shape` as a graph, a branch for each of them; every thread has its own."""
+    walk = _walk_for(network, config, device, sizes, derivatives, shape[0])
+    return Graph(functools.partial(branches, walk, [torch.cuda.Stream(device) for _ in range(shape[0])]))
 
 
 def at_a_time(
@@ -162,67 +207,149 @@ def turns(network: Network, config: MatchingConfig, images: Tensor, batch: int, 
     return [slice(first, min(first + number, students)) for first in range(0, students, number)]
 
 
-class _MatchingLosses(torch.autograd.Function):
-    """Forward: roll the students out, keeping their parameters, and memories. Backward: walk back over them."""
+class _Scaled(torch.autograd.Function):
+    """Losses whose derivatives are known: backward scales them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        images: Tensor,
-        targets: Tensor,
-        step_size: Tensor,
-        network: Network,
-        start: Tensor,
-        target: Tensor,
-        students: list[list[Step]],
-        config: MatchingConfig,
-        room: int,
+        ctx: Any, inputs: Tensor, targets: Tensor, step_size: Tensor, losses: Tensor, *derivatives: Tensor
     ) -> Tensor:
-        path, ctx.memories = _roll_out(network, start, images, targets, step_size, students, config, room)
-        if config.match_step == "nearest":
-            path = path[: nearest_step([theta[0] for theta in path], target[0]) + 1]
-            del ctx.memories[len(path) - 1 :]
-        kept = torch.stack(
-            [kept_parameters(*ends, config.dropped_fraction) for ends in zip(path[-1], target, strict=True)]
-        )
-        scale = ((start - target) * kept).square().sum(1)
-        ctx.save_for_backward(images, targets, step_size, target, scale, kept, *path)
-        ctx.network, ctx.students, ctx.config = network, students, config
-        return ((path[-1] - target) * kept).square().sum(1) / scale
+        ctx.save_for_backward(*derivatives)
+        return losses.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        images, targets, step_size, target, scale, kept, *path = ctx.saved_tensors
-        d_images, d_targets, d_step_size = (x.new_zeros(x.shape) for x in (images, targets, step_size))
-        adjoint = (path[-1] - target) * kept * (2 * grad_loss / scale)[:, None]
-        engine = steps_of(ctx.network, ctx.config)
-        for i in reversed(range(len(path) - 1)):
-            batches = [student[i] for student in ctx.students]
-            k, indices = _rows(batches, images)
-            with torch.enable_grad():
-                chosen = images[k, indices].detach().requires_grad_()
-                inputs = _augmented(batches, chosen)
-            by_inputs, by_theta = torch.empty_like(inputs), torch.zeros_like(adjoint)
-            for number, (part, share) in enumerate(_parts(ctx.network, inputs)):
-                memory, ctx.memories[i][number] = ctx.memories[i][number], None
-                if memory is None:
-                    _, memory = engine.take(path[i], inputs[:, part], targets[k, indices[:, part]])
-                along = engine.along(memory, adjoint)
-                del memory
-                by_inputs[:, part] = share * along.by_inputs
-                by_theta += share * along.by_theta
-                _subtract(d_targets, k, indices[:, part], step_size * share, along.by_targets)
-                d_step_size -= share * along.inner
-            (by_chosen,) = torch.autograd.grad(inputs, chosen, by_inputs)
-            _subtract(d_images, k, indices, step_size, by_chosen)
-            if ctx.config.gradient == "exact":
-                adjoint -= step_size[:, None] * by_theta
-        if ctx.config.gradient == "halved":
-            d_images /= 2
-        return d_images, d_targets, d_step_size, None, None, None, None, None, None
+    def backward(ctx: Any, by_losses: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (x * by_losses.view(-1, *[1] * (x.dim() - 1)) for x in ctx.saved_tensors)
+        return *scaled, None, None, None, None
 
 
+def _batches(students: list[list[Step]], images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """What the students see: augmented images [s m c h w], targets [s m classes], step after step; the steps' sizes.
+
+    Each of the six changes is made at once to all the images that have drawn it.
+    """
+    count, n = images.shape[:2]
+    steps = [step._replace(indices=k * n + step.indices) for k, student in enumerate(students) for step in student]
+    sizes = [len(step.indices) for step in steps]
+    places = torch.arange(sum(sizes)).split(sizes)
+    by_change: dict[str, list[int]] = {}
+    for number, step in enumerate(steps):
+        by_change.setdefault(step.draw.change if step.draw else "", []).append(number)
+    order = torch.cat([places[number] for several in by_change.values() for number in several])
+    rows = torch.cat([step.indices for step in steps])
+    rows, grouped, back = _upload(torch.stack([rows, rows[order], order.argsort()]), images.device)
+    chosen = images.flatten(0, 1).index_select(0, grouped)
+    alike = chosen.split([sum(sizes[number] for number in several) for several in by_change.values()])
+    found = []
+    for (change, several), group in zip(by_change.items(), alike, strict=True):
+        numbers = [draw.numbers for number in several if (draw := steps[number].draw)]
+        drawn = augment.Draw(change, _upload(torch.cat(numbers), images.device)) if numbers else None
+        found.append(augment.apply(drawn, group))
+    inputs = torch.cat(found).index_select(0, back).unflatten(0, (count, -1))
+    wanted = targets.flatten(0, 1).index_select(0, rows).unflatten(0, (count, -1))
+    return inputs, wanted, tuple(sizes[: len(students[0])])
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; a GPU gets it while the CPU goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _walk(
+    engine: Steps,
+    sizes: tuple[int, ...],
+    config: MatchingConfig,
+    parts: int,
+    room: int,
+    derivatives: bool,
+    start: Tensor,
+    target: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+) -> tuple[Tensor, ...]:
+    """Losses of students that see `inputs` [s m c h w] and `targets`; on request, their derivatives by the last three.
+
+    Forward it keeps the parameters, and what steps remember as long as there is `room`; then it walks back. A step
+    takes at most `parts` images at a time.
+    """
+    path, memories = _roll_out(engine, sizes, parts, room, start, inputs, targets, step_size)
+    if config.match_step == "nearest":
+        path = path[: nearest_step([theta[0] for theta in path], target[0]) + 1]
+        del memories[len(path) - 1 :]
+    kept = torch.stack([kept_parameters(*ends, config.dropped_fraction) for ends in zip(path[-1], target, strict=True)])
+    scale = ((start - target) * kept).square().sum(1)
+    losses = ((path[-1] - target) * kept).square().sum(1) / scale
+    if not derivatives:
+        return (losses,)
+    by_inputs, by_targets, by_step_size = (torch.zeros_like(x) for x in (inputs, targets, step_size))
+    adjoint = (path[-1] - target) * kept * (2 / scale)[:, None]
+    for i in reversed(range(len(path) - 1)):
+        by_theta = torch.zeros_like(adjoint)
+        for number, (part, share) in enumerate(_parts(sizes, i, parts)):
+            memory, memories[i][number] = memories[i][number], None
+            if memory is None:
+                _, memory = engine.take(path[i], inputs[:, part], targets[:, part])
+            along = engine.along(memory, adjoint)
+            del memory
+            factor = -share * step_size[:, None, None]
+            by_inputs[:, part] = factor[:, :, :, None, None] * along.by_inputs
+            by_targets[:, part] = factor * along.by_targets
+            by_step_size -= share * along.inner
+            by_theta += share * along.by_theta
+        if config.gradient == "exact":
+            adjoint -= step_size[:, None] * by_theta
+    if config.gradient == "halved":
+        by_inputs /= 2
+    return losses, by_inputs, by_targets, by_step_size
+
+
+def _roll_out(
+    engine: Steps,
+    sizes: tuple[int, ...],
+    parts: int,
+    room: int,
+    start: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+) -> tuple[list[Tensor], list[list[Memory | None]]]:
+    """The students' parameters; and the memory of each step, part by part, as long as there is room."""
+    path: list[Tensor] = [start]
+    memories: list[list[Memory | None]] = []
+    for i in range(len(sizes)):
+        gradient = torch.zeros_like(start)
+        memories.append([])
+        for part, share in _parts(sizes, i, parts):
+            by_part, memory = engine.take(path[-1], inputs[:, part], targets[:, part])
+            gradient += share * by_part
+            room -= memory.size
+            memories[-1].append(memory if room >= 0 else None)
+            del memory
+        path.append(path[-1] - step_size[:, None] * gradient)
+    return path, memories
+
+
+def _parts(sizes: tuple[int, ...], step: int, most: int) -> list[tuple[slice, float]]:
+    """Where a step's images lie among all, cut into even parts of at most `most`; and each part's share of the step."""
+    first, size = sum(sizes[:step]), sizes[step]
+    number = -(-size // most)
+    edges = [first + size * part // number for part in range(number + 1)]
+    return [(slice(*edge), (edge[1] - edge[0]) / size) for edge in itertools.pairwise(edges)]
+
+
+def most_at_once(network: Network, device: torch.device, room: int) -> int:
+    """Images of a step that are taken at a time; all where the network mixes them, as batch norm does."""
+    if not isinstance(network, ConvNet) or network.config.norm == "batch":
+        return sys.maxsize
+    if device.type == "cpu":
+        return PART
+    maps = sum(4 * network.config.width * (network.side // 2**block) ** 2 for block in range(network.config.depth))
+    return max(PART, room // (MAPS_OF_A_STEP * maps))
+
+
+@torch.no_grad()
 def roll_out(
     network: Network, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[Step]
 ) -> list[Tensor]:
@@ -230,67 +357,10 @@ def roll_out(
 
     Arguments and their shapes are those of `matching_loss`.
     """
-    path, _ = _roll_out(
-        network, start[None], images[None], targets[None], step_size[None], [steps], MatchingConfig(), 0
-    )
+    inputs, wanted, sizes = _batches([steps], images[None], targets[None])
+    engine, most = steps_of(network, MatchingConfig(), start.device), most_at_once(network, start.device, 0)
+    path, _ = _roll_out(engine, sizes, most, 0, start[None], inputs, wanted, step_size[None])
     return [thetas[0] for thetas in path]
-
-
-def _roll_out(
-    network: Network,
-    start: Tensor,
-    images: Tensor,
-    targets: Tensor,
-    step_size: Tensor,
-    students: list[list[Step]],
-    config: MatchingConfig,
-    room: int,
-) -> tuple[list[Tensor], list[list[Memory | None]]]:
-    """The students' parameters; and the memory of each step, part by part, as long as there is room."""
-    engine = steps_of(network, config)
-    path: list[Tensor] = [start.detach()]
-    memories: list[list[Memory | None]] = []
-    for batches in zip(*students, strict=True):
-        k, indices = _rows(batches, images)
-        with torch.no_grad():
-            inputs = _augmented(batches, images[k, indices])
-        gradient = torch.zeros_like(path[-1])
-        memories.append([])
-        for part, share in _parts(network, inputs):
-            by_part, memory = engine.take(path[-1], inputs[:, part], targets[k, indices[:, part]])
-            gradient += share * by_part
-            room -= memory.size
-            memories[-1].append(memory if room >= 0 else None)
-            del memory
-        path.append((path[-1] - step_size[:, None] * gradient).detach())
-    return path, memories
-
-
-def _rows(batches: Sequence[Step], images: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images [s n …] the students take: student [s 1] and indices [s b]."""
-    indices = torch.stack([batch.indices for batch in batches]).to(images.device)
-    return torch.arange(len(indices), device=images.device)[:, None], indices
-
-
-def _augmented(batches: Sequence[Step], chosen: Tensor) -> Tensor:
-    """Each student's images under its own augmentation."""
-    return torch.stack([augment.apply(batch.draw, images) for batch, images in zip(batches, chosen, strict=True)])
-
-
-def _subtract(total: Tensor, k: Tensor, indices: Tensor, factors: Tensor, values: Tensor) -> None:
-    """Take each student's `values` [s b …], times its factor [s], off the rows of `total` [s n …] at its `indices`."""
-    scaled = values * -factors.view(-1, *[1] * (values.dim() - 1))
-    rows = (k * total.shape[1] + indices).flatten()
-    total.view(-1, *total.shape[2:]).index_add_(0, rows, scaled.flatten(0, 1))
-
-
-def _parts(network: Network, inputs: Float[Tensor, "s b c h w"]) -> list[tuple[slice, float]]:
-    """Where a batch is cut, and each part's share of it: a ConvNet's, unless its batch norm mixes the images."""
-    size = inputs.shape[1]
-    mixed = not isinstance(network, ConvNet) or network.config.norm == "batch"
-    number = 1 if mixed or inputs.device.type != "cpu" else -(-size // PART)
-    pieces = torch.arange(size).chunk(number)
-    return [(slice(int(p[0]), int(p[-1]) + 1), len(p) / size) for p in pieces]
 
 
 def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:

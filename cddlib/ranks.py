@@ -33,6 +33,8 @@ from cddlib.files import UserError
 
 T = TypeVar("T")
 
+_asked = 0
+"""The signal that asked this process to stop, whichever of its threads are at work; or 0."""
 PATIENCE = datetime.timedelta(hours=12)
 """How long a rank waits for another; one that died is noticed at once, so this is for slow ones."""
 
@@ -101,10 +103,14 @@ class Ranks:
         """The ranks of torch's default process group, if there is one."""
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self.asked = 0
-        """The signal that asked this process, or another rank at the last `sum`, to stop; or 0."""
+        self._told = 0
         self.stopping = False
         """Whether any rank had been asked to stop at the last `sum`: the same on all of them."""
+
+    @property
+    def asked(self) -> int:
+        """The signal that asked this process, or another rank at the last `sum`, to stop; or 0."""
+        return _asked or self._told
 
     @property
     def first(self) -> bool:
@@ -137,7 +143,7 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
         self.stopping = bool(wishes > 0)
         if self.stopping:
-            self.asked = self.asked or signal.SIGTERM
+            self._told = self._told or signal.SIGTERM
 
     def wait(self) -> None:
         """Go on when all ranks have come here."""
@@ -163,16 +169,19 @@ class Ranks:
     def heeding_signals(self, what: str) -> Iterator[None]:
         """Within, the first SIGINT or SIGTERM only sets `asked`. `what` says what is finished before stopping.
 
+        The system tells only the main thread: other threads hear of it while that one heeds signals.
+
         Raises:
             Interrupted: a process alone was asked to stop when there was nothing left to do.
         """
         if threading.current_thread() is not threading.main_thread():
-            yield  # the system tells only the main thread
+            yield
             return
 
         insisted: list[int] = []
 
         def ask(number: int, _frame: Any) -> None:
+            global _asked
             if self.asked and self.count == 1:
                 insisted.append(number)
                 raise Interrupted("stopped at once", number)
@@ -180,8 +189,10 @@ class Ranks:
                 second = "; a second signal stops at once" if self.count == 1 else ""
                 with contextlib.suppress(OSError, RuntimeError):  # nobody reads, or it came while printing
                     print(f"\ncddlib: finishing {what}{second}.", file=sys.stderr, flush=True)
-            self.asked = self.asked or number
+            _asked = self.asked or number
 
+        global _asked
+        _asked = 0
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -192,8 +203,9 @@ class Ranks:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self.asked and self.count == 1:
-            raise Interrupted("stopped when all was finished", self.asked)  # lest a script or a study go on
+            number, _asked = self.asked, 0
+        if number and self.count == 1:
+            raise Interrupted("stopped when all was finished", number)  # lest a script or a study go on
 
     def progress(self, *arguments: Any, **options: Any) -> Any:
         """A progress bar of tqdm, on the first rank."""

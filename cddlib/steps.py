@@ -13,12 +13,13 @@ precision. What a step must remember for its derivatives, its memory, can be kep
 Several networks of one kind take a step each, side by side: with parameters, a batch and a direction of its own.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -27,15 +28,15 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import FlopCounterMode
 
 from cddlib.files import UserError, is_want_of_memory
 from cddlib.networks import ConvNet, Network, apart, beside, parameter_count, side_by_side, views
 from cddlib.ranks import Ranks
 
-EARNED = 1e14
-"""Floating-point operations of a run from which on compiling is worth its time; a quarter of an hour on two cores."""
+WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}
+"""Floating-point operations of a run from which on compiling saves more time than it takes, about a minute."""
 CGROUP = Path("/sys/fs/cgroup")
 MOST_SHAPES = 256
 """Of batches, for which one process compiles."""
@@ -45,10 +46,12 @@ MOST_SHAPES = 256
 class ComputeConfig:
     """How the usual ConvNet (instance norm, ReLU, average pooling) is computed in training; others ignore it."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of what convolutions take and give; all else is float32. A GPU's float32 convolutions use TF32."""
+    precision: Literal["float32", "ieee", "bfloat16"] = "float32"
+    """Of what convolutions take and give; all else is float32. A GPU's convolutions round float32 to TF32 before they
+    multiply, unless precision is ieee; on a CPU the two are the same."""
     compiled: bool | None = None
-    """Compile the steps, which takes up to a minute, once on a machine; by default, if the run is long enough."""
+    """Compile the steps, which takes up to a minute, once on a machine; by default, if the run is long enough or
+    precision is bfloat16, which is slow otherwise."""
 
 
 class Along(NamedTuple):
@@ -82,23 +85,33 @@ class Steps(Protocol):
         """⟨g, λ⟩ for a `direction` λ, and its derivatives; a memory serves once."""
 
 
-def steps_of(network: Network, config: ComputeConfig) -> Steps:
-    """The steps of networks of one kind; not compiled unless `config` says so."""
-    return _steps(network, config.precision, bool(config.compiled))  # type: ignore[arg-type]  # which can be hashed
+def steps_of(network: Network, config: ComputeConfig, device: torch.device) -> Steps:
+    """The steps of networks of one kind on a device; not compiled unless `config` says so.
+
+    The usual ConvNet's derived steps need compiling to be fast on a CPU. A GPU differentiates convolutions twice so
+    slowly that they are faster there in any case.
+    """
+    derived = bool(config.compiled) or config.precision == "bfloat16" or device.type == "cuda"
+    return _steps(network, config.precision, bool(config.compiled), derived)  # type: ignore[arg-type]  # it has a hash
 
 
 @functools.lru_cache(maxsize=16)
-def _steps(network: Network, precision: str, compiled: bool) -> Steps:
-    if (compiled or precision != "float32") and isinstance(network, ConvNet) and fits(network):
+def _steps(network: Network, precision: str, compiled: bool, derived: bool) -> Steps:
+    if derived and isinstance(network, ConvNet) and fits(network):
         return Derived(network, precision, compiled)
     return Autograd(network)
 
 
-def earns_compiling(network: Network, image_shape: tuple[int, int, int], images: int) -> bool:
-    """Whether a run that differentiates the network for so many `images`, counted each time, is long enough."""
+def worth_compiling(
+    network: Network, config: ComputeConfig, device: torch.device, image_shape: tuple[int, int, int], images: int
+) -> bool:
+    """Whether to compile a run that differentiates the network for so many `images`, counted each time."""
+    if config.compiled is not None:
+        return config.compiled
     if not (isinstance(network, ConvNet) and fits(network)):
         return False
-    return 3 * operations(network, image_shape) * images >= EARNED
+    enough = 3 * operations(network, image_shape) * images >= WORTH_COMPILING[device.type]
+    return config.precision == "bfloat16" or enough
 
 
 @functools.lru_cache(maxsize=16)
@@ -116,14 +129,21 @@ def fits(network: ConvNet) -> bool:
     return usual and network.side % 2**config.depth == 0
 
 
-@functools.cache
 def room(device: torch.device) -> int:
-    """Bytes that memories may take: CDDLIB_KEPT_MB, or an eighth of what was free when a process first asked."""
+    """Bytes that memories may take: CDDLIB_KEPT_MB, or a part of what is free.
+
+    It is half of what is free on a GPU now, and an eighth of what was free on the machine when a process first asked.
+    """
     if "CDDLIB_KEPT_MB" in os.environ:
         return _kept_mb(os.environ["CDDLIB_KEPT_MB"]) * 2**20
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + unused) // 8
+        return (torch.cuda.mem_get_info(device)[0] + unused) // 2
+    return _room_of_machine()
+
+
+@functools.cache
+def _room_of_machine() -> int:
     free = max(0, min(psutil.virtual_memory().available, _of_container()))
     return int(free) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
@@ -212,6 +232,7 @@ class Derived:
     def __init__(self, network: ConvNet, precision: str, compiled: bool) -> None:
         """Steps of `network`; see `fits`."""
         self._network = network
+        self._precision = precision
         self._low = torch.bfloat16 if precision == "bfloat16" else None
         self._paddings = network.paddings
         self._gradient, self._take, self._along = self._step, self._remembered, self._derivatives
@@ -224,20 +245,20 @@ class Derived:
         """See `Steps`."""
         if targets.dtype == torch.int64:
             targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
-        with torch.no_grad():
+        with torch.no_grad(), _multiplying(self._precision, theta.device):
             return self._gradient(theta.detach(), _channels_last(beside(inputs)), targets)
 
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """See `Steps`."""
-        with torch.no_grad():
+        with torch.no_grad(), _multiplying(self._precision, theta.device):
             _, gradient, blocks, head = self._take(theta.detach(), _channels_last(beside(inputs)), targets.detach())
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
         return gradient, Memory((theta.detach(), blocks, head), size)
 
     def along(self, memory: Memory, direction: Tensor) -> Along:
         """See `Steps`."""
-        with torch.no_grad():
-            theta, blocks, head = memory.content
+        theta, blocks, head = memory.content
+        with torch.no_grad(), _multiplying(self._precision, theta.device):
             inner, by_theta, by_inputs, by_targets = self._along(theta, blocks, head, direction)
         return Along(inner, by_theta, apart(by_inputs, len(theta)), by_targets)
 
@@ -274,11 +295,10 @@ class Derived:
             blocks[block] += [u_x, u_a]
             gradient[f"norm{block}.weight"] = (u_z * n).sum((0, 2, 3))
             gradient[f"norm{block}.bias"] = u_z.sum((0, 2, 3))
-            group = {"padding": padding, "groups": len(theta)}
-            gradient[f"conv{block}.weight"] = conv2d_weight(x, weight.flatten(0, 1).shape, u_a, **group).to(theta)
+            lowered = self._lowered(weight).flatten(0, 1)
+            found = _convolution_backward(u_a, x, lowered, padding, len(theta), inputs=block > 0)
+            u_x, gradient[f"conv{block}.weight"] = (u if u is None else u.to(theta) for u in found)
             gradient[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
-            if block:
-                u_x = conv2d_input(x.shape, self._lowered(weight).flatten(0, 1), u_a, **group).to(theta)
         return loss, self._vector(gradient, len(theta)), blocks, [features, p, u_logits, y]
 
     def _derivatives(
@@ -329,12 +349,13 @@ class Derived:
             found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((0, 2, 3))
             found[f"norm{block}.bias"] = d_u_z.sum((0, 2, 3))
             xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
-            group = {"padding": padding, "groups": len(theta)}
-            found[f"conv{block}.weight"] = conv2d_weight(xs, weight.flatten(0, 1).shape, u_as, **group).to(theta)
+            shape = weight.flatten(0, 1).shape
+            found[f"conv{block}.weight"] = conv2d_weight(xs, shape, u_as, padding=padding, groups=len(theta)).to(theta)
             found[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
             both = self._lowered(torch.cat([weight, d_weight], 1)).flatten(0, 1)
             u_both = torch.cat([u.unflatten(1, (len(theta), -1)) for u in (d_u_a, u_a)], 2).flatten(1, 2)
-            d_u_x = conv2d_input(x.shape, both, u_both, **group).to(theta)
+            d_u_x, _ = _convolution_backward(u_both, x, both, padding, len(theta), weights=False)
+            d_u_x = d_u_x.to(theta)
         return (u_logits * d_logits).sum((1, 2)), self._vector(found, len(theta)), d_u_x, -d_log_p / y.shape[1]
 
     def _lowered(self, x: Tensor) -> Tensor:
@@ -357,6 +378,31 @@ def _channels_last(x: Tensor) -> Tensor:
     if x.stride(1) == 1:  # of one channel, others count as this order too
         return x.contiguous(memory_format=torch.channels_last)
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def _convolution_backward(
+    u: Tensor, x: Tensor, weight: Tensor, padding: int, groups: int, *, inputs: bool = True, weights: bool = True
+) -> tuple[Any, Any]:
+    """The gradients at a convolution's inputs x and weights, from that at its output, of those that are wanted.
+
+    Unlike `torch.nn.grad.conv2d_input` it sees x, which lies channels last: cuDNN then computes in that order.
+    """
+    geometry = ([1, 1], [padding, padding], [1, 1], False, [0, 0], groups)
+    return torch.ops.aten.convolution_backward(u, x, weight, None, *geometry, [inputs, weights, False])[:2]
+
+
+@contextlib.contextmanager
+def _multiplying(precision: str, device: torch.device) -> Iterator[None]:
+    """Within, a GPU's float32 convolutions multiply TF32 numbers, or float32 ones where precision is ieee."""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cudnn.conv
+    before, settings.fp32_precision = settings.fp32_precision, "ieee" if precision == "ieee" else "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _mean(x: Tensor) -> Tensor:
@@ -392,7 +438,9 @@ def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
             try:
                 result = faster(*arguments)
             except Exception as error:
-                if is_want_of_memory(error):
+                if (
+                    is_want_of_memory(error) or arguments[0].is_cuda
+                ):  # where uncompiled steps would take ten times longer
                     raise
                 not_compiled(f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})")
                 known[batch.shape] = function

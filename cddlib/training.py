@@ -59,7 +59,7 @@ def train_epoch(
     compute: ComputeConfig | None = None,
 ) -> float:
     """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss."""
-    steps = steps_of(network, compute or ComputeConfig())
+    steps = steps_of(network, compute or ComputeConfig(), theta.device)
     total = torch.zeros((), device=theta.device)
     for indices in torch.randperm(size, generator=generator).split(batch_size):
         inputs, targets = fetch(indices.to(theta.device))

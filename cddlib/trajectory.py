@@ -132,6 +132,7 @@ class Buffer:
             )
         self.id = config_hash(manifest)
         self._files: dict[int, tuple[Any, list[str]]] = {}
+        self._on_gpu: dict[tuple[int, int | float], Float[Tensor, " p"]] = {}
 
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
@@ -166,6 +167,17 @@ class Buffer:
             raise UserError(f"{path} is damaged: epoch {epoch} does not have the digest that its header names.")
         if not bool(theta.isfinite().all()):
             raise Diverged(f"{path} holds parameters that are not finite at epoch {epoch}; train this expert anew.")
+        return theta
+
+    def parameters_on(self, device: torch.device, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ*_epoch of `expert` on `device`. A GPU keeps the vectors while they take a quarter of what is free."""
+        if device.type == "cpu":
+            return self.parameters(expert, epoch)
+        if (expert, epoch) in self._on_gpu:
+            return self._on_gpu[expert, epoch]
+        theta = self.parameters(expert, epoch).to(device)
+        if (len(self._on_gpu) + 1) * theta.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+            self._on_gpu[expert, epoch] = theta
         return theta
 
     def _open(self, expert: int, path: Path) -> tuple[Any, list[str]]:

@@ -22,9 +22,10 @@ from cddlib import ranks, steps
 from cddlib.augment import AugmentConfig
 from cddlib.matching import MatchingConfig, matching_loss, plan_student
 from cddlib.networks import ConvNet, Network, NetworkConfig, build_network
-from cddlib.steps import Autograd, ComputeConfig, Derived, earns_compiling, fits, steps_of
+from cddlib.steps import Autograd, ComputeConfig, Derived, worth_compiling, fits, steps_of
 
 USUAL = NetworkConfig(depth=2, width=6)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def problem(shape: tuple[int, int, int], config: NetworkConfig = USUAL, batch: int = 4, seed: int = 0) -> Any:
@@ -130,14 +131,16 @@ UNUSUAL = [
 def test_only_the_usual_convnet_is_derived() -> None:
     fast = ComputeConfig(precision="bfloat16", compiled=True)
     usual = build_network(USUAL, (3, 8, 8), 5)
-    assert isinstance(steps_of(usual, ComputeConfig()), Autograd)
-    assert isinstance(steps_of(usual, ComputeConfig(precision="bfloat16")), Derived)
-    assert isinstance(steps_of(usual, ComputeConfig(compiled=True)), Derived)
-    assert steps_of(usual, fast) is steps_of(usual, MatchingConfig(precision="bfloat16", compiled=True))
-    for config in (*UNUSUAL, NetworkConfig(network="mlp")):
-        assert isinstance(steps_of(build_network(config, (3, 8, 8), 5), fast), Autograd)
+    assert isinstance(steps_of(usual, ComputeConfig(), CPU), Autograd)
+    assert isinstance(steps_of(usual, ComputeConfig(), CUDA), Derived)
+    assert isinstance(steps_of(usual, ComputeConfig(precision="bfloat16"), CPU), Derived)
+    assert isinstance(steps_of(usual, ComputeConfig(compiled=True), CPU), Derived)
+    assert steps_of(usual, fast, CPU) is steps_of(usual, MatchingConfig(precision="bfloat16", compiled=True), CPU)
     odd = build_network(USUAL, (3, 10, 10), 5)  # its second pooling leaves out the last pixel
-    assert isinstance(steps_of(odd, fast), Autograd)
+    others = [build_network(config, (3, 8, 8), 5) for config in (*UNUSUAL, NetworkConfig(network="mlp"))]
+    for network in (odd, *others):
+        for device in (CPU, CUDA):
+            assert isinstance(steps_of(network, fast, device), Autograd)
 
 
 @pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
@@ -201,7 +204,7 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
     step_size = torch.tensor(0.05, requires_grad=True)
     config = MatchingConfig(student_steps=7, student_batch=4, precision=compute.precision)
     plan = plan_student(config, 10, AugmentConfig().augment, rng)
-    engine, taken = steps_of(network, compute), 0
+    engine, taken = steps_of(network, compute, CPU), 0
     take = engine.take
 
     def counted(*arguments: Any) -> Any:
@@ -254,12 +257,9 @@ def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
 
 @pytest.fixture
 def fresh_room() -> Any:
-    steps.room.cache_clear()
+    steps._room_of_machine.cache_clear()
     yield steps.room
-    steps.room.cache_clear()
-
-
-CPU = torch.device("cpu")
+    steps._room_of_machine.cache_clear()
 
 
 def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +271,7 @@ def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.
     free = 0
     assert fresh_room(CPU) == 10**9, "it is measured once"
     for container, processes, wanted in ((4 * 10**9, 1, 5 * 10**8), (10**12, 4, 25 * 10**7), (-5, 1, 0)):
-        fresh_room.cache_clear()
+        steps._room_of_machine.cache_clear()
         free = 8 * 10**9
         monkeypatch.setattr(steps, "_of_container", lambda container=container: container)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
@@ -292,7 +292,7 @@ def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
     assert fresh_room(CPU) == 3 * 2**20
     for wrong in ("", "-1", "many", "1.5", "²"):
-        fresh_room.cache_clear()
+        steps._room_of_machine.cache_clear()
         monkeypatch.setenv("CDDLIB_KEPT_MB", wrong)
         with pytest.raises(
             cddlib.UserError, match=f"CDDLIB_KEPT_MB is '{wrong}'; it must be a number of MB, 0 or more"
@@ -303,13 +303,17 @@ def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> No
 # --- Compiling --------------------------------------------------------------------------------------------------
 
 
-def test_long_runs_of_the_usual_convnet_are_compiled() -> None:
-    network = ConvNet(NetworkConfig(), (3, 32, 32), 10)
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_long_runs_of_the_usual_convnet_are_compiled(device: torch.device) -> None:
+    network, shape, plain = ConvNet(NetworkConfig(), (3, 32, 32), 10), (3, 32, 32), ComputeConfig()
     a_pass = 2 * 9 * 128 * (3 * 32**2 + 128 * 16**2 + 128 * 8**2) + 2 * 2048 * 10  # operations, forward
-    enough = -(-steps.EARNED // (3 * a_pass))
-    assert earns_compiling(network, (3, 32, 32), int(enough))
-    assert not earns_compiling(network, (3, 32, 32), int(enough) - 1)
-    assert not earns_compiling(build_network(UNUSUAL[0], (3, 8, 8), 5), (3, 8, 8), 10**18)
+    enough = int(-(-steps.WORTH_COMPILING[device.type] // (3 * a_pass)))
+    assert worth_compiling(network, plain, device, shape, enough)
+    assert not worth_compiling(network, plain, device, shape, enough - 1)
+    assert worth_compiling(network, ComputeConfig(precision="bfloat16"), device, shape, 1)
+    for asked in (True, False):
+        assert worth_compiling(network, ComputeConfig(compiled=asked), device, shape, enough) == asked
+    assert not worth_compiling(build_network(UNUSUAL[0], (3, 8, 8), 5), plain, device, (3, 8, 8), 10**18)
 
 
 COMPILED = """
@@ -323,7 +327,8 @@ theta, direction = (torch.stack([network.init(rng) for _ in range(2)]) for _ in 
 inputs, targets = torch.randn(2, 3, 1, 8, 8, generator=rng), torch.rand(2, 3, 3, generator=rng)
 results = []
 for compiled in (True, True, False):
-    engine = steps_of(network, ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled))
+    compute = ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled)
+    engine = steps_of(network, compute, torch.device("cpu"))
     if not compiled:
         engine = type(engine)(network, "float32", False)
     gradient, memory = engine.take(theta, inputs, targets)

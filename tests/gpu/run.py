@@ -1,0 +1,637 @@
+"""What a GPU has to prove, and what it is good for, in the time that there is: `make gpu`.
+
+    python tests/gpu/run.py --seconds 540 --root DIR --to DIR
+
+Stages, in this order, each with a record of its own in the folder `--to`, which is written as soon as it is known. A
+stage whose record is there is not done again, and one that has too little time left is left out::
+
+    machine     versions, and rates of copies, matrix products and convolutions
+    gradients   whole walks, on random segments, against automatic differentiation in float64
+    at-once     several runs in threads of one process, which share the GPU
+    speed       an iteration's gradient, an expert's epoch and a network's epochs, beside the textbook's
+    experts     a buffer for MTT's CIFAR-10 with one image a class: real work from here on
+    precision   walks on segments of these experts, in every precision, against float64
+    distil      MTT with K = 1 and K = 2 at equal compute, several seeds, all at once
+    evaluate    networks trained on each of the sets and on random real images, and tested
+
+The command works from a checkout, without installing, where Python has torch, numpy, safetensors, jaxtyping, tqdm and
+psutil. `--tiny` does all of it in sizes that a CPU manages in a minute, which is how it is tested.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "benchmarks")]
+
+import textbook  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import cddlib  # noqa: E402
+from cddlib import matching  # noqa: E402
+from cddlib.augment import CHANGES, AugmentConfig  # noqa: E402
+from cddlib.data import Images  # noqa: E402
+from cddlib.evaluate import evaluate_run, fetch_synthetic, train_network  # noqa: E402
+from cddlib.files import read_json, read_record, write_record  # noqa: E402
+from cddlib.matching import MatchingConfig, matching_losses  # noqa: E402
+from cddlib.preprocessing import Normalisation  # noqa: E402
+from cddlib.ranks import Interrupted, Ranks  # noqa: E402
+from cddlib.runs import Metrics, Recorder, resolve_device  # noqa: E402
+from cddlib.steps import ComputeConfig  # noqa: E402
+from cddlib.training import fetch_real, train_epoch  # noqa: E402
+
+CLASSES = 10
+STRATEGY = AugmentConfig().augment
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """How much of everything."""
+
+    side: int = 32
+    width: int = 128
+    steps: int = 50
+    """Student steps N at one image a class."""
+    few_steps: int = 8
+    """Student steps of the checks with every augmentation."""
+    more: tuple[int, int] = (10, 30)
+    """Images a class, and student steps, of the other setting whose speed is measured."""
+    counts: tuple[int, ...] = (1, 2, 4, 8)
+    batch: int = 256
+    real_images: int = 50_000
+    epochs: int = 100
+    """Of a network on one image a class."""
+    seconds: float = 1.0
+    """A measurement is done again until it has taken so long."""
+    large: int = 8192
+    """Rows of the matrices, and thousands of the numbers that are copied, whose rates are measured."""
+    experts: int = 40
+    expert_epochs: int = 3
+    walks: int = 20
+    data: str = "cifar10"
+    segments: int = 5000
+    """Segments that a run matches."""
+    seeds: int = 3
+    networks: int = 3
+    evaluation_epochs: int = 1000
+
+
+TINY = Sizes(
+    side=8, width=4, steps=4, few_steps=3, more=(2, 3), counts=(1, 2), batch=16, real_images=64, epochs=2, seconds=0.0,
+    large=64, experts=2, expert_epochs=3, walks=2, data="digits", segments=4, seeds=1, networks=1, evaluation_epochs=2,
+)  # fmt: skip
+
+
+class Bench:
+    """The device, the sizes, and the time that is left."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        """Start the clock."""
+        self.device = resolve_device(options.device)
+        self.sizes = TINY if options.tiny else Sizes(**dict(options.set))
+        self.root: Path | None = options.root
+        self.to: Path = options.to
+        self.gpu = self.device.type == "cuda"
+        self._ends = time.monotonic() + options.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self._ends - time.monotonic()
+
+    @functools.cached_property
+    def network(self) -> cddlib.ConvNet:
+        """The field's ConvNet for the measurements on random images."""
+        depth = 3 if self.sizes.side == 32 else 2
+        config = cddlib.NetworkConfig(width=self.sizes.width, depth=depth)
+        return cddlib.ConvNet(config, (3, self.sizes.side, self.sizes.side), CLASSES)
+
+    def wait(self) -> None:
+        """Until the GPU has done its work."""
+        if self.gpu:
+            torch.cuda.synchronize(self.device)
+
+    def timed(self, run: Callable[[], object], *, most: int = 50) -> dict[str, Any]:
+        """Median, least and most milliseconds of repeated runs after a first one, whose seconds count apart."""
+        began = time.perf_counter()
+        run()
+        self.wait()
+        first, found = time.perf_counter() - began, [math.inf]
+        while len(found) < 4 or (sum(found[1:]) < 1000 * self.sizes.seconds and len(found) <= most):
+            began = time.perf_counter()
+            run()
+            self.wait()
+            found.append(1000 * (time.perf_counter() - began))
+        ms = found[1:]
+        return {
+            "ms": round(statistics.median(ms), 4),
+            "least": round(min(ms), 4),
+            "most": round(max(ms), 4),
+            "repeats": len(ms),
+            "first_seconds": round(first, 3),
+        }
+
+
+# --- The machine ------------------------------------------------------------------------------------------------
+
+
+def machine(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Rates, of which the first is in GB a second, read and written, and the others in Tflop/s."""
+    n, device = bench.sizes.large, bench.device
+    source = torch.randn(n * 1000 * 16, device=device)
+    goal = torch.empty_like(source)
+    rates = {"copy_gb_s": 2 * source.nbytes / 1e6 / bench.timed(lambda: goal.copy_(source))["least"]}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates[f"product_{name}"] = 2 * n**3 / 1e9 / bench.timed(lambda a=a, b=b: a @ b)["least"]
+    width, side = bench.sizes.width, bench.sizes.side // 2
+    for images, (name, dtype) in itertools.product(
+        (10, bench.sizes.batch), (("ieee", torch.float32), ("float32", torch.float32), ("bfloat16", torch.bfloat16))
+    ):
+        x = torch.randn(images, width, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+        w = torch.randn(width, width, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+        with cddlib.steps._multiplying(name, device):
+            ms = bench.timed(lambda x=x, w=w: [F.conv2d(x, w, padding=1) for _ in range(20)])["least"] / 20
+        rates[f"convolution_{name}_{images}"] = 2 * images * width**2 * 9 * side**2 / 1e9 / ms
+    yield {"rates": {name: round(rate, 3) for name, rate in rates.items()}}
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------
+
+Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[matching.Step]]
+"""Start, target, images, targets, step size and steps of a student."""
+
+
+def random_walk(bench: Bench, seed: int, steps: int, strategy: str = STRATEGY, batch: int | None = None) -> Walk:
+    """A student on random images, between random parameters and others that are near."""
+    rng, shape = cddlib.generator("gpu", seed), (3, bench.sizes.side, bench.sizes.side)
+    start = bench.network.init(rng)
+    target = start + 0.01 * torch.randn(start.shape, generator=rng)
+    images = torch.randn(CLASSES, *shape, generator=rng)
+    targets = torch.rand(CLASSES, CLASSES, generator=rng).softmax(1)
+    plan = cddlib.plan_student(MatchingConfig(student_steps=steps, student_batch=batch), CLASSES, strategy, rng)
+    on = (tensor.to(bench.device) for tensor in (start, target, images, targets, torch.tensor(0.01)))
+    return (*on, plan)  # type: ignore[return-value]
+
+
+def reference(network: cddlib.ConvNet, walk: Walk) -> list[Tensor]:
+    """Loss, and derivatives by images, targets and step size, by automatic differentiation in float64."""
+    start, target, *variables = (tensor.double() for tensor in walk[:5])
+    for variable in variables:
+        variable.requires_grad_()
+    loss = textbook.matching_loss(network, start, target, *variables, walk[5])
+    return [loss.detach(), *torch.autograd.grad(loss, variables)]
+
+
+def engine(network: cddlib.ConvNet, walks: Sequence[Walk], config: MatchingConfig) -> list[list[Tensor]]:
+    """The same, of each of the students, which walk at once."""
+    start, target, *variables = (torch.stack(tensors) for tensors in list(zip(*walks, strict=True))[:5])
+    for variable in variables:
+        variable.requires_grad_()
+    losses = matching_losses(network, start, target, *variables, [walk[5] for walk in walks], config)
+    found = torch.autograd.grad(losses.sum(), variables)
+    return [[losses[k].detach(), *(gradient[k] for gradient in found)] for k in range(len(walks))]
+
+
+def compare(found: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
+    """How far loss, images' gradient and step size's gradient are from those wanted."""
+    loss, images, targets, step_size = (tensor.double().cpu() for tensor in found)
+    loss_, images_, targets_, step_size_ = (tensor.double().cpu() for tensor in wanted)
+    return {
+        "loss": float((loss / loss_ - 1).abs()),
+        "images": float((images - images_).norm() / images_.norm()),
+        "cosine": float(F.cosine_similarity(images.flatten(), images_.flatten(), 0)),
+        "targets": float((targets - targets_).norm() / targets_.norm()),
+        "step_size": float((step_size / step_size_ - 1).abs()),
+    }
+
+
+def gradients(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Walks on random images: with every augmentation, with unequal batches, several at once, twice."""
+    network, few = bench.network, bench.sizes.few_steps
+    exact, rows = MatchingConfig(precision="ieee"), []
+
+    def row(name: str, walk: Walk, found: list[Tensor]) -> None:
+        rows.append({"what": name, **compare(found, reference(network, walk))})
+
+    for change in CHANGES:
+        walk = random_walk(bench, 0, few, change)
+        row(f"ieee, {change}", walk, engine(network, [walk], exact)[0])
+    unequal = random_walk(bench, 1, few, batch=CLASSES // 2 - 1)
+    row("ieee, batches of 4, 4 and 2", unequal, engine(network, [unequal], exact)[0])
+    yield {"walks": rows}
+    several = [random_walk(bench, seed, few) for seed in range(2, 5)]
+    together = engine(network, several, exact)
+    for number, (walk, found) in enumerate(zip(several, together, strict=True)):
+        row(f"ieee, {number + 1} of 3 at once", walk, found)
+    alone = engine(network, several[:1], exact)[0]
+    again = engine(network, several[:1], exact)[0]
+    graph_after_other = engine(network, several[1:2], exact)[0]
+    for name, precision, compiled in (
+        ("float32", "float32", False), ("ieee, compiled", "ieee", True), ("float32, compiled", "float32", True),
+    ):  # fmt: skip
+        config = MatchingConfig(precision=precision, compiled=compiled and bench.gpu)  # type: ignore[arg-type]
+        row(name, several[0], engine(network, several[:1], config)[0])
+        yield {"walks": rows}
+    plain = matching._walk_for(network, exact, bench.device, (CLASSES,) * few, True, 1)
+    inputs, wanted, _ = matching._batches([several[0][5]], several[0][2][None], several[0][3][None])
+    loss, *_ = plain(several[0][0][None], several[0][1][None], inputs, wanted, several[0][4][None])
+    yield {
+        "walks": rows,
+        "same": {
+            "twice": compare(again, alone),
+            "at once": compare(together[0], alone),
+            "another in between": compare(graph_after_other, together[1]),
+            "without a graph, loss": float((loss[0] / alone[0] - 1).abs()),
+        },
+        "synchronisations": synchronisations(bench, several[0]),
+    }
+
+
+def synchronisations(bench: Bench, walk: Walk) -> int | None:
+    """How many times the CPU waits for the GPU in one walk; None on a CPU."""
+    if not bench.gpu:
+        return None
+    import warnings
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        engine(bench.network, [walk], MatchingConfig(precision="ieee"))
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in said)
+
+
+# --- Speed ------------------------------------------------------------------------------------------------------
+
+
+def iteration(bench: Bench, ipc: int, steps: int, count: int, config: MatchingConfig | None) -> Callable[[], object]:
+    """An iteration's gradients on random images, in one of cddlib's ways; without a configuration in the textbook's."""
+    rng, size = cddlib.generator("speed", count), ipc * CLASSES
+    network, device = bench.network, bench.device
+    images = torch.randn(size, 3, bench.sizes.side, bench.sizes.side, generator=rng).to(device)
+    targets = F.one_hot(torch.arange(size) % CLASSES, CLASSES).float().to(device)
+    start = network.init(rng).to(device)
+    target = start + 0.01 * torch.randn(start.shape, generator=rng).to(device)
+    step_size = torch.tensor(0.01, device=device)
+    plans = [cddlib.plan_student(MatchingConfig(student_steps=steps), size, STRATEGY, rng) for _ in range(count)]
+    walks: list[Walk] = [(start, target, images, targets, step_size, plan) for plan in plans]
+
+    def textbook_() -> None:
+        for walk in walks:
+            variables = [walk[2].clone().requires_grad_(), walk[4].clone().requires_grad_()]
+            loss = textbook.matching_loss(network, *walk[:2], variables[0], walk[3], variables[1], walk[5])
+            torch.autograd.grad(loss, variables)
+
+    return functools.partial(engine, network, walks, config) if config else textbook_
+
+
+def speed(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Milliseconds of everything, the fastest ways first, so that time cuts off the textbook's."""
+    rows: list[dict[str, Any]] = []
+    compiled = bench.gpu
+
+    def row(name: str, run: Callable[[], object], **more: Any) -> dict[str, Any]:
+        rows.append({"what": name, **more, **bench.timed(run)})
+        print(f"    {name:50} {rows[-1]['ms']:10.3f} ms   {more}", flush=True)
+        return {"rows": rows}
+
+    ways = {
+        "cddlib": MatchingConfig(compiled=compiled),
+        "cddlib, uncompiled": MatchingConfig(compiled=False),
+        "cddlib, bfloat16": MatchingConfig(compiled=compiled, precision="bfloat16"),
+        "textbook": None,
+    }
+
+    def match(way: str, ipc: int, steps: int, count: int = 1) -> dict[str, Any]:
+        run = iteration(bench, ipc, steps, count, ways[way])
+        return row("an iteration's gradient", run, way=way, ipc=ipc, steps=steps, segments=count)
+
+    for count in bench.sizes.counts:
+        yield match("cddlib", 1, bench.sizes.steps, count)
+    for way in ("cddlib, uncompiled", "textbook"):
+        yield match(way, 1, bench.sizes.steps)
+    if bench.gpu:
+        yield row("without a graph", without_graph(bench, ways["cddlib"]), way="cddlib", ipc=1, steps=bench.sizes.steps)
+    yield row("an expert's epoch", expert_epoch(bench, compiled), way="cddlib", images=bench.sizes.real_images)
+    yield row("a network's epochs", network_epochs(bench, compiled), way="cddlib", epochs=bench.sizes.epochs)
+    yield match("cddlib, bfloat16", 1, bench.sizes.steps)
+    for way in ("cddlib", "textbook", "cddlib, bfloat16"):
+        yield match(way, *bench.sizes.more)
+    for count in bench.sizes.counts[1:3]:
+        yield match("textbook", 1, bench.sizes.steps, count)
+    if bench.gpu:
+        torch.backends.cudnn.benchmark = True
+        matching._graph.cache_clear()
+        yield match("cddlib", 1, bench.sizes.steps)
+        rows[-1]["way"] = "cddlib, cuDNN's search"
+        torch.backends.cudnn.benchmark = False
+        matching._graph.cache_clear()
+        yield {"rows": rows, "kernels": kernels(iteration(bench, 1, bench.sizes.steps, 1, ways["cddlib"]))}
+
+
+def without_graph(bench: Bench, config: MatchingConfig) -> Callable[[], object]:
+    """A walk whose compiled steps are launched one after the other."""
+    start, target, images, targets, step_size, plan = random_walk(bench, 0, bench.sizes.steps)
+    inputs, wanted, sizes = matching._batches([plan], images[None], targets[None])
+    walk = matching._walk_for(bench.network, config, bench.device, sizes, True, 1)
+    return lambda: walk(start[None], target[None], inputs, wanted, step_size[None])
+
+
+def kernels(run: Callable[[], object]) -> list[dict[str, Any]]:
+    """The twenty kernels that take the GPU longest in one run, which has run before."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    found = sorted(profiler.key_averages(), key=lambda row: row.self_device_time_total, reverse=True)
+    return [
+        {"name": row.key[:90], "times": row.count, "ms": round(row.self_device_time_total / 1000, 4)}
+        for row in found[:20]
+    ]
+
+
+def expert_epoch(bench: Bench, compiled: bool) -> Callable[[], object]:
+    """An epoch on random images."""
+    size, shape = bench.sizes.real_images, (3, bench.sizes.side, bench.sizes.side)
+    rng = cddlib.generator("expert")
+    pixels = torch.randint(256, (size, *shape), generator=rng, dtype=torch.uint8).to(bench.device)
+    labels = torch.randint(CLASSES, (size,), generator=rng).to(bench.device)
+    normalise = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(bench.device)
+    theta = bench.network.init(rng).to(bench.device).requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr=0.01)
+    fetch = fetch_real(Images(pixels, labels), normalise)
+    how: dict[str, Any] = {"batch_size": bench.sizes.batch, "strategy": STRATEGY, "generator": rng}
+    return lambda: train_epoch(
+        bench.network, theta, optimizer, fetch, size, **how, compute=ComputeConfig(compiled=compiled)
+    )
+
+
+def network_epochs(bench: Bench, compiled: bool) -> Callable[[], object]:
+    """Some epochs of a network on one image a class."""
+    rng = cddlib.generator("network")
+    images = torch.randn(CLASSES, 3, bench.sizes.side, bench.sizes.side, generator=rng).to(bench.device)
+    targets = torch.eye(CLASSES, device=bench.device)
+    return lambda: train_network(
+        bench.network, fetch_synthetic(images, targets), CLASSES, epochs=bench.sizes.epochs, learning_rate=0.01,
+        batch_size=bench.sizes.batch, strategy=STRATEGY, purpose="speed", seed=0, device=bench.device,
+        compute=ComputeConfig(compiled=compiled),
+    )  # fmt: skip
+
+
+def at_once(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Iterations of one, two, four and eight runs in threads: how many segments a second all of them match."""
+    rows = []
+    for segments, count in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 4)):
+        config, times = MatchingConfig(compiled=bench.gpu), 12 if bench.gpu else 2
+        runs = [iteration(bench, 1, bench.sizes.steps, segments, config) for _ in range(count)]
+        barrier = threading.Barrier(count, timeout=60)
+        spans: list[tuple[float, float]] = []
+
+        def repeat(run: Any, times: int = times, barrier: Any = barrier, spans: Any = spans) -> None:
+            run()  # which captures
+            bench.wait()
+            barrier.wait()
+            began = time.perf_counter()
+            for _ in range(times):
+                run()[0][0].item()
+            spans.append((began, time.perf_counter()))
+
+        in_threads([functools.partial(repeat, run) for run in runs], bench)
+        seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
+        matching._graph.cache_clear()
+        rows.append({"runs": count, "segments": segments, "segments_a_second": times * count * segments / seconds})
+        print(f"    {rows[-1]}", flush=True)
+        yield {"rows": rows}
+
+
+def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> list[BaseException]:
+    """Do all of them, each in a thread with a stream of its own; returns what they raised."""
+    raised: list[BaseException] = []
+
+    def work(function: Callable[[], object]) -> None:
+        stream = torch.cuda.stream(torch.cuda.Stream(bench.device)) if bench.gpu else contextlib.nullcontext()
+        try:
+            with stream:
+                function()
+        except BaseException as error:
+            raised.append(error)
+            if not isinstance(error, Interrupted):
+                traceback.print_exception(error)
+
+    threads = [threading.Thread(target=work, args=(function,), daemon=True) for function in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        while thread.is_alive():
+            thread.join(0.2)  # signals are heeded in between
+    return raised
+
+
+# --- Real work --------------------------------------------------------------------------------------------------
+
+
+def buffer_config(bench: Bench) -> cddlib.BufferConfig:
+    """MTT's experts, which see all training images, but only the epochs that one image a class needs."""
+    sizes = bench.sizes
+    return cddlib.buffer_recipe(
+        sizes.data, "mtt", width=sizes.width, experts=sizes.experts, epochs=sizes.expert_epochs, compiled=bench.gpu
+    )
+
+
+def experts(bench: Bench) -> Iterator[dict[str, Any]]:
+    """The buffer, of as many experts as there are when half of the time that is left is over."""
+    with stopping_after(bench.left / 3):
+        cddlib.train_buffer(buffer_config(bench), bench.to / "buffer", root=bench.root, device=str(bench.device))
+    yield {"buffer": read_json(bench.to / "buffer" / "buffer.json"), **read_json(bench.to / "buffer" / "result.json")}
+
+
+@contextlib.contextmanager
+def stopping_after(seconds: float) -> Iterator[None]:
+    """Ask this process to stop when the time is over, as a cluster does."""
+    timer = threading.Timer(max(1.0, seconds), os.kill, (os.getpid(), signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def precision(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Whole walks on the experts' first segments and real images, against float64."""
+    buffer = cddlib.Buffer(bench.to / "buffer")
+    dataset = cddlib.load(bench.sizes.data, bench.root)
+    config = run_config(bench, 1, 0)
+    rows = []
+    for number in range(bench.sizes.walks):
+        seeded = dataclasses.replace(config, seed=1000 + number)
+        found = cddlib.synthetic.initialise(seeded, dataset, buffer, seeded.seed, bench.device)
+        rng = cddlib.generator("precision", number)
+        expert, start = number % len(buffer.experts), number % config.window_end
+        ends = (buffer.parameters(expert, epoch).to(bench.device) for epoch in (start, start + config.expert_epochs))
+        plan = cddlib.plan_student(config, len(found.labels), config.augment, rng)
+        walk: Walk = (*ends, found.images, found.targets(), found.step_size, plan)  # type: ignore[assignment]
+        wanted = reference(buffer.network, walk)
+        for name, compiled in (("ieee", False), ("float32", bench.gpu), ("bfloat16", bench.gpu)):
+            way = MatchingConfig(precision=name, compiled=compiled)  # type: ignore[arg-type]
+            rows.append({"precision": name, **compare(engine(buffer.network, [walk], way)[0], wanted)})
+        yield {"rows": rows}
+
+
+def run_config(bench: Bench, count: int, seed: int) -> cddlib.DistillConfig:
+    """MTT's recipe for one image a class with K segments, at equal compute."""
+    sizes = bench.sizes
+    few = {} if sizes.data == "cifar10" else {"student_steps": sizes.steps, "window_end": 2}
+    return cddlib.distill_recipe(
+        "mtt", sizes.data, ipc=1, segments=count, seed=seed, width=sizes.width, compiled=bench.gpu,
+        iterations=sizes.segments // count, validate_every=max(1, sizes.segments // 10 // count),
+        validation_runs=1, evaluation_epochs=sizes.evaluation_epochs, checkpoint_every=100, milestones=0, **few,
+    )  # fmt: skip
+
+
+def distil(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Each K with each seed, all at once; what time cuts off goes on from its checkpoint where its buffer is."""
+    buffer = bench.to / "buffer"
+    names = [(count, seed) for seed in range(bench.sizes.seeds) for count in bench.sizes.counts[:2]]
+
+    def run(count: int, seed: int) -> None:
+        config = run_config(bench, count, seed)
+        cddlib.distill(config, buffer, folder(bench, count, seed), root=bench.root, device=str(bench.device))
+
+    reserve = 40 + 3 * bench.sizes.networks * (len(names) + 1) if bench.gpu else 0
+    with (
+        contextlib.suppress(Interrupted),
+        Ranks().heeding_signals("the iterations"),
+        stopping_after(bench.left - reserve),
+    ):
+        in_threads([functools.partial(run, *name) for name in names], bench)
+    yield {"runs": [run_record(bench, count, seed) for count, seed in names]}
+
+
+def folder(bench: Bench, count: int, seed: int) -> Path:
+    """Of a run."""
+    return bench.to / f"k{count}-seed{seed}"
+
+
+def run_record(bench: Bench, count: int, seed: int) -> dict[str, Any]:
+    """What a run, finished or not, has written."""
+    here = folder(bench, count, seed)
+    lines = [line for line in (here / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    metrics = Metrics.read(here / "metrics.jsonl", until=len(lines) - 1)
+    return {
+        "segments": count, "seed": seed, "finished": (here / "result.json").exists(), "iterations": len(metrics) - 1,
+        "config": read_json(here / "config.json"),
+        "losses": [line["losses"] for line in metrics[1:]],
+        "starts": [line["starts"] for line in metrics[1:]],
+        "step_size": [line["step_size"] for line in metrics[1:]],
+        "seconds": [line["seconds"] for line in metrics[1:]],
+        "validation": [
+            [line["iteration"], *line["validation_accuracy"]] for line in metrics if "validation_accuracy" in line
+        ],
+    }  # fmt: skip
+
+
+def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Networks trained on every finished set; the first run's evaluation has those on random real images too."""
+    rows = []
+    for seed, count in itertools.product(range(bench.sizes.seeds), bench.sizes.counts[:2]):
+        here = folder(bench, count, seed)
+        if (here / "result.json").exists():
+            found = evaluate_run(
+                here, runs=bench.sizes.networks, baselines=not rows, root=bench.root, device=str(bench.device)
+            )
+            rows.append(
+                {"segments": count, "seed": seed, "accuracies": found["accuracies"], "summary": found["summary"]}
+            )
+            yield {"rows": rows}
+
+
+# --- All of it --------------------------------------------------------------------------------------------------
+
+STAGES: dict[str, tuple[Callable[[Bench], Iterator[dict[str, Any]]], float]] = {
+    "machine": (machine, 15),
+    "gradients": (gradients, 60),
+    "at-once": (at_once, 30),
+    "speed": (speed, 60),
+    "experts": (experts, 60),
+    "precision": (precision, 40),
+    "distil": (distil, 60),
+    "evaluate": (evaluate, 20),
+}
+"""What each does, and how many seconds have to be left for it on a GPU."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Do the stages, and return how many of them failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=540.0, help="the time there is")
+    parser.add_argument("--root", type=Path, help="folder of the data sets, as `cddlib data` fills it")
+    parser.add_argument("--to", type=Path, default=Path("gpu-records"), help="folder of the records, and of the runs")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=list(STAGES), help="only these")
+    parser.add_argument("--no-graphs", action="store_true", help="launch what a graph would replay")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    parser.add_argument("--set", nargs="*", default=[], type=_setting, help="other sizes, as experts=20")
+    options = parser.parse_args(arguments)
+    options.to.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options)
+    if options.no_graphs:
+        matching.Graph = lambda function: function  # type: ignore[assignment,misc]
+    failed = 0
+    for name in options.stages:
+        path, (stage, least) = options.to / f"{name}.json", STAGES[name]
+        if path.exists() and read_record(path)["complete"]:
+            print(f"{name}: its record is there")
+        elif bench.gpu and bench.left < least:
+            print(f"{name}: left out, for there are {bench.left:.0f} s left", flush=True)
+        else:
+            failed += not _do(name, stage, bench, path)
+    return failed
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """A field of `Sizes` and its value."""
+    name, value = text.split("=")
+    return name, type(getattr(Sizes(), name))(value)
+
+
+def _do(name: str, stage: Callable[[Bench], Iterator[dict[str, Any]]], bench: Bench, path: Path) -> bool:
+    """Do a stage and write what it knows each time that it knows more; whether it came to its end."""
+    recorder, record = Recorder(bench.device), {}
+    print(f"{name}: begins with {bench.left:.0f} s left", flush=True)
+    why = None
+    try:
+        for record in stage(bench):
+            write_record(path, {**record, "complete": False, **recorder.report()})
+            if bench.gpu and bench.left < 5:
+                why = "no time is left"
+                break
+    except Interrupted as stop:
+        why = str(stop)
+    except Exception as error:
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {error}"
+    write_record(path, {**record, "complete": why is None, **({"why": why} if why else {}), **recorder.report()})
+    print(f"{name}: {why or 'done'}, {recorder.seconds():.1f} s", flush=True)
+    return why is None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,15 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tyro
 from tqdm.auto import tqdm
 
-from cddlib import commands
 from cddlib.augment import AugmentConfig
 from cddlib.buffer import BufferConfig
 from cddlib.data import DataConfig
 from cddlib.distill import DistillConfig
-from cddlib.files import UserError
+from cddlib.files import UserError, needing
 from cddlib.networks import NetworkConfig
 from cddlib.ranks import Interrupted, Ranks, joined
 from cddlib.recipes import buffer_recipe, distill_recipe
@@ -62,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     """Do what `arguments` say."""
+    with needing("the command line", "tyro"):
+        import tyro
+    from cddlib import commands
+
     chosen = _choices(arguments)
     command = arguments[0] if arguments else ""
     if Ranks().count > 1 and command not in DIVIDED:

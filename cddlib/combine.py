@@ -21,12 +21,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torchjd.aggregation
-import torchjd.linalg
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.files import UserError
+from cddlib.files import UserError, needing
 
 Combine = Literal["mean", "gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem"]
 
@@ -90,6 +88,9 @@ def weights(
         losses: the segments' matching losses.
         anchor: which segment is the anchor.
         generator: the order in which pcgrad visits the others comes from here.
+
+    Raises:
+        UserError: the rule needs torchjd, which is not installed.
     """
     count = len(losses)
     fixed = fixed_weights(config, count, anchor)
@@ -98,24 +99,24 @@ def weights(
     if config.combine == "gradnorm":
         return _gradnorm(products, losses)
     products = products / products.diagonal().mean()  # weights do not depend on the scale, and solvers like 1
+    with needing(f"combine is {config.combine!r}, which", "torchjd[cagrad,quadprog-projector]"):
+        import torchjd.aggregation
+        import torchjd.linalg
     if config.combine == "pcgrad":
         with torch.random.fork_rng(devices=[]):  # torchjd shuffles with the global generator
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             return (torchjd.aggregation.PCGradWeighting()(products) / count).tolist()
     if config.combine == "cagrad":
         return torchjd.aggregation.CAGradWeighting(c=CAGRAD_RADIUS)(products).tolist()
-    if config.combine == "upgrad":
-        return torchjd.aggregation.UPGradWeighting(projector=_projector())(products).tolist()
     if config.combine == "mgda":
         return torchjd.aggregation.MGDAWeighting()(products).tolist()
+    # reg_eps is for rounding; its default, 1e-4 of the trace, would drown a short gradient
+    projector = torchjd.linalg.QuadprogProjector(reg_eps=1e-8)
+    if config.combine == "upgrad":
+        return torchjd.aggregation.UPGradWeighting(projector=projector)(products).tolist()
     preference = torch.zeros(count, dtype=products.dtype)
     preference[anchor] = 1
-    return torchjd.aggregation.DualProjWeighting(preference, projector=_projector())(products).tolist()
-
-
-def _projector() -> torchjd.linalg.QuadprogProjector:
-    """Projects on the dual cone; its default for rounding, 1e-4 of the trace, would drown a short gradient."""
-    return torchjd.linalg.QuadprogProjector(reg_eps=1e-8)
+    return torchjd.aggregation.DualProjWeighting(preference, projector=projector)(products).tolist()
 
 
 def _usable(products: Tensor) -> bool:

@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cddlib.files import UserError, check_classes, open_tensors, parse_json, read_header
+from cddlib.files import UserError, check_classes, needing, open_tensors, parse_json, read_header
 from cddlib.runs import generator
 
 FROM_FOLDER = ("tiny_imagenet", "imagenet", "imagefolder")
@@ -177,7 +176,8 @@ def load(name: str, root: Path | None = None) -> Dataset:
     """The data set `name` from `<root>/<name>.safetensors`. Its images stay in the file until they are used.
 
     Raises:
-        UserError: unknown name, data not prepared yet (says what to run), or a file that is not what it should be.
+        UserError: unknown name, data not prepared yet (says what to run), a file that is not what it should be, or
+            scikit-learn missing.
     """
     check_data_name(name)
     if name == "digits":
@@ -243,6 +243,8 @@ def map_images(path: Path, offset: int, shape: tuple[int, ...]) -> UInt8[Tensor,
 @functools.cache
 def _digits() -> Dataset:
     """Scikit-learn's digits, one fifth of every class for testing."""
+    with needing("the data set 'digits'", "scikit-learn"):
+        from sklearn.datasets import load_digits
     bunch = load_digits()
     images = torch.from_numpy((bunch.images * 255 / 16).round().astype(np.uint8)).unsqueeze(1)
     every = Images(images, torch.from_numpy(bunch.target).long())

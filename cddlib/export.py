@@ -9,15 +9,16 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import TensorDataset
-from torchvision.transforms.v2.functional import to_pil_image
 
 from cddlib.exchange import plain, whole_folder
-from cddlib.files import UserError, write_atomically
+from cddlib.files import UserError, needing, write_atomically
 from cddlib.synthetic import SyntheticSet
 
 
 def _pngs(synthetic: SyntheticSet) -> list[bytes]:
     """Each image as a PNG file."""
+    from torchvision.transforms.v2.functional import to_pil_image
+
     levels: UInt8[Tensor, "n c h w"] = (plain(synthetic).pictures() * 255).round().to(torch.uint8)
     files = []
     for image in levels:
@@ -84,13 +85,9 @@ def export_parquet(synthetic: SyntheticSet, path: Path) -> Path:
     """
     if path.exists():
         raise UserError(f"{path} exists; choose another file.")
-    try:
+    with needing("form 'parquet'", "pyarrow"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError:
-        raise UserError(
-            "Parquet files need pyarrow, which is not installed; run `pip install cddlib[parquet]`."
-        ) from None
     classes = len(synthetic.classes)
     features = {
         "image": {"_type": "Image"},

@@ -38,6 +38,21 @@ class Diverged(UserError):
     """The numbers of a run are no longer usable."""
 
 
+@contextlib.contextmanager
+def needing(what: str, package: str) -> Iterator[None]:
+    """Within, a package that is not installed ends in a `UserError`: `what` needs it.
+
+    Args:
+        what: the sentence's subject.
+        package: what pip is asked for, as `name` or `name[extra]`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError:
+        name = package.partition("[")[0]
+        raise UserError(f'{what} needs the package {name}; install it with `pip install "{package}"`.') from None
+
+
 _WANT_OF_MEMORY = re.compile(
     "an.t allocate memory|annot allocate memory|bad_alloc|could not create a primitive$|is killed by signal: Killed"
 )

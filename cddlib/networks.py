@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torchvision.models import DenseNet, ResNet, VisionTransformer
-from torchvision.models.resnet import BasicBlock
 
 from cddlib.files import UserError
 
@@ -291,6 +289,9 @@ def _vgg11(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.
 
 def _resnet18(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
     """ResNet-18 (He et al. 2016) with a stem for small images: convolution 3x3 with stride 1, no pooling."""
+    from torchvision.models import ResNet
+    from torchvision.models.resnet import BasicBlock
+
     net = ResNet(BasicBlock, [2, 2, 2, 2], classes, norm_layer=_NORMS[config.norm])
     net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
@@ -303,6 +304,8 @@ def _resnet18(config: NetworkConfig, channels: int, side: int, classes: int) -> 
 
 def _densenet121(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
     """DenseNet-121 (Huang et al. 2017) with a stem for small images: convolution 3x3 with stride 1, no pooling."""
+    from torchvision.models import DenseNet
+
     net = DenseNet(num_classes=classes)
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
@@ -324,6 +327,8 @@ def _vit(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Mo
     Patches are the smallest that cut the side into at most 8 pieces: 4x4 pixels of 28 or 32, one of 8, 8x8 of 64.
     As torchvision initialises it, the classifier starts at zero.
     """
+    from torchvision.models import VisionTransformer
+
     patch = next(size for size in range(-(-side // 8), side + 1) if side % size == 0)
     net = VisionTransformer(side, patch, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=classes)
     net.conv_proj = nn.Conv2d(channels, 192, patch, stride=patch)

@@ -31,8 +31,6 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision import datasets as tv
-from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
 from cddlib.data import Images, check_data_name, default_root, fingerprint, load, map_images
@@ -40,7 +38,8 @@ from cddlib.files import UserError, is_want_of_memory, read_json, seal, write_js
 from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import end_with_parent, locked, memory_advice
 
-_DOWNLOADS = {"fashion_mnist": tv.FashionMNIST, "cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}
+_DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+"""Classes of `torchvision.datasets`."""
 MOST_PIXELS = 2**26
 """Pixels of the largest image that is decoded, before or after it is resized; ImageNet's largest has 61 million.
 
@@ -119,13 +118,16 @@ def _write(path: Path, name: str, listing: tuple[Samples, Samples, list[str]] | 
 
 def _download(name: str, folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Fetch a data set with torchvision, which checks the downloads against its checksums."""
+    import torchvision.datasets
+
+    fetch = getattr(torchvision.datasets, _DOWNLOADS[name])
     tensors = {}
     for file in (folder / "FashionMNIST").glob("*/*"):
         if file.suffix != ".gz":  # unpacked, and torchvision would take it without a checksum
             file.unlink()
     for part in ("train", "test"):
         try:
-            found = _DOWNLOADS[name](folder, train=part == "train", download=True)
+            found = fetch(folder, train=part == "train", download=True)
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())  # torchvision's has several lines
             raise UserError(f"{name} cannot be downloaded to {folder} ({reason}).") from None
@@ -154,9 +156,12 @@ def _listing(name: str, source: Path | None) -> tuple[Samples, Samples, list[str
     return val.samples, train.samples, train.classes
 
 
-def _image_folder(folder: Path) -> tv.ImageFolder:
+def _image_folder(folder: Path) -> Any:
+    """Torchvision's `ImageFolder`."""
+    from torchvision.datasets import ImageFolder
+
     try:
-        return tv.ImageFolder(str(folder))
+        return ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise UserError(f"{folder} must hold a folder of images for each class, {folder}/CLASS/* ({error}).") from None
 
@@ -301,6 +306,8 @@ class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
     """Image files as uint8 tensors of one size."""
 
     def __init__(self, files: list[str], size: int) -> None:
+        from torchvision.transforms import v2
+
         # one array: a list's strings are counted as they are used, so that every worker would come to copy them all
         self.files = np.array([os.fsencode(file) for file in files], dtype=np.bytes_)
         self.size = size

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["cddlib.cli", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["cddlib.cli", "cddlib.commands", "torchvision.transforms.v2", "sklearn.datasets"])
 
 Setting = Callable[[], object]
 

@@ -596,5 +596,5 @@ def test_parquet_refuses_what_is_there_and_says_what_is_missing(
     with pytest.raises(UserError, match=r"set\.parquet exists; choose another file\.$"):
         export_parquet(synthetic, path)
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r"^Parquet files need pyarrow, .* run `pip install cddlib\[parquet\]`\.$"):
+    with pytest.raises(UserError, match=r"^form 'parquet' needs the package pyarrow; .* `pip install \"pyarrow\"`\.$"):
         export_parquet(synthetic, tmp_path / "other.parquet")

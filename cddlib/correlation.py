@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -164,6 +163,8 @@ def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.nda
     Changes, because the losses of all segments fall together; ranks, because the first steps away from real images
     change every loss far more than all later ones, and would decide any other correlation.
     """
+    import scipy.stats
+
     return scipy.stats.rankdata(np.diff(losses, axis=1), axis=1)
 
 
@@ -256,6 +257,8 @@ def permutation_test(
 
 def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..."]:
     """P-value of "the mean over replicates is not negative", one-sided, by Student's t; of two replicates or more."""
+    import scipy.stats
+
     return np.asarray(scipy.stats.ttest_1samp(values, 0, axis=0, alternative="less").pvalue)
 
 

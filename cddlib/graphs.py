@@ -29,6 +29,7 @@ class Graph:
         self._function = function
         self._captured: tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]] | None = None
 
+    @torch.no_grad()
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """The function's results."""
         if self._captured is None:

@@ -86,9 +86,15 @@ def build_network(config: NetworkConfig, image_shape: tuple[int, int, int], clas
         if not 1 <= value <= most:
             raise UserError(f"the images have {value} {what}; networks are built for 1 to {most}.")
     if config.network == "convnet":
-        return ConvNet(config, image_shape, classes)
+        return _convnet(config, image_shape, classes)
     builder = _BUILDERS[config.network]
     return TorchNetwork(lambda: builder(config, image_shape[0], image_shape[1], classes))
+
+
+@functools.lru_cache(maxsize=16)
+def _convnet(config: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> "ConvNet":
+    """One object for each kind, so that its steps are compiled once a process."""
+    return ConvNet(config, image_shape, classes)
 
 
 def parameter_count(network: Network) -> int:

@@ -38,6 +38,8 @@ from cddlib.ranks import Ranks
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}
 """Floating-point operations of a run from which on compiling saves more time than it takes, about a minute."""
 CGROUP = Path("/sys/fs/cgroup")
+OPTIONS: dict[str, str | int | bool] = {}
+"""Of the compiler."""
 MOST_SHAPES = 256
 """Of batches, for which one process compiles."""
 
@@ -293,8 +295,8 @@ class Derived:
             u_n = _wide(w[f"norm{block}.weight"]) * u_z
             u_a = self._lowered(r * (u_n - _mean(u_n) - n * _mean(u_n * n)))
             blocks[block] += [u_x, u_a]
-            gradient[f"norm{block}.weight"] = (u_z * n).sum((0, 2, 3))
-            gradient[f"norm{block}.bias"] = u_z.sum((0, 2, 3))
+            gradient[f"norm{block}.weight"] = (u_z * n).sum((2, 3)).sum(0)
+            gradient[f"norm{block}.bias"] = u_z.sum((2, 3)).sum(0)
             lowered = self._lowered(weight).flatten(0, 1)
             found = _convolution_backward(u_a, x, lowered, padding, len(theta), inputs=block > 0)
             u_x, gradient[f"conv{block}.weight"] = (u if u is None else u.to(theta) for u in found)
@@ -346,8 +348,8 @@ class Derived:
             d_u_a = d_r * (u_n - _mean(u_n) - n * slope)
             d_u_a += r * (d_u_n - _mean(d_u_n) - d_n * slope - n * _mean(d_u_n * n + u_n * d_n))
             d_u_a = self._lowered(d_u_a)
-            found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((0, 2, 3))
-            found[f"norm{block}.bias"] = d_u_z.sum((0, 2, 3))
+            found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((2, 3)).sum(0)
+            found[f"norm{block}.bias"] = d_u_z.sum((2, 3)).sum(0)
             xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
             shape = weight.flatten(0, 1).shape
             found[f"conv{block}.weight"] = conv2d_weight(xs, shape, u_as, padding=padding, groups=len(theta)).to(theta)
@@ -426,7 +428,7 @@ def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
 
     PyTorch keeps the result on disk for other processes. If it cannot compile, the function runs as it is.
     """
-    faster = torch.compile(function, fullgraph=True, dynamic=False)
+    faster = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS)
     known: dict[torch.Size, Callable[..., Any]] = {}
 
     def run(*arguments: Any) -> Any:

@@ -5,6 +5,8 @@ and its successors train experts.
 """
 
 import dataclasses
+import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor
 from cddlib import augment
 from cddlib.data import Images
 from cddlib.files import UserError
+from cddlib.graphs import Graph
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing
-from cddlib.steps import ComputeConfig, Steps, steps_of
+from cddlib.steps import ComputeConfig, Derived, Steps, steps_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,30 +63,42 @@ def train_epoch(
 ) -> float:
     """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss."""
     steps = steps_of(network, compute or ComputeConfig(), theta.device)
+    captured = theta.is_cuda and isinstance(steps, Derived)
     total = torch.zeros((), device=theta.device)
     for indices in torch.randperm(size, generator=generator).split(batch_size):
         inputs, targets = fetch(indices.to(theta.device))
         inputs = augment.apply(augment.draw(strategy, len(indices), generator), inputs)
-        loss, theta.grad = _descent(steps, theta, inputs, targets, sharpness or SharpnessConfig())
+        gradient = _graph(steps, inputs.shape, targets.dtype, threading.get_ident()) if captured else steps.gradient
+        loss, theta.grad = _descent(gradient, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
         total += loss * len(indices)
     return float(total) / size
 
 
+@functools.lru_cache(maxsize=16)
+def _graph(steps: Steps, shape: torch.Size, targets: torch.dtype, thread: int) -> Graph:
+    """A step's gradient as a graph, for inputs of a `shape` and targets of a type; every thread has its own."""
+    return Graph(steps.gradient)
+
+
 def _descent(
-    steps: Steps, theta: Tensor, inputs: Tensor, targets: Tensor, sharpness: SharpnessConfig
+    gradient: Callable[..., tuple[Tensor, ...]],
+    theta: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    sharpness: SharpnessConfig,
 ) -> tuple[Tensor, Tensor]:
     """The loss of a batch, and the direction to descend along.
 
     GSAM: with g at θ and h at θ + e, where e is the step of length ρ along which the loss rises fastest, it is
     h − α (g − its part along h): down in the surroundings' loss, and up in what of the loss does not change that.
     """
-    loss, here = (found[0] for found in steps.gradient(theta[None], inputs[None], targets[None]))
+    loss, here = (found[0] for found in gradient(theta[None], inputs[None], targets[None]))
     if sharpness.sharpness_radius == 0:
         return loss, here
     unit = theta.detach().abs() if sharpness.sharpness_adaptive else torch.ones_like(here)
     rise = unit.square() * here * (sharpness.sharpness_radius / ((unit * here).norm() + 1e-12))
-    _, (there,) = steps.gradient((theta.detach() + rise)[None], inputs[None], targets[None])
+    _, (there,) = gradient((theta.detach() + rise)[None], inputs[None], targets[None])
     across = here - there * (here @ there / (there @ there).clamp(min=1e-24))
     return loss, there - sharpness.sharpness_weight * across
 

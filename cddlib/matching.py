@@ -274,7 +274,8 @@ def _walk(
     Forward it keeps the parameters, and what steps remember as long as there is `room`; then it walks back. A step
     takes at most `parts` images at a time.
     """
-    path, memories = _roll_out(engine, sizes, parts, room, start, inputs, targets, step_size)
+    seen = engine.prepared(inputs)
+    path, memories = _roll_out(engine, sizes, parts, room, start, seen, targets, step_size)
     if config.match_step == "nearest":
         path = path[: nearest_step([theta[0] for theta in path], target[0]) + 1]
         del memories[len(path) - 1 :]
@@ -284,25 +285,33 @@ def _walk(
     if not derivatives:
         return (losses,)
     by_inputs, by_targets, by_step_size = (torch.zeros_like(x) for x in (inputs, targets, step_size))
+    rate = step_size[:, None]
     adjoint = (path[-1] - target) * kept * (2 / scale)[:, None]
     for i in reversed(range(len(path) - 1)):
-        by_theta = torch.zeros_like(adjoint)
+        by_theta = []
         for number, (part, share) in enumerate(_parts(sizes, i, parts)):
             memory, memories[i][number] = memories[i][number], None
             if memory is None:
-                _, memory = engine.take(path[i], inputs[:, part], targets[:, part])
+                _, memory = engine.take(path[i], seen[:, part], targets[:, part])
             along = engine.along(memory, adjoint)
             del memory
-            factor = -share * step_size[:, None, None]
-            by_inputs[:, part] = factor[:, :, :, None, None] * along.by_inputs
-            by_targets[:, part] = factor * along.by_targets
-            by_step_size -= share * along.inner
-            by_theta += share * along.by_theta
+            torch.mul(along.by_inputs, share, out=by_inputs[:, part])
+            torch.mul(along.by_targets, share, out=by_targets[:, part])
+            by_step_size.sub_(along.inner, alpha=share)
+            by_theta.append((along.by_theta, share))
         if config.gradient == "exact":
-            adjoint -= step_size[:, None] * by_theta
-    if config.gradient == "halved":
-        by_inputs /= 2
-    return losses, by_inputs, by_targets, by_step_size
+            adjoint = torch.addcmul(adjoint, rate, _mean(by_theta), value=-1)
+    half = 2 if config.gradient == "halved" else 1
+    return losses, by_inputs * (-step_size / half)[:, None, None, None, None], by_targets * -rate[:, None], by_step_size
+
+
+def _mean(parts: list[tuple[Tensor, float]]) -> Tensor:
+    """Of what the parts of a batch give, with the share of each."""
+    first, share = parts[0]
+    total = first if share == 1 else share * first
+    for value, share in parts[1:]:
+        total.add_(value, alpha=share)
+    return total
 
 
 def _roll_out(
@@ -319,15 +328,15 @@ def _roll_out(
     path: list[Tensor] = [start]
     memories: list[list[Memory | None]] = []
     for i in range(len(sizes)):
-        gradient = torch.zeros_like(start)
+        gradients = []
         memories.append([])
         for part, share in _parts(sizes, i, parts):
             by_part, memory = engine.take(path[-1], inputs[:, part], targets[:, part])
-            gradient += share * by_part
+            gradients.append((by_part, share))
             room -= memory.size
             memories[-1].append(memory if room >= 0 else None)
             del memory
-        path.append(path[-1] - step_size[:, None] * gradient)
+        path.append(torch.addcmul(path[-1], step_size[:, None], _mean(gradients), value=-1))
     return path, memories
 
 
@@ -359,7 +368,7 @@ def roll_out(
     """
     inputs, wanted, sizes = _batches([steps], images[None], targets[None])
     engine, most = steps_of(network, MatchingConfig(), start.device), most_at_once(network, start.device, 0)
-    path, _ = _roll_out(engine, sizes, most, 0, start[None], inputs, wanted, step_size[None])
+    path, _ = _roll_out(engine, sizes, most, 0, start[None], engine.prepared(inputs), wanted, step_size[None])
     return [thetas[0] for thetas in path]
 
 

@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.grad import conv2d_weight
 from torch.utils.flop_counter import FlopCounterMode
 
 from cddlib.files import UserError, is_want_of_memory
@@ -38,8 +37,8 @@ from cddlib.ranks import Ranks
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}
 """Floating-point operations of a run from which on compiling saves more time than it takes, about a minute."""
 CGROUP = Path("/sys/fs/cgroup")
-OPTIONS: dict[str, str | int | bool] = {}
-"""Of the compiler."""
+OPTIONS: dict[str, str | int | bool] = {"combo_kernels": True, "split_reductions": False}
+"""Of the compiler: fewer and larger kernels, for on a GPU small steps take as long as their kernels are many."""
 MOST_SHAPES = 256
 """Of batches, for which one process compiles."""
 
@@ -79,6 +78,9 @@ class Steps(Protocol):
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ [s] and g [s p]. `targets` may be classes [s b]."""
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """Inputs as steps take them fastest, those of many steps at once; `take` accepts others too."""
 
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """g, and what `along` needs."""
@@ -184,6 +186,10 @@ class Autograd:
             loss = losses.unflatten(0, targets.shape[:2]).mean(1)
             return loss.detach(), torch.autograd.grad(loss.sum(), theta)[0]
 
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """See `Steps`."""
+        return inputs
+
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """See `Steps`."""
         if inputs.shape in self._sizes:
@@ -237,6 +243,7 @@ class Derived:
         self._precision = precision
         self._low = torch.bfloat16 if precision == "bfloat16" else None
         self._paddings = network.paddings
+        self._channels = network.shapes["conv0.weight"][1]
         self._gradient, self._take, self._along = self._step, self._remembered, self._derivatives
         if compiled and _can_compile():
             self._gradient = _compiled(self._step, "training steps")
@@ -248,12 +255,20 @@ class Derived:
         if targets.dtype == torch.int64:
             targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
         with torch.no_grad(), _multiplying(self._precision, theta.device):
-            return self._gradient(theta.detach(), _channels_last(beside(inputs)), targets)
+            return self._gradient(theta.detach(), _channels_last(beside(self.prepared(inputs))), targets)
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """See `Steps`: a GPU's get channels of zeros, up to a multiple of four, as its convolutions like them."""
+        missing = -inputs.shape[2] % 4 if inputs.is_cuda else 0
+        if missing:
+            inputs = F.pad(inputs, (0, 0, 0, 0, 0, missing))
+        return _channels_last(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
 
     def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
         """See `Steps`."""
         with torch.no_grad(), _multiplying(self._precision, theta.device):
-            _, gradient, blocks, head = self._take(theta.detach(), _channels_last(beside(inputs)), targets.detach())
+            x = _channels_last(beside(self.prepared(inputs)))
+            _, gradient, blocks, head = self._take(theta.detach(), x, targets.detach())
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
         return gradient, Memory((theta.detach(), blocks, head), size)
 
@@ -262,7 +277,7 @@ class Derived:
         theta, blocks, head = memory.content
         with torch.no_grad(), _multiplying(self._precision, theta.device):
             inner, by_theta, by_inputs, by_targets = self._along(theta, blocks, head, direction)
-        return Along(inner, by_theta, apart(by_inputs, len(theta)), by_targets)
+        return Along(inner, by_theta, apart(by_inputs, len(theta))[:, :, : self._channels], by_targets)
 
     def _step(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self._remembered(theta, x, targets)[:2]
@@ -271,7 +286,7 @@ class Derived:
         self, theta: Tensor, x: Tensor, y: Tensor
     ) -> tuple[Tensor, Tensor, list[list[Tensor]], list[Tensor]]:
         """ℓ, g; of each block x, n, r, and the gradients at its convolution and its output; and what the loss needs."""
-        w = views(self._network, theta)
+        w = self._views(theta, x)
         blocks = []
         for block, padding in enumerate(self._paddings):
             x = self._lowered(x)
@@ -297,8 +312,7 @@ class Derived:
             blocks[block] += [u_x, u_a]
             gradient[f"norm{block}.weight"] = (u_z * n).sum((2, 3)).sum(0)
             gradient[f"norm{block}.bias"] = u_z.sum((2, 3)).sum(0)
-            lowered = self._lowered(weight).flatten(0, 1)
-            found = _convolution_backward(u_a, x, lowered, padding, len(theta), inputs=block > 0)
+            found = _convolution_backward(u_a, x, self._kernel(weight), padding, len(theta), inputs=block > 0)
             u_x, gradient[f"conv{block}.weight"] = (u if u is None else u.to(theta) for u in found)
             gradient[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
         return loss, self._vector(gradient, len(theta)), blocks, [features, p, u_logits, y]
@@ -307,7 +321,7 @@ class Derived:
         self, theta: Tensor, blocks: list[list[Tensor]], head: list[Tensor], direction: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Those of `_remembered` along `direction`, and that of the loss."""
-        w, d_w = views(self._network, theta), views(self._network, direction)
+        w, d_w = self._views(theta, blocks[0][0]), self._views(direction, blocks[0][0])
         moved: list[list[Tensor]] = []
         d_x = None
         for block, padding in enumerate(self._paddings):
@@ -351,26 +365,38 @@ class Derived:
             found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((2, 3)).sum(0)
             found[f"norm{block}.bias"] = d_u_z.sum((2, 3)).sum(0)
             xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
-            shape = weight.flatten(0, 1).shape
-            found[f"conv{block}.weight"] = conv2d_weight(xs, shape, u_as, padding=padding, groups=len(theta)).to(theta)
+            _, d_u_weight = _convolution_backward(u_as, xs, self._kernel(weight), padding, len(theta), inputs=False)
+            found[f"conv{block}.weight"] = d_u_weight.to(theta)
             found[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
-            both = self._lowered(torch.cat([weight, d_weight], 1)).flatten(0, 1)
+            both = self._kernel(torch.cat([weight, d_weight], 1))
             u_both = torch.cat([u.unflatten(1, (len(theta), -1)) for u in (d_u_a, u_a)], 2).flatten(1, 2)
             d_u_x, _ = _convolution_backward(u_both, x, both, padding, len(theta), weights=False)
             d_u_x = d_u_x.to(theta)
         return (u_logits * d_logits).sum((1, 2)), self._vector(found, len(theta)), d_u_x, -d_log_p / y.shape[1]
 
+    def _views(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """The parameters by name, with weights of zeros for the channels of zeros that inputs x have more."""
+        w = views(self._network, theta)
+        missing = x.shape[1] // len(theta) - self._channels
+        if missing:
+            w["conv0.weight"] = F.pad(w["conv0.weight"], (0, 0, 0, 0, 0, missing))
+        return w
+
     def _lowered(self, x: Tensor) -> Tensor:
         return x if self._low is None else x.to(self._low)
 
+    def _kernel(self, weight: Tensor) -> Tensor:
+        """The weights of a convolution, channels last like what it sees."""
+        return self._lowered(weight).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
     def _convolve(self, x: Tensor, weight: Tensor, padding: int) -> Tensor:
-        lowered = self._lowered(weight).flatten(0, 1)
-        return F.conv2d(x, lowered, padding=padding, groups=len(weight)).to(weight.dtype)
+        return F.conv2d(x, self._kernel(weight), padding=padding, groups=len(weight)).to(weight.dtype)
 
     def _scaled(self, n: Tensor, w: dict[str, Tensor], block: int) -> Tensor:
         return _wide(w[f"norm{block}.weight"]) * n + _wide(w[f"norm{block}.bias"])
 
     def _vector(self, pieces: dict[str, Tensor], count: int) -> Tensor:
+        pieces["conv0.weight"] = pieces["conv0.weight"][:, : self._channels]
         return torch.cat([pieces[name].reshape(count, -1) for name in self._network.shapes], 1)
 
 
@@ -389,6 +415,8 @@ def _convolution_backward(
 
     Unlike `torch.nn.grad.conv2d_input` it sees x, which lies channels last: cuDNN then computes in that order.
     """
+    if not inputs:  # of the weights only the shape counts, and the order in memory
+        weight = weight.new_empty([weight.shape[axis] for axis in (0, 2, 3, 1)]).permute(0, 3, 1, 2)
     geometry = ([1, 1], [padding, padding], [1, 1], False, [0, 0], groups)
     return torch.ops.aten.convolution_backward(u, x, weight, None, *geometry, [inputs, weights, False])[:2]
 

@@ -396,3 +396,17 @@ def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: py
     said = capfd.readouterr().err
     for batch in (3, 4):
         assert said.count(f"compiling training steps for batches of {batch}:   0%") == 1
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_channels_of_zeros_change_nothing(networks: int) -> None:
+    """A GPU's convolutions like a multiple of four."""
+    network, theta, inputs, targets, direction = problem((3, 8, 8))
+    theta, inputs, targets, direction = (torch.stack([x] * networks) for x in (theta, inputs, targets, direction))
+    engine = Derived(network, "float32", False)
+    results = []
+    for seen in (inputs, F.pad(inputs, (0, 0, 0, 0, 0, 1))):
+        gradient, memory = engine.take(theta, seen, targets)
+        results.append([gradient, *engine.along(memory, direction)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)

@@ -87,14 +87,15 @@ class Sizes:
     data: str = "cifar10"
     segments: int = 5000
     """Segments that a run matches."""
-    seeds: int = 2
+    runs: str = "1:0,2:0,1:1,2:1"
+    """K and seed of each."""
     networks: int = 3
     evaluation_epochs: int = 1000
 
 
 TINY = Sizes(
     side=8, width=4, steps=4, few_steps=3, more=(2, 3), counts=(1, 2), batch=16, real_images=64, epochs=2, seconds=0.0,
-    large=64, experts=2, expert_epochs=3, walks=2, data="digits", segments=4, seeds=1, networks=1, evaluation_epochs=2,
+    large=64, experts=2, expert_epochs=3, walks=2, data="digits", segments=4, runs="1:0,2:0", networks=1, evaluation_epochs=2,
 )  # fmt: skip
 
 
@@ -109,6 +110,12 @@ class Bench:
         self.to: Path = options.to
         self.gpu = self.device.type == "cuda"
         self._ends = time.monotonic() + options.seconds
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Segment count and seed of every run."""
+        pairs = (run.split(":") for run in self.sizes.runs.split(","))
+        return [(int(count), int(seed)) for count, seed in pairs]
 
     @property
     def left(self) -> float:
@@ -513,7 +520,7 @@ def run_config(bench: Bench, count: int, seed: int) -> cddlib.DistillConfig:
 
 def distil(bench: Bench) -> Iterator[dict[str, Any]]:
     """Each K with each seed, all at once; what time cuts off goes on from its checkpoint where its buffer is."""
-    names = [(count, seed) for seed in range(bench.sizes.seeds) for count in bench.sizes.counts[:2]]
+    names = bench.runs
 
     def run(count: int, seed: int) -> None:
         config = run_config(bench, count, seed)
@@ -552,7 +559,7 @@ def run_record(bench: Bench, count: int, seed: int) -> dict[str, Any]:
 def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
     """Networks trained on every finished set; the first run's evaluation has those on random real images too."""
     rows = []
-    for seed, count in itertools.product(range(bench.sizes.seeds), bench.sizes.counts[:2]):
+    for count, seed in bench.runs:
         here = folder(bench, count, seed)
         if (here / "result.json").exists():
             found = evaluate_run(

@@ -95,7 +95,8 @@ class Sizes:
 
 TINY = Sizes(
     side=8, width=4, steps=4, few_steps=3, more=(2, 3), counts=(1, 2), batch=16, real_images=64, epochs=2, seconds=0.0,
-    large=64, experts=2, expert_epochs=3, walks=2, data="digits", segments=4, runs="1:0,2:0", networks=1, evaluation_epochs=2,
+    large=64, experts=2, expert_epochs=3, walks=2, data="digits", segments=4, runs="1:0,2:0", networks=1,
+    evaluation_epochs=2,
 )  # fmt: skip
 
 
@@ -463,7 +464,13 @@ def buffer_config(bench: Bench) -> cddlib.BufferConfig:
     """MTT's experts, which see all training images, but only the epochs that one image a class needs."""
     sizes = bench.sizes
     return cddlib.buffer_recipe(
-        sizes.data, "mtt", width=sizes.width, experts=sizes.experts, epochs=sizes.expert_epochs, compiled=bench.gpu
+        sizes.data,
+        "mtt",
+        width=sizes.width,
+        experts=sizes.experts,
+        epochs=sizes.expert_epochs,
+        holdout=False,
+        compiled=bench.gpu,
     )
 
 

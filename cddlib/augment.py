@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cddlib.files import UserError
+from cddlib.graphs import upload
 
 SCALE = 1.2  # factor, along each axis, between 1 / SCALE and SCALE
 ROTATE = 15.0  # degrees, either way
@@ -63,7 +64,7 @@ def apply(drawn: Draw | None, images: Float[Tensor, "b c h w"]) -> Float[Tensor,
     """`images` after the change; differentiable with respect to them."""
     if drawn is None:
         return images
-    return CHANGES[drawn.change](images, drawn.numbers.to(images))
+    return CHANGES[drawn.change](images, upload(drawn.numbers, images.device).to(images.dtype))
 
 
 def _column(numbers: Tensor, index: int) -> Tensor:

@@ -156,7 +156,7 @@ def _train_missing(
         (out / "result.json").unlink(missing_ok=True)  # of the smaller buffer that grows
         write_json(out / "buffer.json", manifest)
         if not (out / PREPROCESSING).exists():
-            preprocessing = fit_preprocessing(dataset, zca=config.zca)
+            preprocessing = fit_preprocessing(dataset, zca=config.zca, device=device)
             write_tensors(out / PREPROCESSING, preprocessing.tensors(), "preprocessing")
         if config.ranks_images and not (out / DIFFICULTY).exists():
             _measure_difficulty(config, out, network, on_device[0], read_preprocessing(out, dataset.shape).to(device))

@@ -14,6 +14,12 @@ from torch import Tensor
 WARM_UP = 2
 """Plain calls before the capture: they compile, choose algorithms and create the libraries' handles."""
 
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; a GPU gets it from the CPU while the CPU goes on."""
+    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
+
+
 _CAPTURING = threading.Lock()
 """Of all threads one captures at a time."""
 

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 
 from cddlib import augment
 from cddlib.files import UserError
-from cddlib.graphs import Graph, branches
+from cddlib.graphs import Graph, branches, upload
 from cddlib.networks import ConvNet, Network
 from cddlib.steps import ComputeConfig, Memory, Steps, operations, room, steps_of
 
@@ -238,22 +238,17 @@ def _batches(students: list[list[Step]], images: Tensor, targets: Tensor) -> tup
         by_change.setdefault(step.draw.change if step.draw else "", []).append(number)
     order = torch.cat([places[number] for several in by_change.values() for number in several])
     rows = torch.cat([step.indices for step in steps])
-    rows, grouped, back = _upload(torch.stack([rows, rows[order], order.argsort()]), images.device)
+    rows, grouped, back = upload(torch.stack([rows, rows[order], order.argsort()]), images.device)
     chosen = images.flatten(0, 1).index_select(0, grouped)
     alike = chosen.split([sum(sizes[number] for number in several) for several in by_change.values()])
     found = []
     for (change, several), group in zip(by_change.items(), alike, strict=True):
         numbers = [draw.numbers for number in several if (draw := steps[number].draw)]
-        drawn = augment.Draw(change, _upload(torch.cat(numbers), images.device)) if numbers else None
+        drawn = augment.Draw(change, upload(torch.cat(numbers), images.device)) if numbers else None
         found.append(augment.apply(drawn, group))
     inputs = torch.cat(found).index_select(0, back).unflatten(0, (count, -1))
     wanted = targets.flatten(0, 1).index_select(0, rows).unflatten(0, (count, -1))
     return inputs, wanted, tuple(sizes[: len(students[0])])
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; a GPU gets it while the CPU goes on."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _walk(

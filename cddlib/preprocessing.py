@@ -95,13 +95,14 @@ class Whitening:
         return Whitening(self.mean.to(device), self.eigenvectors.to(device), self.eigenvalues.to(device))
 
 
-def fit_preprocessing(dataset: Dataset, *, zca: bool) -> Preprocessing:
-    """The map for `dataset`: whitening fitted on all training images, or normalisation.
+def fit_preprocessing(dataset: Dataset, *, zca: bool, device: torch.device | None = None) -> Preprocessing:
+    """The map for `dataset`, on the CPU: whitening fitted on all training images, or normalisation.
 
+    A GPU, if it is the `device`, finds the whitening in a fraction of the time.
     Normalisation takes the published mean and standard deviation where there are some, else the training set's.
     """
     if zca:
-        return _fit_whitening(dataset.train)
+        return _fit_whitening(dataset.train, device if device and device.type == "cuda" else torch.device("cpu"))
     if dataset.name in _PUBLISHED:
         mean, std = _PUBLISHED[dataset.name]
         return Normalisation(torch.tensor(mean), torch.tensor(std))
@@ -115,18 +116,19 @@ def fit_preprocessing(dataset: Dataset, *, zca: bool) -> Preprocessing:
     return Normalisation(mean_c.float(), std_c.float())
 
 
-def _fit_whitening(train: Images, epsilon: float = 0.1) -> Whitening:
+def _fit_whitening(train: Images, device: torch.device, epsilon: float = 0.1) -> Whitening:
     n, d = len(train.labels), train.store[0].numel()
 
     def chunks() -> Iterator[Tensor]:
-        return (chunk.flatten(1).double() / 255 for chunk in train.chunks())
+        return (chunk.to(device).flatten(1).double() / 255 for chunk in train.chunks())
 
     mean = cast(Tensor, sum(chunk.sum(0) for chunk in chunks())) / n
-    covariance = torch.zeros(d, d, dtype=torch.float64)
+    covariance = torch.zeros(d, d, dtype=torch.float64, device=device)
     for chunk in chunks():
         covariance += (chunk - mean).T @ (chunk - mean)
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance / (n - 1))
-    return Whitening(mean.float(), eigenvectors.float(), (eigenvalues.clamp(min=0) + epsilon).float())
+    fitted = (mean, eigenvectors, eigenvalues.clamp(min=0) + epsilon)
+    return Whitening(*(tensor.float().cpu() for tensor in fitted))
 
 
 def preprocessing_from(tensors: dict[str, Tensor], shape: tuple[int, int, int]) -> Preprocessing:

@@ -123,6 +123,7 @@ class State:
         for variable, gradient in zip(self.synthetic.variables(), gradients, strict=True):
             variable.grad = gradient
         self.optimizer.step()
+        rows = rows.to(images.device)
         if len(rows) < len(images):
             with torch.no_grad():
                 for variable, old in zip(self.synthetic.variables()[:-1], before, strict=False):

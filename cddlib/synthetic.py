@@ -57,8 +57,8 @@ class SyntheticSet:
     """Parts that were optimised one after the other and are learned so: the first, the first two, … all (SeqMatch)."""
 
     def subset(self, number: int) -> Int64[Tensor, " m"]:
-        """Which images are in the subset of that number: of every class an equal share, in order."""
-        place = torch.arange(len(self.labels), device=self.labels.device) % self.ipc
+        """Which images are in the subset of that number, on the CPU: of every class an equal share, in order."""
+        place = torch.arange(len(self.labels)) % self.ipc
         return torch.nonzero(place * self.subsets // self.ipc == number).flatten()
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from cddlib import augment
 from cddlib.data import Images
 from cddlib.files import UserError
-from cddlib.graphs import Graph
+from cddlib.graphs import Graph, upload
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing
 from cddlib.steps import ComputeConfig, Derived, Steps, steps_of
@@ -65,8 +65,8 @@ def train_epoch(
     steps = steps_of(network, compute or ComputeConfig(), theta.device)
     captured = theta.is_cuda and isinstance(steps, Derived)
     total = torch.zeros((), device=theta.device)
-    for indices in torch.randperm(size, generator=generator).split(batch_size):
-        inputs, targets = fetch(indices.to(theta.device))
+    for indices in upload(torch.randperm(size, generator=generator), theta.device).split(batch_size):
+        inputs, targets = fetch(indices)
         inputs = augment.apply(augment.draw(strategy, len(indices), generator), inputs)
         gradient = _graph(steps, inputs.shape, targets.dtype, threading.get_ident()) if captured else steps.gradient
         loss, theta.grad = _descent(gradient, theta, inputs, targets, sharpness or SharpnessConfig())

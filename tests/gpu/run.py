@@ -533,7 +533,7 @@ def distil(bench: Bench) -> Iterator[dict[str, Any]]:
         config = run_config(bench, count, seed)
         cddlib.distill(config, bench.buffer, folder(bench, count, seed), root=bench.root, device=str(bench.device))
 
-    reserve = 10 + 1.2 * bench.sizes.networks * (len(names) + 3) if bench.gpu else 0
+    reserve = 2 + 1.2 * bench.sizes.networks * (len(names) + 3) if bench.gpu else 0
     with (
         contextlib.suppress(Interrupted),
         Ranks().heeding_signals("the iterations"),

@@ -4,11 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PROFILE ?= quick
+TO ?= gpu-records
 # as it was given: neither make nor a shell reads it
 override export PROFILE := $(value PROFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format book bench lock audit clean
+.PHONY: help install test lint format book bench gpu lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -41,6 +42,9 @@ book: $(READY) ## set up, execute every chapter, and build the book into _build/
 
 bench: $(READY) ## time matching, training and evaluation beside the textbook's way, on this machine, into speed.json
 	$(BIN)/cddlib bench --to speed.json
+
+gpu: $(READY) ## prove on this machine's GPU what a CPU cannot, in ten minutes (ROOT=folder of the data sets, TO=folder of the records)
+	$(BIN)/python tests/gpu/run.py --seconds 540 --to "$(TO)" $(if $(ROOT),--root "$(ROOT)")
 
 lock: $(READY) ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras --no-annotate --no-header \

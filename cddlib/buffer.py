@@ -27,6 +27,7 @@ from torch import Tensor
 from cddlib.augment import AugmentConfig
 from cddlib.curriculum import CurriculumConfig, difficulty, rank_in_class, select
 from cddlib.data import DataConfig, Dataset, Images, load
+from cddlib.engine import worth_compiling
 from cddlib.files import Diverged, UserError, file_digest, read_tensors, write_json, write_tensors
 from cddlib.networks import Network, NetworkConfig, build_network
 from cddlib.preprocessing import Preprocessing, fit_preprocessing
@@ -42,7 +43,7 @@ from cddlib.runs import (
     refuse_other_run,
     resolve_device,
 )
-from cddlib.steps import ComputeConfig, worth_compiling
+from cddlib.steps import ComputeConfig
 from cddlib.training import SharpnessConfig, accuracy, fetch_real, train_epoch
 from cddlib.trajectory import (
     DIFFICULTY,

@@ -30,6 +30,7 @@ from cddlib.consolidate import ConsolidateConfig
 from cddlib.continual import accumulated_error
 from cddlib.correlation import ProbeConfig, Probes
 from cddlib.data import DataConfig, Dataset, Images, load
+from cddlib.engine import worth_compiling
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.files import Diverged, UserError, read_json, write_json
 from cddlib.networks import NetworkConfig
@@ -37,7 +38,6 @@ from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import Metrics, Recorder, as_dict, locked, memory_advice, refuse_other_run, resolve_device
 from cddlib.segments import active_subset
 from cddlib.state import CHECKPOINT, State
-from cddlib.steps import worth_compiling
 from cddlib.synthetic import SyntheticSet, initialise
 from cddlib.trajectory import Buffer
 

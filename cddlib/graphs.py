@@ -16,8 +16,10 @@ WARM_UP = 2
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; a GPU gets it from the CPU while the CPU goes on."""
-    return tensor if tensor.device == device else tensor.pin_memory().to(device, non_blocking=True)
+    """The tensor on `device`; a CUDA device gets it from the CPU while the CPU goes on."""
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 _CAPTURING = threading.Lock()

@@ -203,9 +203,9 @@ class Ranks:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            number, _asked = self.asked, 0
-        if number and self.count == 1:
-            raise Interrupted("stopped when all was finished", number)  # lest a script or a study go on
+            wish, _asked = self.asked, 0
+        if wish and self.count == 1:
+            raise Interrupted("stopped when all was finished", wish)  # lest a script or a study go on
 
     def progress(self, *arguments: Any, **options: Any) -> Any:
         """A progress bar of tqdm, on the first rank."""

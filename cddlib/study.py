@@ -267,7 +267,7 @@ def _in_processes(work: list[tuple[Any, ...]], jobs: int) -> list[str]:
     os.environ["TQDM_DISABLE"] = "1"  # for the children, whose bars would overwrite each other
     try:
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # each thread waits for one process
-            futures = [pool.submit(_in_a_process, task, threads) for task in work]
+            futures = [pool.submit(_in_a_process, task, threads, number) for number, task in enumerate(work)]
             done = tqdm(concurrent.futures.as_completed(futures), total=len(work), desc="study", unit="run")
             try:
                 return [reason for future in done if (reason := future.result())]
@@ -279,19 +279,21 @@ def _in_processes(work: list[tuple[Any, ...]], jobs: int) -> list[str]:
         os.environ.update({} if quiet is None else {"TQDM_DISABLE": quiet})
 
 
-def _in_a_process(task: tuple[Any, ...], threads: int) -> str | None:
+def _in_a_process(task: tuple[Any, ...], threads: int, number: int) -> str | None:
     try:
         with concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), _prepare, (threads,)
+            1, multiprocessing.get_context("spawn"), _prepare, (threads, number)
         ) as pool:
             return pool.submit(_one, *task).result()
     except concurrent.futures.process.BrokenProcessPool:
         return f"{task[0]}: its process was killed, perhaps for want of memory; fewer jobs need less."
 
 
-def _prepare(threads: int) -> None:
-    """What a child does first."""
+def _prepare(threads: int, number: int) -> None:
+    """What a child does first; the children take the GPUs in turn."""
     end_with_parent()
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())  # as torchrun says it
     torch.set_num_threads(threads)
     keep_freed_memory()
 

@@ -14,12 +14,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cddlib import augment
+from cddlib.convnet_steps import Derived
 from cddlib.data import Images
+from cddlib.engine import steps_of
 from cddlib.files import UserError
 from cddlib.graphs import Graph, upload
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing
-from cddlib.steps import ComputeConfig, Derived, Steps, steps_of
+from cddlib.steps import ComputeConfig, Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,8 @@ def train_epoch(
     for indices in upload(torch.randperm(size, generator=generator), theta.device).split(batch_size):
         inputs, targets = fetch(indices)
         inputs = augment.apply(augment.draw(strategy, len(indices), generator), inputs)
-        gradient = _graph(steps, inputs.shape, targets.dtype, threading.get_ident()) if captured else steps.gradient
+        shape = (inputs.shape, targets.dtype, threading.get_ident())
+        gradient = _graph(steps, *shape) if captured else steps.gradient  # type: ignore[arg-type]  # it has a hash
         loss, theta.grad = _descent(gradient, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
         total += loss * len(indices)

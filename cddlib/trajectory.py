@@ -171,8 +171,8 @@ class Buffer:
 
     def parameters_on(self, device: torch.device, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
         """θ*_epoch of `expert` on `device`. A GPU keeps the vectors while they take a quarter of what is free."""
-        if device.type == "cpu":
-            return self.parameters(expert, epoch)
+        if device.type != "cuda":
+            return self.parameters(expert, epoch).to(device)
         if (expert, epoch) in self._on_gpu:
             return self._on_gpu[expert, epoch]
         theta = self.parameters(expert, epoch).to(device)

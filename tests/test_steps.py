@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cddlib
-from cddlib import ranks, steps
+from cddlib import engine as engines
+from cddlib import ranks
 from cddlib.augment import AugmentConfig
+from cddlib.convnet_steps import Derived, fits
+from cddlib.engine import steps_of, worth_compiling
 from cddlib.matching import MatchingConfig, matching_loss, plan_student
 from cddlib.networks import ConvNet, Network, NetworkConfig, build_network
-from cddlib.steps import Autograd, ComputeConfig, Derived, worth_compiling, fits, steps_of
+from cddlib.steps import Autograd, ComputeConfig
 
 USUAL = NetworkConfig(depth=2, width=6)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -257,42 +260,42 @@ def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
 
 @pytest.fixture
 def fresh_room() -> Any:
-    steps._room_of_machine.cache_clear()
-    yield steps.room
-    steps._room_of_machine.cache_clear()
+    engines._room_of_machine.cache_clear()
+    yield engines.room
+    engines._room_of_machine.cache_clear()
 
 
 def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 8 * 10**9
     monkeypatch.delenv("CDDLIB_KEPT_MB", raising=False)
-    monkeypatch.setattr(steps, "_of_container", lambda: 10**12)
-    monkeypatch.setattr(steps.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(engines, "_of_container", lambda: 10**12)
+    monkeypatch.setattr(engines.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     assert fresh_room(CPU) == 10**9
     free = 0
     assert fresh_room(CPU) == 10**9, "it is measured once"
     for container, processes, wanted in ((4 * 10**9, 1, 5 * 10**8), (10**12, 4, 25 * 10**7), (-5, 1, 0)):
-        steps._room_of_machine.cache_clear()
+        engines._room_of_machine.cache_clear()
         free = 8 * 10**9
-        monkeypatch.setattr(steps, "_of_container", lambda container=container: container)
+        monkeypatch.setattr(engines, "_of_container", lambda container=container: container)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
         assert fresh_room(CPU) == wanted
 
 
 def test_a_container_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "CGROUP", tmp_path)
-    assert steps._of_container() == float("inf")
+    monkeypatch.setattr(engines, "CGROUP", tmp_path)
+    assert engines._of_container() == float("inf")
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("300\n")
-    assert steps._of_container() == float("inf")
+    assert engines._of_container() == float("inf")
     (tmp_path / "memory.max").write_text("1000\n")
-    assert steps._of_container() == 700
+    assert engines._of_container() == 700
 
 
 def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
     assert fresh_room(CPU) == 3 * 2**20
     for wrong in ("", "-1", "many", "1.5", "²"):
-        steps._room_of_machine.cache_clear()
+        engines._room_of_machine.cache_clear()
         monkeypatch.setenv("CDDLIB_KEPT_MB", wrong)
         with pytest.raises(
             cddlib.UserError, match=f"CDDLIB_KEPT_MB is '{wrong}'; it must be a number of MB, 0 or more"
@@ -307,7 +310,7 @@ def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> No
 def test_long_runs_of_the_usual_convnet_are_compiled(device: torch.device) -> None:
     network, shape, plain = ConvNet(NetworkConfig(), (3, 32, 32), 10), (3, 32, 32), ComputeConfig()
     a_pass = 2 * 9 * 128 * (3 * 32**2 + 128 * 16**2 + 128 * 8**2) + 2 * 2048 * 10  # operations, forward
-    enough = int(-(-steps.WORTH_COMPILING[device.type] // (3 * a_pass)))
+    enough = int(-(-engines.WORTH_COMPILING[device.type] // (3 * a_pass)))
     assert worth_compiling(network, plain, device, shape, enough)
     assert not worth_compiling(network, plain, device, shape, enough - 1)
     assert worth_compiling(network, ComputeConfig(precision="bfloat16"), device, shape, 1)
@@ -316,10 +319,19 @@ def test_long_runs_of_the_usual_convnet_are_compiled(device: torch.device) -> No
     assert not worth_compiling(build_network(UNUSUAL[0], (3, 8, 8), 5), plain, device, (3, 8, 8), 10**18)
 
 
+def test_who_asks_for_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "can_compile", lambda: False)
+    network, asked = ConvNet(NetworkConfig(), (3, 32, 32), 10), ComputeConfig(compiled=True)
+    with pytest.raises(cddlib.UserError, match=r"^compiled is True, but there is no C\+\+ compiler here; install one"):
+        worth_compiling(network, asked, CPU, (3, 32, 32), 1)
+    assert worth_compiling(network, asked, CUDA, (3, 32, 32), 1), "a GPU's compiler is its own"
+
+
 COMPILED = """
 import torch, cddlib
 from cddlib.networks import NetworkConfig, build_network
-from cddlib.steps import ComputeConfig, steps_of
+from cddlib.engine import steps_of
+from cddlib.steps import ComputeConfig
 torch.set_num_threads(1)
 rng = cddlib.generator("compiled")
 network = build_network(NetworkConfig(depth=1, width=4), (1, 8, 8), 3)

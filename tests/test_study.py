@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cddlib
 from cddlib import cli, files, runs, study
@@ -445,3 +446,15 @@ def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         study_record(tmp_path)
     assert str(refused.value) == f"{tmp_path / 'study.json'} does not exist."
+
+
+def test_children_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "end_with_parent", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("LOCAL_RANK", "")
+    devices = []
+    for number in range(4):
+        study._prepare(1, number)
+        devices.append(str(runs.resolve_device("auto")))
+    assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]

@@ -35,13 +35,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cddlib
 from cddlib.augment import AugmentConfig
+from cddlib.convnet_steps import not_compiled
 from cddlib.data import Images
+from cddlib.engine import room
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.files import is_want_of_memory, read_record, write_record
 from cddlib.matching import MatchingConfig, matching_losses, turns
 from cddlib.preprocessing import Normalisation
 from cddlib.runs import Recorder, keep_freed_memory, resolve_device
-from cddlib.steps import ComputeConfig, not_compiled, room
+from cddlib.steps import ComputeConfig
 from cddlib.synthetic import SyntheticSet
 from cddlib.training import fetch_real, train_epoch
 

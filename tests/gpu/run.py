@@ -44,7 +44,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import cddlib  # noqa: E402
-from cddlib import matching  # noqa: E402
+from cddlib import convnet_steps, matching  # noqa: E402
 from cddlib.augment import CHANGES, AugmentConfig  # noqa: E402
 from cddlib.data import Images  # noqa: E402
 from cddlib.evaluate import evaluate_run, fetch_synthetic, train_network  # noqa: E402
@@ -179,7 +179,7 @@ def machine(bench: Bench) -> Iterator[dict[str, Any]]:
     ):
         x = torch.randn(images, width, side, side, device=device).to(dtype, memory_format=torch.channels_last)
         w = torch.randn(width, width, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-        with cddlib.steps._multiplying(name, device):
+        with convnet_steps._multiplying(name, device):
             ms = bench.timed(lambda x=x, w=w: [F.conv2d(x, w, padding=1) for _ in range(20)])["least"] / 20
         rates[f"convolution_{name}_{images}"] = 2 * images * width**2 * 9 * side**2 / 1e9 / ms
     yield {"rates": {name: round(rate, 3) for name, rate in rates.items()}}

@@ -1,57 +1,201 @@
-"""What can be found of a GPU without one: an iteration, an epoch and an evaluation's step on fake CUDA tensors.
+"""What can be found of a GPU without one: an iteration, an epoch and an evaluation on a pretended one.
 
-A fake tensor has a device and strides but no numbers. Whatever mixes devices, or asks a tensor for its numbers, fails.
+A fake tensor has a device and strides but no numbers. Whatever mixes devices fails, and copies, waits, launches and the
+order of convolutions in memory are counted.
 """
 
 import collections
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cddlib.augment import AugmentConfig
+import cddlib
+from cddlib import matching, training
+from cddlib.augment import CHANGES, AugmentConfig
+from cddlib.convnet_steps import Derived
+from cddlib.distill import initial_state, iterate
+from cddlib.evaluate import EvaluateConfig, accuracy_of_set
+from cddlib.graphs import Graph
+from cddlib.matching import MatchingConfig
+from cddlib.networks import parameter_count
+from cddlib.ranks import Ranks
+from cddlib.state import State
 
 CUDA = torch.device("cuda:0")
-SIDE, CLASSES = 16, 10
 STRATEGY = AugmentConfig().augment
+WAITING = ("_local_scalar_dense", "equal")
+"""Operations that wait for a number."""
 
 
 class PretendedGPU(TorchDispatchMode):
-    """Tensors on `cuda` are fake, those on the CPU real; operations on the GPU, copies and waits are counted.
-
-    Whoever waits for a number is told 0.
-    """
+    """Tensors on `cuda` are fake, those on the CPU real. Whoever waits for a number is told 1, and for a truth, no."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
         self.launches: collections.Counter[str] = collections.Counter()
-        self.copies: collections.Counter[str] = collections.Counter()
+        self.uploads = 0
         self.waits = 0
-        self.not_channels_last: list[str] = []
+        self.unordered: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         there = any(isinstance(x, FakeTensor) and x.is_cuda for x in given)
-        goal = (kwargs or {}).get("device")
+        goal = kwargs.get("device")
         if not there and (goal is None or torch.device(goal).type == "cpu"):
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
         name = function.overloadpacket.__name__
-        if name in ("_local_scalar_dense", "equal"):
+        if name in WAITING:
             self.waits += 1
-            return 0
+            return 1.0 if given[0].dtype.is_floating_point else False
         if there and goal is not None and torch.device(goal).type == "cpu":
             self.waits += 1
-            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        self.copies[name] += any(not x.is_cuda and x.dim() for x in given)
+            return torch.ones(given[0].shape, dtype=given[0].dtype)
+        self.uploads += any(not x.is_cuda and x.dim() for x in given)
         with self.fakes:
-            result = function(*args, **(kwargs or {}))
-        self.launches[name] += not function.is_view
+            result = function(*args, **kwargs)
+        self.launches[name] += not (function.is_view or function.namespace == "prim")
         if name.startswith("convolution"):
-            results = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, Tensor)]
-            for x in (*given, *results):
-                if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
-                    self.not_channels_last.append(f"{name}: {tuple(x.shape)} {x.stride()}")
+            results = torch.utils._pytree.tree_leaves(result)
+            maps = [x for x in (*given, *results) if isinstance(x, Tensor) and x.dim() == 4]
+            wrong = [x for x in maps if not x.is_contiguous(memory_format=torch.channels_last)]
+            self.unordered += [f"{name}: {tuple(x.shape)}, strides {x.stride()}" for x in wrong]
         return result
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
+    """A pretended GPU. Graphs call what they would replay; autograd, which no fake tensor passes, gives zeros."""
+    for name, value in {
+        "_lazy_init": lambda: None,
+        "current_device": lambda: 0,
+        "Stream": lambda *device: None,
+        "mem_get_info": lambda *device: (10**10, 10**10),
+        "memory_reserved": lambda *device: 0,
+        "memory_allocated": lambda *device: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(F, "grid_sample", lambda x, grid, **options: x + grid.sum())  # the real one asks the driver
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, variables, **options: [x.detach() for x in variables])
+    monkeypatch.setattr(Tensor, "isfinite", lambda self: torch.ones(1, dtype=torch.bool))
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda self: tolist(self.cpu()) if self.is_cuda else tolist(self))
+    monkeypatch.setattr(matching, "branches", one_after_the_other)
+    monkeypatch.setattr(Graph, "__call__", lambda self, *arguments: self._function(*arguments))
+    for module in (matching, training):
+        module._graph.cache_clear()
+    yield PretendedGPU()
+    for module in (matching, training):
+        module._graph.cache_clear()
+
+
+def one_after_the_other(function: Any, streams: list[None], *stacked: Tensor) -> tuple[Tensor, ...]:
+    """What branches do, without streams."""
+    rows = [function(*(tensor[k : k + 1] for tensor in stacked)) for k in range(len(streams))]
+    return tuple(torch.cat(found) for found in zip(*rows, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"segments": 2},
+        {"segments": 2, "combine": "pcgrad"},
+        {"labels": "learned", "ema": 0.9},
+        {"labels": "teacher"},
+        {"ipc": 2, "subsets": 2},
+        {"ipc": 2, "student_batch": 7},
+        {"replay": 1, "consolidation": "ewc"},
+        {"match_step": "nearest"},
+        {"dropped_fraction": 0.1},
+        {"convex": True},
+    ],
+    ids=str,
+)
+def test_an_iteration_keeps_to_its_device(
+    changes: dict[str, Any], gpu: PretendedGPU, buffer: cddlib.Buffer, quick: dict[str, Any]
+) -> None:
+    own = {"student_steps": 4, "augment": STRATEGY, "window_end": 3, **changes}
+    config = cddlib.distill_recipe("mtt", "digits", **{**quick, **own})
+    experts = buffer.convexified() if config.convex else cddlib.Buffer(buffer.folder)
+    start = initial_state(config, cddlib.load("digits"), experts, torch.device("cpu"))
+    with gpu:
+        state = State(config, config, start.synthetic.copy().to(CUDA))
+        state.synthetic = dataclasses.replace(state.synthetic, subsets=config.subsets)
+        for state.iteration in (1, 2):  # so that something can be replayed
+            before = gpu.uploads, gpu.waits
+            iterate(state, config, experts, Ranks())
+    uploads, waits = gpu.uploads - before[0], gpu.waits - before[1]
+    assert all(variable.is_cuda for variable in state.synthetic.variables())
+    segments = config.segments_in_all
+    assert uploads <= 4 + len(CHANGES) + 4 * segments, "more copies to the GPU than indices, draws and parameters"
+    assert waits <= 6 + 2 * segments, "more waits for the GPU than losses, norms and checks"
+    assert config.labels == "teacher" or not gpu.unordered
+
+
+WALK = {"convolution": 8, "convolution_backward": 9}
+"""A step's, of three blocks; a convolution's backward gives one gradient or two."""
+MOST_LAUNCHES = 410
+"""A step's and its derivatives', uncompiled, of three blocks."""
+
+
+@pytest.mark.parametrize("side", [32, 28])
+def test_a_walk_asks_for_nothing_and_its_convolutions_are_channels_last(side: int, gpu: PretendedGPU) -> None:
+    network = cddlib.ConvNet(cddlib.NetworkConfig(width=8), (3, side, side), 10)
+    with gpu:
+        thetas = [torch.empty(1, parameter_count(network), device=CUDA) for _ in range(2)]
+        inputs = torch.empty(1, 30, 3, side, side, device=CUDA)
+        targets, step_size = torch.empty(1, 30, 10, device=CUDA), torch.empty(1, device=CUDA)
+        counts = []
+        for steps in (2, 3):
+            before = gpu.launches.copy()
+            walk = (Derived(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
+            matching._walk(*walk, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size)
+            counts.append(gpu.launches - before)
+    step = counts[1] - counts[0]
+    assert (gpu.uploads, gpu.waits, gpu.unordered) == (0, 0, [])
+    assert {name: count for name, count in step.items() if name.startswith("conv")} == WALK
+    assert step.total() <= MOST_LAUNCHES
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU, buffer: cddlib.Buffer) -> None:
+    """An epoch on real images, and a network on a synthetic set."""
+    dataset, network = cddlib.load("digits"), buffer.network
+    config = cddlib.distill_recipe("mtt", "digits", width=8, zca=zca)
+    synthetic = dataclasses.replace(
+        initial_state(config, dataset, buffer, torch.device("cpu")).synthetic.copy(),
+        preprocessing=cddlib.preprocessing.fit_preprocessing(dataset, zca=zca),
+    )
+    with gpu:
+        on_gpu, how = synthetic.to(CUDA), EvaluateConfig(evaluation_epochs=3)
+        uploads = gpu.uploads
+        found = accuracy_of_set(on_gpu, network, how, STRATEGY, dataset.test.to(CUDA), purpose="evaluation", seed=0)
+    assert found == 1.0
+    assert gpu.uploads - uploads <= 8 + 2 * how.evaluation_epochs, "more copies than a permutation and a draw an epoch"
+
+
+def test_the_gpu_s_stages_run_here_in_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `make gpu` does; asked again, it does nothing."""
+    import run
+
+    assert run.main(["--tiny", "--device", "cpu", "--to", str(tmp_path), "--seconds", "600"]) == 0
+    records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in run.STAGES}
+    assert all(record["complete"] for record in records.values())
+    assert all(row["images"] < 1e-5 for row in records["gradients"]["walks"] if "ieee" in row["what"])
+    finished = [(row["segments"], row["seed"]) for row in records["evaluate"]["rows"]]
+    assert finished == [(1, 0), (2, 0)]
+    capsys.readouterr()
+    assert run.main(["--tiny", "--device", "cpu", "--to", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("its record is there") == len(run.STAGES)

@@ -15,7 +15,10 @@ chain rule is walked back one step at a time::
 Each of these steps needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.steps`). What step i remembers for them is
 kept where memory allows, and computed again where it does not. A batch's loss is a mean, so on a CPU a ConvNet takes a
 large batch in parts, one after another: the memory is then that of a part. Small steps leave a processor idle, so the
-students of several segments take theirs side by side. The methods of the field change little here::
+students of several segments take theirs side by side. The images do not change within a walk, so all its batches are
+augmented beforehand; the walk is then a function of tensors, which a GPU replays as a graph (`cddlib.graphs`).
+
+The methods of the field change little here::
 
     TESLA   leaves out the last line: the student's path through later parameters is dropped, which is another gradient
     ATT     ends the student at the step n* that lies nearest to the target, and walks back from there
@@ -120,8 +123,8 @@ def matching_loss(
 
     Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
     asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, of at most `PART`
-    images for a ConvNet on a CPU, len(steps) parameter vectors, and `cddlib.steps.room`, which changes no bit of the
-    result.
+    images for a ConvNet on a CPU, the images and the parameter vector of each step, and `cddlib.engine.room`, which
+    changes no bit of the result.
 
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.

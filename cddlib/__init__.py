@@ -13,7 +13,7 @@ The modules, in the order in which data flows: files, runs, ranks, data, prepare
 networks, steps, convnet_steps, engine, training, curriculum, trajectory, buffer, segments, matching, combine,
 consolidate, synthetic, torch_files, exchange, export, correlation, continual, evaluate, state, concurrent, distill,
 verify, methods, recipes, plan, scaling, study, findings, claims, method_tables, figures, study_figures,
-reliability_figures, speed_figures, commands, cli.
+reliability_figures, speed_figures, gpu_figures, gpu_runs, commands, cli.
 """
 
 from cddlib.buffer import BufferConfig, train_buffer

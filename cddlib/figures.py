@@ -232,6 +232,18 @@ def _accuracy_cell(end: pd.DataFrame, reference: pd.Series) -> str:
     return cell if not difference.any() else f"{cell}<br>{difference.mean():+.1f} ± {difference.std():.1f} points"
 
 
+def captioned(figure: Figure, caption: str, alt: str, *, attributes: str = 'style="margin:0"') -> str:
+    """A figure as HTML, with words that a function made of its numbers; it is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure {attributes}><img src="data:image/png;base64,{picture}" alt="{html.escape(alt)}" '
+        f'style="max-width:100%"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    )
+
+
 def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str, name: str) -> str:
     """Frames behind a slider, as HTML that needs neither a kernel nor a network; each frame has its alt text.
 
@@ -243,16 +255,8 @@ def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str,
     """
     blocks = []
     for index, (value, figure) in enumerate(frames.items()):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=100)
-        plt.close(figure)
-        picture = base64.b64encode(buffer.getvalue()).decode()
-        alt = html.escape(alts[value], quote=True)
-        blocks.append(
-            f'<figure data-value="{value}" style="margin:0"{" hidden" if index else ""}>'
-            f'<img src="data:image/png;base64,{picture}" alt="{alt}" style="max-width:100%">'
-            f"<figcaption>{alt}</figcaption></figure>"
-        )
+        attributes = f'data-value="{value}" style="margin:0"{" hidden" if index else ""}'
+        blocks.append(captioned(figure, alts[value], alts[value], attributes=attributes))
     first = next(iter(frames))
     script = (
         f"const frames = document.querySelectorAll('#{name} figure'), value = frames[this.value].dataset.value;"

@@ -165,19 +165,23 @@ def write_record(path: Path, value: dict[str, Any], *, indent: int | None = 1) -
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
+def record_path(name: str) -> Path:
+    """`book/results/<name>.json`, found from the repository's root or from notebooks/; the record need not be there."""
+    folders = [folder / "book" / "results" for folder in (Path.cwd(), Path.cwd().parent)]
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
+        raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
+    return found / f"{name}.json"
+
+
 def read_record(record: str | Path) -> Any:
     """A record that `write_record` wrote.
 
     Args:
-        record: its file; or its name, which stands for `book/results/<name>.json`, found from the repository's root or
-            from notebooks/.
+        record: its file, or its name.
     """
     if isinstance(record, str):
-        folders = [folder / "book" / "results" for folder in (Path.cwd(), Path.cwd().parent)]
-        found = next((folder for folder in folders if folder.is_dir()), None)
-        if found is None:
-            raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
-        record = found / f"{record}.json"
+        record = record_path(record)
     try:
         return json.loads(read_bytes(record))
     except (ValueError, RecursionError) as error:

@@ -40,6 +40,7 @@ def test_every_page_is_there(html):
     for page in (
         "book/intro",
         "book/how-to-run",
+        "book/gpu",
         "book/methods",
         "book/adding-a-method",
         "book/glossary",

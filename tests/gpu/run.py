@@ -12,7 +12,7 @@ stage whose record is there is not done again, and one that has too little time 
     experts     a buffer for MTT's CIFAR-10 with one image a class: real work from here on
     precision   walks on segments of these experts, in every precision, against float64
     distil      MTT with K = 1 and K = 2 at equal compute, several seeds, all at once
-    evaluate    networks trained on each of the sets and on random real images, and tested
+    evaluate    networks trained on each run's set, at its milestones and at the end, and on random real images
 
 The command works from a checkout, without installing, where Python has torch, numpy, safetensors, jaxtyping, tqdm and
 psutil. `--tiny` does all of it in sizes that a CPU manages in a minute, which is how it is tested.
@@ -47,8 +47,8 @@ import cddlib  # noqa: E402
 from cddlib import convnet_steps, matching  # noqa: E402
 from cddlib.augment import CHANGES, AugmentConfig  # noqa: E402
 from cddlib.data import Images  # noqa: E402
-from cddlib.evaluate import evaluate_run, fetch_synthetic, train_network  # noqa: E402
-from cddlib.files import read_json, read_record, write_record  # noqa: E402
+from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set, fetch_synthetic, train_network  # noqa: E402
+from cddlib.files import read_json, read_record, read_tensors, write_record  # noqa: E402
 from cddlib.matching import MatchingConfig, matching_losses  # noqa: E402
 from cddlib.preprocessing import Normalisation  # noqa: E402
 from cddlib.ranks import Interrupted, Ranks  # noqa: E402
@@ -58,6 +58,8 @@ from cddlib.training import fetch_real, train_epoch  # noqa: E402
 
 CLASSES = 10
 STRATEGY = AugmentConfig().augment
+MILESTONES = 10
+"""Iterations of a run whose sets are kept, and tested: evenly spaced, so that runs of different K share some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -520,7 +522,7 @@ def run_config(bench: Bench, count: int, seed: int) -> cddlib.DistillConfig:
     few = {} if sizes.data == "cifar10" else {"student_steps": sizes.steps, "window_end": 2}
     return cddlib.distill_recipe(
         "mtt", sizes.data, ipc=1, segments=count, seed=seed, width=sizes.width, compiled=bench.gpu,
-        iterations=sizes.segments // count, validate_every=0, milestones=10,
+        iterations=sizes.segments // count, validate_every=0, milestones=MILESTONES,
         evaluation_epochs=sizes.evaluation_epochs, checkpoint_every=100, **few,
     )  # fmt: skip
 
@@ -533,7 +535,8 @@ def distil(bench: Bench) -> Iterator[dict[str, Any]]:
         config = run_config(bench, count, seed)
         cddlib.distill(config, bench.buffer, folder(bench, count, seed), root=bench.root, device=str(bench.device))
 
-    reserve = 2 + 1.2 * bench.sizes.networks * (len(names) + 3) if bench.gpu else 0
+    sets = 1 + sum(2 + MILESTONES for _ in names)
+    reserve = 2 + 0.8 * bench.sizes.networks * sets if bench.gpu else 0
     with (
         contextlib.suppress(Interrupted),
         Ranks().heeding_signals("the iterations"),
@@ -564,18 +567,33 @@ def run_record(bench: Bench, count: int, seed: int) -> dict[str, Any]:
 
 
 def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Networks trained on every finished set; the first run's evaluation has those on random real images too."""
-    rows = []
-    for count, seed in bench.runs:
-        here = folder(bench, count, seed)
-        if (here / "result.json").exists():
-            found = evaluate_run(
-                here, runs=bench.sizes.networks, baselines=not rows, root=bench.root, device=str(bench.device)
-            )
-            rows.append(
-                {"segments": count, "seed": seed, "accuracies": found["accuracies"], "summary": found["summary"]}
-            )
-            yield {"rows": rows}
+    """Networks trained on each run's set, at its milestones and at the end, and on random real images."""
+    dataset, preprocessing = cddlib.load(bench.sizes.data, bench.root), bench.buffer.preprocessing
+    network, config = bench.buffer.network, run_config(bench, 1, 0)
+    test, rows = dataset.test.to(bench.device), []
+    random_real: list[float] = []
+
+    def accuracy(images: Tensor, step_size: Tensor, seed: int) -> float:
+        found = cddlib.SyntheticSet(
+            images=images, labels=torch.arange(CLASSES), label_logits=None, step_size=step_size,
+            preprocessing=preprocessing, classes=dataset.classes,
+        ).to(bench.device)  # fmt: skip
+        return accuracy_of_set(found, network, config, config.augment, test, purpose="evaluation", seed=seed)
+
+    for number in range(bench.sizes.networks):
+        real = cddlib.synthetic.random_real(dataset.train, CLASSES, 1, cddlib.generator("random real", number))
+        random_real.append(accuracy(preprocessing(real.images), torch.tensor(REAL_LEARNING_RATE), number))
+        for count, seed in bench.runs:
+            here = folder(bench, count, seed)
+            for path in (*sorted(here.glob("milestone-*.safetensors")), here / "checkpoint.safetensors"):
+                tensors, header = read_tensors(path, "state")
+                iteration = header["iteration"]
+                named = {"segments": count, "seed": seed, "iteration": iteration, "matched": iteration * count}
+                row = next((row for row in rows if named.items() <= row.items()), None)
+                if row is None:
+                    rows.append(row := {**named, "accuracies": []})
+                row["accuracies"].append(accuracy(tensors["images"], tensors["step_size"], number))
+                yield {"rows": rows, "random_real": random_real}
 
 
 # --- All of it --------------------------------------------------------------------------------------------------

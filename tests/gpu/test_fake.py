@@ -194,8 +194,9 @@ def test_the_gpu_s_stages_run_here_in_tiny_sizes(tmp_path: Path, capsys: pytest.
     records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in run.STAGES}
     assert all(record["complete"] for record in records.values())
     assert all(row["images"] < 1e-5 for row in records["gradients"]["walks"] if "ieee" in row["what"])
-    finished = [(row["segments"], row["seed"]) for row in records["evaluate"]["rows"]]
-    assert finished == [(1, 0), (2, 0)]
+    tested = [(row["segments"], row["iteration"]) for row in records["evaluate"]["rows"]]
+    assert tested == [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0), (2, 1), (2, 2)]
+    assert len(records["evaluate"]["random_real"]) == run.TINY.networks
     capsys.readouterr()
     assert run.main(["--tiny", "--device", "cpu", "--to", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("its record is there") == len(run.STAGES)

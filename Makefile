@@ -41,7 +41,7 @@ book: $(READY) ## set up, execute every chapter, and build the book into _build/
 	$(BIN)/python book/build.py --profile "$$PROFILE"
 
 bench: $(READY) ## time matching, training and evaluation beside the textbook's way, on this machine, into speed.json
-	$(BIN)/cddlib bench --to speed.json
+	$(BIN)/python tests/benchmarks/speed.py --to speed.json
 
 gpu: $(READY) ## prove on this machine's GPU what a CPU cannot, in ten minutes (ROOT=folder of the data sets, TO=folder of the records)
 	$(BIN)/python tests/gpu/run.py --seconds 540 --to "$(TO)" $(if $(ROOT),--root "$(ROOT)")

@@ -88,7 +88,6 @@ def _run(arguments: list[str]) -> None:
         "compare": functools.partial(commands.compare, config=recipe),
         "search": functools.partial(commands.search, config=recipe),
         "record": commands.record,
-        "bench": commands.bench,
     }
     tyro.extras.subcommand_cli_from_dict(
         functions,

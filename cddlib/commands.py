@@ -1,8 +1,6 @@
 """What each command does. `cddlib.cli` finds them by name and turns their arguments into options."""
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,7 +36,6 @@ from cddlib.verify import TOLERANCE, checks_table, verify
 
 Root = Path | None
 """Folder of the data sets; None is `cddlib.data.default_root()`."""
-BENCHMARK = Path(__file__).parents[1] / "tests" / "benchmarks" / "speed.py"
 
 
 def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | None = None, size: int = 64) -> None:
@@ -324,22 +321,6 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
     else:
         write_record(to, collect(folder))
     print(f"wrote {to}")
-
-
-def bench(*, to: Path = Path("speed.json"), threads: int = 0, device: str = "auto", seconds: float = 100.0) -> None:
-    """Time matching, expert training and evaluation beside the textbook's way, on this machine.
-
-    Args:
-        to: The record; what it holds already is not measured again.
-        threads: Threads of PyTorch; 0 is its own choice.
-        device: auto, cpu or cuda.
-        seconds: Leave out what would take longer. With 20, all takes less than ten minutes on a GPU.
-    """
-    if not BENCHMARK.exists():
-        raise UserError(f"the benchmark is part of the repository, not of the package: there is no {BENCHMARK}.")
-    options = [f"--to={to}", f"--threads={threads}", f"--device={device}", f"--seconds={seconds}"]
-    if subprocess.run([sys.executable, BENCHMARK, *options]).returncode:
-        raise UserError(f"the benchmark stopped; the same command goes on with {to}.")
 
 
 def import_experts(

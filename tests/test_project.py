@@ -22,7 +22,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = """
 files runs ranks data prepare preprocessing graphs augment networks steps convnet_steps engine training curriculum
 trajectory buffer segments matching combine consolidate synthetic torch_files exchange export correlation continual
-evaluate state concurrent distill verify methods recipes plan scaling study findings claims method_tables figures
+evaluate state concurrent distill verify methods recipes plan study findings claims method_tables figures
 study_figures reliability_figures speed_figures gpu_figures gpu_runs commands cli __main__
 """.split()  # noqa: SIM905 - forty lines as a list
 

@@ -14,13 +14,7 @@ import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed.run import get_args_parser
-
-import cddlib
-from cddlib import cli, commands
-from cddlib.files import UserError
-from cddlib.runs import generator
-from cddlib.scaling import (
+from scaling_model import (
     Cluster,
     Link,
     Parts,
@@ -34,6 +28,12 @@ from cddlib.scaling import (
     scaled,
     work_of,
 )
+from torch.distributed.run import get_args_parser
+
+import cddlib
+from cddlib import cli, commands
+from cddlib.files import UserError
+from cddlib.runs import generator
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "book" / "examples"

@@ -3,15 +3,13 @@
 import dataclasses
 import importlib
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-import cddlib
-from cddlib import commands, speed_figures
+from cddlib import speed_figures
 
 LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}
 NAMES = ["textbook", "textbook, keeping memory", "cddlib", "cddlib, least memory"]
@@ -22,9 +20,7 @@ WANTED += [(work, name, ipc) for work, ipc in (("expert", 1), ("evaluate", 10)) 
 @pytest.fixture(scope="module")
 def speed() -> Any:
     """The benchmark as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parent / "benchmarks")
-        return importlib.import_module("speed")
+    return importlib.import_module("speed")
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +95,6 @@ def test_uneven_batches_are_counted(speed: Any) -> None:
         for batch, few in ((None, {**LITTLE, "student_steps": 4}), (6, {**LITTLE, "student_steps": 8}))
     )
     assert halves == pytest.approx(whole, rel=0.1)
-
-
-def test_the_command_needs_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    commanded: list[list[str]] = []
-
-    def run(command: list[str]) -> SimpleNamespace:
-        commanded.append([str(word) for word in command[1:]])
-        return SimpleNamespace(returncode=len(commanded) - 1)
-
-    monkeypatch.setattr(commands.subprocess, "run", run)
-    to = tmp_path / "s.json"
-    commands.bench(to=to, threads=3, device="cpu", seconds=5.0)
-    assert commanded == [[str(commands.BENCHMARK), f"--to={to}", "--threads=3", "--device=cpu", "--seconds=5.0"]]
-    with pytest.raises(cddlib.UserError, match="the same command goes on with"):
-        commands.bench(to=to)
-    monkeypatch.setattr(commands, "BENCHMARK", tmp_path / "speed.py")
-    with pytest.raises(cddlib.UserError, match="the benchmark is part of the repository, not of the package"):
-        commands.bench(to=to)
 
 
 def test_all_ways_give_one_gradient(speed: Any) -> None:

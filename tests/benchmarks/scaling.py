@@ -32,17 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-
-import cddlib
-from cddlib.data import load
-from cddlib.distill import DistillConfig, initial_state, iterate
-from cddlib.files import write_record
-from cddlib.matching import plan_student
-from cddlib.plan import sizes_of
-from cddlib.ranks import Ranks
-from cddlib.recipes import source
-from cddlib.runs import Recorder, generator, keep_freed_memory
-from cddlib.scaling import (
+from scaling_model import (
     Cluster,
     Link,
     Scaling,
@@ -54,6 +44,16 @@ from cddlib.scaling import (
     scaled,
     work_of,
 )
+
+import cddlib
+from cddlib.data import load
+from cddlib.distill import DistillConfig, initial_state, iterate
+from cddlib.files import write_record
+from cddlib.matching import plan_student
+from cddlib.plan import sizes_of
+from cddlib.ranks import Ranks
+from cddlib.recipes import source
+from cddlib.runs import Recorder, generator, keep_freed_memory
 
 PROCESSES = (1, 2, 4)
 SEGMENTS = (4, 8)

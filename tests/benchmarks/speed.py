@@ -1,7 +1,7 @@
 """Time and memory of matching, expert training and evaluation: cddlib beside the textbook's way, in one run.
 
     make bench
-    cddlib bench --to book/results/speed-cpu.json --threads 2
+    python tests/benchmarks/speed.py --to book/results/speed-cpu.json --threads 2
 
 CIFAR's shape, MTT's ConvNet of width 128, all augmentation, images and labels of noise: time does not depend on them.
 On a CPU every measurement has a process of its own, whose peak memory it is. There the textbook's way is timed with

@@ -32,14 +32,14 @@ from cddlib.correlation import ProbeConfig, Probes
 from cddlib.data import DataConfig, Dataset, Images, load
 from cddlib.engine import worth_compiling
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
-from cddlib.files import Diverged, UserError, read_json, write_json
+from cddlib.files import Diverged, UserError, link_or_copy, read_json, write_json
 from cddlib.networks import NetworkConfig
 from cddlib.ranks import Interrupted, Ranks
 from cddlib.runs import Metrics, Recorder, as_dict, locked, memory_advice, refuse_other_run, resolve_device
 from cddlib.segments import active_subset
 from cddlib.state import CHECKPOINT, State
 from cddlib.synthetic import SyntheticSet, initialise
-from cddlib.trajectory import Buffer
+from cddlib.trajectory import PREPROCESSING, Buffer
 
 MOST_ABOVE = 100  # iterations in a row whose loss may be above the guard before the run stops
 LARGEST_LOSS = 100.0  # the guard of a run that sets none: the student ends ten times as far from the target as it began
@@ -372,5 +372,7 @@ def _finish(state: State, config: DistillConfig, buffer: Buffer, out: Path, reco
 def _save_selected(state: State, config: DistillConfig, buffer: Buffer, out: Path) -> int:
     """Write the best set, or the last where nothing was validated; returns its iteration."""
     selected, iteration = (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
+    if buffer.config["zca"] and not (out / PREPROCESSING).exists():
+        link_or_copy(buffer.folder / PREPROCESSING, out / PREPROCESSING)
     selected.save(out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration)
     return iteration

@@ -2,21 +2,19 @@
 
 import functools
 import os
-from pathlib import Path
 
-import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cddlib.convnet_steps import Derived, can_compile, fits
 from cddlib.files import UserError
 from cddlib.networks import ConvNet, Network, parameter_count
+from cddlib.runs import free_memory
 from cddlib.steps import Autograd, ComputeConfig, Steps
 
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 4e13}
 """Floating-point operations of a run from which on compiling saves more time than it takes: about a minute on two
 cores, a quarter of that on an NVIDIA H200."""
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def steps_of(network: Network, config: ComputeConfig, device: torch.device) -> Steps:
@@ -72,23 +70,13 @@ def room(device: torch.device) -> int:
     if "CDDLIB_KEPT_MB" in os.environ:
         return _kept_mb(os.environ["CDDLIB_KEPT_MB"]) * 2**20
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + unused) // 2
+        return free_memory(device) // 2
     return _room_of_machine()
 
 
 @functools.cache
 def _room_of_machine() -> int:
-    free = max(0, min(psutil.virtual_memory().available, _of_container()))
-    return int(free) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def _of_container() -> int | float:
-    """Bytes that the container leaves its processes."""
-    limit = CGROUP / "memory.max"
-    if not limit.exists() or limit.read_text().strip() == "max":
-        return float("inf")
-    return int(limit.read_text()) - int((CGROUP / "memory.current").read_text())
+    return free_memory(torch.device("cpu")) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _kept_mb(text: str) -> int:

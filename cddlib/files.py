@@ -96,6 +96,15 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def link_or_copy(source: Path, goal: Path) -> None:
+    """Give a file that nobody changes a second name; where file systems do not link, a copy."""
+    with writing(goal):
+        try:
+            os.link(source, goal)
+        except OSError:
+            write_atomically(goal, lambda temporary: shutil.copyfile(source, temporary))
+
+
 # --- Checksums --------------------------------------------------------------------------------------------------
 
 

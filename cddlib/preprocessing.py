@@ -7,6 +7,7 @@ space carries its map with it.
 import dataclasses
 import functools
 import math
+import weakref
 from collections.abc import Iterator
 from typing import Protocol, cast, runtime_checkable
 
@@ -15,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from cddlib.data import FROM_FOLDER, Dataset, Images
+from cddlib.runs import free_memory
 
 # The published codes use CIFAR-10's numbers for CIFAR-100 too, and ImageNet's for everything cut from it.
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -81,6 +83,19 @@ class Whitening:
 
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return ((images.flatten(1).float() / 255 - self.mean) @ self._matrices[0]).view(images.shape)
+
+    def whitened(self, data: Images) -> Float[Tensor, "n c h w"] | None:
+        """All of `data` whitened, as long as it lives; None where that takes more than a quarter of the free memory."""
+        if data not in self._whitened:
+            device, shape = data.labels.device, (len(data.labels), *data.store.shape[1:])
+            if 4 * math.prod(shape) > free_memory(device) // 4:
+                return None
+            self._whitened[data] = torch.cat([self(chunk) for chunk in data.chunks()])
+        return self._whitened[data]
+
+    @functools.cached_property
+    def _whitened(self) -> weakref.WeakKeyDictionary[Images, Tensor]:
+        return weakref.WeakKeyDictionary()
 
     def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Pixels, 0 black and 1 white."""

@@ -28,11 +28,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
+import psutil
 import torch
 
 from cddlib.files import UserError, expecting, is_want_of_memory, read_json, seal, unseal, write_atomically, writing
 
 T = TypeVar("T")
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 # --- Seeds ------------------------------------------------------------------------------------------------------
@@ -70,6 +73,17 @@ def resolve_device(name: str) -> torch.device:
             f"device {name!r} is not available here ({str(error).splitlines()[0]}); use 'cpu' or 'auto'."
         ) from None
     return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU; or on the machine, as far as the container leaves them to its processes."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free, limit = psutil.virtual_memory().available, CGROUP / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int((CGROUP / "memory.current").read_text()))
+    return max(0, free)
 
 
 def keep_freed_memory() -> None:

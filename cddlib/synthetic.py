@@ -15,11 +15,11 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cddlib.data import Dataset, Images, indices_by_class
-from cddlib.files import UserError, check_classes, read_tensors, write_tensors
-from cddlib.preprocessing import Preprocessing, preprocessing_from
+from cddlib.files import UserError, check_classes, read_tensors, tensor_digest, write_tensors
+from cddlib.preprocessing import Preprocessing, Whitening, preprocessing_from
 from cddlib.runs import generator
 from cddlib.training import fetch_real, predict
-from cddlib.trajectory import Buffer
+from cddlib.trajectory import PREPROCESSING, Buffer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,9 +115,23 @@ class SyntheticSet:
         )
 
     def save(self, path: Path, **metadata: object) -> None:
-        """Write the set to one safetensors file, with class names and `metadata` as JSON in its header."""
-        tensors = {**self.variable_tensors(), "labels": self.labels}
-        tensors |= {f"preprocessing.{name}": value for name, value in self.preprocessing.tensors().items()}
+        """Write the set to a safetensors file, with class names and `metadata` as JSON in its header.
+
+        The matrices of a whitening, far larger than the set, are in a file beside it, which several sets can share.
+
+        Raises:
+            UserError: that file holds another whitening.
+        """
+        tensors, fitted = {**self.variable_tensors(), "labels": self.labels}, self.preprocessing.tensors()
+        if isinstance(self.preprocessing, Whitening):
+            beside, digest = path.with_name(PREPROCESSING), tensor_digest(self.preprocessing.eigenvectors)
+            if not beside.exists():
+                write_tensors(beside, fitted, "preprocessing")
+            elif tensor_digest(read_tensors(beside, "preprocessing")[0]["eigenvectors"]) != digest:
+                raise UserError(f"{beside} holds another whitening than that of {path.name}; choose another folder.")
+            metadata |= {"whitening": digest}
+        else:
+            tensors |= {f"preprocessing.{name}": value for name, value in fitted.items()}
         write_tensors(path, tensors, "synthetic", {"classes": self.classes, "subsets": self.subsets, **metadata})
 
     @staticmethod
@@ -127,6 +141,11 @@ class SyntheticSet:
         classes = check_classes(header.get("classes"), path)
         prefix = "preprocessing."
         fitted = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        if "whitening" in header:
+            beside = path.with_name(PREPROCESSING)
+            fitted = read_tensors(beside, "preprocessing")[0]
+            if "eigenvectors" not in fitted or tensor_digest(fitted["eigenvectors"]) != header["whitening"]:
+                raise UserError(f"{beside} does not hold the whitening of {path.name}.")
         try:
             shape = tensors["images"].shape
             n, channels, height, width = shape

@@ -20,7 +20,7 @@ from cddlib.engine import steps_of
 from cddlib.files import UserError
 from cddlib.graphs import Graph, upload
 from cddlib.networks import Network
-from cddlib.preprocessing import Preprocessing
+from cddlib.preprocessing import Preprocessing, Whitening
 from cddlib.steps import ComputeConfig, Steps
 
 
@@ -46,7 +46,10 @@ Fetch = Callable[[Int64[Tensor, " b"]], tuple[Tensor, Tensor]]
 
 
 def fetch_real(data: Images, preprocessing: Preprocessing) -> Fetch:
-    """Real images, preprocessed batch by batch so that only their bytes are kept."""
+    """Real images: whitened once, where memory allows; else preprocessed batch by batch, and only bytes are kept."""
+    whitened = preprocessing.whitened(data) if isinstance(preprocessing, Whitening) else None
+    if whitened is not None:
+        return lambda indices: (whitened[indices], data.labels[indices])
     return lambda indices: (preprocessing(data.take(indices)), data.labels[indices])
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import cddlib
 from cddlib import buffer as buffering
-from cddlib import cli, curriculum, data, files, runs
+from cddlib import cli, curriculum, data, engine, files, runs
 from cddlib.files import UserError
 from cddlib.networks import ConvNet, NetworkConfig, views
 from cddlib.trajectory import Buffer, expert_path, read_expert_record, write_trajectory
@@ -126,13 +126,17 @@ def test_experts_differ_only_by_their_seed(buffer: Buffer, tmp_path: Path) -> No
     assert records[0] == records[1]
 
 
-def test_experts_of_long_training_are_compiled_unless_told_otherwise(tmp_path: Path, monkeypatch) -> None:
+def test_experts_of_long_training_are_compiled_unless_told_otherwise(
+    buffer: Buffer, tmp_path: Path, monkeypatch
+) -> None:
     compiled: list[object] = []
-    monkeypatch.setattr("cddlib.buffer.earns_compiling", lambda network, shape, images: images >= 2 * 1257)
+    enough = 3 * 2 * 1257 * engine.operations(buffer.network, (1, 8, 8))  # more than an epoch, less than two
+    monkeypatch.setitem(engine.WORTH_COMPILING, "cpu", enough)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
     wanted = {(1, None): False, (2, None): True, (2, False): False, (1, True): True}
     for number, ((epochs, asked), answer) in enumerate(wanted.items()):
         compiled.clear()
+        engine._steps.cache_clear()
         trained = train(recipe(experts=1, epochs=epochs, compiled=asked), tmp_path / str(number))
         assert trained.config["compiled"] is answer and bool(compiled) is answer
 

@@ -164,7 +164,7 @@ def test_interrupted_before_any_file_it_gives_the_same(
 
 def test_long_runs_are_compiled_unless_told_otherwise(buffer: Buffer, recipe) -> None:
     def decided(**overrides: object) -> bool:
-        return module._decided(recipe(**overrides), buffer).compiled
+        return module._decided(recipe(**overrides), buffer, torch.device("cpu")).compiled
 
     least = next(n for n in (2**k for k in range(60)) if decided(iterations=n))
     assert least > 10_000, "the digits of the tests earn it late"

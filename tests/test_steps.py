@@ -19,7 +19,7 @@ from torch import Tensor
 
 import cddlib
 from cddlib import engine as engines
-from cddlib import ranks
+from cddlib import ranks, runs
 from cddlib.augment import AugmentConfig
 from cddlib.convnet_steps import Derived, fits
 from cddlib.engine import steps_of, worth_compiling
@@ -268,27 +268,30 @@ def fresh_room() -> Any:
 def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     free = 8 * 10**9
     monkeypatch.delenv("CDDLIB_KEPT_MB", raising=False)
-    monkeypatch.setattr(engines, "_of_container", lambda: 10**12)
-    monkeypatch.setattr(engines.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    monkeypatch.setattr(engines, "free_memory", lambda device: free)
     assert fresh_room(CPU) == 10**9
-    free = 0
+    assert fresh_room(CUDA) == 4 * 10**9, "a GPU is nobody else's"
+    free = 4 * 10**9
     assert fresh_room(CPU) == 10**9, "it is measured once"
-    for container, processes, wanted in ((4 * 10**9, 1, 5 * 10**8), (10**12, 4, 25 * 10**7), (-5, 1, 0)):
-        engines._room_of_machine.cache_clear()
-        free = 8 * 10**9
-        monkeypatch.setattr(engines, "_of_container", lambda container=container: container)
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        assert fresh_room(CPU) == wanted
+    assert fresh_room(CUDA) == 2 * 10**9
+    engines._room_of_machine.cache_clear()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert fresh_room(CPU) == 125 * 10**6
 
 
-def test_a_container_may_have_less_than_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "CGROUP", tmp_path)
-    assert engines._of_container() == float("inf")
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("300\n")
-    assert engines._of_container() == float("inf")
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert engines._of_container() == 700
+@pytest.mark.parametrize(
+    ("limit", "used", "wanted"),
+    [(None, 0, 8000), ("max", 300, 8000), ("1000", 300, 700), ("9999", 9, 8000), ("5", 9, 0)],
+)
+def test_a_container_may_have_less_than_the_machine(
+    limit: str | None, used: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "CGROUP", tmp_path)
+    monkeypatch.setattr(runs.psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+    assert runs.free_memory(CPU) == wanted
 
 
 def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:

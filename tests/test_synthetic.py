@@ -274,3 +274,29 @@ def test_a_copy_has_its_own_memory(buffer: Buffer) -> None:
         variable += 1
     for name, tensor in copy.variable_tensors().items():
         assert torch.allclose(tensor + 1, synthetic.variable_tensors()[name])
+
+
+def test_a_whitening_s_matrices_are_stored_once(buffer: Buffer, tmp_path: Path) -> None:
+    """Beside the sets of a folder, which say what they need."""
+    whitenings = [fit_preprocessing(part, zca=True) for part in (data.load("digits"), halved(data.load("digits")))]
+    first, other = (dataclasses.replace(start(buffer), preprocessing=whitening) for whitening in whitenings)
+    beside = tmp_path / "preprocessing.safetensors"
+    first.save(tmp_path / "one.safetensors")
+    first.save(tmp_path / "two.safetensors")
+    assert (tmp_path / "two.safetensors").stat().st_size < beside.stat().st_size / 3
+    again = SyntheticSet.load(tmp_path / "two.safetensors").preprocessing
+    for name, tensor in again.tensors().items():
+        assert torch.equal(tensor, whitenings[0].tensors()[name])
+    with pytest.raises(UserError, match=r"preprocessing\.safetensors holds another whitening than that of three"):
+        other.save(tmp_path / "three.safetensors")
+    beside.unlink()
+    with pytest.raises(UserError, match=r"preprocessing\.safetensors does not exist"):
+        SyntheticSet.load(tmp_path / "one.safetensors")
+    other.save(tmp_path / "three.safetensors")
+    with pytest.raises(UserError, match=r"preprocessing\.safetensors does not hold the whitening of one\.safetensors"):
+        SyntheticSet.load(tmp_path / "one.safetensors")
+
+
+def halved(dataset: data.Dataset) -> data.Dataset:
+    """The data set with half of its training images."""
+    return dataclasses.replace(dataset, train=dataset.train.select(torch.arange(0, len(dataset.train.labels), 2)))

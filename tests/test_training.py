@@ -1,5 +1,6 @@
 """Training an epoch: plain SGD, and GSAM against the two-pass optimiser on a module of torch.nn."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -8,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cddlib
-from cddlib import augment
+from cddlib import augment, preprocessing
 from cddlib.buffer import BufferConfig
-from cddlib.training import SharpnessConfig, train_epoch
+from cddlib.training import SharpnessConfig, fetch_real, train_epoch
 from cddlib.trajectory import Buffer
 
 SIZE, BATCH, CLASSES = 22, 8, 3
@@ -181,3 +182,22 @@ def test_a_buffer_s_experts_are_trained_so(tmp_path: Any) -> None:
     )
     torch.testing.assert_close(buffer.parameters(0, 1), theta.detach())
     assert buffer.experts[0]["train_loss"] == [pytest.approx(loss)]
+
+
+def test_whitening_all_images_at_once_is_whitening_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As memory allows; whoever asks again gets the same, as long as the images live."""
+    digits = cddlib.load("digits")
+    part = digits.train.select(torch.arange(1000))
+    whitening = preprocessing.fit_preprocessing(digits, zca=True)
+    rows = torch.tensor([5, 0, 800, 5])
+    needed, found = 4 * 4 * part.labels.numel() * 64, []
+    for free in (needed - 4, needed):
+        monkeypatch.setattr(preprocessing, "free_memory", lambda device, free=free: free)
+        found.append(fetch_real(part, whitening)(rows))
+        assert len(whitening._whitened) == (free == needed)
+    for batchwise, at_once in zip(*found, strict=True):
+        torch.testing.assert_close(at_once, batchwise)
+    assert whitening.whitened(part) is whitening.whitened(part)
+    del part
+    gc.collect()
+    assert not len(whitening._whitened)

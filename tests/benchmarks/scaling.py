@@ -1,4 +1,4 @@
-"""An iteration on 1, 2 and 4 processes beside what `cddlib.scaling` predicts, and its curves to 64 GPUs.
+"""An iteration on 1, 2 and 4 processes beside what `scaling_model.py` predicts, and its curves to 64 GPUs.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scaling.py --to book/results/scaling.json
 

@@ -9,8 +9,8 @@ From real images to a tested synthetic set::
     synthetic = cddlib.distill(config, buffer, Path("runs/contra"))
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
-The modules, in the order in which data flows: files, runs, ranks, data, prepare, preprocessing, graphs, augment,
-networks, steps, convnet_steps, engine, training, curriculum, trajectory, buffer, segments, matching, combine,
+The modules, in the order in which data flows: files, runs, ranks, data, prepare, preprocessing, augment, networks,
+steps, convnet_steps, engine, graphs, training, curriculum, trajectory, buffer, segments, matching, combine,
 consolidate, synthetic, torch_files, exchange, export, correlation, continual, evaluate, state, concurrent, distill,
 verify, methods, recipes, plan, study, findings, claims, method_tables, figures, study_figures, reliability_figures,
 speed_figures, gpu_figures, gpu_runs, commands, cli.

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cddlib.files import UserError
-from cddlib.graphs import upload
+from cddlib.runs import upload
 
 SCALE = 1.2  # factor, along each axis, between 1 / SCALE and SCALE
 ROTATE = 15.0  # degrees, either way

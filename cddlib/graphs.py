@@ -1,6 +1,6 @@
 """A function of tensors as one CUDA graph: captured once, then replayed without its Python and its launches.
 
-A student's walk makes some ten thousand small launches, which take longer to start than to run. A graph starts them
+A student's walk makes thousands of small launches, which take longer to start than to run. A graph starts them
 all at once, and the parts of the work that do not depend on each other, as the walks of several students do, run beside
 each other in it (`branches`).
 """
@@ -13,14 +13,6 @@ from torch import Tensor
 
 WARM_UP = 2
 """Plain calls before the capture: they compile, choose algorithms and create the libraries' handles."""
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; a CUDA device gets it from the CPU while the CPU goes on."""
-    if tensor.device == device:
-        return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
 
 _CAPTURING = threading.Lock()
 """Of all threads one captures at a time."""

@@ -41,8 +41,9 @@ from torch.autograd.function import once_differentiable
 from cddlib import augment
 from cddlib.engine import operations, room, steps_of
 from cddlib.files import UserError
-from cddlib.graphs import Graph, branches, upload
+from cddlib.graphs import Graph, branches
 from cddlib.networks import ConvNet, Network
+from cddlib.runs import upload
 from cddlib.steps import ComputeConfig, Memory, Steps
 
 PART = 64
@@ -300,13 +301,13 @@ def _walk(
             by_step_size.sub_(along.inner, alpha=share)
             by_theta.append((along.by_theta, share))
         if config.gradient == "exact":
-            adjoint = torch.addcmul(adjoint, rate, _mean(by_theta), value=-1)
+            adjoint = torch.addcmul(adjoint, rate, _over_parts(by_theta), value=-1)
     half = 2 if config.gradient == "halved" else 1
     return losses, by_inputs * (-step_size / half)[:, None, None, None, None], by_targets * -rate[:, None], by_step_size
 
 
-def _mean(parts: list[tuple[Tensor, float]]) -> Tensor:
-    """Of what the parts of a batch give, with the share of each."""
+def _over_parts(parts: list[tuple[Tensor, float]]) -> Tensor:
+    """The batch's value, from those of its parts and each part's share of the batch."""
     first, share = parts[0]
     total = first if share == 1 else share * first
     for value, share in parts[1:]:
@@ -336,7 +337,7 @@ def _roll_out(
             room -= memory.size
             memories[-1].append(memory if room >= 0 else None)
             del memory
-        path.append(torch.addcmul(path[-1], step_size[:, None], _mean(gradients), value=-1))
+        path.append(torch.addcmul(path[-1], step_size[:, None], _over_parts(gradients), value=-1))
     return path, memories
 
 

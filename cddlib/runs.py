@@ -30,6 +30,7 @@ from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import psutil
 import torch
+from torch import Tensor
 
 from cddlib.files import UserError, expecting, is_want_of_memory, read_json, seal, unseal, write_atomically, writing
 
@@ -84,6 +85,13 @@ def free_memory(device: torch.device) -> int:
     if limit.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int((CGROUP / "memory.current").read_text()))
     return max(0, free)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; a CUDA device gets it from the CPU while the CPU goes on."""
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> None:

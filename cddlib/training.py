@@ -18,9 +18,10 @@ from cddlib.convnet_steps import Derived
 from cddlib.data import Images
 from cddlib.engine import steps_of
 from cddlib.files import UserError
-from cddlib.graphs import Graph, upload
+from cddlib.graphs import Graph
 from cddlib.networks import Network
 from cddlib.preprocessing import Preprocessing, Whitening
+from cddlib.runs import upload
 from cddlib.steps import ComputeConfig, Steps
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = """
-files runs ranks data prepare preprocessing graphs augment networks steps convnet_steps engine training curriculum
+files runs ranks data prepare preprocessing augment networks steps convnet_steps engine graphs training curriculum
 trajectory buffer segments matching combine consolidate synthetic torch_files exchange export correlation continual
 evaluate state concurrent distill verify methods recipes plan study findings claims method_tables figures
 study_figures reliability_figures speed_figures gpu_figures gpu_runs commands cli __main__

@@ -625,6 +625,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.to.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
+    if not (bench.gpu or options.tiny):
+        parser.error(f"the device is {bench.device}; this is for a GPU. A CPU does all of it with --tiny.")
     if options.no_graphs:
         matching.Graph = lambda function: function  # type: ignore[assignment,misc]
     failed = 0

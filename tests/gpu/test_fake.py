@@ -186,6 +186,14 @@ def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU,
     assert gpu.uploads - uploads <= 8 + 2 * how.evaluation_epochs, "more copies than a permutation and a draw an epoch"
 
 
+def test_a_cpu_is_told_that_this_is_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import run
+
+    with pytest.raises(SystemExit):
+        run.main(["--device", "cpu", "--to", str(tmp_path)])
+    assert "the device is cpu; this is for a GPU. A CPU does all of it with --tiny." in capsys.readouterr().err
+
+
 def test_the_gpu_s_stages_run_here_in_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `make gpu` does; asked again, it does nothing."""
     import run

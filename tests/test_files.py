@@ -1,6 +1,7 @@
 """Files: written whole or not at all, and any damage to them is told."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -264,3 +265,19 @@ def test_a_flipped_bit_in_any_byte_is_noticed(written: Path) -> None:
         written.write_bytes(damaged)
         with pytest.raises(UserError, match=str(written)):
             files.read_tensors(written, "thing")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_needs_no_second_file_where_there_are_links(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*names: Path) -> None:
+        raise OSError("another file system")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    source, goal = tmp_path / "source", tmp_path / "goal"
+    source.write_bytes(b"matrices")
+    files.link_or_copy(source, goal)
+    assert goal.read_bytes() == b"matrices"
+    assert goal.samefile(source) == links

@@ -21,8 +21,8 @@ from typing import Any
 import nbformat
 import papermill
 
-from cddlib.claims import claims_table, committed_findings
-from cddlib.method_tables import (
+from cddbook.claims import claims_table, committed_findings
+from cddbook.tables import (
     measured_table,
     methods_table,
     plan_table,

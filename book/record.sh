@@ -26,7 +26,7 @@ digits_probes="--probe-starts 0 2 4 6 8 10"
 buffers() {
     cddlib buffer --data digits --out "$runs/digits"
     cddlib buffer --data cifar10 --root "$root" --width "$width" --experts 3 --epochs 20 --no-holdout --out "$runs/cifar10"
-    cddlib record "$runs/cifar10" --to $results/study-buffer-cifar10.json
+    python -m cddbook record "$runs/cifar10" --to $results/study-buffer-cifar10.json
     cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"
 }
 
@@ -35,7 +35,7 @@ study() { # NAME COMMAND OPTIONS…
     shift 2
     # shellcheck disable=SC2068 # the options are words
     cddlib "$command" $@ --out "$runs/$name"
-    cddlib record "$runs/$name" --to "$results/$name.json"
+    python -m cddbook record "$runs/$name" --to "$results/$name.json"
 }
 
 correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 6"; }
@@ -69,7 +69,7 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
         cddlib buffer --method $name --data digits --ipc $ipc --out "$runs/$experts"
         cddlib distill --method $name --data digits --ipc $ipc --buffer "$runs/$experts" --out "$runs/method-digits-$name"
         cddlib evaluate "$runs/method-digits-$name" --runs 5
-        cddlib record "$runs/method-digits-$name" --to "$results/method-digits-$name.json"
+        python -m cddbook record "$runs/method-digits-$name" --to "$results/method-digits-$name.json"
     done
 }
 

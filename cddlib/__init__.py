@@ -9,27 +9,27 @@ From real images to a tested synthetic set::
     synthetic = cddlib.distill(config, buffer, Path("runs/contra"))
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
-The modules, in the order in which data flows: files, runs, ranks, data, prepare, preprocessing, augment, networks,
-steps, convnet_steps, engine, graphs, training, curriculum, trajectory, buffer, segments, matching, combine,
-consolidate, synthetic, torch_files, exchange, export, correlation, continual, evaluate, state, concurrent, distill,
-verify, methods, recipes, plan, study, findings, claims, method_tables, figures, study_figures, reliability_figures,
-speed_figures, gpu_figures, gpu_runs, commands, cli.
+The rooms, each importing only from those before it: runtime, data, networks, training, experts, matching, synthetic,
+evaluate, distillation, methods, exchange, plan, verify, commands, cli.
 """
 
-from cddlib.buffer import BufferConfig, train_buffer
-from cddlib.concurrent import concurrent_gradient
-from cddlib.data import Dataset, load
-from cddlib.distill import DistillConfig, distill
+from cddlib.data.dataset import Dataset, load
+from cddlib.data.download import prepare
+from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.gradient import concurrent_gradient
+from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
-from cddlib.files import UserError
-from cddlib.matching import matching_loss, plan_student
-from cddlib.networks import ConvNet, NetworkConfig, build_network
-from cddlib.prepare import prepare
-from cddlib.recipes import buffer_recipe, distill_recipe
-from cddlib.runs import generator
-from cddlib.segments import SegmentsConfig, draw_segments
+from cddlib.experts.buffer import Buffer
+from cddlib.experts.train import BufferConfig, train_buffer
+from cddlib.matching.loss import matching_loss
+from cddlib.matching.segments import SegmentsConfig, draw_segments
+from cddlib.matching.student import plan_student
+from cddlib.methods.recipes import buffer_recipe, distill_recipe
+from cddlib.networks.convnet import ConvNet, NetworkConfig
+from cddlib.networks.zoo import build_network
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.random import generator
 from cddlib.synthetic import SyntheticSet
-from cddlib.trajectory import Buffer
 
 __all__ = [
     "Buffer",

@@ -11,21 +11,23 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from cddlib.augment import AugmentConfig
-from cddlib.buffer import BufferConfig
-from cddlib.data import DataConfig
-from cddlib.distill import DistillConfig
-from cddlib.files import UserError, needing
-from cddlib.networks import NetworkConfig
-from cddlib.ranks import Interrupted, Ranks, joined
-from cddlib.recipes import buffer_recipe, distill_recipe
-from cddlib.runs import keep_freed_memory, memory_advice
-from cddlib.trajectory import Buffer
+from cddlib.data.augment import AugmentConfig
+from cddlib.data.dataset import DataConfig
+from cddlib.distillation.config import DistillConfig
+from cddlib.experts.buffer import Buffer
+from cddlib.experts.train import BufferConfig
+from cddlib.methods.recipes import buffer_recipe, distill_recipe
+from cddlib.networks.convnet import NetworkConfig
+from cddlib.runtime.device import keep_freed_memory
+from cddlib.runtime.distributed import Interrupted, Ranks, joined
+from cddlib.runtime.errors import UserError, memory_advice, needing
 
-DISTILLS = ("distill", "correlate", "compare", "search", "plan", "import-set")
+DISTILLS = ("distill", "plan", "import-set")
 """Commands whose defaults are a recipe of a distillation."""
 TRAINS = ("buffer", "import-buffer")
 """Commands whose defaults are a recipe of a buffer."""
+
+DESCRIPTION = "Dataset distillation by concurrent trajectory matching. In order: data, buffer, distill, evaluate."
 
 DIVIDED = ("buffer", "distill", "evaluate")
 """Commands that the processes of torchrun share."""
@@ -34,6 +36,23 @@ DIVIDED = ("buffer", "distill", "evaluate")
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` give, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    return run("cddlib", DESCRIPTION, _commands, arguments)
+
+
+def run(
+    program: str,
+    description: str,
+    commands: Callable[[list[str]], dict[str, Callable[..., None]]],
+    arguments: list[str],
+) -> int:
+    """Run the command that `arguments` name first; errors that a user can mend become a line and an exit code.
+
+    Args:
+        program: what the command line begins with.
+        description: what `--help` says of it.
+        commands: gives the functions by name, whose defaults may depend on the arguments.
+        arguments: the words after the program.
+    """
     keep_freed_memory()
     tqdm.monitor_interval = 0  # no thread that watches the bars: where memory is short, its start may never return
     try:
@@ -42,7 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
             joined(),
             contextlib.redirect_stdout(None) if Ranks().rank else contextlib.nullcontext(),
         ):
-            _run(arguments)
+            with needing("the command line", "tyro"):
+                import tyro
+            functions = commands(arguments)
+            tyro.extras.subcommand_cli_from_dict(functions, prog=program, args=arguments, description=description)
     except UserError as error:
         print(f"cddlib: {error}", file=sys.stderr)
         return 1
@@ -58,19 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(arguments: list[str]) -> None:
-    """Do what `arguments` say."""
-    with needing("the command line", "tyro"):
-        import tyro
+def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
+    """The commands by name, with the recipe that `arguments` choose as defaults."""
     from cddlib import commands
 
-    chosen = _choices(arguments)
+    chosen = recipe_choices(arguments)
     command = arguments[0] if arguments else ""
     if Ranks().count > 1 and command not in DIVIDED:
         raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
-    recipe = _distill_recipe(chosen if command in DISTILLS else {})
+    recipe = chosen_recipe(chosen if command in DISTILLS else {})
     experts = _buffer_recipe(chosen if command in TRAINS else {})
-    functions: dict[str, Callable[..., None]] = {
+    return {
         "data": commands.data,
         "recipes": commands.recipes,
         "plan": functools.partial(commands.plan_run, config=recipe),
@@ -84,21 +104,10 @@ def _run(arguments: list[str]) -> None:
             config=dataclasses.replace(experts, holdout=False),  # the published codes train on all images
         ),
         "import-set": functools.partial(commands.import_images, config=recipe),
-        "correlate": functools.partial(commands.correlate, config=recipe),
-        "compare": functools.partial(commands.compare, config=recipe),
-        "search": functools.partial(commands.search, config=recipe),
-        "record": commands.record,
     }
-    tyro.extras.subcommand_cli_from_dict(
-        functions,
-        prog="cddlib",
-        args=arguments,
-        description="Dataset distillation by concurrent trajectory matching. "
-        "In order: data, buffer, distill, evaluate; correlate and compare are the book's studies.",
-    )
 
 
-def _choices(arguments: list[str]) -> dict[str, Any]:
+def recipe_choices(arguments: list[str]) -> dict[str, Any]:
     """The options that choose a recipe, read ahead of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("method", "data", "buffer", "ipc", "segments"):
@@ -115,7 +124,7 @@ def _buffer_recipe(chosen: dict[str, Any]) -> BufferConfig:
     return buffer_recipe(chosen.get("data", "digits"), chosen.get("method", "mtt"), chosen.get("ipc", 1))
 
 
-def _distill_recipe(chosen: dict[str, Any]) -> DistillConfig:
+def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:
     """The recipe, on the network, pixels and augmentation of the buffer's experts."""
     folder = chosen.pop("buffer", None)
     if folder is None:

@@ -7,35 +7,26 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cddlib.buffer import BufferConfig, train_buffer
-from cddlib.data import DataConfig, load
-from cddlib.distill import DistillConfig, distill
+from cddlib.data.dataset import DataConfig, load
+from cddlib.data.download import prepare
+from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
-from cddlib.exchange import export_buffer, export_set, import_buffer, import_set
-from cddlib.export import export_parquet, export_png
-from cddlib.files import UserError, expecting, read_json, write_json, write_record
-from cddlib.networks import Architecture, NetworkConfig, Norm, parameter_count
+from cddlib.exchange.export import export_parquet, export_png
+from cddlib.exchange.published import export_buffer, export_set, import_buffer, import_set
+from cddlib.experts.buffer import Buffer
+from cddlib.experts.train import BufferConfig, train_buffer
+from cddlib.methods.recipes import recipes_table
+from cddlib.networks.convnet import Architecture, NetworkConfig, Norm, parameter_count
 from cddlib.plan import buffer_of, costs_table, plan
-from cddlib.prepare import prepare
-from cddlib.recipes import parse_grid, recipes_table
-from cddlib.runs import as_dict, collect, from_dict
-from cddlib.study import (
-    Comparison,
-    comparison_runs,
-    correlation_runs,
-    remedies,
-    run_study,
-    search_runs,
-    segment_counts,
-    settings_by_accuracy,
-    study_record,
-)
+from cddlib.runtime.config import as_dict, from_dict
+from cddlib.runtime.errors import UserError, expecting
+from cddlib.runtime.files import read_json, write_json
 from cddlib.synthetic import SyntheticSet
-from cddlib.trajectory import Buffer
 from cddlib.verify import TOLERANCE, checks_table, verify
 
 Root = Path | None
-"""Folder of the data sets; None is `cddlib.data.default_root()`."""
+"""Folder of the data sets; None is `cddlib.data.dataset.default_root()`."""
 
 
 def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | None = None, size: int = 64) -> None:
@@ -173,65 +164,6 @@ def _network_of(run: Path) -> NetworkConfig:
         return from_dict(NetworkConfig, read_json(run / "config.json"))
 
 
-def correlate(
-    *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
-    buffer: Path,
-    out: Path,
-    replicates: int = 3,
-    jobs: int = 0,
-    root: Root = None,
-    device: str = "auto",
-) -> None:
-    """Match one fixed segment at a time and follow the others' losses, as the paper's correlation study does.
-
-    Args:
-        config: What every run has in common; --probe-starts names the segments.
-        buffer: Folder of the buffer whose experts are matched.
-        out: Folder of the study; it resumes.
-        replicates: Times that everything is repeated, each with a seed and an expert of its own.
-        jobs: Processes that share the runs; 0 runs one after the other in this one.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
-    """
-    runs = correlation_runs(config, replicates, len(Buffer(buffer).experts))
-    run_study(config, runs, buffer, out, jobs=jobs, root=root, device=device)
-    print(f"{len(runs)} runs are finished; `cddlib record {out} --to FILE` gathers them")
-
-
-def compare(
-    *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
-    buffer: Path,
-    out: Path,
-    what: Comparison = "segments",
-    counts: tuple[int, ...] = (1, 2, 4, 8),
-    seeds: int = 3,
-    networks: int = 3,
-    jobs: int = 0,
-    root: Root = None,
-    device: str = "auto",
-) -> None:
-    """Compare segment counts, or remedies against forgetting, at equal compute.
-
-    Args:
-        config: What every run has in common. Iterations, and iterations between measurements, count matched segments.
-        buffer: Folder of the buffer whose experts are matched.
-        out: Folder of the study; it resumes.
-        what: Segment counts, or the remedies against forgetting with --segments K.
-        counts: The segment counts K that are compared.
-        seeds: Distillations of each variant.
-        networks: Networks that test each synthetic set.
-        jobs: Processes that share the runs; 0 runs one after the other in this one.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
-    """
-    variants = segment_counts(counts) if what == "segments" else remedies(config.segments)
-    runs = comparison_runs(config, variants, seeds)
-    run_study(config, runs, buffer, out, networks=networks, jobs=jobs, root=root, device=device)
-    print(f"{len(runs)} runs are finished; `cddlib record {out} --to FILE` gathers them")
-
-
 def plan_run(
     *,
     config: Annotated[DistillConfig, tyro.conf.arg(name="")],
@@ -268,37 +200,6 @@ def plan_run(
     print(costs_table(costs))
 
 
-def search(
-    *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
-    buffer: Path,
-    out: Path,
-    vary: tuple[str, ...],
-    seeds: int = 2,
-    jobs: int = 0,
-    root: Root = None,
-    device: str = "auto",
-) -> None:
-    """Distil with every combination of some settings, and rank them by validation accuracy.
-
-    Args:
-        config: What every run has in common.
-        buffer: Folder of the buffer whose experts are matched.
-        out: Folder of the study; it resumes.
-        vary: Fields with the values to try, as lr_images=10,30,100
-        seeds: Distillations of each combination.
-        jobs: Processes that share the runs; 0 runs one after the other in this one.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
-    """
-    runs = search_runs(config, parse_grid(vary), seeds)
-    found = run_study(config, runs, buffer, out, jobs=jobs, keep_stopped=True, root=root, device=device)
-    for reason in (run["stopped"] for run in found["runs"].values() if "stopped" in run):
-        print(f"counted as 0 %: {reason}")
-    for setting, accuracies in settings_by_accuracy(found).items():
-        print(f"{100 * sum(accuracies) / len(accuracies):5.1f} %  {setting.replace(',', '  ')}")
-
-
 def recipes(*, method: str | None = None, data: str | None = None) -> None:
     """Print the configuration of every method for every data set and number of images per class.
 
@@ -307,20 +208,6 @@ def recipes(*, method: str | None = None, data: str | None = None) -> None:
         data: Only this data set.
     """
     print(recipes_table(method, data))
-
-
-def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
-    """Gather everything a finished run wrote about itself into one JSON record, as the book shows it.
-
-    Args:
-        folder: Folder of a buffer, a distillation, or a study.
-        to: The record to write.
-    """
-    if (folder / "study.json").exists():
-        write_record(to, study_record(folder), indent=None)
-    else:
-        write_record(to, collect(folder))
-    print(f"wrote {to}")
 
 
 def import_experts(

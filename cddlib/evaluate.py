@@ -26,16 +26,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.augment import AugmentConfig
-from cddlib.data import DataConfig, Images, load
-from cddlib.files import UserError, expecting, file_digest, read_json, write_json
-from cddlib.networks import Network, NetworkConfig, build_network
-from cddlib.preprocessing import Preprocessing
-from cddlib.ranks import Interrupted, Ranks
-from cddlib.runs import Recorder, as_dict, config_hash, from_dict, generator, locked, memory_advice, resolve_device
-from cddlib.steps import ComputeConfig
+from cddlib.data.augment import AugmentConfig
+from cddlib.data.dataset import DataConfig, Images, load
+from cddlib.data.preprocessing import Preprocessing
+from cddlib.networks.convnet import Network, NetworkConfig
+from cddlib.networks.zoo import build_network
+from cddlib.runtime.config import as_dict, config_hash, from_dict
+from cddlib.runtime.device import resolve_device
+from cddlib.runtime.distributed import Interrupted, Ranks
+from cddlib.runtime.errors import UserError, expecting, memory_advice
+from cddlib.runtime.files import file_digest, read_json, write_json
+from cddlib.runtime.provenance import Recorder
+from cddlib.runtime.random import generator
+from cddlib.runtime.run_folder import locked
 from cddlib.synthetic import SyntheticSet, random_real
-from cddlib.training import Fetch, accuracy, fetch_real, train_epoch
+from cddlib.training.epoch import Fetch, accuracy, fetch_real, train_epoch
+from cddlib.training.step import ComputeConfig
 
 REAL_LEARNING_RATE = 0.01
 MOST_EPOCHS = 100_000

@@ -7,7 +7,7 @@ On the command line::
 Operations and memory are counted on tensors without data, for one step of each kind, and scaled to the run. Time is
 measured: a few steps of each kind run on this machine, uncompiled, on random images of the right shape, so it holds as
 far as the machine will be as busy as it is now; a compiled run takes less. Memory is what a run cannot do without where
-a student takes its batch whole, as on a GPU; what `cddlib.steps` keeps where there is room comes on top.
+a student takes its batch whole, as on a GPU; what `cddlib.training.step` keeps where there is room comes on top.
 """
 
 import dataclasses
@@ -25,18 +25,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cddlib.buffer import BufferConfig
-from cddlib.curriculum import SCORER_EPOCHS, SCORERS
-from cddlib.data import VALIDATION_FRACTION, Images, load
-from cddlib.distill import DistillConfig
-from cddlib.files import UserError
-from cddlib.matching import at_a_time, matching_losses, plan_student
-from cddlib.networks import Network, NetworkConfig, build_network, parameter_count
-from cddlib.preprocessing import Normalisation, Preprocessing, Whitening
-from cddlib.recipes import buffer_recipe
-from cddlib.runs import as_dict, from_dict, generator, resolve_device
-from cddlib.steps import Autograd
-from cddlib.training import SharpnessConfig, fetch_real, predict, train_epoch
+from cddlib.data.dataset import VALIDATION_FRACTION, Images, load
+from cddlib.data.preprocessing import Normalisation, Preprocessing, Whitening
+from cddlib.distillation.config import DistillConfig
+from cddlib.experts.curriculum import SCORER_EPOCHS, SCORERS
+from cddlib.experts.train import BufferConfig
+from cddlib.matching.loss import matching_losses
+from cddlib.matching.student import at_a_time, plan_student
+from cddlib.methods.recipes import buffer_recipe
+from cddlib.networks.convnet import Network, NetworkConfig, parameter_count
+from cddlib.networks.zoo import build_network
+from cddlib.runtime.config import as_dict, from_dict
+from cddlib.runtime.device import resolve_device
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.random import generator
+from cddlib.training.epoch import SharpnessConfig, fetch_real, predict, train_epoch
+from cddlib.training.step import Autograd
 
 MEASURED_SECONDS = 2.0
 """How long each kind of step is measured, at least; the first one is not counted."""

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cddlib.data import Dataset, Images, indices_by_class
-from cddlib.files import UserError, check_classes, read_tensors, tensor_digest, write_tensors
-from cddlib.preprocessing import Preprocessing, Whitening, preprocessing_from
-from cddlib.runs import generator
-from cddlib.training import fetch_real, predict
-from cddlib.trajectory import PREPROCESSING, Buffer
+from cddlib.data.dataset import Dataset, Images, indices_by_class
+from cddlib.data.preprocessing import Preprocessing, Whitening, preprocessing_from
+from cddlib.experts.buffer import PREPROCESSING, Buffer
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.files import check_classes, read_tensors, tensor_digest, write_tensors
+from cddlib.runtime.random import generator
+from cddlib.training.epoch import fetch_real, predict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,19 +20,24 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cddlib.buffer import BufferConfig, ease_of, expert_epoch, expert_optimizer
-from cddlib.concurrent import matched_segments
-from cddlib.data import load
-from cddlib.distill import DistillConfig, initial_state, iterate, validation_accuracy
+from cddlib.data.dataset import load
+from cddlib.data.preprocessing import fit_preprocessing
+from cddlib.distillation.checkpoint import CHECKPOINT, State, milestone_path, milestones
+from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.gradient import matched_segments
+from cddlib.distillation.loop import initial_state, iterate, validation_accuracy
 from cddlib.evaluate import Trainer
-from cddlib.files import UserError, file_digest, read_json, read_tensors
-from cddlib.networks import NetworkConfig
-from cddlib.preprocessing import fit_preprocessing
-from cddlib.ranks import Ranks
-from cddlib.runs import Metrics, from_dict, generator, resolve_device
-from cddlib.state import CHECKPOINT, State, milestone_path, milestones
-from cddlib.training import accuracy
-from cddlib.trajectory import Buffer, expert_path
+from cddlib.experts.buffer import Buffer, expert_path
+from cddlib.experts.train import BufferConfig, ease_of, expert_epoch, expert_optimizer
+from cddlib.networks.convnet import NetworkConfig
+from cddlib.runtime.config import from_dict
+from cddlib.runtime.device import resolve_device
+from cddlib.runtime.distributed import Ranks
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.files import file_digest, read_json, read_tensors
+from cddlib.runtime.random import generator
+from cddlib.runtime.run_folder import Metrics
+from cddlib.training.epoch import accuracy
 
 TOLERANCE = 0.02
 """Largest relative difference that rounding explains between machines; see the book's page on reliability."""

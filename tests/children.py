@@ -19,6 +19,9 @@ CONTEXT.set_forkserver_preload(["cddlib.cli", "cddlib.commands", "torchvision.tr
 
 Setting = Callable[[], object]
 
+STUDIES = ("correlate", "compare", "search", "record")
+"""Commands of `python -m cddbook`."""
+
 
 class Child:
     """A command line of cddlib in a process of its own."""
@@ -67,6 +70,15 @@ class Child:
         return self.log.read_text() if self.log.exists() else ""
 
 
+def main(arguments: list[str]) -> int:
+    """The exit code of a command of the library, or of a study of the book."""
+    import cddbook.__main__
+    import cddlib.cli
+
+    program = cddbook.__main__ if arguments[:1] and arguments[0] in STUDIES else cddlib.cli
+    return program.main(arguments)
+
+
 def run(arguments: list[Any], log: Path, *settings: Setting) -> tuple[int, str]:
     """The exit code and the output of a command line."""
     child = Child(arguments, log, *settings)
@@ -80,13 +92,11 @@ def _main(arguments: list[str], log: Path, settings: tuple[Setting, ...]) -> Non
     os.dup2(file, 2)
     import torch
 
-    from cddlib import cli
-
     multiprocessing.set_start_method("fork", force=True)  # for its own children
     torch.set_num_threads(1)
     for setting in settings:
         setting()
-    sys.exit(cli.main(arguments))
+    sys.exit(main(arguments))
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------

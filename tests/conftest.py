@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import cddlib
-from cddlib.files import write_record
-from cddlib.runs import Recorder
+from cddbook.records import write_record
+from cddlib.runtime.provenance import Recorder
 
 torch.set_num_threads(1)  # the test processes share the cores, and every network here is tiny
 hypothesis.settings.register_profile("cddlib", deadline=None, derandomize=True)

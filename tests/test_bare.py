@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
 
     import torch
 
-    from cddlib.files import read_json, write_tensors
+    from cddlib.runtime.files import read_json, write_tensors
 
     rng = cddlib.generator("bare")
     tensors = {}

@@ -8,20 +8,21 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from children import main
 
 import cddlib
-from cddlib import cli, commands, files
-from cddlib.study import remedies
-from cddlib.trajectory import Buffer
+from cddbook.study import remedies
+from cddlib import commands
+from cddlib.experts.buffer import Buffer
+from cddlib.runtime import files
 
 COMMANDS = ("data", "recipes", "plan", "buffer", "distill", "evaluate", "export", "import-buffer", "import-set")
-COMMANDS += ("correlate", "compare", "search", "record")
 
 
 def run(*arguments: object) -> int:
     """Exit code, also where the parser itself exits."""
     try:
-        return cli.main([str(argument) for argument in arguments])
+        return main([str(argument) for argument in arguments])
     except SystemExit as exit_:
         return exit_.code
 
@@ -228,7 +229,7 @@ def test_a_correlation_study_from_the_command_to_its_record(buffer: Buffer, tmp_
     out, record = tmp_path / "study", tmp_path / "record.json"
     command = ["correlate", *STUDY, "--probe-starts", "0", "3", "--iterations", "2", "--replicates", "2"]
     assert run(*command, "--buffer", buffer.folder, "--out", out) == 0
-    assert capsys.readouterr().out == f"8 runs are finished; `cddlib record {out} --to FILE` gathers them\n"
+    assert capsys.readouterr().out == f"8 runs are finished; `python -m cddbook record {out} --to FILE` gathers them\n"
     assert run("record", out, "--to", record) == 0
     assert capsys.readouterr().out == f"wrote {record}\n"
     found = json.loads(record.read_text())
@@ -253,7 +254,7 @@ def test_segment_counts_are_compared_from_the_command_to_the_record(buffer: Buff
     command = ["compare", *STUDY, "--iterations", "4", "--validate-every", "2", "--counts", "1", "2"]
     command += ["--seeds", "2", "--networks", "1", "--buffer", str(buffer.folder), "--out", str(out)]
     assert run(*command) == 0
-    assert capsys.readouterr().out == f"4 runs are finished; `cddlib record {out} --to FILE` gathers them\n"
+    assert capsys.readouterr().out == f"4 runs are finished; `python -m cddbook record {out} --to FILE` gathers them\n"
     assert run("record", out, "--to", record) == 0
     found = json.loads(record.read_text())["runs"]
     assert {name: len(entry["metrics"]["loss"]) for name, entry in found.items()} == {
@@ -273,7 +274,7 @@ def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> No
     command = ["compare", *STUDY, "--what", "remedies", "--segments", "2", "--iterations", "4", "--validate-every", "0"]
     command += ["--consolidate-every", "1", "--seeds", "1", "--networks", "1", "--buffer", str(buffer.folder)]
     assert run(*command, "--out", out) == 0
-    assert capsys.readouterr().out == f"12 runs are finished; `cddlib record {out} --to FILE` gathers them\n"
+    assert capsys.readouterr().out == f"12 runs are finished; `python -m cddbook record {out} --to FILE` gathers them\n"
     assert run("record", out, "--to", record) == 0
     found = {name.removesuffix("/seed-0"): entry for name, entry in json.loads(record.read_text())["runs"].items()}
     assert found.keys() == remedies(2).keys()

@@ -5,17 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
+from children import main
 
 import cddlib
-from cddlib import cli
-from cddlib.files import read_json
-from cddlib.trajectory import Buffer
+from cddlib.experts.buffer import Buffer
+from cddlib.runtime.files import read_json
 
 
 def run(*arguments: object) -> int:
     """Exit code, also where the parser itself exits."""
     try:
-        return cli.main([str(argument) for argument in arguments])
+        return main([str(argument) for argument in arguments])
     except SystemExit as exit_:
         return exit_.code
 

@@ -13,12 +13,18 @@ import torch
 import torch.nn.functional as F
 
 import cddlib
-from cddlib import augment, data, evaluate, files, runs
+from cddbook.records import collect
+from cddlib import evaluate
+from cddlib.data import augment
+from cddlib.data import dataset as data
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set, summarise, train_network
-from cddlib.files import UserError
-from cddlib.networks import ConvNet, NetworkConfig, build_network
+from cddlib.experts.buffer import Buffer
+from cddlib.networks.convnet import ConvNet, NetworkConfig
+from cddlib.networks.zoo import build_network
+from cddlib.runtime import config as configs
+from cddlib.runtime import files
+from cddlib.runtime.errors import UserError
 from cddlib.synthetic import SyntheticSet
-from cddlib.trajectory import Buffer
 
 evaluate_run = partial(cddlib.evaluate_run, device="cpu")
 CPU = torch.device("cpu")
@@ -132,7 +138,7 @@ def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
 
 def test_networks_are_tested_on_the_test_images(run: Path) -> None:
     synthetic = SyntheticSet.load(run / "synthetic.safetensors")
-    config = runs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
+    config = configs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
     network = ConvNet(NetworkConfig(width=8, depth=2), (1, 8, 8), 10)
     test = data.load("digits").test
     wanted = [
@@ -218,14 +224,14 @@ def test_another_seed_has_a_record_of_its_own(run: Path) -> None:
 def test_another_network_is_trained_instead(run: Path, name: str) -> None:
     other = NetworkConfig(network=name)
     synthetic = SyntheticSet.load(run / "synthetic.safetensors")
-    config = runs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
+    config = configs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
     digits = data.load("digits")
     network = build_network(other, (1, 8, 8), 10)
     arguments = {"purpose": "evaluation", "seed": 0}
     wanted = accuracy_of_set(synthetic, network, config, config.augment, digits.test, **arguments)
     record = evaluate_run(run, runs=1, baselines=False, network=other)
     assert record["accuracies"]["synthetic"] == [wanted]
-    assert record["network"] == runs.as_dict(other)
+    assert record["network"] == configs.as_dict(other)
 
 
 def test_baselines_train_the_other_network_too(run: Path, monkeypatch) -> None:
@@ -242,12 +248,12 @@ def test_baselines_train_the_other_network_too(run: Path, monkeypatch) -> None:
 
 def test_each_network_has_a_record_of_its_own(run: Path) -> None:
     own = evaluate_run(run, runs=1, baselines=False)
-    assert own["network"] == runs.as_dict(NetworkConfig(width=8, depth=2))
+    assert own["network"] == configs.as_dict(NetworkConfig(width=8, depth=2))
     assert evaluate_run(run, runs=1, baselines=False, network=NetworkConfig(width=8, depth=2)) == own
     others = [NetworkConfig(network="mlp"), NetworkConfig(width=4, depth=1)]
     records = [own, *(evaluate_run(run, runs=1, baselines=False, network=other) for other in others)]
     assert [evaluate_run(run, runs=1, baselines=False, network=other) for other in [None, *others]] == records
-    found = cddlib.runs.collect(run)["evaluations"]
+    found = collect(run)["evaluations"]
     assert len(found) == 3
     assert all(record in found for record in records)
 
@@ -255,7 +261,7 @@ def test_each_network_has_a_record_of_its_own(run: Path) -> None:
 def test_the_record_of_the_own_network_keeps_its_name(run: Path) -> None:
     record = evaluate_run(run, runs=1, baselines=False)
     identity = {key: record[key] for key in ("synthetic_sha256", "seed", "evaluation")}
-    assert (run / f"evaluation-{runs.config_hash(identity)}.json").exists()
+    assert (run / f"evaluation-{configs.config_hash(identity)}.json").exists()
 
 
 def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monkeypatch) -> None:
@@ -315,7 +321,7 @@ def test_an_evaluation_at_which_another_process_is_is_refused(run: Path) -> None
     evaluate_run(run, runs=1, baselines=False)
     (record,) = run.glob("evaluation-*.json")
     lock = run / f".{record.stem}.lock"
-    command = "import sys\nfrom pathlib import Path\nfrom cddlib.runs import locked\n"
+    command = "import sys\nfrom pathlib import Path\nfrom cddlib.runtime.run_folder import locked\n"
     command += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", command, str(lock)], **pipes) as other:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from golden.write import GOLDEN, RUNS, golden
 
-from cddlib.files import read_record
+from cddbook.records import read_record
 
 TOLERANCE = 1e-4
 """Relative. Other kernels and instruction sets stay below 1e-5 here, and real changes far above."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import cddlib
-from cddlib.files import UserError
-from cddlib.networks import NetworkConfig, parameter_count
+from cddlib.networks.convnet import NetworkConfig, parameter_count
 from cddlib.plan import Cost, Sizes, _PeakMemory, _student, _test, _training, buffer_of, costs_table, plan, sizes_of
+from cddlib.runtime.errors import UserError
 
 WIDE = NetworkConfig()
 CIFAR = Sizes((3, 32, 32), 10, 50_000, 10_000)

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from cddlib import cli, commands, recipes
-from cddlib.files import UserError
-from cddlib.networks import NetworkConfig
+from cddlib import cli, commands
+from cddlib.methods import recipes
+from cddlib.networks.convnet import NetworkConfig
+from cddlib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

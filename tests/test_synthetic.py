@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cddlib import data, files
-from cddlib.files import UserError
-from cddlib.preprocessing import fit_preprocessing
+from cddlib.data import dataset as data
+from cddlib.data.preprocessing import fit_preprocessing
+from cddlib.experts.buffer import Buffer
+from cddlib.runtime import files
+from cddlib.runtime.errors import UserError
 from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
-from cddlib.trajectory import Buffer
 
 CPU = torch.device("cpu")
 PREPROCESSING = fit_preprocessing(data.load("digits"), zca=False)

@@ -12,9 +12,10 @@ import torch
 
 import cddlib
 from cddlib import cli
-from cddlib.files import UserError, file_digest, read_json, read_tensors, seal, write_json, write_tensors
-from cddlib.state import milestone_path, milestones
-from cddlib.trajectory import Buffer, expert_path, write_trajectory
+from cddlib.distillation.checkpoint import milestone_path, milestones
+from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.files import file_digest, read_json, read_tensors, seal, write_json, write_tensors
 from cddlib.verify import Check, _numbers, _tensors, checks_table, verify
 
 

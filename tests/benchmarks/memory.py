@@ -21,11 +21,12 @@ import torch.nn.functional as F
 import tyro
 
 import cddlib
-from cddlib import augment
-from cddlib.combine import weighted_sum
-from cddlib.files import write_record
-from cddlib.matching import MatchingConfig
-from cddlib.runs import Recorder, resolve_device
+from cddbook.records import write_record
+from cddlib.data import augment
+from cddlib.matching.combine import weighted_sum
+from cddlib.matching.student import MatchingConfig
+from cddlib.runtime.device import resolve_device
+from cddlib.runtime.provenance import Recorder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,12 @@ from typing import Any
 import torch
 
 import cddlib
-from cddlib.files import read_json, write_record
+from cddbook.records import write_record
 from cddlib.plan import buffer_of, plan
-from cddlib.runs import Recorder, as_dict, keep_freed_memory
+from cddlib.runtime.config import as_dict
+from cddlib.runtime.device import keep_freed_memory
+from cddlib.runtime.files import read_json
+from cddlib.runtime.provenance import Recorder
 
 RUNS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "digits, mtt, IPC 1": ("mtt", 1, {"data": "digits", "iterations": 60}, {"experts": 3}),

@@ -17,14 +17,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cddlib
-from cddlib.augment import AugmentConfig
-from cddlib.data import load
-from cddlib.files import read_record, write_record
-from cddlib.matching import MatchingConfig, matching_loss, plan_student
-from cddlib.runs import Recorder, keep_freed_memory, resolve_device
-from cddlib.steps import ComputeConfig
+from cddbook.records import read_record, write_record
+from cddlib.data.augment import AugmentConfig
+from cddlib.data.dataset import load
+from cddlib.experts.buffer import Buffer
+from cddlib.matching.loss import matching_loss
+from cddlib.matching.student import MatchingConfig, plan_student
+from cddlib.runtime.device import keep_freed_memory, resolve_device
+from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticConfig, initialise
-from cddlib.trajectory import Buffer
+from cddlib.training.step import ComputeConfig
 
 WALKS = [
     *itertools.product((1,), (20, 50), ("early", "middle", "late"), (0, 1), (0.01,)),

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import cddlib
-from cddlib.distill import distill
+from cddbook.records import write_record
+from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
-from cddlib.files import write_record
-from cddlib.recipes import buffer_recipe, distill_recipe
-from cddlib.runs import Recorder, keep_freed_memory, resolve_device
+from cddlib.methods.recipes import buffer_recipe, distill_recipe
+from cddlib.runtime.device import keep_freed_memory, resolve_device
+from cddlib.runtime.provenance import Recorder
 
 PRECISIONS = ("float32", "bfloat16")
 DIGITS: dict[str, Any] = {"iterations": 100, "validate_every": 0, "segments": 2, "evaluation_epochs": 300}

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 
 import cddlib
-from cddlib.files import file_digest, write_record
-from cddlib.runs import Metrics, Recorder
+from cddbook.records import write_record
+from cddlib.runtime.files import file_digest
+from cddlib.runtime.provenance import Recorder
+from cddlib.runtime.run_folder import Metrics
 
 VARIANTS = {
     "the machine": {},

@@ -46,14 +46,17 @@ from scaling_model import (
 )
 
 import cddlib
-from cddlib.data import load
-from cddlib.distill import DistillConfig, initial_state, iterate
-from cddlib.files import write_record
-from cddlib.matching import plan_student
+from cddbook.records import write_record
+from cddlib.data.dataset import load
+from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.loop import initial_state, iterate
+from cddlib.matching.student import plan_student
+from cddlib.methods.recipes import source
 from cddlib.plan import sizes_of
-from cddlib.ranks import Ranks
-from cddlib.recipes import source
-from cddlib.runs import Recorder, generator, keep_freed_memory
+from cddlib.runtime.device import keep_freed_memory
+from cddlib.runtime.distributed import Ranks
+from cddlib.runtime.provenance import Recorder
+from cddlib.runtime.random import generator
 
 PROCESSES = (1, 2, 4)
 SEGMENTS = (4, 8)

@@ -1,6 +1,6 @@
 """What an iteration takes on W devices, and what keeps it from being W times as fast: a model of numbers alone.
 
-Devices divide the segments of an iteration, as `cddlib.ranks` does; all wait for the slowest of them; a ring all-reduce
+Devices divide the segments of an iteration, as distillation does; all wait for the slowest of them; a ring all-reduce
 adds the gradients; and every device draws all students and takes the optimiser's step on its own::
 
     T(W) = E max over devices (their segments' times)               compute, idle devices, the slowest one
@@ -23,7 +23,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import norm
 
-from cddlib.distill import DistillConfig
+from cddlib.distillation.config import DistillConfig
 from cddlib.plan import buffer_of, plan, sizes_of
 
 Scaling = Literal["strong", "weak"]

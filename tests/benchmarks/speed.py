@@ -34,18 +34,21 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cddlib
-from cddlib.augment import AugmentConfig
-from cddlib.convnet_steps import not_compiled
-from cddlib.data import Images
-from cddlib.engine import room
+from cddbook.records import read_record, write_record
+from cddlib.data.augment import AugmentConfig
+from cddlib.data.dataset import Images
+from cddlib.data.preprocessing import Normalisation
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
-from cddlib.files import is_want_of_memory, read_record, write_record
-from cddlib.matching import MatchingConfig, matching_losses, turns
-from cddlib.preprocessing import Normalisation
-from cddlib.runs import Recorder, keep_freed_memory, resolve_device
-from cddlib.steps import ComputeConfig
+from cddlib.matching.loss import matching_losses
+from cddlib.matching.student import MatchingConfig, turns
+from cddlib.runtime.device import keep_freed_memory, resolve_device
+from cddlib.runtime.errors import is_want_of_memory
+from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
-from cddlib.training import fetch_real, train_epoch
+from cddlib.training.convnet_step import not_compiled
+from cddlib.training.engine import room
+from cddlib.training.epoch import fetch_real, train_epoch
+from cddlib.training.step import ComputeConfig
 
 SHAPE, CLASSES = (3, 32, 32), 10
 STRATEGY = AugmentConfig().augment

@@ -28,11 +28,13 @@ import tyro
 from PIL import Image
 
 import cddlib
-from cddlib.data import fingerprint
-from cddlib.files import file_digest, read_json, seal, write_record
-from cddlib.preprocessing import fit_preprocessing
-from cddlib.runs import Recorder, resolve_device
-from cddlib.training import fetch_real
+from cddbook.records import write_record
+from cddlib.data.dataset import fingerprint
+from cddlib.data.preprocessing import fit_preprocessing
+from cddlib.runtime.device import resolve_device
+from cddlib.runtime.files import file_digest, read_json, seal
+from cddlib.runtime.provenance import Recorder
+from cddlib.training.epoch import fetch_real
 
 DIFFERENT = 100
 """Images that differ."""

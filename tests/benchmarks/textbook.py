@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cddlib
-from cddlib import augment
-from cddlib.matching import Step
-from cddlib.networks import Network
+from cddlib.data import augment
+from cddlib.matching.student import Step
+from cddlib.networks.convnet import Network
 
 
 def matching_loss(

@@ -21,8 +21,8 @@ if __name__ == "__main__":
 from conftest import TINY
 
 import cddlib
-from cddlib.files import write_record
-from cddlib.runs import Metrics
+from cddbook.records import write_record
+from cddlib.runtime.run_folder import Metrics
 
 GOLDEN = Path(__file__).with_name("digits.json")
 BUFFER: dict[str, Any] = {**TINY, "activation": "sigmoid"}

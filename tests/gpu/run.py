@@ -44,17 +44,23 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import cddlib  # noqa: E402
-from cddlib import convnet_steps, matching  # noqa: E402
-from cddlib.augment import CHANGES, AugmentConfig  # noqa: E402
-from cddlib.data import Images  # noqa: E402
+from cddbook.records import read_record, write_record  # noqa: E402
+from cddlib.data.augment import CHANGES, AugmentConfig  # noqa: E402
+from cddlib.data.dataset import Images  # noqa: E402
+from cddlib.data.preprocessing import Normalisation  # noqa: E402
 from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set, fetch_synthetic, train_network  # noqa: E402
-from cddlib.files import read_json, read_record, read_tensors, write_record  # noqa: E402
-from cddlib.matching import MatchingConfig, matching_losses  # noqa: E402
-from cddlib.preprocessing import Normalisation  # noqa: E402
-from cddlib.ranks import Interrupted, Ranks  # noqa: E402
-from cddlib.runs import Metrics, Recorder, resolve_device  # noqa: E402
-from cddlib.steps import ComputeConfig  # noqa: E402
-from cddlib.training import fetch_real, train_epoch  # noqa: E402
+from cddlib.matching import loss as losses  # noqa: E402
+from cddlib.matching import student as students  # noqa: E402
+from cddlib.matching.loss import matching_losses  # noqa: E402
+from cddlib.matching.student import MatchingConfig  # noqa: E402
+from cddlib.runtime.device import resolve_device  # noqa: E402
+from cddlib.runtime.distributed import Interrupted, Ranks  # noqa: E402
+from cddlib.runtime.files import read_json, read_tensors  # noqa: E402
+from cddlib.runtime.provenance import Recorder  # noqa: E402
+from cddlib.runtime.run_folder import Metrics  # noqa: E402
+from cddlib.training import convnet_step  # noqa: E402
+from cddlib.training.epoch import fetch_real, train_epoch  # noqa: E402
+from cddlib.training.step import ComputeConfig  # noqa: E402
 
 CLASSES = 10
 STRATEGY = AugmentConfig().augment
@@ -181,7 +187,7 @@ def machine(bench: Bench) -> Iterator[dict[str, Any]]:
     ):
         x = torch.randn(images, width, side, side, device=device).to(dtype, memory_format=torch.channels_last)
         w = torch.randn(width, width, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-        with convnet_steps._multiplying(name, device):
+        with convnet_step._multiplying(name, device):
             ms = bench.timed(lambda x=x, w=w: [F.conv2d(x, w, padding=1) for _ in range(20)])["least"] / 20
         rates[f"convolution_{name}_{images}"] = 2 * images * width**2 * 9 * side**2 / 1e9 / ms
     yield {"rates": {name: round(rate, 3) for name, rate in rates.items()}}
@@ -189,7 +195,7 @@ def machine(bench: Bench) -> Iterator[dict[str, Any]]:
 
 # --- Gradients --------------------------------------------------------------------------------------------------
 
-Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[matching.Step]]
+Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[students.Step]]
 """Start, target, images, targets, step size and steps of a student."""
 
 
@@ -264,8 +270,8 @@ def gradients(bench: Bench) -> Iterator[dict[str, Any]]:
         config = MatchingConfig(precision=precision, compiled=compiled and bench.gpu)  # type: ignore[arg-type]
         row(name, several[0], engine(network, several[:1], config)[0])
         yield {"walks": rows}
-    plain = matching._walk_for(network, exact, bench.device, (CLASSES,) * few, True, 1)
-    inputs, wanted, _ = matching._batches([several[0][5]], several[0][2][None], several[0][3][None])
+    plain = losses._walk_for(network, exact, bench.device, (CLASSES,) * few, True, 1)
+    inputs, wanted, _ = students._batches([several[0][5]], several[0][2][None], several[0][3][None])
     loss, *_ = plain(several[0][0][None], several[0][1][None], inputs, wanted, several[0][4][None])
     yield {
         "walks": rows,
@@ -353,19 +359,19 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
         yield match("textbook", 1, bench.sizes.steps, count)
     if bench.gpu:
         torch.backends.cudnn.benchmark = True
-        matching._graph.cache_clear()
+        losses._graph.cache_clear()
         yield match("cddlib", 1, bench.sizes.steps)
         rows[-1]["way"] = "cddlib, cuDNN's search"
         torch.backends.cudnn.benchmark = False
-        matching._graph.cache_clear()
+        losses._graph.cache_clear()
         yield {"rows": rows, "kernels": kernels(iteration(bench, 1, bench.sizes.steps, 1, ways["cddlib"]))}
 
 
 def without_graph(bench: Bench, config: MatchingConfig) -> Callable[[], object]:
     """A walk whose compiled steps are launched one after the other."""
     start, target, images, targets, step_size, plan = random_walk(bench, 0, bench.sizes.steps)
-    inputs, wanted, sizes = matching._batches([plan], images[None], targets[None])
-    walk = matching._walk_for(bench.network, config, bench.device, sizes, True, 1)
+    inputs, wanted, sizes = students._batches([plan], images[None], targets[None])
+    walk = losses._walk_for(bench.network, config, bench.device, sizes, True, 1)
     return lambda: walk(start[None], target[None], inputs, wanted, step_size[None])
 
 
@@ -430,7 +436,7 @@ def at_once(bench: Bench) -> Iterator[dict[str, Any]]:
 
         in_threads([functools.partial(repeat, run) for run in runs], bench)
         seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
-        matching._graph.cache_clear()
+        losses._graph.cache_clear()
         rows.append({"runs": count, "segments": segments, "segments_a_second": times * count * segments / seconds})
         print(f"    {rows[-1]}", flush=True)
         yield {"rows": rows}
@@ -628,7 +634,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (bench.gpu or options.tiny):
         parser.error(f"the device is {bench.device}; this is for a GPU. A CPU does all of it with --tiny.")
     if options.no_graphs:
-        matching.Graph = lambda function: function  # type: ignore[assignment,misc]
+        losses.Graph = lambda function: function  # type: ignore[assignment,misc]
     failed = 0
     for name in options.stages:
         path, (stage, least) = options.to / f"{name}.json", STAGES[name]

@@ -19,16 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cddlib
-from cddlib import matching, training
-from cddlib.augment import CHANGES, AugmentConfig
-from cddlib.convnet_steps import Derived
-from cddlib.distill import initial_state, iterate
+from cddlib.data.augment import CHANGES, AugmentConfig
+from cddlib.distillation.checkpoint import State
+from cddlib.distillation.loop import initial_state, iterate
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
-from cddlib.graphs import Graph
-from cddlib.matching import MatchingConfig
-from cddlib.networks import parameter_count
-from cddlib.ranks import Ranks
-from cddlib.state import State
+from cddlib.matching import loss as losses
+from cddlib.matching.student import MatchingConfig
+from cddlib.networks.convnet import parameter_count
+from cddlib.runtime.distributed import Ranks
+from cddlib.training import epoch as training
+from cddlib.training.convnet_step import Derived
+from cddlib.training.graphs import Graph
 
 CUDA = torch.device("cuda:0")
 STRATEGY = AugmentConfig().augment
@@ -91,12 +92,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     monkeypatch.setattr(Tensor, "isfinite", lambda self: torch.ones(1, dtype=torch.bool))
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: tolist(self.cpu()) if self.is_cuda else tolist(self))
-    monkeypatch.setattr(matching, "branches", one_after_the_other)
+    monkeypatch.setattr(losses, "branches", one_after_the_other)
     monkeypatch.setattr(Graph, "__call__", lambda self, *arguments: self._function(*arguments))
-    for module in (matching, training):
+    for module in (losses, training):
         module._graph.cache_clear()
     yield PretendedGPU()
-    for module in (matching, training):
+    for module in (losses, training):
         module._graph.cache_clear()
 
 
@@ -161,7 +162,7 @@ def test_a_walk_asks_for_nothing_and_its_convolutions_are_channels_last(side: in
         for steps in (2, 3):
             before = gpu.launches.copy()
             walk = (Derived(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
-            matching._walk(*walk, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size)
+            losses._walk(*walk, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size)
             counts.append(gpu.launches - before)
     step = counts[1] - counts[0]
     assert (gpu.uploads, gpu.waits, gpu.unordered) == (0, 0, [])
@@ -176,7 +177,7 @@ def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU,
     config = cddlib.distill_recipe("mtt", "digits", width=8, zca=zca)
     synthetic = dataclasses.replace(
         initial_state(config, dataset, buffer, torch.device("cpu")).synthetic.copy(),
-        preprocessing=cddlib.preprocessing.fit_preprocessing(dataset, zca=zca),
+        preprocessing=cddlib.data.preprocessing.fit_preprocessing(dataset, zca=zca),
     )
     with gpu:
         on_gpu, how = synthetic.to(CUDA), EvaluateConfig(evaluation_epochs=3)

@@ -1,0 +1,103 @@
+"""Trajectory matching as continual learning: forgetting, transfer, and the error that accumulates.
+
+A *stage* is what happens between two measurements of the probes (one iteration, or `probe_every` of them), a *task* is
+a probe, and a stage visits the tasks that it matched. A score is minus a loss: higher is better. Row 0 of a table of
+scores is before the first stage, row k after stage k; where every stage visits the next task these are the textbook
+measures of GEM and RWalk.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+Scores = Float[np.ndarray, "rows tasks"]
+Visits = Bool[np.ndarray, "stages tasks"]
+
+
+# --- Forgetting and transfer ------------------------------------------------------------------------------------
+
+
+def _visited(visits: Visits) -> list[tuple[int, Sequence[int]]]:
+    """Each visited task with the rows right after its visits, ascending."""
+    rows = [(task, (np.flatnonzero(visits[:, task]) + 1).tolist()) for task in range(visits.shape[1])]
+    return [(task, after) for task, after in rows if after]
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def average_forgetting(scores: Scores, visits: Visits) -> float:
+    """Mean over tasks of the best score between the first visit and the last stage, minus the last score.
+
+    Positive: what was once learned is lost. Tasks that no stage before the last one visits do not count; nan if none
+    does. Source: Chaudhry et al. 2018 (RWalk).
+    """
+    last = len(scores) - 1
+    return _mean(
+        [
+            float(scores[after[0] : last, task].max() - scores[last, task])
+            for task, after in _visited(visits)
+            if after[0] < last
+        ]
+    )
+
+
+def backward_transfer(scores: Scores, visits: Visits) -> float:
+    """Mean over tasks of the last score minus the score right after the task's last visit.
+
+    Negative: later stages undid it. Tasks that the last stage visits do not count; nan if no other was visited.
+    Source: Lopez-Paz & Ranzato 2017 (GEM).
+    """
+    last = len(scores) - 1
+    return _mean(
+        [float(scores[last, task] - scores[after[-1], task]) for task, after in _visited(visits) if after[-1] < last]
+    )
+
+
+def forward_transfer(scores: Scores, visits: Visits) -> float:
+    """Mean over tasks of the score just before the task's first visit minus the score at the start.
+
+    Positive: earlier stages helped a task before it was ever matched. Tasks that the first stage visits do not count;
+    nan if no other was visited. Source: Lopez-Paz & Ranzato 2017 (GEM).
+    """
+    return _mean(
+        [float(scores[after[0] - 1, task] - scores[0, task]) for task, after in _visited(visits) if after[0] > 1]
+    )
+
+
+def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, " intervals"]:
+    """Relative change of a probe's loss from right after one visit to right before the next, over all probes.
+
+    A forgetting event is a positive one. Visits in adjoining stages leave nothing between them and do not count.
+    """
+    changes = [
+        losses[following - 1, task] / losses[after, task] - 1
+        for task, rows in _visited(visits)
+        for after, following in itertools.pairwise(rows)
+        if following - 1 > after
+    ]
+    return np.asarray(changes, dtype=float)
+
+
+def probe_table(lines: Sequence[dict[str, Any]], starts: Sequence[int], expert: int) -> tuple[Scores, Visits]:
+    """Losses of the probes and the visits of the stages between, from the lines of a run's metrics.
+
+    A probe is visited when its start epoch is matched on its own expert, and the iteration is not skipped.
+    """
+    losses: list[list[float]] = []
+    visits: list[list[bool]] = []
+    seen: set[int] = set()
+    for line in lines:
+        if "loss" in line and not line.get("skipped"):
+            seen |= set(line["starts"]) if line["expert"] == expert else set()
+            seen |= {start for other, start in line.get("replayed", []) if other == expert}
+        if "probe_losses" in line:
+            if losses:
+                visits.append([start in seen for start in starts])
+            losses.append(line["probe_losses"])
+            seen = set()
+    return np.asarray(losses, dtype=float), np.asarray(visits, dtype=bool).reshape(-1, len(starts))

@@ -1,0 +1,153 @@
+"""How matching one segment changes the others.
+
+First a fixed set of segments, the *probes*, whose losses and gradients any run can follow; then pure functions on what
+it recorded. In every matrix the row is the segment that is matched and the column the one that is measured::
+
+    pearson       correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
+                  describe it. All losses fall together as the set improves, so `changes` of them can be given as well
+    net_change    by how much a loss has changed in the end, relative to its start
+    cosines       between the segments' gradients: −1 is conflict, +1 agreement
+    transfer      what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
+
+A claim about signs needs a test: `permutation_test` for two curves, `t_test` for a number measured once a replicate.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Matrix = Float[np.ndarray, "matched measured"]
+
+
+# --- Curves of losses -------------------------------------------------------------------------------------------
+
+
+def pearson(curves: Float[np.ndarray, "matched times measured"]) -> Matrix:
+    """C_ij = corr(L_i, L_j) over the times of the run that matched i; nan where a curve is constant.
+
+    Args:
+        curves: `curves[i, s, j]`, the loss of segment j at time s of the run that matched segment i; or `changes`.
+    """
+    centred = curves - curves.mean(axis=1, keepdims=True)
+    own = np.stack([run[:, matched] for matched, run in enumerate(centred)])
+    covariance = np.einsum("is,isj->ij", own, centred)
+    norms = np.sqrt((own**2).sum(axis=1))[:, None] * np.sqrt((centred**2).sum(axis=1))
+    moves = np.ptp(curves, axis=1) > 0
+    defined = np.diagonal(moves)[:, None] & moves
+    return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=defined)
+
+
+def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.ndarray, "matched times-1 measured"]:
+    """Ranks of every curve's changes from one time to the next, for `pearson` to correlate (Spearman's correlation).
+
+    Changes, because the losses of all segments fall together; ranks, because the first steps away from real images
+    change every loss far more than all later ones, and would decide any other correlation.
+    """
+    import scipy.stats
+
+    return scipy.stats.rankdata(np.diff(losses, axis=1), axis=1)
+
+
+def net_change(losses: Float[np.ndarray, "matched times measured"]) -> Matrix:
+    """(L_j(end) − L_j(start)) / L_j(start) in the run that matched i; above 0, matching i hurt j."""
+    return losses[:, -1] / losses[:, 0] - 1
+
+
+def rise(losses: Float[np.ndarray, "matched times measured"]) -> Matrix:
+    """(L_j(end) − min L_j) / min L_j in the run that matched i: what j had won on the way, and lost again."""
+    return losses[:, -1] / losses.min(axis=1) - 1
+
+
+# --- Gradients --------------------------------------------------------------------------------------------------
+
+
+def cosines(products: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    """Cosines of the angles between vectors with these inner products."""
+    lengths = np.sqrt(np.diagonal(products))
+    return products / np.outer(lengths, lengths)
+
+
+def between_draws(products: Float[np.ndarray, "n n"]) -> Matrix:
+    """Cosines between segment i's gradient by one student and segment j's by another, from 2P x 2P inner products.
+
+    The diagonal is the noise ceiling: what the cosine of a segment with itself comes to, given how much two students
+    on the same segment differ. Symmetric: both orders are averaged.
+    """
+    count = len(products) // 2
+    across = cosines(np.asarray(products))[:count, count:]
+    return (across + across.T) / 2
+
+
+def length_ratios(products: Float[np.ndarray, "n n"]) -> Matrix:
+    """‖g_i‖ / ‖g_j‖ of the first students' gradients."""
+    lengths = np.sqrt(np.diagonal(np.asarray(products)))[: len(products) // 2]
+    return lengths[:, None] / lengths[None, :]
+
+
+def transfer(losses: Float[np.ndarray, " measured"], after: Matrix) -> Matrix:
+    """Z_ij = 1 − L_j(after a step on i) / L_j; above 0, the step on i helped j."""
+    return 1 - np.asarray(after) / np.asarray(losses)
+
+
+def predicted_transfer(geometry: dict[str, Any], rates: dict[str, float]) -> Matrix:
+    """Z_ij to first order, Σ_v η_v ⟨g_i,v, g_j,v⟩ / L_j, from what `Probes.geometry` returned."""
+    count = len(geometry["losses"])
+    inner = sum(rate * np.asarray(geometry["products"][name])[:count, :count] for name, rate in rates.items())
+    return np.asarray(inner) / np.asarray(geometry["losses"])
+
+
+# --- Summaries and tests ----------------------------------------------------------------------------------------
+
+
+def off_diagonal(matrix: Matrix) -> Float[np.ndarray, " pairs"]:
+    """The entries off the diagonal."""
+    return np.asarray(matrix)[~np.eye(len(matrix), dtype=bool)]
+
+
+def negative_shares(matrix: Matrix) -> tuple[float, float]:
+    """Share of negative entries below the diagonal (a later segment matched, an earlier one measured), and above it."""
+    matrix = np.asarray(matrix)
+    lower, upper = np.tril_indices(len(matrix), -1), np.triu_indices(len(matrix), 1)
+    return float((matrix[lower] < 0).mean()), float((matrix[upper] < 0).mean())
+
+
+def permutation_test(
+    first: Float[np.ndarray, "replicates times"],
+    second: Float[np.ndarray, "replicates times"],
+    *,
+    permutations: int = 9999,
+    seed: int = 0,
+) -> float:
+    """P-value of "the correlation is not negative", one-sided: small where it is negative beyond chance.
+
+    Shuffles the times of `second` within each replicate, and asks how often the mean correlation over the replicates
+    is as low as the observed one. Give it `changes` of losses, not losses: times of a trend cannot be exchanged.
+    Momentum makes neighbouring changes alike, so that small p-values are somewhat too small.
+    """
+    rng = np.random.default_rng(seed)
+    standard = [
+        (x - x.mean(axis=1, keepdims=True)) / np.where((s := x.std(axis=1, keepdims=True)) > 0, s, np.inf)
+        for x in (np.asarray(first), np.asarray(second))
+    ]
+    observed = (standard[0] * standard[1]).mean()
+    shuffled = np.broadcast_to(standard[1], (permutations, *standard[1].shape))
+    chance = (standard[0] * rng.permuted(shuffled, axis=2)).mean(axis=(1, 2))
+    return float((1 + (chance <= observed + 1e-12).sum()) / (permutations + 1))
+
+
+def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..."]:
+    """P-value of "the mean over replicates is not negative", one-sided, by Student's t; of two replicates or more."""
+    import scipy.stats
+
+    return np.asarray(scipy.stats.ttest_1samp(values, 0, axis=0, alternative="less").pvalue)
+
+
+def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
+    """P-values corrected for being several (Holm 1979)."""
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values)
+    scaled = p_values[order] * (len(p_values) - np.arange(len(p_values)))
+    found = np.empty_like(p_values)
+    found[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return found

@@ -1,0 +1,1 @@
+"""Figures, a file a chapter, in one style."""

@@ -1,0 +1,77 @@
+"""Figures of chapter 2: segments and students."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cddbook.figures.style import MARKERS
+from cddlib.matching.segments import SegmentsConfig, draw_segments
+
+
+def segment_draws(configs: Sequence[SegmentsConfig], draws: int, generator: torch.Generator) -> Figure:
+    """The start epochs of some iterations, one panel for each configuration; the anchor is filled."""
+    figure, axes = plt.subplots(1, len(configs), figsize=(3.2 * len(configs), 3.2), sharey=True, squeeze=False)
+    for axis, config in zip(axes[0], configs, strict=True):
+        for iteration in range(draws):
+            drawn = draw_segments(config, iteration, generator)
+            for k, start in enumerate(drawn.starts):
+                is_anchor = k == drawn.anchor
+                axis.plot([start, start + config.expert_epochs], [iteration] * 2, color="C0", alpha=0.4, linewidth=4)
+                axis.plot(start, iteration, "o", color="C3", fillstyle="full" if is_anchor else "none")
+        axis.set(xlabel="expert epoch", title=f"K = {config.segments}")
+        axis.set_xlim(config.window_start - 0.5, config.window_end + config.expert_epochs - 0.5)
+    axes[0, 0].set(ylabel="iteration")
+    return figure
+
+
+def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Figure:
+    """Normalised squared distance to the target after each student step; mean and standard deviation over repeats."""
+    figure, axis = plt.subplots()
+    for (label, values), marker in zip(distances.items(), MARKERS, strict=False):
+        steps, mean, spread = np.arange(values.shape[1]), values.mean(0).numpy(), values.std(0).numpy()
+        axis.plot(steps, mean, marker=marker, markevery=max(1, len(steps) // 10), label=label)
+        axis.fill_between(steps, mean - spread, mean + spread, alpha=0.25)
+    axis.axhline(1, color="0.4", linestyle=":")
+    axis.set(xlabel="student step i", ylabel="matching loss if it stopped here")
+    axis.legend()
+    return figure
+
+
+def _by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
+    """The measurements of single segments."""
+    table = pd.DataFrame(record["measurements"])
+    return table[table["implementation"].isin(("cddlib", "textbook"))].copy()
+
+
+def memory_against_steps(record: Mapping[str, Any]) -> Figure:
+    """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
+    table = _by_steps(record)
+    table["above"] = table["peak_mb"] - table["start_mb"]
+    figure, axis = plt.subplots()
+    sns.lineplot(table, x="student_steps", y="above", hue="implementation", style="implementation", markers=True)
+    axis.set(xlabel="student steps N", ylabel="peak memory above the start, MB")
+    axis.set_ylim(bottom=0)
+    return figure
+
+
+def memory_in_words(record: Mapping[str, Any]) -> str:
+    """The numbers behind `memory_against_steps`, and where they were measured."""
+    table = _by_steps(record)
+    parts = []
+    for implementation, mine in table.groupby("implementation"):
+        above = (mine["peak_mb"] - mine["start_mb"]).round().astype(int)
+        pairs = ", ".join(f"{mb} MB at N = {steps}" for steps, mb in zip(mine["student_steps"], above, strict=True))
+        parts.append(f"{implementation}: {pairs}")
+    config = record["config"]
+    return (
+        f"Above the process's {table['start_mb'].median():.0f} MB, with {config['images']} images and width "
+        f"{config['width']} on {record['device']}: " + "; ".join(parts) + "."
+    )

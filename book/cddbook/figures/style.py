@@ -1,0 +1,81 @@
+"""Every plot in the book. Each function draws what it is given and returns a matplotlib figure, or HTML."""
+
+import base64
+import html
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import seaborn as sns
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from torch import Tensor
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def use_style() -> None:
+    """Colour-blind palette, white background, text that stays readable at 640 pixels."""
+    sns.set_theme(style="whitegrid", palette="colorblind", font_scale=1.0)
+    plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
+
+
+def _as_percent(axes: Any) -> None:
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+# --- Buffering --------------------------------------------------------------------------------------------------
+
+
+def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str], *, columns: int = 10) -> Figure:
+    """Images with values between 0 and 1, in rows of `columns`, each under its title."""
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.75 * columns, 0.95 * rows), squeeze=False)
+    for axis, image, title in itertools.zip_longest(axes.flat, images.cpu(), titles):
+        axis.axis("off")
+        if image is not None:
+            axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
+            axis.set_title(title, fontsize=9)
+    return figure
+
+
+def captioned(figure: Figure, caption: str, alt: str, *, attributes: str = 'style="margin:0"') -> str:
+    """A figure as HTML, with words that a function made of its numbers; it is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    return (
+        f'<figure {attributes}><img src="data:image/png;base64,{picture}" alt="{html.escape(alt)}" '
+        f'style="max-width:100%"><figcaption>{html.escape(caption)}</figcaption></figure>'
+    )
+
+
+def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str, name: str) -> str:
+    """Frames behind a slider, as HTML that needs neither a kernel nor a network; each frame has its alt text.
+
+    Args:
+        frames: a figure for each position of the slider; they are closed.
+        alts: what each frame shows, in words; also written below it.
+        label: what the slider turns.
+        name: an identifier, unique on the page.
+    """
+    blocks = []
+    for index, (value, figure) in enumerate(frames.items()):
+        attributes = f'data-value="{value}" style="margin:0"{" hidden" if index else ""}'
+        blocks.append(captioned(figure, alts[value], alts[value], attributes=attributes))
+    first = next(iter(frames))
+    script = (
+        f"const frames = document.querySelectorAll('#{name} figure'), value = frames[this.value].dataset.value;"
+        "frames.forEach((frame, i) => frame.hidden = i != this.value);"
+        "this.nextElementSibling.value = value; this.setAttribute('aria-valuetext', value);"
+    )
+    return (
+        f'<div id="{name}"><label>{html.escape(label)} '
+        f'<input type="range" min="0" max="{len(frames) - 1}" value="0" step="1" autocomplete="off" '
+        f'aria-valuetext="{first}" '
+        f'oninput="{script}"> <output>{first}</output></label>{"".join(blocks)}</div>'
+    )

@@ -1,0 +1,199 @@
+"""From records of studies to numbers with their spread over replicates."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+from jaxtyping import Float
+
+from cddbook import continual, correlation
+from cddbook.study import lines_of
+
+Record = Mapping[str, Any]
+
+
+# --- Effects ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effect:
+    """A number measured once a replicate: mean, standard deviation, 95 % confidence interval of the mean."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+    count: int
+
+
+def effect(values: Sequence[float]) -> Effect:
+    """Summarise repeated measurements; a single one, or nan among them, settles nothing."""
+    array = np.asarray(values, dtype=float)
+    mean, count = float(array.mean()), len(array)
+    if count < 2:
+        return Effect(mean=mean, std=math.nan, low=-math.inf, high=math.inf, count=count)
+    std = float(array.std(ddof=1))
+    half = float(scipy.stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
+    return Effect(mean=mean, std=std, low=mean - half, high=mean + half, count=count)
+
+
+# --- Correlation studies ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Correlations:
+    """What a correlation study measured, replicate by replicate."""
+
+    starts: tuple[int, ...]
+    losses: Float[np.ndarray, "replicates matched times measured"]
+    controls: dict[str, Float[np.ndarray, "replicates times measured"]]
+    geometry: dict[str, list[list[dict[str, Any]]]]
+
+    def pearson(self, *, changes: bool = False) -> Float[np.ndarray, "replicates matched measured"]:
+        """Correlation of losses (or of their changes) while the row's segment alone is matched."""
+        return np.stack(
+            [correlation.pearson(correlation.changes(losses) if changes else losses) for losses in self.losses]
+        )
+
+    def net_change(self) -> Float[np.ndarray, "replicates matched measured"]:
+        """Relative change of a loss when the row's segment alone has been matched."""
+        return np.stack([correlation.net_change(losses) for losses in self.losses])
+
+    def rise(self) -> Float[np.ndarray, "replicates matched measured"]:
+        """How far a loss has risen above its lowest value when the row's segment alone has been matched."""
+        return np.stack([correlation.rise(losses) for losses in self.losses])
+
+    def pearson_in(self, control: str, *, changes: bool = False) -> Float[np.ndarray, "replicates p p"]:
+        """Correlation of the probes' losses (or of their changes) within a `sequential` or `concurrent` run."""
+        count = len(self.starts)
+        runs = [np.broadcast_to(run, (count, *run.shape)) for run in self.controls[control]]
+        return np.stack([correlation.pearson(correlation.changes(run) if changes else run) for run in runs])
+
+    def cosines(self, control: str, when: int) -> Float[np.ndarray, "replicates p p"]:
+        """Cosines between two students' image gradients at the start (0) or the end (-1) of a control run."""
+        return np.stack(
+            [correlation.between_draws(np.asarray(g[when]["products"]["images"])) for g in self.geometry[control]]
+        )
+
+    def p_values(self) -> Float[np.ndarray, "matched measured"]:
+        """P-values of "the changes' correlation is not negative" (permutation test, Holm); 1 on the diagonal."""
+        ranks = np.stack([correlation.changes(losses) for losses in self.losses])
+        return self._corrected(lambda i, j: correlation.permutation_test(ranks[:, i, :, i], ranks[:, i, :, j]))
+
+    def p_values_of_losses(self) -> Float[np.ndarray, "matched measured"]:
+        """P-values of "the losses' correlation is not negative" (t over replicates, Holm); 1 on the diagonal."""
+        matrices = self.pearson()
+        return self._corrected(lambda i, j: float(correlation.t_test(matrices[:, i, j])))
+
+    def _corrected(self, p_value: Callable[[int, int], float]) -> Float[np.ndarray, "matched measured"]:
+        count = len(self.starts)
+        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+        found = np.ones((count, count))
+        for (i, j), corrected in zip(pairs, correlation.holm(np.asarray([p_value(*p) for p in pairs])), strict=True):
+            found[i, j] = corrected
+        return found
+
+
+def correlations(record: Record) -> Correlations:
+    """Read the record of a correlation study."""
+    starts = tuple(record["config"]["probe_starts"])
+    folders = sorted({name.split("/")[0] for name in record["runs"]}, key=lambda name: int(name.split("-")[1]))
+
+    def probed(name: str) -> list[list[float]]:
+        return [losses for _, losses in record["runs"][name]["metrics"]["probe_losses"]]
+
+    controls = ("sequential", "concurrent")
+    return Correlations(
+        starts=starts,
+        losses=np.asarray([[probed(f"{folder}/matched-{start:02d}") for start in starts] for folder in folders]),
+        controls={control: np.asarray([probed(f"{folder}/{control}") for folder in folders]) for control in controls},
+        geometry={
+            control: [
+                [value for _, value in record["runs"][f"{folder}/{control}"]["metrics"]["geometry"]]
+                for folder in folders
+            ]
+            for control in controls
+        },
+    )
+
+
+# --- Comparisons ------------------------------------------------------------------------------------------------
+
+
+def comparison(record: Record) -> pd.DataFrame:
+    """A row for each run of a comparison: what it reached, forgot, and took.
+
+    Columns: `variant`, `seed`; `test` and `validation` (at best) accuracy; `error` (accumulated, relative to what the
+    expert travelled) and its parts' sums `matching_sum` and `initialisation_sum` likewise, of the last iterate;
+    `forgetting`, `backward`, `forward` (in units of the matching loss), `between` (mean relative change between
+    visits) and `events` (share of those that are rises); `seconds` an iteration, of the whole run `wall`; `memory`.
+    """
+    rows = []
+    for name, run in record["runs"].items():
+        variant, seed = name.split("/seed-")
+        config = {**record["config"], **run["changes"]}
+        losses, visits = continual.probe_table(lines_of(run["metrics"]), config["probe_starts"], config["probe_expert"])
+        between = continual.changes_between_visits(losses, visits)
+        last = {key: values[-1] for key, values in run["metrics"]["accumulated_error"][-1][1].items()}
+        tests = [accuracy for entry in run["evaluations"] for accuracy in entry["synthetic"]]
+        validations = [np.mean(values) for _, values in run["metrics"].get("validation_accuracy", [])]
+        rows.append(
+            {
+                "variant": variant,
+                "seed": int(seed),
+                "test": np.mean(tests) if tests else math.nan,
+                "validation": max(validations, default=math.nan),
+                **{key: last[key] / last["travelled"] for key in ("error", "matching_sum", "initialisation_sum")},
+                "forgetting": continual.average_forgetting(-losses, visits),
+                "backward": continual.backward_transfer(-losses, visits),
+                "forward": continual.forward_transfer(-losses, visits),
+                "between": between.mean() if len(between) else math.nan,
+                "events": (between > 0).mean() if len(between) else math.nan,
+                "seconds": run["result"]["seconds_per_iteration"],
+                "wall": sum(run["metrics"]["seconds"]),
+                "memory": run["result"]["peak_memory_mb"],
+            }
+        )
+    order = {name.split("/")[0]: None for name in record["runs"]}
+    table = pd.DataFrame(rows)
+    table["variant"] = pd.Categorical(table["variant"], list(order), ordered=True)
+    return table.sort_values(["variant", "seed"], ignore_index=True)
+
+
+def curves(record: Record) -> pd.DataFrame:
+    """Validation accuracy of every run against iterations, matched segments and seconds of matching."""
+    rows = []
+    for name, run in record["runs"].items():
+        variant, seed = name.split("/seed-")
+        config = {**record["config"], **run["changes"]}
+        cost = config["segments"] + config["replay"]
+        seconds = np.concatenate([[0.0], np.cumsum(run["metrics"]["seconds"])])
+        for iteration, values in run["metrics"]["validation_accuracy"]:
+            rows.append(
+                {
+                    "variant": variant,
+                    "seed": int(seed),
+                    "iteration": iteration,
+                    "matched": iteration * cost,
+                    "elapsed": seconds[iteration],
+                    "accuracy": float(np.mean(values)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def paired(table: pd.DataFrame, column: str, first: str, second: str) -> Effect:
+    """`first` minus `second`, seed by seed."""
+    values = {name: table[table["variant"] == name].set_index("seed")[column] for name in (first, second)}
+    return effect((values[first] - values[second]).dropna().tolist())
+
+
+def at_equal_iterations(table: pd.DataFrame, first: str, second: str) -> tuple[int, Effect]:
+    """The last iteration at which both variants were validated, and `first` minus `second` there, seed by seed."""
+    both = [set(table[table["variant"] == name]["iteration"]) for name in (first, second)]
+    iteration = max(both[0] & both[1])
+    return iteration, paired(table[table["iteration"] == iteration], "accuracy", first, second)

@@ -1,0 +1,187 @@
+"""Probes: a fixed set of segments that a run follows, whatever it matches."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cddlib.experts.buffer import Buffer
+from cddlib.matching.combine import gramian
+from cddlib.matching.loss import matching_losses
+from cddlib.matching.student import MatchingConfig, plan_student, roll_out, turns
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.random import generator
+from cddlib.synthetic import SyntheticSet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Which segments a run follows, whatever it matches."""
+
+    probe_starts: tuple[int, ...] = ()
+    """Start epochs of the probes, ascending; none follows nothing."""
+    probe_expert: int = 0
+    """The expert whose segments they are."""
+    probe_every: int = 1
+    """Iterations between measurements of the probes' losses."""
+    geometry_every: int = 0
+    """Iterations between measurements of their gradients and of transfer between them; 0 means never."""
+    error_every: int = 0
+    """Iterations between measurements of the accumulated error, on `probe_expert`'s trajectory; 0 means never."""
+
+    def __post_init__(self) -> None:
+        if list(self.probe_starts) != sorted({start for start in self.probe_starts if start >= 0}):
+            raise UserError(f"probe_starts is {self.probe_starts}; epochs must be 0 or more, ascending, each once.")
+        if self.probe_expert < 0:
+            raise UserError(f"probe_expert is {self.probe_expert}; it must be 0 or more.")
+        for name, least in (("probe_every", 1), ("geometry_every", 0), ("error_every", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.geometry_every and not self.probe_starts:
+            raise UserError(f"geometry_every is {self.geometry_every}, but probe_starts names no segments.")
+
+
+class Probes:
+    """A fixed set of segments, each with students whose batches and augmentation never change.
+
+    So a loss is a function of the synthetic set alone, and two of its values differ only by what happened to the set.
+    """
+
+    def __init__(
+        self, config: Any, buffer: Buffer, *, starts: Sequence[int], expert: int, seed: int, device: torch.device
+    ) -> None:
+        """Read the segments' ends.
+
+        Args:
+            config: has the fields of `MatchingConfig`, `SegmentsConfig` and `AugmentConfig`.
+            buffer: trajectories.
+            starts: start epochs of the P segments.
+            expert: whose.
+            seed: the students' seed.
+            device: where they train.
+        """
+        self.config, self.network, self.starts, self.seed = config, buffer.network, tuple(starts), seed
+        self.ends = [
+            tuple(buffer.parameters_on(device, expert, epoch) for epoch in (start, start + config.expert_epochs))
+            for start in starts
+        ]
+
+    def in_turns(self, synthetic: SyntheticSet, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
+        """Matching losses of the probes, turn by turn, and the variables they depend on, a row for each loss.
+
+        Another `draw` is another student on every segment.
+        """
+        students = []
+        for start in self.starts:
+            stream = generator(self.seed, "probe", start, draw)
+            students.append(plan_student(self.config, len(synthetic.labels), self.config.augment, stream))
+        plain = MatchingConfig(side_by_side=self.config.side_by_side)
+        for turn in turns(self.network, plain, synthetic.images, len(students[0][0].indices), len(students)):
+            starts, targets = (torch.stack(ends) for ends in zip(*self.ends[turn], strict=True))
+            copies = synthetic.copies(len(starts))
+            held_by_each = (copies["images"], synthetic.targets_of(copies), copies["step_size"])
+            losses = matching_losses(self.network, starts, targets, *held_by_each, students[turn], plain)
+            yield losses, list(copies.values())
+
+    def losses(self, synthetic: SyntheticSet) -> list[float]:
+        """Matching loss of every probe."""
+        with torch.no_grad():
+            return [loss for losses, _ in self.in_turns(synthetic) for loss in losses.tolist()]
+
+    def geometry(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
+        """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
+
+        Args:
+            synthetic: where to measure; it is not changed.
+            rates: learning rate of each of its variables, in the order of `variable_tensors`.
+
+        Returns:
+            JSON values. `losses` (P), `after` (P x P: row stepped on, column measured) and `products`, for each
+            variable the 2P x 2P inner products, without learning rates, of the gradients of two students a probe, first
+            all the first ones.
+        """
+        count = len(self.starts)
+        gradients: list[tuple[Tensor, ...]] = []
+        losses: list[float] = []
+        for found, variables in (turn for draw in (0, 1) for turn in self.in_turns(synthetic, draw=draw)):
+            gradients += zip(*torch.autograd.grad(found.sum(), variables), strict=True)
+            losses += found.tolist()
+        after = []
+        for gradient in gradients[:count]:
+            stepped = synthetic.copy()
+            for variable, rate, slope in zip(stepped.variables(), rates, gradient, strict=True):
+                variable -= rate * slope  # the first step of torch.optim.SGD, with or without momentum
+            after.append(self.losses(stepped))
+        products = {
+            name: gramian([[gradient[v]] for gradient in gradients], [1.0]).tolist()
+            for v, name in enumerate(synthetic.variable_tensors())
+        }
+        return {"losses": losses[:count], "after": after, "products": products}
+
+
+def accumulated_error(
+    config: Any, buffer: Buffer, synthetic: SyntheticSet, *, expert: int, seed: int
+) -> dict[str, list[float | int]]:
+    """How far a student that never returns to the expert's path ends up from it, and why (FTD, Eqs. 6-8).
+
+    One student is trained on the synthetic set from θ*_0 along the trajectory, N steps for every M epochs that it has;
+    another starts each of these segments where the expert is. With A(θ) the way that a student goes from θ::
+
+        δ_{t+1} = A(θ*_t) − (θ*_{t+M} − θ*_t)        matching error: what the loss sees
+        I_t     = A(θ*_t + ε_t) − A(θ*_t)            initialisation error: what starting elsewhere adds
+        ε_{t+1} = ε_t + I_t + δ_{t+1}                accumulated error: the first student minus the expert
+
+    Both students of a segment see the same batches and augmentations.
+
+    Args:
+        config: has the fields of `MatchingConfig`, `SegmentsConfig` and `AugmentConfig`.
+        buffer: trajectories.
+        synthetic: what the students train on.
+        expert: whose trajectory.
+        seed: of the students.
+
+    Returns:
+        A value for each segment's end. `epoch`; the lengths `error` ‖ε‖, `matching` ‖δ‖, `initialisation` ‖I‖;
+        `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; `travelled` ‖θ*_t − θ*_0‖; and `identity`, how far ε is from
+        ε_t + I + δ by rounding, relative to it.
+    """
+    device = synthetic.images.device
+    targets = synthetic.targets().detach()
+
+    def way(theta: Tensor, epoch: int) -> Tensor:
+        stream = generator(seed, "accumulated error", epoch)
+        steps = plan_student(config, len(targets), config.augment, stream)
+        path = roll_out(buffer.network, theta, synthetic.images.detach(), targets, synthetic.step_size.detach(), steps)
+        return path[-1] - theta
+
+    origin = buffer.parameters(expert, 0).to(device)
+    student, star = origin, origin
+    error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
+    found: dict[str, list[float | int]] = collections.defaultdict(list)
+    for end in range(config.expert_epochs, buffer.epochs + 1, config.expert_epochs):
+        following = buffer.parameters(expert, end).to(device)
+        from_expert, from_student = way(star, end), way(student, end)
+        matching = from_expert - (following - star)
+        initialisation = from_student - from_expert
+        summed = error + initialisation + matching
+        student, star = student + from_student, following
+        error = student - star
+        matching_sum += matching
+        initialisation_sum += initialisation
+        lengths = {
+            "error": error,
+            "matching": matching,
+            "initialisation": initialisation,
+            "matching_sum": matching_sum,
+            "initialisation_sum": initialisation_sum,
+            "travelled": star - origin,
+        }
+        found["epoch"].append(end)
+        for name, vector in lengths.items():
+            found[name].append(vector.norm().item())
+        found["identity"].append(((error - summed).norm() / error.norm()).item())
+    return dict(found)

@@ -1,0 +1,55 @@
+"""How much work a chapter does."""
+
+import dataclasses
+from typing import Any
+
+from cddlib.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How much work a chapter of the book does."""
+
+    buffer: dict[str, Any]
+    """Overrides of the buffer's recipe."""
+    distill: dict[str, Any]
+    """Overrides of the distillation's recipe."""
+    seeds: int
+    """Repetitions."""
+    correlate_iterations: int
+    """Iterations of each run of a correlation study."""
+    compare_iterations: int
+    """Matched segments of each run of a comparison."""
+
+
+PROFILES = {
+    "ci": Profile(
+        buffer={"width": 8, "experts": 2, "epochs": 10},
+        distill={
+            "width": 8,
+            "window_end": 8,
+            "iterations": 4,
+            "student_steps": 3,
+            "validate_every": 2,
+            "evaluation_epochs": 5,
+        },
+        seeds=2,
+        correlate_iterations=3,
+        compare_iterations=8,
+    ),
+    "quick": Profile(
+        buffer={"experts": 3},
+        distill={"iterations": 32, "validate_every": 8, "evaluation_epochs": 200},
+        seeds=3,
+        correlate_iterations=16,
+        compare_iterations=64,
+    ),
+    "full": Profile(buffer={}, distill={}, seeds=3, correlate_iterations=200, compare_iterations=5000),
+}
+
+
+def profile(name: str) -> Profile:
+    """The profile called `name`: ci (seconds), quick (minutes on a CPU, the digits) or full (the whole recipe)."""
+    if not isinstance(name, str) or name not in PROFILES:
+        raise UserError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}.")
+    return PROFILES[name]

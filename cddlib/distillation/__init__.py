@@ -1,0 +1,1 @@
+"""The outer loop: K gradients an iteration, and everything around them."""

@@ -1,0 +1,361 @@
+"""Exchange with the published codes: reading and writing the files of MTT, FTD, DATM and their kin.
+
+They keep experts in ``replay_buffer_0.pt`` … and a synthetic set in ``images_best.pt``, ``labels_best.pt`` and (DATM)
+``lr_best.pt``. Nothing in these files says which network, data set or preprocessing they belong to: whoever imports
+them has to say so. No code in a file is ever run. Everything is checked before anything is written, and what is
+written appears whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cddlib.data.dataset import DataConfig, Dataset, load
+from cddlib.data.preprocessing import fit_preprocessing
+from cddlib.exchange.torch_files import read_torch_file
+from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, read_expert_record, write_trajectory
+from cddlib.experts.train import BufferConfig
+from cddlib.networks.convnet import Network, NetworkConfig, views
+from cddlib.networks.zoo import build_network
+from cddlib.runtime.config import as_dict, config_hash, from_dict
+from cddlib.runtime.device import resolve_device
+from cddlib.runtime.errors import Diverged, UserError
+from cddlib.runtime.files import file_digest, write_atomically, write_json, write_tensors
+from cddlib.runtime.provenance import Recorder
+from cddlib.synthetic import SyntheticSet
+from cddlib.training.epoch import accuracy
+
+# --- Reading and writing files of the published codes -----------------------------------------------------------
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+
+
+def _check_tensor(value: object, what: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """`value` itself, if it is a tensor of that type and shape with finite numbers."""
+    if not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != (dtype, shape):
+        wanted = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+        raise UserError(f"{what} is {_describe(value)}; it must be {wanted}.")
+    if not bool(value.isfinite().all()):
+        raise UserError(f"{what} holds numbers that are not finite.")
+    return value
+
+
+def _refuse_filled(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; choose another.")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that gets the name `folder` when all is written; raises `UserError` if that is not empty."""
+    _refuse_filled(folder)
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# --- Buffers ----------------------------------------------------------------------------------------------------
+
+
+def import_buffer(
+    files: Path | Sequence[Path], out: Path, config: BufferConfig, *, root: Path | None = None, device: str = "auto"
+) -> Buffer:
+    """Turn ``replay_buffer_*.pt`` files of MTT, FTD, DATM and their kin into a buffer.
+
+    The files hold parameters and nothing else. Data set, whitening, network and training settings are taken from
+    `config`, where only the network's shapes can be checked. The published codes train on all images, so `holdout` is
+    False for their experts. The last parameters of each expert are tested here; training losses and the validation
+    accuracies of earlier epochs are unknown (None), and so is the seed. Memory holds one expert at a time.
+
+    Args:
+        files: a folder with ``replay_buffer_*.pt``, one such file, or several; read in numeric order.
+        out: the buffer's folder, new or empty.
+        config: what the files do not say. Its `experts` and `epochs` are replaced by what the files hold.
+        root: folder of the data sets, see `cddlib.data.dataset.default_root`.
+        device: where the experts are tested.
+
+    Raises:
+        UserError: a file is missing, damaged, holds more than lists of tensors, does not fit the network, or two
+            epochs of an expert are the same; `out` is not empty; the data set or the device is missing.
+    """
+    _refuse_filled(out)
+    dev = resolve_device(device)
+    recorder = Recorder(dev)
+    paths = _replay_files(files)
+    dataset = load(config.data, root)
+    network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
+    lengths = [
+        (where, _check_trajectory(trajectory, where, network))
+        for path in tqdm(paths, desc="checking", unit="file")
+        for where, trajectory in _trajectories(path)
+    ]
+    for where, length in lengths:
+        if length != lengths[0][1]:
+            raise UserError(f"{where} has {length} epochs and {lengths[0][0]} has {lengths[0][1]}; all need the same.")
+    config = dataclasses.replace(config, experts=len(lengths), epochs=lengths[0][1] - 1, compiled=False)
+    manifest = {
+        "config": {**as_dict(config), "imported": True},  # so that `train_buffer` does not add experts of its own
+        "data": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "shape": list(dataset.shape),
+            "classes": len(dataset.classes),
+        },
+    }
+    with whole_folder(out) as folder:
+        experts = _write_experts(paths, folder, config, dataset, network, dev, config_hash(manifest))
+        write_json(folder / "buffer.json", {**manifest, "experts": experts})
+        write_json(folder / "result.json", {"experts_imported": len(experts), **recorder.report()})
+    return Buffer(out)
+
+
+def _replay_files(files: Path | Sequence[Path]) -> list[Path]:
+    if isinstance(files, Path):
+        found = list(files.glob("replay_buffer_*.pt")) if files.is_dir() else [files]
+    else:
+        found = list(files)
+    if not found:
+        raise UserError(f"{files if isinstance(files, Path) else 'the list of files'} holds no replay_buffer_*.pt.")
+    return sorted(found, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
+
+
+def _trajectories(path: Path) -> Iterator[tuple[str, object]]:
+    """What stands for each expert in the file, with words that say where it is."""
+    content = read_torch_file(path)
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path} is {_describe(content)}; it must be a list of trajectories.")
+    for index, trajectory in enumerate(content):
+        yield f"{path}, expert {index},", trajectory
+
+
+def _check_trajectory(trajectory: object, where: str, network: Network) -> int:
+    """Number of parameter vectors, all of them checked."""
+    if not isinstance(trajectory, list) or len(trajectory) < 2:
+        raise UserError(f"{where} is {_describe(trajectory)}; it must be a list of the initialisation and the epochs.")
+    seen: dict[bytes, int] = {}
+    for epoch, tensors in enumerate(trajectory):
+        if not isinstance(tensors, list) or len(tensors) != len(network.shapes):
+            raise UserError(
+                f"{where} epoch {epoch}, is {_describe(tensors)}; it must be a list of the {len(network.shapes)} "
+                f"parameters of the network that the configuration describes."
+            )
+        digest = hashlib.sha256()
+        for value, (name, shape) in zip(tensors, network.shapes.items(), strict=True):
+            checked = _check_tensor(value, f"{where} epoch {epoch}, parameter {name}", torch.float32, shape)
+            digest.update(checked.contiguous().numpy().data)
+        earlier = seen.setdefault(digest.digest(), epoch)
+        if earlier != epoch:
+            raise UserError(
+                f"{where} has the same parameters at epochs {earlier} and {epoch}: they were saved without being "
+                f"copied, as the published codes do on a CPU, and the expert cannot be recovered."
+            )
+    return len(trajectory)
+
+
+def _write_experts(
+    paths: list[Path],
+    folder: Path,
+    config: BufferConfig,
+    dataset: Dataset,
+    network: Network,
+    device: torch.device,
+    identity: str,
+) -> list[dict[str, Any]]:
+    """Write preprocessing and trajectories; returns what `buffer.json` says of each expert."""
+    preprocessing = fit_preprocessing(dataset, zca=config.zca)
+    write_tensors(folder / PREPROCESSING, preprocessing.tensors(), "preprocessing")
+    validation, test = dataset.split[1].to(device), dataset.test.to(device)
+    preprocessing = preprocessing.to(device)
+    experts: list[dict[str, Any]] = []
+    progress = tqdm(total=config.experts, desc="importing", unit="expert")
+    for path in paths:
+        source = file_digest(path)
+        for index, (_, trajectory) in enumerate(_trajectories(path)):
+            snapshots = [
+                torch.cat([value.flatten() for value in tensors]) for tensors in cast(list[list[Tensor]], trajectory)
+            ]
+            last = snapshots[-1].to(device)
+            held_out, tested = (accuracy(network, last, part, preprocessing) for part in (validation, test))
+            if math.isnan(held_out + tested):
+                raise Diverged(f"{path}, expert {index}: it diverged, its output at the last epoch is not finite.")
+            record = {
+                "buffer": identity,
+                "seed": None,
+                "train_loss": [],
+                "validation_accuracy": [None] * config.epochs + [held_out],
+                "test_accuracy": tested,
+                "source": {"file": path.name, "sha256": source, "expert": index},
+            }
+            written = expert_path(folder, len(experts))
+            write_trajectory(written, network, snapshots, record)
+            experts.append({"file": written.name, "sha256": file_digest(written), **read_expert_record(written)})
+            progress.update()
+    progress.close()
+    return experts
+
+
+def export_buffer(buffer: Buffer, folder: Path, *, experts_per_file: int = 10) -> list[Path]:
+    """Write ``replay_buffer_0.pt`` … as MTT, FTD and DATM read them; a remainder gets a smaller last file.
+
+    Each file is a list of experts, each a list of epochs 0 … T, each a list of float32 tensors in the order of the
+    ConvNet's parameters. Memory holds one file. Accuracies, preprocessing and configuration have no place there.
+
+    Args:
+        buffer: what to export.
+        folder: where the files go, new or empty; the published codes expect ``<DATA>[_NO_ZCA]/ConvNet``.
+        experts_per_file: 10 in the published codes, 1 in TESLA.
+
+    Raises:
+        UserError: `folder` is not empty, or `experts_per_file` is below 1.
+    """
+    if experts_per_file < 1:
+        raise UserError(f"experts_per_file is {experts_per_file}; it must be at least 1.")
+    starts = range(0, len(buffer.experts), experts_per_file)
+    with whole_folder(folder) as temporary:
+        for number, start in enumerate(tqdm(starts, desc="exporting", unit="file")):
+            # cloned: who loads a view holds its whole vector
+            trajectories = [
+                [
+                    [tensor.clone() for tensor in views(buffer.network, buffer.parameters(expert, epoch)).values()]
+                    for epoch in range(buffer.epochs + 1)
+                ]
+                for expert in range(start, min(start + experts_per_file, len(buffer.experts)))
+            ]
+            _save(temporary / f"replay_buffer_{number}.pt", trajectories)
+    return [folder / f"replay_buffer_{number}.pt" for number in range(len(starts))]
+
+
+def _save(path: Path, value: object) -> None:
+    write_atomically(path, lambda temporary: torch.save(value, temporary))
+
+
+# --- Synthetic sets ---------------------------------------------------------------------------------------------
+
+
+def import_set(
+    images: Path,
+    labels: Path,
+    config: DataConfig,
+    *,
+    lr: Path | None = None,
+    step_size: float | None = None,
+    root: Path | None = None,
+) -> SyntheticSet:
+    """Read a synthetic set of MTT, TESLA, FTD, ATT, DATM or PAD.
+
+    The files do not say which data set they belong to, nor whether their images are normalised or whitened: `config`
+    says it, and a wrong answer gives wrong pictures and low accuracy, not an error. Hard labels have to be class-major
+    (all images of class 0, then of class 1 …). Logits are taken as class-major, as DD-Ranking takes them, because
+    learned logits cannot show it.
+
+    Args:
+        images: ``images_best.pt`` or ``images_500.pt``, float32 (C·IPC, c, h, w). The files ``images_zca_*.pt`` of
+            the same codes hold pictures with the whitening undone, in spite of their name, and are refused.
+        labels: ``labels_best.pt``, int64 (C·IPC) or float32 logits (C·IPC, C).
+        config: the data set, for class names and preprocessing, and whether the images are whitened.
+        lr: ``lr_best.pt``, the learned step size, which DATM and PAD save.
+        step_size: the step size where no file has it (MTT, TESLA, FTD and ATT never save it).
+        root: folder of the data sets, see `cddlib.data.dataset.default_root`.
+
+    Raises:
+        UserError: a file is missing, damaged, holds more than one tensor or does not fit the data set; not exactly
+            one of `lr` and `step_size` is given, or it is not positive.
+    """
+    if images.name.startswith("images_zca_"):
+        raise UserError(f"{images} holds pictures with the whitening undone; import {_whitened_name(images)} instead.")
+    if (lr is None) == (step_size is None):
+        given = "neither" if lr is None else "both"
+        raise UserError(f"{given} of lr and step_size given; one is needed (a file, or the number if no file has it).")
+    step = torch.tensor(step_size, dtype=torch.float32) if lr is None else _read_step_size(lr)
+    if not 0 < step.item() < float("inf"):
+        raise UserError(f"the step size{f' in {lr}' if lr else ''} is {step.item():g}; it must be positive.")
+    dataset = load(config.data, root)
+    classes = len(dataset.classes)
+    pixels = read_torch_file(images)
+    n = len(pixels) if isinstance(pixels, Tensor) and pixels.ndim else 0
+    if n == 0 or n % classes:
+        raise UserError(
+            f"{images} is {_describe(pixels)}; {dataset.name} needs a tensor of images, as many for each of its "
+            f"{classes} classes."
+        )
+    pixels = _check_tensor(pixels, str(images), torch.float32, (n, *dataset.shape))
+    found = read_torch_file(labels)
+    by_place = torch.arange(classes).repeat_interleave(n // classes)
+    soft = isinstance(found, Tensor) and found.is_floating_point()
+    logits = _check_tensor(found, str(labels), torch.float32, (n, classes)) if soft else None
+    if logits is None:
+        wrong = torch.nonzero(_check_tensor(found, str(labels), torch.int64, (n,)) != by_place).flatten()
+        if len(wrong):
+            place = int(wrong[0])
+            raise UserError(
+                f"{labels} is not class-major: image {place} of {n} has label {int(cast(Tensor, found)[place])}, not "
+                f"{int(by_place[place])}."
+            )
+    return SyntheticSet(
+        images=pixels,
+        labels=by_place,
+        label_logits=logits,
+        step_size=step,
+        preprocessing=fit_preprocessing(dataset, zca=config.zca),
+        classes=dataset.classes,
+    ).copy()  # out of the mapped files
+
+
+def _whitened_name(images: Path) -> str:
+    return images.name.replace("_zca", "", 1)
+
+
+def _read_step_size(path: Path) -> Float[Tensor, ""]:
+    value = read_torch_file(path)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise UserError(f"{path} is {_describe(value)}; it must be a step size, one number.")
+    return _check_tensor(value, str(path), torch.float32, tuple(value.shape)).reshape(())
+
+
+def export_set(synthetic: SyntheticSet, folder: Path) -> list[Path]:
+    """Write ``images_best.pt``, ``labels_best.pt`` and ``lr_best.pt`` as DATM does, and return their paths.
+
+    Images stay in the network's input space, normalised or whitened; labels are logits if they were learned, else
+    int64; the step size is a scalar. Class names, preprocessing and subsets have no place there: say with them which
+    data set it is and whether it is whitened (DD-Ranking's `use_zca`).
+
+    Raises:
+        UserError: `folder` is not empty.
+    """
+    own = plain(synthetic)
+    values = {
+        "images_best.pt": own.images,
+        "labels_best.pt": own.labels if own.label_logits is None else own.label_logits,
+        "lr_best.pt": own.step_size,
+    }
+    with whole_folder(folder) as temporary:
+        for name, value in values.items():
+            _save(temporary / name, value)
+    return [folder / name for name in values]
+
+
+def plain(synthetic: SyntheticSet) -> SyntheticSet:
+    """The set on the CPU, outside any graph, in memory of its own."""
+    return synthetic.to(torch.device("cpu")).copy()

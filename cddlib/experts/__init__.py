@@ -1,0 +1,1 @@
+"""Expert trajectories: training them, and the buffer that keeps them."""

@@ -1,0 +1,237 @@
+"""The buffer on disk: expert trajectories, written once, read one parameter vector at a time.
+
+A buffer is a folder::
+
+    buffer.json                 configuration, data, and the finished experts with their accuracies and checksums
+    preprocessing.safetensors   the map from pixels to network input that the experts saw
+    difficulty.safetensors      how hard each training image is, if the experts' curriculum ranks them
+    expert-000.safetensors      one tensor a parameter, time (epochs 0 … T) as the leading axis
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cddlib.data.augment import AugmentConfig
+from cddlib.data.dataset import DataConfig, Dataset
+from cddlib.data.preprocessing import Preprocessing, preprocessing_from
+from cddlib.networks.convnet import Network, NetworkConfig, views
+from cddlib.networks.zoo import build_network
+from cddlib.runtime.config import config_hash, from_dict
+from cddlib.runtime.errors import Diverged, UserError, expecting
+from cddlib.runtime.files import open_tensors, read_header, read_json, read_tensors, tensor_digest, write_tensors
+
+PREPROCESSING = "preprocessing.safetensors"
+DIFFICULTY = "difficulty.safetensors"
+LARGEST = 100_000
+"""Experts, and epochs of an expert, that a buffer can have."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Data:
+    """What `buffer.json` says of the data set."""
+
+    name: str
+    fingerprint: str
+    shape: tuple[int, int, int]
+    classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Experts:
+    """What every buffer's configuration says of its experts, beside network, data and augmentation."""
+
+    experts: int
+    epochs: int
+    holdout: bool
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "epochs"):
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {LARGEST}.")
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], Network]:
+    """What `buffer.json` in `folder` says, checked, and the network that it describes.
+
+    Raises:
+        UserError: it is missing, damaged, or does not describe a buffer.
+    """
+    path = folder / "buffer.json"
+    manifest = read_json(path)
+    with expecting(path, "a buffer's description"):
+        experts = manifest["experts"]
+        if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
+            raise TypeError("experts is not a list of records")
+        for kind in (_Experts, AugmentConfig, DataConfig):
+            from_dict(kind, manifest["config"])
+        data = from_dict(_Data, manifest["data"])
+        return manifest, build_network(from_dict(NetworkConfig, manifest["config"]), data.shape, data.classes)
+
+
+def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
+    """The map from pixels to network input that the experts in `folder` see, for images of `shape`."""
+    try:
+        return preprocessing_from(read_tensors(folder / PREPROCESSING, "preprocessing")[0], shape)
+    except TypeError as error:
+        raise UserError(f"{folder / PREPROCESSING} holds no preprocessing ({error}).") from None
+
+
+def expert_path(folder: Path, expert: int) -> Path:
+    """File of an expert's trajectory."""
+    return folder / f"expert-{expert:03d}.safetensors"
+
+
+def write_trajectory(
+    path: Path, network: Network, snapshots: list[Float[Tensor, " p"]], record: dict[str, Any]
+) -> None:
+    """Write the parameter vectors of epochs 0 … T as one stacked tensor a parameter.
+
+    The header holds `record` and a digest of each vector, which whoever reads it checks.
+    """
+    stacked = {name: torch.stack([views(network, theta)[name] for theta in snapshots]) for name in network.shapes}
+    vectors = [tensor_digest(theta) for theta in snapshots]
+    write_tensors(path, stacked, "expert", {"record": record, "vectors": vectors}, digests=False)
+
+
+class Buffer:
+    """The trajectories in a folder. Opening it reads only `buffer.json` and the preprocessing."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the buffer in `folder`.
+
+        Raises:
+            UserError: no buffer there, a damaged one, or one whose experts are not all trained.
+        """
+        if not (folder / "buffer.json").exists():
+            raise UserError(f"{folder} holds no buffer; train one with `cddlib buffer --out {folder}`.")
+        self.folder = folder
+        manifest, self.network = read_manifest(folder)
+        self.config: dict[str, Any] = manifest["config"]
+        self.data: dict[str, Any] = manifest["data"]
+        self.experts: list[dict[str, Any]] = manifest["experts"]
+        self.epochs: int = self.config["epochs"]
+        wanted = self.config["experts"]
+        if len(self.experts) < wanted:
+            raise UserError(
+                f"{folder} holds {len(self.experts)} of {wanted} experts; run the same `cddlib buffer` again to finish."
+            )
+        self.id = config_hash(manifest)
+        self._files: dict[int, tuple[Any, list[str]]] = {}
+        self._on_gpu: dict[tuple[int, int | float], Float[Tensor, " p"]] = {}
+
+    @functools.cached_property
+    def preprocessing(self) -> Preprocessing:
+        """The map from pixels to network input that the experts saw."""
+        channels, height, width = self.data["shape"]
+        return read_preprocessing(self.folder, (channels, height, width))
+
+    def check_data(self, dataset: Dataset) -> None:
+        """Raise `UserError` unless the experts were trained on `dataset`."""
+        if self.data["name"] != dataset.name:
+            raise UserError(f"{self.folder} holds experts of {self.data['name']}, not of {dataset.name}.")
+        if self.data["fingerprint"] != dataset.fingerprint:
+            raise UserError(
+                f"{self.folder} holds experts of another version of {dataset.name}: its fingerprint is "
+                f"{self.data['fingerprint']}, this one's {dataset.fingerprint}."
+            )
+
+    def convexified(self) -> "ConvexBuffer":
+        """The same experts, each on a straight line from its first parameters to its last (MCT)."""
+        return ConvexBuffer(self.folder)
+
+    def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convexified`."""
+        path = expert_path(self.folder, expert)
+        if expert not in self._files:
+            self._files[expert] = self._open(expert, path)
+        file, vectors = self._files[expert]
+        if not 0 <= epoch <= self.epochs:
+            raise UserError(f"{path} does not fit buffer.json: epoch {epoch} of {self.epochs} cannot be read.")
+        theta = torch.cat([file.get_slice(name)[epoch].flatten() for name in self.network.shapes])
+        if tensor_digest(theta) != vectors[int(epoch)]:
+            raise UserError(f"{path} is damaged: epoch {epoch} does not have the digest that its header names.")
+        if not bool(theta.isfinite().all()):
+            raise Diverged(f"{path} holds parameters that are not finite at epoch {epoch}; train this expert anew.")
+        return theta
+
+    def parameters_on(self, device: torch.device, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ*_epoch of `expert` on `device`. A GPU keeps the vectors while they take a quarter of what is free."""
+        if device.type != "cuda":
+            return self.parameters(expert, epoch).to(device)
+        if (expert, epoch) in self._on_gpu:
+            return self._on_gpu[expert, epoch]
+        theta = self.parameters(expert, epoch).to(device)
+        if (len(self._on_gpu) + 1) * theta.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+            self._on_gpu[expert, epoch] = theta
+        return theta
+
+    def _open(self, expert: int, path: Path) -> tuple[Any, list[str]]:
+        """The expert's file, and the digests of its vectors; refuses a file that `buffer.json` does not describe."""
+        file = open_tensors(path)
+        header, held = read_header(file, path, "expert"), set(file.keys())
+        record, vectors = header.get("record"), header.get("vectors")
+        known = self.experts[expert]
+        if not isinstance(record, dict) or any(known.get(key) != value for key, value in record.items()):
+            raise UserError(f"{path} is not the expert that {self.folder / 'buffer.json'} describes.")
+        if not isinstance(vectors, list) or [type(vector) for vector in vectors] != [str] * (self.epochs + 1):
+            raise UserError(f"{path} does not fit buffer.json: it names no digests of {self.epochs + 1} vectors.")
+        for name, shape in self.network.shapes.items():
+            wanted = f"F32{[self.epochs + 1, *shape]}"
+            found = (
+                f"{file.get_slice(name).get_dtype()}{file.get_slice(name).get_shape()}" if name in held else "missing"
+            )
+            if found != wanted:
+                raise UserError(f"{path} does not fit buffer.json: {name} is {found:.100}, not {wanted}.")
+        return file, vectors
+
+
+class ConvexBuffer(Buffer):
+    """Trajectories straightened as MCT does (Zhong et al. 2025): a point for every real epoch t from 0 to T.
+
+    θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each tensor of the network, the fraction of its way that the
+    expert has gone by t: the length of its steps up to there over the length of all, linear between epochs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the buffer in `folder`."""
+        super().__init__(folder)
+        self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
+
+    def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ(epoch) of `expert`, on the CPU. The first call for an expert reads its whole trajectory once."""
+        if not 0 <= epoch <= self.epochs:
+            return super().parameters(expert, epoch)
+        if expert not in self._fractions:
+            self._fractions[expert] = self._travelled(expert)
+        before = min(int(epoch), self.epochs - 1)
+        earlier, later = self._fractions[expert][before : before + 2]
+        fractions = earlier.lerp(later, epoch - before)
+        sizes = torch.tensor([math.prod(shape) for shape in self.network.shapes.values()])
+        first, last = (Buffer.parameters(self, expert, end) for end in (0, self.epochs))
+        return first + fractions.repeat_interleave(sizes) * (last - first)
+
+    def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
+        """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
+        here = Buffer.parameters(self, expert, 0)
+        steps = torch.zeros(self.epochs + 1, len(self.network.shapes))
+        for epoch in range(1, self.epochs + 1):
+            there = Buffer.parameters(self, expert, epoch)
+            steps[epoch] = torch.stack([piece.norm() for piece in views(self.network, there - here).values()])
+            here = there
+        total = steps.sum(0)
+        return torch.where(total > 0, steps.cumsum(0) / total, 1.0)
+
+
+def read_expert_record(path: Path) -> dict[str, Any]:
+    """The `record` that `write_trajectory` was given."""
+    record = read_header(open_tensors(path), path, "expert").get("record")
+    if not isinstance(record, dict):
+        raise UserError(f"{path} holds no record of an expert.")
+    return record

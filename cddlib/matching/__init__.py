@@ -1,0 +1,1 @@
+"""The heart: segments, students, the matching loss and its exact gradient."""

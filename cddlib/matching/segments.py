@@ -1,0 +1,180 @@
+"""Which segments of a trajectory one iteration matches: windows, curricula, subsets, K concurrent start epochs.
+
+MTT draws one start epoch uniformly from a window. ConTra matches K of them at once, spaced
+R = floor((T+ - T-) / K) apart. The paper's text is not public; the spacing is its Eq. 8 as public reviews report it,
+and the rest is our reconstruction: draw one epoch t as MTT does (the *anchor*), let it be the k-th of the K with
+k = min(floor((t - T-) / R), K - 1), and take the others R apart on both sides. For K = 1 this is MTT. If K does not
+divide the window, its last epochs are matched only when one of them is the anchor.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.random import generator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentsConfig:
+    """Which segments are matched, and when."""
+
+    iterations: int = 5000
+    """Optimiser steps on the synthetic set."""
+    segments: int = 1
+    """How many segments K one iteration matches; 1 is MTT, FTD, DATM."""
+    expert_epochs: int = 2
+    """Length M of a segment in expert epochs."""
+    window_start: int = 0
+    """First start epoch T-."""
+    window_end: int = 20
+    """End T+ of the window; the last start epoch is T+ - 1."""
+    window_end_initial: int | None = None
+    """The window's end at iteration 0 of a curriculum (DATM); without it the whole window at once."""
+    expansion_iterations: int = 1000
+    """Iterations until the curriculum's window has grown to T+."""
+    subsets: int = 1
+    """Parts of the synthetic set, optimised one after the other, each on its own part of the window (SeqMatch)."""
+    convex: bool = False
+    """Match segments of the convexified trajectory, from start epochs that need not be whole (MCT)."""
+    concurrent_experts: int = 1
+    """Experts whose K segments one iteration matches, each drawn anew; with several devices, more work to divide."""
+    expert: int | None = None
+    """Match only this expert's segments; without it, an expert is drawn every iteration."""
+    replay: int = 0
+    """Earlier iterations, drawn at random, whose anchors are matched again beside the K (rehearsal)."""
+
+    def __post_init__(self) -> None:
+        if self.segments < 1:
+            raise UserError(f"segments is {self.segments}; it must be at least 1.")
+        if self.expert_epochs < 1:
+            raise UserError(f"expert_epochs is {self.expert_epochs}; it must be at least 1.")
+        for name in ("expert", "replay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} is {value}; it must be 0 or more.")
+        for name in ("iterations", "expansion_iterations", "subsets", "concurrent_experts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.expert is not None and self.concurrent_experts > 1:
+            raise UserError(
+                f"expert is {self.expert} and concurrent_experts is {self.concurrent_experts}; leave one of them out."
+            )
+        if self.subsets > 1 and self.window_end_initial is not None:
+            raise UserError(
+                f"subsets is {self.subsets} and window_end_initial is {self.window_end_initial}; a window is either "
+                f"cut into parts or grows."
+            )
+        if not 0 <= self.window_start < self.window_end:
+            raise UserError(
+                f"the window [{self.window_start}, {self.window_end}) is empty or starts before epoch 0; "
+                f"window_start must be 0 or more and below window_end."
+            )
+        if self.window_end_initial is not None and not self.window_start < self.window_end_initial <= self.window_end:
+            raise UserError(
+                f"window_end_initial is {self.window_end_initial}; it must lie above window_start "
+                f"({self.window_start}) and not above window_end ({self.window_end})."
+            )
+        first_end = self.window_end_initial or self.window_end
+        if self.subsets > first_end - self.window_start:
+            raise UserError(
+                f"subsets is {self.subsets}, but the window [{self.window_start}, {first_end}) has only "
+                f"{first_end - self.window_start} start epochs; use at most {first_end - self.window_start}."
+            )
+        smallest = (first_end - self.window_start) // self.subsets
+        if self.segments > smallest:
+            part = f" for each of {self.subsets} subsets" if self.subsets > 1 else ""
+            raise UserError(
+                f"segments is {self.segments}, but the window [{self.window_start}, "
+                f"{first_end}) has only {smallest} start epochs{part}; use at most "
+                f"{smallest}."
+            )
+
+    @property
+    def segments_in_all(self) -> int:
+        """How many segments an iteration matches, of all experts and times."""
+        return self.segments * self.concurrent_experts + self.replay
+
+    def check_epochs(self, epochs: int) -> None:
+        """Raise `UserError` unless the last segment ends inside trajectories of epochs 0 … `epochs`."""
+        latest = epochs + (not self.convex)
+        if self.window_end + self.expert_epochs > latest:
+            raise UserError(
+                f"segments start before epoch {self.window_end} and are {self.expert_epochs} epochs long, but the "
+                f"experts stop at epoch {epochs}; window_end + expert_epochs may be at most {latest}."
+            )
+
+
+class Segments(NamedTuple):
+    """The segments of one iteration."""
+
+    starts: list[int] | list[float]
+    """K start epochs, ascending; whole, unless the trajectory is convexified."""
+    anchor: int
+    """Which of them is the one that MTT would have drawn."""
+
+
+def active_subset(config: SegmentsConfig, iteration: int) -> int:
+    """Which subset is optimised at an iteration: each in turn, for equally many iterations."""
+    return min(iteration * config.subsets // config.iterations, config.subsets - 1)
+
+
+def window(config: SegmentsConfig, iteration: int) -> tuple[int, int]:
+    """The window [T-, T+) at an iteration.
+
+    DATM: the end grows linearly to T+, rounded down. SeqMatch: the active subset's part, as equal as whole epochs
+    allow.
+    """
+    if config.subsets > 1:
+        subset, length = active_subset(config, iteration), config.window_end - config.window_start
+        lower, upper = (config.window_start + length * part // config.subsets for part in (subset, subset + 1))
+        return lower, upper
+    if config.window_end_initial is None or iteration >= config.expansion_iterations:
+        return config.window_start, config.window_end
+    grown = (config.window_end - config.window_end_initial) * iteration // config.expansion_iterations
+    return config.window_start, config.window_end_initial + grown
+
+
+def draw_segments(config: SegmentsConfig, iteration: int, generator: torch.Generator) -> Segments:
+    """K distinct start epochs inside the window, spaced R; the anchor is uniform over the window."""
+    lower, upper = window(config, iteration)
+    spacing = (upper - lower) // config.segments
+    if config.convex:
+        drawn = lower + (upper - lower) * torch.rand((), generator=generator, dtype=torch.float64).item()
+    else:
+        drawn = lower + int(torch.randint(upper - lower, (), generator=generator))
+    anchor = min(int(drawn - lower) // spacing, config.segments - 1)
+    first = drawn - anchor * spacing
+    return Segments([first + k * spacing for k in range(config.segments)], anchor)
+
+
+def draw_matched(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
+    """The expert and the segments of an iteration; `rng` is the iteration's generator."""
+    expert = int(torch.randint(experts, (), generator=rng))
+    segments = draw_segments(config, iteration, rng)
+    return (expert if config.expert is None else config.expert), segments
+
+
+def draw_others(
+    config: SegmentsConfig, seed: int, experts: int, iteration: int, first: int
+) -> list[tuple[int, int | float]]:
+    """Start epochs of other experts than the `first`, K of each, with `concurrent_experts`."""
+    rng = generator(seed, "others", iteration)
+    others = [expert for expert in torch.randperm(experts, generator=rng).tolist() if expert != first]
+    return [
+        (expert, start)
+        for expert in others[: config.concurrent_experts - 1]
+        for start in draw_segments(config, iteration, rng).starts
+    ]
+
+
+def draw_earlier(config: SegmentsConfig, seed: int, experts: int, iteration: int) -> list[tuple[int, int | float]]:
+    """Experts and start epochs of `replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
+    rng = generator(seed, "replay", iteration)
+    chosen = torch.randperm(iteration, generator=rng)[: config.replay].tolist()
+    found = []
+    for earlier in chosen:
+        expert, segments = draw_matched(config, experts, earlier, generator(seed, "iteration", earlier))
+        found.append((expert, segments.starts[segments.anchor]))
+    return found

@@ -1,0 +1,1 @@
+"""The methods of trajectory matching as configurations."""

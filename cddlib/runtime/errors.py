@@ -1,0 +1,66 @@
+"""Errors that the user can mend, and the ways in which others become one."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one sentence that names the value and what is allowed."""
+
+
+class Diverged(UserError):
+    """The numbers of a run are no longer usable."""
+
+
+@contextlib.contextmanager
+def needing(what: str, package: str) -> Iterator[None]:
+    """Within, a package that is not installed ends in a `UserError`: `what` needs it.
+
+    Args:
+        what: the sentence's subject.
+        package: what pip is asked for, as `name` or `name[extra]`.
+    """
+    try:
+        yield
+    except ModuleNotFoundError:
+        name = package.partition("[")[0]
+        raise UserError(f'{what} needs the package {name}; install it with `pip install "{package}"`.') from None
+
+
+_WANT_OF_MEMORY = re.compile(
+    "an.t allocate memory|annot allocate memory|bad_alloc|could not create a primitive$|is killed by signal: Killed"
+)
+"""How the system, PyTorch, C++, oneDNN and a worker process that the system ended say that memory ran out."""
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_WANT_OF_MEMORY.search(str(error)))
+
+
+@contextlib.contextmanager
+def expecting(source: Path, what: str) -> Iterator[None]:
+    """Within, a value of `source` that is missing or of another type ends in a `UserError`: it is not `what`."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise UserError(f"{source} is not {what} ({error!r}).") from None
+
+
+@contextlib.contextmanager
+def memory_advice(settings: str) -> Iterator[None]:
+    """Turn a want of memory inside into a `UserError` that names the `settings` to lower; also a decorator."""
+    try:
+        yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not is_want_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"there is not enough memory ({reason}); lower {settings}, in another folder, or go on with the same "
+            f"command where there is more: what was saved is kept."
+        ) from None

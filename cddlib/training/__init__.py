@@ -1,0 +1,1 @@
+"""One step of SGD and its derivatives: all the arithmetic that takes time."""

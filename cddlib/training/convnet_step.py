@@ -1,0 +1,306 @@
+"""Steps of the field's usual ConvNet, written out: forward, backward, and both along a direction.
+
+Compiled code merges all that lies between two convolutions, and the convolutions may have another precision.
+"""
+
+import contextlib
+import functools
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cddlib.networks.convnet import ConvNet, apart, beside, views
+from cddlib.runtime.distributed import Ranks
+from cddlib.runtime.errors import UserError, is_want_of_memory
+from cddlib.training.step import Along, Memory
+
+OPTIONS: dict[str, Any] = {"combo_kernels": True, "split_reductions": False}
+"""Of the compiler: fewer and larger kernels, for on a GPU small steps take as long as their kernels are many."""
+MOST_SHAPES = 256
+"""Of batches, for which one process compiles."""
+EPSILON = 1e-5
+"""Of the norm, as PyTorch has it."""
+
+
+def fits(network: ConvNet) -> bool:
+    """Whether `Derived` computes this ConvNet: instance norm, ReLU, average pooling that leaves no pixel out."""
+    config = network.config
+    usual = (config.norm, config.activation, config.pooling) == ("instance", "relu", "avg")
+    return usual and network.side % 2**config.depth == 0
+
+
+class Derived:
+    """Steps of the ConvNet with instance norm, ReLU and average pooling, by its derivatives.
+
+    A block maps x to pool(relu(γ n + β)), where n is conv(x; w) less its mean, times r, the inverse of its standard
+    deviation, for each image and channel. The convolution's bias changes nothing, so it is left out, and its gradient
+    is 0. Below, `d_` is a derivative along the direction λ, and `u_` the gradient of ℓ with respect to a quantity.
+    Channels of several networks lie side by side, and each convolution has its own as a group.
+    """
+
+    def __init__(self, network: ConvNet, precision: str, compiled: bool) -> None:
+        """Steps of `network`; see `fits`."""
+        self._network = network
+        self._precision = precision
+        self._low = torch.bfloat16 if precision == "bfloat16" else None
+        self._paddings = network.paddings
+        self._channels = network.shapes["conv0.weight"][1]
+        self._gradient, self._take, self._along = self._step, self._remembered, self._derivatives
+        if compiled and not can_compile():
+            not_compiled("there is no C++ compiler")
+        elif compiled:
+            self._gradient = _compiled(self._step, "training steps")
+            self._take = _compiled(self._remembered, "a student's steps")
+            self._along = _compiled(self._derivatives, "their derivatives")
+
+    def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Steps`."""
+        if targets.dtype == torch.int64:
+            targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
+        with torch.no_grad(), _multiplying(self._precision, theta.device):
+            return self._gradient(theta.detach(), _channels_last(beside(self.prepared(inputs))), targets)
+
+    def prepared(self, inputs: Tensor) -> Tensor:
+        """See `Steps`: a GPU's get channels of zeros, up to a multiple of four, as its convolutions like them."""
+        missing = -inputs.shape[2] % 4 if inputs.is_cuda else 0
+        if missing:
+            inputs = F.pad(inputs, (0, 0, 0, 0, 0, missing))
+        return _channels_last(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+
+    def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
+        """See `Steps`."""
+        with torch.no_grad(), _multiplying(self._precision, theta.device):
+            x = _channels_last(beside(self.prepared(inputs)))
+            _, gradient, blocks, head = self._take(theta.detach(), x, targets.detach())
+        size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
+        return gradient, Memory((theta.detach(), blocks, head), size)
+
+    def along(self, memory: Memory, direction: Tensor) -> Along:
+        """See `Steps`."""
+        theta, blocks, head = memory.content
+        with torch.no_grad(), _multiplying(self._precision, theta.device):
+            inner, by_theta, by_inputs, by_targets = self._along(theta, blocks, head, direction)
+        return Along(inner, by_theta, apart(by_inputs, len(theta))[:, :, : self._channels], by_targets)
+
+    def _step(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self._remembered(theta, x, targets)[:2]
+
+    def _remembered(
+        self, theta: Tensor, x: Tensor, y: Tensor
+    ) -> tuple[Tensor, Tensor, list[list[Tensor]], list[Tensor]]:
+        """ℓ, g; of each block x, n, r, and the gradients at its convolution and its output; and what the loss needs."""
+        w = self._views(theta, x)
+        blocks = []
+        for block, padding in enumerate(self._paddings):
+            x = self._lowered(x)
+            a = self._convolve(x, w[f"conv{block}.weight"], padding)
+            a = a - _mean(a)
+            r = (_mean(a * a) + EPSILON).rsqrt()
+            n = a * r
+            blocks.append([x, n, r])
+            x = F.avg_pool2d(F.relu(self._scaled(n, w, block)), 2)
+        maps = apart(x, len(theta))
+        features = maps.flatten(2)
+        log_p = torch.baddbmm(w["classifier.bias"][:, None], features, w["classifier.weight"].mT).log_softmax(2)
+        p, loss = log_p.exp(), -(y * log_p).sum(2).mean(1)
+        u_logits = (p * y.sum(2, keepdim=True) - y) / y.shape[1]
+        gradient = {"classifier.weight": u_logits.mT @ features, "classifier.bias": u_logits.sum(1)}
+        u_x = _channels_last(beside((u_logits @ w["classifier.weight"]).view_as(maps)))
+        for block, padding in reversed(list(enumerate(self._paddings))):
+            x, n, r = blocks[block]
+            weight = w[f"conv{block}.weight"]
+            u_z = torch.where(self._scaled(n, w, block) > 0, _unpooled(u_x), 0)
+            u_n = _wide(w[f"norm{block}.weight"]) * u_z
+            u_a = self._lowered(r * (u_n - _mean(u_n) - n * _mean(u_n * n)))
+            blocks[block] += [u_x, u_a]
+            gradient[f"norm{block}.weight"] = (u_z * n).sum((2, 3)).sum(0)
+            gradient[f"norm{block}.bias"] = u_z.sum((2, 3)).sum(0)
+            u_x, u_weight = _convolution_backward(u_a, x, self._kernel(weight), padding, len(theta), inputs=block > 0)
+            u_x = u_x.to(theta) if block else x
+            gradient[f"conv{block}.weight"] = u_weight.to(theta)
+            gradient[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
+        return loss, self._vector(gradient, len(theta)), blocks, [features, p, u_logits, y]
+
+    def _derivatives(
+        self, theta: Tensor, blocks: list[list[Tensor]], head: list[Tensor], direction: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Those of `_remembered` along `direction`, and that of the loss."""
+        w, d_w = self._views(theta, blocks[0][0]), self._views(direction, blocks[0][0])
+        moved: list[list[Tensor]] = []
+        d_x = None
+        for block, padding in enumerate(self._paddings):
+            x, n, r, *_ = blocks[block]
+            weight, d_weight = w[f"conv{block}.weight"], d_w[f"conv{block}.weight"]
+            if d_x is None:
+                d_a = self._convolve(x, d_weight, padding)
+            else:
+                d_x = self._lowered(d_x)
+                d_a = self._convolve(x, d_weight, padding) + self._convolve(d_x, weight, padding)
+            shift = _mean(n * d_a)
+            d_n = r * (d_a - _mean(d_a) - n * shift)
+            moved.append([d_n, -r * r * shift] + ([] if d_x is None else [d_x]))
+            d_z = self._scaled(n, d_w, block) + _wide(w[f"norm{block}.weight"]) * d_n
+            d_x = F.avg_pool2d(torch.where(self._scaled(n, w, block) > 0, d_z, 0), 2)
+        features, p, u_logits, y = head
+        assert d_x is not None  # there is at least one block
+        d_maps = apart(d_x, len(theta))
+        d_features = d_maps.flatten(2)
+        top, d_top = w["classifier.weight"], d_w["classifier.weight"]
+        d_logits = torch.baddbmm(d_w["classifier.bias"][:, None], features, d_top.mT) + d_features @ top.mT
+        d_log_p = d_logits - (p * d_logits).sum(2, keepdim=True)
+        d_u_logits = y.sum(2, keepdim=True) * p * d_log_p / y.shape[1]
+        found = {
+            "classifier.weight": d_u_logits.mT @ features + u_logits.mT @ d_features,
+            "classifier.bias": d_u_logits.sum(1),
+        }
+        d_u_x = _channels_last(beside((d_u_logits @ top + u_logits @ d_top).view_as(d_maps)))
+        for block, padding in reversed(list(enumerate(self._paddings))):
+            x, n, r, u_x, u_a = blocks[block]
+            d_n, d_r, *d_xs = moved[block]
+            weight, d_weight = w[f"conv{block}.weight"], d_w[f"conv{block}.weight"]
+            gamma, d_gamma = _wide(w[f"norm{block}.weight"]), _wide(d_w[f"norm{block}.weight"])
+            on = self._scaled(n, w, block) > 0
+            u_z, d_u_z = torch.where(on, _unpooled(u_x), 0), torch.where(on, _unpooled(d_u_x), 0)
+            u_n, d_u_n = gamma * u_z, d_gamma * u_z + gamma * d_u_z
+            slope = _mean(u_n * n)
+            d_u_a = d_r * (u_n - _mean(u_n) - n * slope)
+            d_u_a += r * (d_u_n - _mean(d_u_n) - d_n * slope - n * _mean(d_u_n * n + u_n * d_n))
+            d_u_a = self._lowered(d_u_a)
+            found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((2, 3)).sum(0)
+            found[f"norm{block}.bias"] = d_u_z.sum((2, 3)).sum(0)
+            xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
+            _, d_u_weight = _convolution_backward(u_as, xs, self._kernel(weight), padding, len(theta), inputs=False)
+            found[f"conv{block}.weight"] = d_u_weight.to(theta)
+            found[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
+            both = self._kernel(torch.cat([weight, d_weight], 1))
+            u_both = torch.cat([u.unflatten(1, (len(theta), -1)) for u in (d_u_a, u_a)], 2).flatten(1, 2)
+            u_both = u_both.contiguous(memory_format=torch.channels_last)
+            d_u_x, _ = _convolution_backward(u_both, x, both, padding, len(theta), weights=False)
+            d_u_x = d_u_x.to(theta)
+        return (u_logits * d_logits).sum((1, 2)), self._vector(found, len(theta)), d_u_x, -d_log_p / y.shape[1]
+
+    def _views(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
+        """The parameters by name, with weights of zeros for the channels of zeros that inputs x have more."""
+        w = views(self._network, theta)
+        missing = x.shape[1] // len(theta) - self._channels
+        if missing:
+            w["conv0.weight"] = F.pad(w["conv0.weight"], (0, 0, 0, 0, 0, missing))
+        return w
+
+    def _lowered(self, x: Tensor) -> Tensor:
+        return x if self._low is None else x.to(self._low)
+
+    def _kernel(self, weight: Tensor) -> Tensor:
+        """The weights of a convolution, channels last like what it sees."""
+        return self._lowered(weight).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+    def _convolve(self, x: Tensor, weight: Tensor, padding: int) -> Tensor:
+        return F.conv2d(x, self._kernel(weight), padding=padding, groups=len(weight)).to(weight.dtype)
+
+    def _scaled(self, n: Tensor, w: dict[str, Tensor], block: int) -> Tensor:
+        return _wide(w[f"norm{block}.weight"]) * n + _wide(w[f"norm{block}.bias"])
+
+    def _vector(self, pieces: dict[str, Tensor], count: int) -> Tensor:
+        pieces["conv0.weight"] = pieces["conv0.weight"][:, : self._channels]
+        return torch.cat([pieces[name].reshape(count, -1) for name in self._network.shapes], 1)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The order in memory in which compiled code is fastest, and one order: for another it would be compiled anew."""
+    x = x.detach()
+    if x.stride(1) == 1:  # of one channel, others count as this order too
+        return x.contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
+
+
+def _convolution_backward(
+    u: Tensor, x: Tensor, weight: Tensor, padding: int, groups: int, *, inputs: bool = True, weights: bool = True
+) -> tuple[Any, Any]:
+    """The gradients at a convolution's inputs x and weights, from that at its output, of those that are wanted.
+
+    Unlike `torch.nn.grad.conv2d_input` it sees x, which lies channels last: cuDNN then computes in that order.
+    """
+    if not inputs:  # of the weights only the shape counts, and the order in memory
+        weight = weight.new_empty([weight.shape[axis] for axis in (0, 2, 3, 1)]).permute(0, 3, 1, 2)
+    geometry = ([1, 1], [padding, padding], [1, 1], False, [0, 0], groups)
+    return torch.ops.aten.convolution_backward(u, x, weight, None, *geometry, [inputs, weights, False])[:2]
+
+
+@contextlib.contextmanager
+def _multiplying(precision: str, device: torch.device) -> Iterator[None]:
+    """Within, a GPU's float32 convolutions multiply TF32 numbers, or float32 ones where precision is ieee."""
+    if device.type != "cuda":
+        yield
+        return
+    settings = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, "ieee" if precision == "ieee" else "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean((2, 3), keepdim=True)
+
+
+def _wide(per_channel: Tensor) -> Tensor:
+    return per_channel.flatten()[:, None, None]
+
+
+def _unpooled(x: Tensor) -> Tensor:
+    """The gradient before an average pooling whose output's gradient is `x`."""
+    return F.interpolate(x, scale_factor=2, mode="nearest") / 4
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------
+
+
+def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """`function`, of which the second argument is a batch of tensors, compiled for each shape when it first comes.
+
+    PyTorch keeps the result on disk for other processes. If it cannot compile, the function runs as it is.
+    """
+    faster = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS)
+    known: dict[torch.Size, Callable[..., Any]] = {}
+
+    def run(*arguments: Any) -> Any:
+        batch = arguments[1][0][0] if isinstance(arguments[1], list) else arguments[1]
+        if batch.shape in known:
+            return known[batch.shape](*arguments)
+        progress = Ranks().progress(total=1, desc=f"compiling {what} for batches of {len(batch)}", leave=False)
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), progress:
+            try:
+                result = faster(*arguments)
+            except Exception as error:
+                if is_want_of_memory(error):
+                    raise
+                reason = f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})"
+                if arguments[0].is_cuda:  # a GPU is too dear for steps that take much longer
+                    raise UserError(f"{reason}; --compiled False does without.") from error
+                not_compiled(reason)
+                known[batch.shape] = function
+                return function(*arguments)
+            progress.update()
+        known[batch.shape] = faster
+        return result
+
+    return run
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether there is what PyTorch compiles with."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++"))
+
+
+@functools.cache
+def not_compiled(reason: str) -> None:
+    """Say once why."""
+    print(f"{reason}: steps run uncompiled, which takes longer.", file=sys.stderr)

@@ -1,0 +1,190 @@
+"""The benchmark runs, and its figures show what it recorded."""
+
+import dataclasses
+import importlib
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cddbook.figures import speed as speed_figures
+from cddlib.training import convnet_step
+
+LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}
+NAMES = ["textbook", "textbook, keeping memory", "cddlib", "cddlib, least memory"]
+WANTED = [("match", name, 1) for name in NAMES]
+WANTED += [(work, name, ipc) for work, ipc in (("expert", 1), ("evaluate", 10)) for name in NAMES[:3]]
+
+
+@pytest.fixture(scope="module")
+def speed() -> Any:
+    """The benchmark as a module."""
+    return importlib.import_module("speed")
+
+
+@pytest.fixture(scope="module")
+def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What the benchmark writes of little work, in this process, where nothing is compiled; in two parts."""
+    convnet_step.not_compiled.cache_clear()  # what other tests of this process were told
+    path, every, most = tmp_path_factory.mktemp("speed") / "speed.json", speed.points, [5]
+
+    def few(options: Any) -> list[Any]:
+        points = [point for point in every(options) if "compiled" not in point.implementation]
+        first = [next(p for p in points if p.work == w and p.implementation == n and p.ipc == i) for w, n, i in WANTED]
+        curves = [p for p in points if p.curve and p.side <= 64 and p.segments <= 2 and p.ipc <= 2]
+        few = [dataclasses.replace(point, **LITTLE) for point in first]
+        few += [dataclasses.replace(p, width=p.width // 8, student_steps=p.student_steps // 5) for p in curves]
+        return [dataclasses.replace(point, least_seconds=0.02) for point in few][: most[0]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "points", few)
+        patch.setattr(speed, "in_a_process", speed.measure)
+        speed.main(["--threads", "1", "--device", "cpu", "--to", str(path)])
+        begun = json.loads(path.read_text())["measurements"]
+        most[0] = None
+        speed.main(["--threads", "1", "--device", "cpu", "--to", str(path)])
+    whole = json.loads(path.read_text())
+    assert whole["measurements"][:5] == begun
+    return whole
+
+
+def test_all_is_measured_side_by_side(record: dict) -> None:
+    rows = record["measurements"]
+    assert [(row["work"], row["implementation"], row["ipc"]) for row in rows[: len(WANTED)]] == WANTED
+    for row in rows:
+        assert 0 < row["seconds"] <= row["slowest"] and row["start_memory_mb"] <= row["peak_memory_mb"] + 1
+        assert row["rate"] == pytest.approx(row["operations"] / row["seconds"])
+
+
+def test_operations_are_those_counted_by_hand(record: dict) -> None:
+    """A step of training: forward, and backward by weights and by all inputs but the first."""
+    width, images = 8, 512
+    first, others = 2 * 3 * width * 9 * 32**2, [2 * width**2 * 9 * side**2 for side in (16, 8)]
+    linear = 2 * width * 4**2 * 10
+    expected = images * (2 * first + 3 * sum(others) + 3 * linear)
+    found = {row["implementation"]: row["operations"] for row in record["measurements"] if row["work"] == "expert"}
+    assert found == dict.fromkeys(found, expected)
+
+
+def test_the_ways_do_nearly_the_same_operations(speed: Any) -> None:
+    """Where nothing is computed again. The textbook's leaves out what the first step's parameters would need."""
+    points = [speed.Point(work="match", implementation=name, **LITTLE) for name in ("textbook", "cddlib")]
+    theirs, ours = map(speed.operations, points)
+    assert 0.8 * ours < theirs <= ours
+
+
+@pytest.mark.parametrize("name", ["textbook, keeping memory", "cddlib, least memory"])
+def test_a_process_of_its_own_measures_the_same(speed: Any, name: str) -> None:
+    point = speed.Point(work="match", implementation=name, operations=1e6, **LITTLE)
+    found = speed.in_a_process(point, 100.0)
+    assert found["seconds"] > 0 and found["rate"] == pytest.approx(1e6 / found["seconds"])
+    assert speed.in_a_process(point, 1e-9) == {"left_out": "more than 0 seconds"}
+
+
+def test_what_is_not_compiled_is_not_called_compiled(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    point = speed.Point(work="match", implementation="cddlib, compiled", operations=1e6, **LITTLE)
+    assert speed.in_a_process(point, 100.0) == {"left_out": "cannot be compiled here"}
+
+
+def test_uneven_batches_are_counted(speed: Any) -> None:
+    """Steps of 6 and 4 images by turns: half of those with all ten of them."""
+    whole, halves = (
+        speed.operations(speed.Point(work="match", implementation="textbook", student_batch=batch, **few))
+        for batch, few in ((None, {**LITTLE, "student_steps": 4}), (6, {**LITTLE, "student_steps": 8}))
+    )
+    assert halves == pytest.approx(whole, rel=0.1)
+
+
+def test_all_ways_give_one_gradient(speed: Any) -> None:
+    """Where the benchmark runs them."""
+    theirs, *others = (
+        speed.match(speed.Point(work="match", implementation=name, segments=3, **LITTLE), torch.device("cpu"))
+        for name in ("textbook", "cddlib", "cddlib, one by one", "cddlib, side by side")
+    )
+    for ours in others:
+        for found, wanted in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", True)])
+def test_side_by_side_is_measured_where_steps_are_small_and_where_not(
+    speed: Any, monkeypatch: pytest.MonkeyPatch, device: str, compiled: bool
+) -> None:
+    points = speed.points(SimpleNamespace(threads=1, device=device, width=128, seconds=10.0))
+    apart = [point for point in points if point.implementation.endswith(speed_figures.APART)]
+    small = [point for point in apart if point.side == speed_figures.SMALL_SIDE]
+    assert {point.segments for point in small} == {1, 2, 4, 8}
+    large = [point for point in apart if point not in small]
+    assert {(point.width, "compiled" in point.implementation) for point in large} == {(128, compiled)}
+    taken = []
+    monkeypatch.setattr(speed, "turns", lambda *given: taken.append(given[1].side_by_side) or [])
+    for point in [p for p in small if p.segments == 4] + [p for p in points if p.segments == 4 and p.curve]:
+        speed.match(dataclasses.replace(point, width=4), torch.device("cpu"))
+    assert taken == [1, 4, None, None]
+
+
+def test_a_record_s_parts_are_for_two_tables() -> None:
+    names = ["textbook", "cddlib, compiled", "cddlib, one by one", "cddlib, side by side"]
+    rows = [{"name": "large", "implementation": name, "side": 32} for name in names]
+    rows += [{"name": "alone", "implementation": name, "side": 32} for name in names[:2]]
+    rows += [{"name": "small", "implementation": name, "side": 8} for name in (names[0], *names[2:])]
+    usual, apart = (
+        [rows.index(row) for row in speed_figures.part({"measurements": rows}, apart=apart)["measurements"]]
+        for apart in (False, True)
+    )
+    assert usual == [0, 1, 4, 5]
+    assert apart == [0, 2, 3, 6, 7, 8]
+
+
+def test_ratios_are_to_the_faster_textbook() -> None:
+    names = ("name", "implementation", "seconds", "peak_memory_mb", "rate", "convolution_rate")
+    rows = [("a", "textbook", 4.0, 110.0, 1.0, 2.0), ("a", "textbook, kept", 3.0, 210.0, 1.0, 2.0)]
+    rows += [("a", "cddlib", 2.0, 60.0, 1.0, 4.0), ("b", "cddlib", 5.0, 60.0, 1.0, 2.0)]
+    measured = [{**dict(zip(names, row, strict=True)), "start_memory_mb": 10.0} for row in rows]
+    measured += [{"name": "b", "implementation": "textbook", "left_out": "not enough memory"}]
+    measured += [{"name": "c", "implementation": name, "left_out": "too long"} for name in ("textbook", "cddlib")]
+    measured += [{"name": "a", "implementation": "cddlib, too", "curve": "x", "seconds": 1.0}]
+    found = {"measurements": measured}
+    assert speed_figures.ratio_table(found, "seconds").splitlines() == [
+        "| work | textbook | cddlib |",
+        "|---|---|---|",
+        "| a | 3 s | 2 s, 1.50 |",
+        "| b | not enough memory | 5 s |",
+        "| c | too long | too long |",
+    ]
+    assert speed_figures.ratio_table(found, "memory_mb").splitlines()[2:4] == [
+        "| a | 200 MB | 50 MB, 0.25 |",
+        "| b | not enough memory | 50 MB |",
+    ]
+    assert speed_figures.rate_of(found, "cddlib").to_dict() == {"a": 0.25, "b": 0.5}
+    figure = speed_figures.bars(found, "seconds", "seconds")
+    (axis,) = figure.axes
+    assert sorted(text.get_text() for text in axis.texts) == ["not enough memory", "too long", "too long"]
+    widths = {c.get_label(): [bar.get_width() for bar in c] for c in axis.containers}
+    assert widths["cddlib"][:2] == [2, 5] and widths["textbook, kept"][0] == 3
+
+
+def test_the_law_is_found_and_drawn(record: dict) -> None:
+    for row in record["measurements"]:
+        if row["curve"] and row["implementation"] == "cddlib":
+            row["seconds"] = 0.5 + 2e-9 * row["operations"]
+        row["peak_memory_mb"] = row["start_memory_mb"] + 10.0  # one process measured all, and had its peak before
+    a, b, error = speed_figures.law(record, "cddlib")
+    assert (a, b) == (pytest.approx(0.5), pytest.approx(2e-9)) and error < 1e-9
+    record["measurements"][-1]["seconds"] *= 1.5
+    assert speed_figures.law(record, record["measurements"][-1]["implementation"])[2] > 0.05
+    varied = {"student steps": "student_steps", "side": "side"}
+    axes = speed_figures.curves(record, varied).axes
+    assert [axis.get_xlabel() for axis in axes if axis.get_xlabel()] == list(varied)
+    assert len(axes[0].lines) == 4, "two ways, each with its law"
+
+
+def test_precisions_are_drawn_by_their_distance() -> None:
+    walks = [{"way": way, "ipc": ipc, "cosine": 0.99} for way in ("float32", "bfloat16") for ipc in (1, 10)]
+    (axis,) = speed_figures.precision({"walks": walks}).axes
+    found = [float(x) for points in axis.collections for x, _ in points.get_offsets()]
+    assert found == pytest.approx([0.01] * 4)

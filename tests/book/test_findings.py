@@ -1,0 +1,318 @@
+"""Numbers and verdicts from constructed records, where the answer is known."""
+
+import math
+import statistics
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from cddbook import claims, findings, tables
+from cddbook.correlation import off_diagonal
+from cddbook.figures import study
+
+STARTS = (0, 4, 8)
+
+
+# --- Records ----------------------------------------------------------------------------------------------------
+
+
+def geometry(sign: float) -> dict:
+    """Three probes whose image gradients agree (1), or whose first opposes the others (-1); steps of the size 0.1."""
+    vectors = np.array([[1.0, 0], [sign, 0], [sign, 0]])
+    products = np.concatenate([vectors, vectors]) @ np.concatenate([vectors, vectors]).T
+    losses = np.ones(3)
+    after = losses - 0.1 * products[:3, :3]
+    return {"losses": losses.tolist(), "after": after.tolist(), "products": {"images": products.tolist()}}
+
+
+def run(losses: list[list[float]], **metrics: object) -> dict:
+    """A run of as many iterations as it has measurements, less one."""
+    count = len(losses) - 1
+    dense = {"iteration": list(range(1, count + 1)), "loss": [1.0] * count, "starts": [[0]] * count}
+    dense |= {"expert": [0] * count, "seconds": [2.0] * count}
+    probed = [[time, values] for time, values in enumerate(losses)]
+    return {
+        "changes": {},
+        "metrics": {**dense, "probe_losses": probed, **metrics},
+        "result": {
+            "seconds": 60.0,
+            "seconds_per_iteration": 2.0,
+            "peak_memory_mb": 100.0,
+            "threads": 1,
+            "device": "a processor",
+            "versions": {"torch": "2"},
+            "commit": "0123456789abcdef",
+        },
+        "evaluations": [],
+    }
+
+
+def correlation_record(replicates: int = 3, *, hurts: bool = True, ipc: int = 1) -> dict:
+    """Every loss falls, except that matching a later segment raises the first one's if it `hurts`."""
+    runs = {}
+    for replicate in range(replicates):
+        rng = np.random.default_rng(replicate)
+        for row, start in enumerate(STARTS):
+            slopes = np.full(3, -0.05)
+            if hurts and row:
+                slopes[0] = 0.05
+            noise = 0.001 * rng.normal(size=(9, 3))
+            losses = 1 + np.arange(9)[:, None] * slopes + noise
+            runs[f"replicate-{replicate}/matched-{start:02d}"] = run(losses.tolist())
+        shared = 1 - 0.05 * np.arange(9)[:, None] + 0.02 * rng.normal(size=(9, 1)) + np.zeros(3)
+        opposed = shared * [1, -1, 1] + [0, 2, 0]
+        for control, losses, sign in (("sequential", opposed, -1.0), ("concurrent", shared, 1.0)):
+            stages = [[0, geometry(1.0)], [8, geometry(sign)]]
+            runs[f"replicate-{replicate}/{control}"] = run(losses.tolist(), geometry=stages)
+    config = {"probe_starts": list(STARTS), "ipc": ipc}
+    return {"config": config, "runs": runs}
+
+
+def comparison_record(seeds: int = 4, *, gain: float = 0.1, noise: float = 0.0) -> dict:
+    """`concurrent` is `gain` more accurate than `sequential`, ewc lies between, and its error is lower by 0.2."""
+    runs = {}
+    for name, better, segments in (("sequential", 0.0, 1), ("ewc", gain / 2, 1), ("concurrent", gain, 4)):
+        for seed in range(seeds):
+            rng = np.random.default_rng([seed, segments])
+            accuracy = 0.5 + better + seed / 100 + noise * float(rng.normal())
+            end = {"error": [1.0, 4.0 - 2 * (segments == 4)], "matching_sum": [1.0, 5.0], "travelled": [2.0, 10.0]}
+            end |= {"initialisation_sum": [0.0, 1.0], "epoch": [2, 4], "identity": [0.0, 0.0]}
+            entry = run(
+                [[1.0, 1.0], [0.8, 1.1], [0.9, 0.7], [0.7, 0.8]],
+                validation_accuracy=[[0, [0.1]], [3, [accuracy, accuracy]]],
+                accumulated_error=[[0, end], [3, end]],
+            )
+            entry["metrics"]["starts"] = [[0], [4], [0]]
+            entry["changes"] = {"segments": segments, "seed": seed}
+            entry["evaluations"] = [{"synthetic": [accuracy], "random_real": [0.2, 0.3], "full": [0.9, 0.9]}]
+            runs[f"{name}/seed-{seed}"] = entry
+    config = {"probe_starts": [0, 4], "probe_expert": 0, "segments": 1, "replay": 0, "data": "digits", "ipc": 1}
+    config |= {"width": 8, "student_steps": 3, "expert_epochs": 2, "window_start": 0, "window_end": 12}
+    return {"config": config, "runs": runs}
+
+
+# --- Effects ----------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(st.lists(st.floats(-10, 10), min_size=2, max_size=12))
+def test_the_interval_is_students(values):
+    hypothesis.assume(statistics.stdev(values) > 1e-6)
+    found = findings.effect(values)
+    low, high = scipy.stats.t.interval(
+        0.95, len(values) - 1, statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    )
+    assert (found.low, found.mean, found.high) == pytest.approx((low, statistics.fmean(values), high), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("values", "verdict"),
+    [
+        ([1.0, 1.1, 0.9], "confirmed"),
+        ([-1.0, -1.1, -0.9], "contradicted"),
+        ([1.0, -1.0, 0.1], "not settled"),
+        ([5.0], "not settled"),
+        ([0.0, 0.0, 0.0], "not settled"),
+        ([1.0, math.nan, 1.0], "not settled"),
+    ],
+)
+def test_verdicts(values, verdict):
+    assert claims.verdict(findings.effect(values)) == verdict
+
+
+# --- Correlation studies ----------------------------------------------------------------------------------------
+
+
+def test_replicates_are_read_in_the_order_of_their_numbers():
+    record = correlation_record(11)
+    found = findings.correlations(record)
+    assert found.losses.shape == (11, 3, 9, 3) and found.controls["sequential"].shape == (11, 9, 3)
+    tenth = [losses for _, losses in record["runs"]["replicate-10/matched-04"]["metrics"]["probe_losses"]]
+    np.testing.assert_array_equal(found.losses[10, 1], tenth)
+
+
+def test_what_hurts_is_negative_below_the_diagonal():
+    found = findings.correlations(correlation_record())
+    mean = found.pearson().mean(axis=0)
+    assert (mean[1:, 0] < -0.9).all() and (mean[0, 1:] > 0.9).all()
+    assert (found.net_change()[:, 1:, 0] > 0.3).all() and (found.net_change()[:, 0] < 0).all()
+    assert (found.rise()[:, 1:, 0] > 0.3).all() and (found.rise()[:, 0] < 0.05).all()
+    p_values = found.p_values_of_losses()
+    assert (p_values[1:, 0] < 0.05).all() and p_values[0, 1] > 0.5 and (np.diagonal(p_values) == 1).all()
+
+
+def test_p_values_of_changes_find_what_alternates():
+    record = correlation_record(6)
+    for name, entry in record["runs"].items():
+        if "matched-04" in name:
+            wobble = np.array([0.0, 0.1, 0, 0.1, 0, 0.1, 0, 0.1, 0])
+            losses = np.stack([1 - wobble, 1 + wobble, 1 + wobble], axis=1)
+            entry["metrics"]["probe_losses"] = [[time, values] for time, values in enumerate(losses.tolist())]
+    p_values = findings.correlations(record).p_values()
+    assert p_values[1, 0] < 0.01 < p_values[1, 2]
+
+
+def test_cosines_of_the_controls():
+    found = findings.correlations(correlation_record())
+    np.testing.assert_allclose(found.cosines("sequential", 0), 1)
+    assert off_diagonal(found.cosines("sequential", -1)[0]).tolist() == [-1, -1, -1, 1, -1, 1]
+
+
+def test_negative_table_has_a_row_a_measure():
+    table = tables.negative_table({"toy": findings.correlations(correlation_record())})
+    rows = [line for line in table.splitlines() if line.startswith("| toy")]
+    assert len(rows) == 5
+    assert "correlation of losses (the paper's) | 67% ± 0% | 0% ± 0%" in rows[0]
+    assert "cosine of gradients, last images | 67% ± 0% | 67% ± 0% | -0.33 ± 0.00" in rows[4]
+
+
+# --- Comparisons ------------------------------------------------------------------------------------------------
+
+
+def test_comparison_reads_what_each_run_reached():
+    table = findings.comparison(comparison_record())
+    assert table["variant"].drop_duplicates().tolist() == ["sequential", "ewc", "concurrent"]
+    first = table.iloc[0]
+    assert (first["test"], first["validation"], first["wall"], first["memory"]) == (0.5, 0.5, 6.0, 100.0)
+    assert (first["error"], first["matching_sum"], first["initialisation_sum"]) == (0.4, 0.5, 0.1)
+    # probe 0 is visited by stages 1 and 3, probe 4 by stage 2; scores are minus the losses
+    assert first["forgetting"] == pytest.approx(((-0.8 + 0.7) + (-0.7 + 0.8)) / 2)
+    assert first["backward"] == pytest.approx(-0.8 + 0.7)
+    assert first["between"] == pytest.approx(0.9 / 0.8 - 1) and first["events"] == 1
+
+
+def test_curves_count_segments_and_seconds():
+    table = findings.curves(comparison_record(1))
+    last = table[table["iteration"] == 3].set_index("variant")
+    assert last["matched"].to_dict() == {"sequential": 3, "ewc": 3, "concurrent": 12}
+    assert (last["elapsed"] == 6).all() and last.loc["concurrent", "accuracy"] == pytest.approx(0.6)
+
+
+def test_paired_differences_remove_what_seeds_share():
+    found = findings.paired(findings.comparison(comparison_record()), "test", "concurrent", "sequential")
+    assert (found.mean, found.std, found.count) == (pytest.approx(0.1), pytest.approx(0, abs=1e-12), 4)
+
+
+def test_equal_iterations_are_the_last_that_both_have():
+    table = pd.DataFrame(
+        [
+            {"variant": variant, "seed": seed, "iteration": iteration, "accuracy": iteration * slope + seed}
+            for variant, slope, iterations in (("a", 2.0, (0, 4, 8)), ("b", 1.0, (0, 4)))
+            for seed in (0, 1)
+            for iteration in iterations
+        ]
+    )
+    iteration, found = findings.at_equal_iterations(table, "a", "b")
+    assert (iteration, found.mean) == (4, 4.0)
+
+
+# --- Claims -----------------------------------------------------------------------------------------------------
+
+
+def verdicts(found: list[claims.Finding], claim: str) -> list[str]:
+    return [finding.verdict for finding in found if finding.claim == claim]
+
+
+def test_a_record_that_agrees_with_the_paper():
+    found = claims.findings({"toy": correlation_record()}, {"toy": comparison_record(noise=0.001)})
+    assert verdicts(found, "C1")[0] == "confirmed"
+    assert verdicts(found, "C2") == ["confirmed"]
+    assert verdicts(found, "C4") == ["confirmed"]
+    assert verdicts(found, "C6") == ["confirmed", "confirmed"]
+    assert [finding.claim for finding in found] == sorted(finding.claim for finding in found)
+
+
+def test_a_record_that_contradicts_it():
+    found = claims.findings(
+        {"toy": correlation_record(hurts=False)}, {"toy": comparison_record(gain=-0.1, noise=0.001)}
+    )
+    assert verdicts(found, "C1")[0] == "contradicted"
+    assert verdicts(found, "C3")[0] == "contradicted"
+    assert verdicts(found, "C6") == ["contradicted", "contradicted"]
+
+
+@pytest.mark.parametrize(("ipc", "wanted"), [(1, ["confirmed"]), (10, []), (50, ["contradicted"])])
+def test_c2_expects_the_other_side_of_many_images(ipc, wanted):
+    assert verdicts(claims.findings({"toy": correlation_record(ipc=ipc)}, {}), "C2") == wanted
+
+
+def test_c2_compares_few_and_many_images_of_the_same_data():
+    few, many = correlation_record(ipc=1), correlation_record(ipc=50)
+    for name, entry in many["runs"].items():
+        if "matched-00" in name:
+            for time, (_, losses) in enumerate(entry["metrics"]["probe_losses"]):
+                losses[1] = 1 + 0.05 * time
+    found = claims.findings({"toy, IPC 1": few, "toy, IPC 50": many, "other, IPC 1": few}, {})
+    (across,) = (finding for finding in found if finding.claim == "C2" and finding.setting == "toy")
+    assert across.effect == "+0.33 [+0.33, +0.33], n = 3" and across.verdict == "confirmed"
+    assert not [finding for finding in found if finding.setting == "other" and finding.claim == "C2"]
+
+
+@pytest.mark.parametrize(("peak", "wanted"), [(110.0, "confirmed"), (170.0, "contradicted"), (113.0, "not settled")])
+def test_c8_compares_memory_above_the_start(peak, wanted):
+    points = [
+        {
+            "implementation": "cddlib, K segments",
+            "segments": k,
+            "start_mb": 50.0,
+            "peak_mb": mb + repeat,
+            "seconds": float(k),
+        }
+        for k, mb in ((1, 108.0), (4, 500.0), (8, peak))
+        for repeat in (0, 1, 2)
+    ]
+    memory = {"measurements": points, "device": "a processor", "config": {"width": 128}}
+    found = claims.findings({}, {}, memory)
+    assert verdicts(found, "C7") == ["not tested"] and verdicts(found, "C8") == [wanted]
+    assert found[-1].effect.endswith("n = 3; time 8.0")
+
+
+def test_the_table_has_every_claim_once_and_every_finding():
+    found = claims.findings({"toy": correlation_record()}, {"toy": comparison_record()})
+    table = claims.claims_table(found)
+    for claim, sentence in claims.CLAIMS.items():
+        assert table.count(f"| **{claim}** | | **{sentence}** |") == 1
+    assert table.count("| | toy |") == len(found)
+    assert "| **C1** |" not in claims.claims_table(found, claims=("C2",))
+
+
+def test_the_committed_records_give_findings_on_every_claim():
+    found = claims.committed_findings()
+    assert {finding.claim for finding in found} == set(claims.CLAIMS)
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------
+
+
+def test_heat_maps_are_centred_and_starred():
+    found = findings.correlations(correlation_record())
+    figure = study.heat_maps(
+        {"losses": found.pearson(), "net": found.net_change()}, STARTS, significant=found.p_values_of_losses()
+    )
+    mesh = figure.axes[0].collections[0]
+    assert mesh.get_clim() == (-1, 1)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert [text.endswith("*") for text in texts] == [False] * 3 + [True, False, False] * 2
+    assert not any(text.get_text().endswith("*") for text in figure.axes[1].texts)
+
+
+def test_sign_agreement_in_words():
+    found = findings.correlations(correlation_record())
+    words = study.sign_agreement(found, {"images": 0.1})
+    assert "on the first images prediction and measurement agree in sign for 100%" in words
+    assert "67% of the steps raise the other segment's loss" in words
+
+
+def test_comparison_table_has_means_and_spreads():
+    table = tables.comparison_table(findings.comparison(comparison_record()))
+    assert "| sequential | 51.5 ± 1.3 | 0.400 ± 0.000 |" in table and "over 4 distillations" in table
+
+
+def test_baselines_and_provenance_in_words():
+    record = comparison_record()
+    assert "random real images 25.0 ± 5.1 (24 networks)" in tables.baselines_in_words(record)
+    words = tables.provenance_in_words(record)
+    assert "12 runs, 12 minutes" in words and "`0123456789ab`" in words and "IPC 1" in words

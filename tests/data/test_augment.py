@@ -1,0 +1,291 @@
+"""Augmentation against slow, obvious references, one image and one pixel at a time."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import cddlib
+from cddlib.data.augment import CHANGES, AugmentConfig, Draw, apply, draw
+
+ALL = "color_crop_cutout_flip_scale_rotate"
+SIZES = [(2, 8, 8), (3, 7, 9), (1, 5, 6)]
+ALMOST_1 = 1 - 2**-24  # the largest float32 below 1
+Array = np.ndarray
+
+
+def some_images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=cddlib.generator("images", *shape), dtype=torch.double)
+
+
+def one(change: str, *numbers: float) -> Draw:
+    """A draw for one image; the numbers left out are in the middle."""
+    return Draw(change, torch.tensor([[*numbers, *[0.5] * (3 - len(numbers))]]))
+
+
+# --- References -------------------------------------------------------------------------------------------------
+
+
+def color(x: Array, u: list[float]) -> Array:
+    x = x + (u[0] - 0.5)
+    grey = x.mean(axis=0)
+    x = 2 * u[1] * (x - grey) + grey
+    return (u[2] + 0.5) * (x - x.mean()) + x.mean()
+
+
+def crop(x: Array, u: list[float]) -> Array:
+    _, h, w = x.shape
+    reach_h, reach_w = math.floor(0.125 * h + 0.5), math.floor(0.125 * w + 0.5)
+    down, right = int(u[0] * (2 * reach_h + 1)) - reach_h, int(u[1] * (2 * reach_w + 1)) - reach_w
+    y = np.zeros_like(x)
+    for i in range(h):
+        for j in range(w):
+            if 0 <= i + down < h and 0 <= j + right < w:
+                y[:, i, j] = x[:, i + down, j + right]
+    return y
+
+
+def cutout(x: Array, u: list[float]) -> Array:
+    _, h, w = x.shape
+    side_h, side_w = math.floor(0.5 * h + 0.5), math.floor(0.5 * w + 0.5)
+    centres_h, centres_w = (h if side_h % 2 else h + 1), (w if side_w % 2 else w + 1)
+    top, left = int(u[0] * centres_h) - side_h // 2, int(u[1] * centres_w) - side_w // 2
+    y = x.copy()
+    for i in range(top, top + side_h):
+        for j in range(left, left + side_w):
+            if 0 <= i < h and 0 <= j < w:
+                y[:, i, j] = 0
+    return y
+
+
+def flip(x: Array, u: list[float]) -> Array:
+    return x[:, :, ::-1] if u[0] < 0.5 else x
+
+
+def scale(x: Array, u: list[float]) -> Array:
+    across, down = (1 / 1.2 + v * (1.2 - 1 / 1.2) for v in u[:2])
+    return sampled(x, lambda a, b: (across * a, down * b))
+
+
+def rotate(x: Array, u: list[float]) -> Array:
+    angle = math.radians(30 * (u[0] - 0.5))
+    cos, sin = math.cos(angle), math.sin(angle)
+    return sampled(x, lambda a, b: (cos * a - sin * b, sin * a + cos * b))
+
+
+def sampled(x: Array, source: Callable[[float, float], tuple[float, float]]) -> Array:
+    """Bilinear sampling. `source` maps (across, down); -1 and 1 are the centres of the outermost pixels."""
+    _, h, w = x.shape
+    y = np.zeros_like(x)
+    for i in range(h):
+        for j in range(w):
+            across, down = source(-1 + 2 * j / (w - 1), -1 + 2 * i / (h - 1))
+            row, column = (down + 1) / 2 * (h - 1), (across + 1) / 2 * (w - 1)
+            for near_row in (math.floor(row), math.floor(row) + 1):
+                for near_column in (math.floor(column), math.floor(column) + 1):
+                    share = (1 - abs(row - near_row)) * (1 - abs(column - near_column))
+                    if 0 <= near_row < h and 0 <= near_column < w:
+                        y[:, i, j] += share * x[:, near_row, near_column]
+    return y
+
+
+REFERENCES = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}
+
+
+def test_every_change_has_a_reference() -> None:
+    assert CHANGES.keys() == REFERENCES.keys() == set(AugmentConfig().augment.split("_"))
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_image_is_changed_as_its_reference_says(change: str, shape: tuple[int, int, int]) -> None:
+    images = some_images(12, *shape)
+    drawn = draw(change, 12, cddlib.generator(change))
+    assert drawn is not None
+    found = apply(drawn, images)
+    for image, numbers, changed in zip(images, drawn.numbers.tolist(), found, strict=True):
+        np.testing.assert_allclose(changed, REFERENCES[change](image.numpy(), numbers), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_ends_of_the_draw_are_safe(change: str) -> None:
+    images = some_images(4, 3, 32, 32)
+    numbers = [[a, b, 0.5] for a in (0.0, ALMOST_1) for b in (0.0, ALMOST_1)]
+    for dtype in (torch.float, torch.double):
+        found = apply(Draw(change, torch.tensor(numbers)), images.to(dtype))
+        assert found.dtype == dtype
+        wanted = np.stack([REFERENCES[change](i.numpy(), n) for i, n in zip(images, numbers, strict=True)])
+        np.testing.assert_allclose(found.double(), wanted, atol=1e-3 if dtype == torch.float else 1e-10)
+
+
+# --- Published strengths, seen from outside ---------------------------------------------------------------------
+
+
+def test_color_strengths() -> None:
+    x = some_images(1, 3, 6, 6)
+    grey, mean = x.mean(1, keepdim=True), x.mean()
+    torch.testing.assert_close(apply(one("color", 0, 0.5, 0.5), x), x - 0.5)
+    torch.testing.assert_close(apply(one("color", ALMOST_1, 0.5, 0.5), x), x + 0.5)
+    torch.testing.assert_close(apply(one("color", 0.5, 0, 0.5), x), grey.expand_as(x))
+    torch.testing.assert_close(apply(one("color", 0.5, ALMOST_1, 0.5), x), grey + 2 * (x - grey))
+    torch.testing.assert_close(apply(one("color", 0.5, 0.5, 0), x), mean + 0.5 * (x - mean))
+    torch.testing.assert_close(apply(one("color", 0.5, 0.5, ALMOST_1), x), mean + 1.5 * (x - mean))
+
+
+def test_crop_shifts_by_up_to_four_pixels_of_32_equally_often() -> None:
+    point = torch.zeros(1, 1, 32, 32)
+    point[0, 0, 16, 16] = 1
+    grid = [(k + 0.5) / 90 for k in range(90)]
+    for axis in (0, 1):
+        landed: Counter[int] = Counter()
+        for u in grid:
+            numbers = (u, 0.5) if axis == 0 else (0.5, u)
+            where = torch.nonzero(apply(one("crop", *numbers), point)[0, 0]).tolist()
+            assert len(where) == 1
+            assert where[0][1 - axis] == 16
+            landed[where[0][axis] - 16] += 1
+        assert landed == dict.fromkeys(range(-4, 5), 10)
+
+
+def test_cutout_erases_half_a_side_centred_anywhere() -> None:
+    ones = torch.ones(1, 1, 32, 32)
+    for axis in (0, 1):
+        erased = set()
+        for k in range(33):
+            u = (k + 0.5) / 33
+            numbers = (u, 0.5) if axis == 0 else (0.5, u)
+            gone = torch.nonzero(apply(one("cutout", *numbers), ones)[0, 0] == 0)
+            along, across = gone[:, axis].unique().tolist(), gone[:, 1 - axis].unique().tolist()
+            assert along == list(range(max(0, k - 8), min(32, k + 8)))  # 16 pixels, clipped at the border
+            assert across == list(range(8, 24))
+            erased.update(along)
+        assert erased == set(range(32))
+
+
+def test_half_of_the_images_are_flipped() -> None:
+    numbers = torch.zeros(100, 3)
+    numbers[:, 0] = (torch.arange(100) + 0.5) / 100
+    images = some_images(1, 2, 4, 4).expand(100, -1, -1, -1)
+    flipped = [torch.equal(image, images[0].flip(2)) for image in apply(Draw("flip", numbers), images)]
+    assert sum(flipped) == 50
+
+
+def ramps(drawn: Draw) -> tuple[float, float, float, float]:
+    """How fast the coordinates that are sampled change across and down: the matrix of a scale or rotation."""
+    line = torch.linspace(-1, 1, 33, dtype=torch.double)
+    across, down = line.expand(33, 33), line[:, None].expand(33, 33)
+    a, b = apply(drawn, torch.stack([across, down])[None])[0]
+    step = line[1].item() - line[0].item()
+    return tuple(((v[i, j] - v[16, 16]) / step).item() for v in (a, b) for i, j in ((16, 17), (17, 16)))  # type: ignore
+
+
+def test_scale_lies_between_1_over_1_2_and_1_2_for_each_axis() -> None:
+    assert ramps(one("scale", 0, ALMOST_1)) == pytest.approx((1 / 1.2, 0, 0, 1.2), abs=1e-6)
+    assert ramps(one("scale", ALMOST_1, 0)) == pytest.approx((1.2, 0, 0, 1 / 1.2), abs=1e-6)
+
+
+def test_rotation_lies_between_minus_15_and_15_degrees() -> None:
+    cos, sin = math.cos(math.radians(15)), math.sin(math.radians(15))
+    assert ramps(one("rotate", 0)) == pytest.approx((cos, sin, -sin, cos), abs=1e-6)
+    assert ramps(one("rotate", ALMOST_1)) == pytest.approx((cos, -sin, sin, cos), abs=1e-6)
+    assert ramps(one("rotate", 0.5)) == pytest.approx((1, 0, 0, 1), abs=1e-12)
+
+
+# --- What all changes share -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_belong_to_each_image(change: str) -> None:
+    image = some_images(1, 3, 16, 16)
+    numbers = torch.tensor([[0.1, 0.2, 0.3], [0.9, 0.8, 0.7]])
+    both = apply(Draw(change, numbers), image.expand(2, -1, -1, -1))
+    assert not torch.allclose(both[0], both[1])
+    alone = [apply(Draw(change, numbers[i : i + 1]), image)[0] for i in range(2)]
+    torch.testing.assert_close(both, torch.stack(alone))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_reach_the_images(change: str) -> None:
+    images = some_images(3, 2, 5, 5).requires_grad_()
+    drawn = draw(change, 3, cddlib.generator("gradients"))
+    assert torch.autograd.gradcheck(lambda x: apply(drawn, x), images)
+    (gradient,) = torch.autograd.grad(apply(drawn, images).sum(), images)
+    assert (gradient != 0).flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_same_draw_changes_another_time_alike(change: str) -> None:
+    images = some_images(4, 3, 8, 8)
+    before = images.clone()
+    drawn = draw(change, 4, cddlib.generator("again"))
+    assert torch.equal(apply(drawn, images), apply(drawn, images))
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_linear_and_color_is_affine(change: str) -> None:
+    x, y = some_images(4, 3, 8, 8), some_images(4, 3, 8, 8).flip(0)
+    drawn = draw(change, 4, cddlib.generator("linear"))
+    zero = apply(drawn, torch.zeros_like(x))
+    assert bool((zero == 0).all()) == (change != "color")
+    mixed = apply(drawn, 2 * x - 3 * y)
+    torch.testing.assert_close(mixed - zero, 2 * (apply(drawn, x) - zero) - 3 * (apply(drawn, y) - zero))
+
+
+# --- Draws ------------------------------------------------------------------------------------------------------
+
+
+def test_one_change_a_step_all_equally_likely() -> None:
+    rng = cddlib.generator("changes")
+    images = some_images(2, 3, 8, 8)
+    counts: Counter[str] = Counter()
+    for _ in range(1200):
+        drawn = draw(ALL, 2, rng)
+        assert drawn is not None
+        counts[drawn.change] += 1
+    assert counts.keys() == CHANGES.keys()
+    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 20.5  # chi-square, 5 degrees, p = 0.001
+    for change in CHANGES:
+        assert torch.equal(apply(Draw(change, drawn.numbers), images), CHANGES[change](images, drawn.numbers.double()))
+    assert {found.change for found in (draw("crop_flip", 1, rng) for _ in range(50)) if found} == {"crop", "flip"}
+
+
+def test_numbers_are_uniform_with_three_for_each_image() -> None:
+    drawn = draw("crop", 4000, cddlib.generator("numbers"))
+    assert drawn is not None
+    assert drawn.numbers.shape == (4000, 3)
+    for column in drawn.numbers.T:
+        counts = torch.histc(column, bins=10, min=0, max=1)
+        assert counts.sum() == 4000
+        assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
+    assert abs(torch.corrcoef(drawn.numbers.T) - torch.eye(3)).max() < 0.06
+
+
+def test_the_draw_depends_on_its_generator_alone() -> None:
+    state = torch.get_rng_state()
+    first, second, other = (draw(ALL, 5, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first and second and other
+    assert first.change == second.change
+    assert torch.equal(first.numbers, second.numbers)
+    assert not torch.equal(first.numbers, other.numbers)
+
+
+def test_none_changes_nothing() -> None:
+    images = some_images(2, 1, 4, 4)
+    assert AugmentConfig(augment="none").augment == "none"
+    assert draw("none", 2, cddlib.generator("none")) is None
+    assert apply(None, images) is images
+
+
+@pytest.mark.parametrize("strategy", ["", "colour", "crop_crop", "crop-flip", "none_crop", "crop_", "Crop"])
+def test_other_strategies_are_refused(strategy: str) -> None:
+    with pytest.raises(cddlib.UserError) as refused:
+        AugmentConfig(augment=strategy)
+    assert str(refused.value) == (
+        f"augment is {strategy!r}; join some of color, crop, cutout, flip, scale, rotate with _, or say none."
+    )

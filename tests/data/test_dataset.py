@@ -1,0 +1,400 @@
+"""Data sets: splits, fingerprints, normalisation, whitening, lazy selections, cached files."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import struct
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from sklearn.datasets import load_digits
+
+import cddlib
+from cddlib.data import dataset as data
+from cddlib.data.dataset import Dataset, Images
+from cddlib.data.preprocessing import fit_preprocessing, preprocessing_from
+from cddlib.runtime import files
+from cddlib.runtime.errors import UserError
+from cddlib.training.epoch import fetch_real
+
+CLASSES = ["a", "b", "c"]
+
+
+def random_arrays(seed: int = 0, shape: tuple[int, int, int] = (3, 4, 4)) -> dict[str, np.ndarray]:
+    """A small data set as `cddlib.data.download` holds it before writing."""
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for part, n in (("train", 30), ("test", 9)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, *shape), dtype=np.uint8)
+        arrays[f"{part}_labels"] = np.arange(n, dtype=np.int64) % len(CLASSES)
+    return arrays
+
+
+def fingerprint_of(arrays: dict[str, np.ndarray]) -> str:
+    """The hash of all shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        digest.update(str(arrays[name].shape).encode() + arrays[name].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def write_cache(root: Path, arrays: dict[str, np.ndarray], name: str = "cifar10", **header: object) -> Path:
+    """Write a data set as `cddlib.data.download` does, with some of the `header` changed."""
+    path = root / f"{name}.safetensors"
+    tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+    fingerprint = {} if "fingerprint" in header else {"fingerprint": fingerprint_of(arrays)}
+    files.write_tensors(path, tensors, "dataset", {"classes": CLASSES, **fingerprint, **header}, digests=False)
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    write_cache(tmp_path, random_arrays())
+    return data.load("cifar10", tmp_path)
+
+
+# --- Digits and splits ------------------------------------------------------------------------------------------
+
+
+def test_digits_are_scikit_learns_divided_by_class() -> None:
+    digits = data.load("digits")
+    assert digits.shape == (1, 8, 8)
+    assert digits.classes == tuple("0123456789")
+    pairs = [
+        (i.numpy().tobytes(), int(y))
+        for part in (digits.train, digits.test)
+        for i, y in zip(part.images, part.labels, strict=True)
+    ]
+    bunch = load_digits()
+    wanted = [
+        (np.round(i * 255 / 16).astype(np.uint8).tobytes(), y)
+        for i, y in zip(bunch.images, bunch.target.tolist(), strict=True)
+    ]
+    assert len(pairs) == 1797
+    assert Counter(pairs) == Counter(wanted)  # every image once: test and training are disjoint
+    every, test = np.bincount(bunch.target), digits.test.labels.bincount().numpy()
+    assert np.array_equal(test, np.round(every / 5))
+
+
+def test_validation_images_are_no_test_images() -> None:
+    digits = data.load("digits")
+    train, validation = digits.split
+    held_out = {image.numpy().tobytes() for image in validation.images}
+    assert len(train.labels) + len(validation.labels) == len(digits.train.labels)
+    assert not held_out & {image.numpy().tobytes() for image in train.images}
+    assert not held_out & {image.numpy().tobytes() for image in digits.test.images}
+
+
+@hypothesis.given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=200).map(torch.tensor), st.sampled_from([0.1, 0.2, 0.5])
+)
+def test_split_is_disjoint_covering_stratified(labels: torch.Tensor, fraction: float) -> None:
+    keep, held_out = data.stratified_split(labels, fraction)
+    assert sorted(keep.tolist() + held_out.tolist()) == list(range(len(labels)))
+    for label in labels.unique():
+        count, held = int((labels == label).sum()), int((labels[held_out] == label).sum())
+        assert held == max(1, round(fraction * count))
+    again = data.stratified_split(labels, fraction)
+    assert torch.equal(keep, again[0])
+    assert torch.equal(held_out, again[1])
+
+
+def test_split_is_random_within_a_class() -> None:
+    _, held_out = data.stratified_split(torch.zeros(1000, dtype=torch.long), 0.1)
+    assert 300 < held_out.float().mean() < 700  # neither the first nor the last images
+
+
+def test_fingerprint_changes_with_one_pixel_or_label(dataset: Dataset) -> None:
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        other = tensor.clone()
+        other.view(-1)[-1] ^= 1
+        return other
+
+    dataset = dataclasses.replace(dataset, recorded=None)
+    same = dataclasses.replace(dataset, train=Images(dataset.train.store.clone(), dataset.train.labels.clone()))
+    others = [
+        dataclasses.replace(dataset, **{part: dataclasses.replace(images, **{field: changed(getattr(images, field))})})
+        for part, images in (("train", dataset.train), ("test", dataset.test))
+        for field in ("store", "labels")
+    ]
+    fingerprints = [found.fingerprint for found in (dataset, *others)]
+    assert same.fingerprint == dataset.fingerprint
+    assert len(dataset.fingerprint) == 16
+    assert len(set(fingerprints)) == 5
+
+
+def test_fingerprint_is_the_hash_of_all_bytes(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK", 7)
+    keep, held_out = dataset.split
+    for found in (dataset, dataclasses.replace(dataset, train=keep, test=held_out, recorded=None)):
+        arrays = {
+            f"{name}_{kind}": getattr(part, kind).numpy()
+            for name, part in (("train", found.train), ("test", found.test))
+            for kind in ("images", "labels")
+        }
+        assert found.fingerprint == fingerprint_of(arrays)
+
+
+# --- Selections of images ---------------------------------------------------------------------------------------
+
+positions = st.integers(-(2**40), 2**40)
+
+
+@hypothesis.given(st.lists(st.lists(positions, min_size=1, max_size=30), max_size=3), st.lists(positions, max_size=9))
+def test_a_selection_of_selections_is_what_indexing_gives(steps: list[list[int]], last: list[int]) -> None:
+    arrays = random_arrays()
+    images, labels = (torch.from_numpy(arrays[f"train_{name}"]) for name in ("images", "labels"))
+    found = Images(images, labels)
+    for step in steps:
+        indices = torch.tensor(step) % len(labels)
+        found, images, labels = found.select(indices), images[indices], labels[indices]
+    assert torch.equal(found.images, images)
+    assert torch.equal(found.labels, labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "CHUNK", 7)
+        assert torch.equal(torch.cat(list(found.chunks())), images)
+        elsewhere = found.to(torch.device("meta"))
+    assert (elsewhere.images.shape, elsewhere.labels.shape) == (images.shape, labels.shape)
+    assert elsewhere.images.device == elsewhere.labels.device == torch.device("meta")
+    indices = torch.tensor(last, dtype=torch.long) % len(labels)
+    assert torch.equal(found.take(indices), images[indices])
+
+
+def test_selecting_copies_no_image(dataset: Dataset) -> None:
+    train, validation = dataset.split
+    for part in (train, validation, train.select(torch.tensor([3, 1])), train.to(torch.device("cpu"))):
+        assert part.store is dataset.train.store
+
+
+def test_preprocessing_fits_a_selection_as_it_fits_a_copy(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = dataclasses.replace(dataset, name="digits", train=dataset.split[0])
+    copied = dataclasses.replace(unknown, train=Images(unknown.train.images, unknown.train.labels))
+    for zca in (False, True):
+        found, wanted = (fit_preprocessing(each, zca=zca).tensors() for each in (unknown, copied))
+        assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    whole = fit_preprocessing(copied, zca=False).tensors()
+    monkeypatch.setattr(data, "CHUNK", 7)
+    chunked = fit_preprocessing(unknown, zca=False).tensors()
+    assert all(torch.equal(chunked[key], whole[key]) for key in whole)
+
+
+# --- What a network sees ----------------------------------------------------------------------------------------
+
+
+def test_normalisation_gives_each_channel_mean_zero_and_deviation_one(dataset: Dataset) -> None:
+    unknown = dataclasses.replace(dataset, name="fashion_mnist")  # no published numbers
+    fitted = fit_preprocessing(unknown, zca=False)
+    pixels = unknown.train.images.numpy() / 255.0
+    assert np.allclose(fitted.tensors()["mean"], pixels.mean((0, 2, 3)), atol=1e-6)
+    assert np.allclose(fitted.tensors()["std"], pixels.std((0, 2, 3)), atol=1e-6)
+    normal = fitted(unknown.train.images)
+    assert torch.allclose(normal.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(fitted.inverse(normal), unknown.train.images / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet", "imagenet", "imagefolder"])
+def test_normalisation_takes_the_published_numbers(dataset: Dataset, name: str) -> None:
+    tensors = fit_preprocessing(dataclasses.replace(dataset, name=name), zca=False).tensors()
+    cifar = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+    imagenet = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    mean, std = cifar if name.startswith("cifar") else imagenet
+    assert torch.equal(tensors["mean"], torch.tensor(mean))
+    assert torch.equal(tensors["std"], torch.tensor(std))
+
+
+def kornia_zca(images: np.ndarray, epsilon: float = 0.1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, transform and inverse of kornia's ZCAWhitening(eps=0.1), by the singular value decomposition."""
+    x = images.reshape(len(images), -1) / 255.0
+    mean = x.mean(0)
+    covariance = (x - mean).T @ (x - mean) / (len(x) - 1)
+    u, s, _ = np.linalg.svd(covariance)
+    return mean, u @ np.diag(1 / np.sqrt(s + epsilon)) @ u.T, u @ np.diag(np.sqrt(s + epsilon)) @ u.T
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_whitening_is_kornias(tmp_path: Path, name: str) -> None:
+    write_cache(tmp_path, random_arrays())  # 30 images of 48 pixels: a singular covariance
+    found = data.load(name, tmp_path)
+    whitening = fit_preprocessing(found, zca=True)
+    mean, transform, inverse = kornia_zca(found.train.images.numpy())
+    test = found.test.images
+    wanted = (test.flatten(1).numpy() / 255.0 - mean) @ transform.T
+    assert np.allclose(whitening(test).flatten(1), wanted, atol=2e-5)
+    assert whitening(test).dtype == torch.float32
+    noise = torch.randn(5, *found.shape, generator=torch.Generator().manual_seed(0))
+    assert np.allclose(whitening.inverse(noise).flatten(1), noise.flatten(1).numpy() @ inverse.T + mean, atol=2e-5)
+
+
+@pytest.mark.parametrize("zca", [False, True])
+def test_preprocessing_is_invertible_and_survives_a_file(zca: bool) -> None:
+    digits = data.load("digits")
+    fitted = fit_preprocessing(digits, zca=zca)
+    seen = fitted(digits.test.images)
+    assert torch.allclose(fitted.inverse(seen), digits.test.images / 255, atol=1e-5)
+    again = preprocessing_from(fitted.tensors(), digits.shape)
+    assert type(again) is type(fitted)
+    assert torch.equal(again(digits.test.images), seen)
+
+
+# --- Cached files -----------------------------------------------------------------------------------------------
+
+
+def test_a_cached_file_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = random_arrays()
+    write_cache(tmp_path, arrays)
+    monkeypatch.setenv("CDDLIB_DATA", str(tmp_path))
+    for found in (data.load("cifar10", tmp_path), data.load("cifar10")):
+        assert found.name == "cifar10"
+        assert found.classes == ("a", "b", "c")
+        assert found.shape == (3, 4, 4)
+        for part, images in (("train", found.train), ("test", found.test)):
+            assert np.array_equal(images.images, arrays[f"{part}_images"])
+            assert np.array_equal(images.labels, arrays[f"{part}_labels"])
+
+
+@pytest.mark.parametrize(("name", "source"), [("cifar10", ""), ("tiny_imagenet", " --source FOLDER")])
+def test_a_missing_data_set_says_what_to_run(tmp_path: Path, name: str, source: str) -> None:
+    with pytest.raises(UserError) as caught:
+        data.load(name, tmp_path)
+    assert str(caught.value) == (
+        f"{name} is not in {tmp_path}; run `cddlib data {name}{source} --root {tmp_path}` first."
+    )
+
+
+def test_unknown_names_are_refused() -> None:
+    for call in (lambda: data.load("mnist"), lambda: cddlib.prepare("mnist"), lambda: data.DataConfig(data="mnist")):
+        with pytest.raises(UserError, match="unknown data set 'mnist'; choose one of digits, fashion_mnist, cifar10"):
+            call()
+
+
+WRONG = {
+    "float images": ({"train_images": np.zeros((30, 3, 4, 4), np.float32)}, r"train_images is F32\[30"),
+    "flat images": ({"test_images": np.zeros((9, 48), np.uint8)}, r"test_images is U8\[9, 48\], not U8"),
+    "other size": ({"test_images": np.zeros((9, 3, 5, 5), np.uint8)}, r"test_images is U8\[9, 3, 5, 5\]"),
+    "int32 labels": ({"train_labels": np.zeros(30, np.int32)}, r"train_labels is I32\[30\], not I64\[30\]"),
+    "few labels": ({"train_labels": np.zeros(29, np.int64)}, r"train_labels is I64\[29\], not I64\[30\]"),
+    "high label": ({"test_labels": np.full(9, 3)}, "test_labels reach from 3 to 3, with 3 classes named"),
+    "low label": ({"train_labels": np.full(30, -1)}, "train_labels reach from -1 to -1, with 3 classes named"),
+    "no images": (
+        {"test_images": np.zeros((0, 3, 4, 4), np.uint8), "test_labels": np.zeros(0, np.int64)},
+        "test has no images",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_cached_file_of_another_kind_is_refused(tmp_path: Path, case: str) -> None:
+    arrays, reason = WRONG[case]
+    write_cache(tmp_path, random_arrays() | arrays)
+    with pytest.raises(UserError, match=rf"cifar10\.safetensors is not a cddlib data set: {reason}"):
+        data.load("cifar10", tmp_path)
+
+
+def test_a_cached_file_that_lacks_tensors_or_classes_is_refused(tmp_path: Path) -> None:
+    arrays = random_arrays()
+    images = {key: value for key, value in arrays.items() if key.endswith("images")}
+    path = write_cache(tmp_path, images, fingerprint="0" * 16)
+    with pytest.raises(UserError, match=r"cifar10\.safetensors lacks the tensors test_labels, train_labels: "):
+        data.load("cifar10", tmp_path)
+    safetensors.numpy.save_file(arrays, path)
+    with pytest.raises(UserError, match=r"cifar10\.safetensors has no 'dataset' in its header: it is damaged, or"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("classes", [3, None, [1, 2, 3]])
+def test_class_names_of_another_kind_are_refused(tmp_path: Path, classes: object) -> None:
+    write_cache(tmp_path, random_arrays(), classes=classes)
+    with pytest.raises(UserError, match=r"cifar10\.safetensors .*classes"):
+        data.load("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:5], lambda b: b"", lambda b: b"no" * 999])
+def test_a_damaged_file_is_refused(tmp_path: Path, damage) -> None:
+    path = write_cache(tmp_path, random_arrays())
+    path.write_bytes(damage(path.read_bytes()))
+    for call in (cddlib.load, cddlib.prepare):
+        with pytest.raises(UserError, match=r"cifar10\.safetensors is truncated or not a safetensors file"):
+            call("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("place", ["first label", "an image", "last byte"])
+def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) -> None:
+    path = write_cache(tmp_path, random_arrays())
+    cddlib.load("cifar10", tmp_path)
+    content = bytearray(path.read_bytes())
+    labels = 8 + int.from_bytes(content[:8], "little")
+    content[{"first label": labels, "an image": len(content) // 2, "last byte": -1}[place]] ^= 1
+    path.write_bytes(content)
+    dataset = data.load("cifar10", tmp_path)
+    with pytest.raises(UserError) as refused:
+        assert dataset.fingerprint
+    wanted = fingerprint_of(random_arrays())
+    found = data.fingerprint(dataset.train, dataset.test)
+    assert str(refused.value) == (
+        f"{path} is damaged: its images and labels have the fingerprint {found}, not {wanted}, which it names; delete "
+        f"it and run `cddlib data cifar10` again."
+    )
+    recipe = cddlib.buffer_recipe("cifar10", "mtt", width=4, depth=1, experts=1, epochs=1)
+    with pytest.raises(UserError, match=r"cifar10\.safetensors is damaged: "):
+        cddlib.train_buffer(recipe, tmp_path / "buffer", root=tmp_path, device="cpu")
+    assert not (tmp_path / "buffer").exists()
+
+
+# --- Sets larger than memory ------------------------------------------------------------------------------------
+
+
+def write_sparse(path: Path, train: int, size: int) -> None:
+    """A data set of `train` black images and one of each class for testing, which takes no room on disk."""
+    labels = {part: np.arange(n, dtype=np.int64) % 3 for part, n in (("test", 3), ("train", train))}
+    about = files.seal({"classes": CLASSES, "fingerprint": "0" * 16})
+    header: dict[str, object] = {"__metadata__": {"dataset": json.dumps(about)}}
+    end = 0
+    for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):
+        for part, values in labels.items():
+            begin, end = end, end + len(values) * width
+            header[f"{part}_{kind}"] = {"dtype": dtype, "shape": [len(values), *shape], "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text + b"".join(values.tobytes() for values in labels.values()))
+        file.truncate(8 + len(text) + end)
+
+
+def anonymous_mb() -> float:
+    """Memory of this process that is no file's, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon"))
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+
+
+@linux
+def test_a_data_set_stays_in_its_file(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "imagenet.safetensors", 20_000, 64)  # 234 MB
+    before = anonymous_mb()
+    dataset = data.load("imagenet", tmp_path)
+    train, _ = dataset.split
+    assert data.fingerprint(dataset.train, dataset.test)
+    fetch = fetch_real(train, fit_preprocessing(dataset, zca=False))
+    for indices in torch.randperm(len(train.labels)).split(256):
+        fetch(indices)
+    assert train.to(torch.device("cpu")) is train
+    assert anonymous_mb() - before < 120  # a chunk of 4096 images is 48 MB
+
+
+@linux
+def test_a_data_set_longer_than_memory_can_be_loaded(tmp_path: Path) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write_sparse(tmp_path / "imagefolder.safetensors", 2 * memory // (3 * 1024**2), 1024)
+    dataset = data.load("imagefolder", tmp_path)
+    assert dataset.shape == (3, 1024, 1024)
+    last = torch.tensor([len(dataset.split[0].labels) - 1])
+    assert dataset.split[0].take(last).sum() == 0

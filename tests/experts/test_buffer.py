@@ -1,0 +1,147 @@
+"""Straightened trajectories: MCT's formula written tensor by tensor, and what it must keep."""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import cddlib
+from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
+from cddlib.networks.convnet import views
+from cddlib.networks.zoo import build_network
+from cddlib.runtime import config as configs
+from cddlib.runtime import files
+
+EPOCHS = 5
+
+
+def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
+    """A buffer of these trajectories of a small network."""
+    config = cddlib.buffer_recipe("digits", depth=1, width=2, experts=len(experts), epochs=len(experts[0]) - 1)
+    network = build_network(config, (1, 8, 8), 10)
+    for expert, snapshots in enumerate(experts):
+        write_trajectory(expert_path(folder, expert), network, snapshots, {})
+    data = {"name": "digits", "fingerprint": "", "shape": [1, 8, 8], "classes": 10}
+    manifest = {"config": configs.as_dict(config), "data": data, "experts": [{}] * len(experts)}
+    files.write_json(folder / "buffer.json", manifest)
+    return Buffer(folder)
+
+
+def first_parameters(key: object) -> Tensor:
+    config = cddlib.buffer_recipe("digits", depth=1, width=2)
+    return build_network(config, (1, 8, 8), 10).init(cddlib.generator("trajectory", str(key)))
+
+
+def wandering(key: object, epochs: int = EPOCHS) -> list[Tensor]:
+    """Steps in all directions, of unequal length."""
+    rng = cddlib.generator("wander", str(key))
+    path = [first_parameters(key)]
+    for epoch in range(epochs):
+        path.append(path[-1] + 0.3 / (epoch + 1) * torch.randn(path[0].shape, generator=rng))
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Buffer:
+    return write(tmp_path_factory.mktemp("wandering"), [wandering(0), wandering(1)])
+
+
+def straightened(buffer: Buffer, expert: int, epoch: float) -> dict[str, np.ndarray[Any, Any]]:
+    """MCT's formula for each tensor, with numpy in float64."""
+    named = [views(buffer.network, buffer.parameters(expert, e)) for e in range(buffer.epochs + 1)]
+    found = {}
+    for name in buffer.network.shapes:
+        points = [tensors[name].double().numpy() for tensors in named]
+        lengths = [math.sqrt(((b - a) ** 2).sum()) for a, b in itertools.pairwise(points)]
+        travelled = [sum(lengths[:e]) / sum(lengths) for e in range(len(points))]
+        fraction = np.interp(epoch, range(len(points)), travelled)
+        found[name] = points[0] + fraction * (points[-1] - points[0])
+    return found
+
+
+@hypothesis.given(expert=st.integers(0, 1), epoch=st.floats(0, EPOCHS) | st.integers(0, EPOCHS))
+def test_the_convexified_trajectory_is_mct_s(written: Buffer, expert: int, epoch: float) -> None:
+    found = views(written.network, written.convexified().parameters(expert, epoch))
+    for name, wanted in straightened(written, expert, epoch).items():
+        np.testing.assert_allclose(found[name].numpy(), wanted, atol=2e-6)
+
+
+def test_it_keeps_the_ends_and_little_else(written: Buffer) -> None:
+    convex = written.convexified()
+    assert convex.id == written.id
+    for expert in range(2):
+        for end in (0, EPOCHS):
+            torch.testing.assert_close(
+                convex.parameters(expert, end), written.parameters(expert, end), rtol=0, atol=1e-6
+            )
+        for epoch in range(1, EPOCHS):
+            moved = (convex.parameters(expert, epoch) - written.parameters(expert, epoch)).norm()
+            assert moved > 0.1 * written.parameters(expert, epoch).norm()
+
+
+def test_every_tensor_goes_straight_on(written: Buffer) -> None:
+    convex = written.convexified()
+    first, last = (views(written.network, written.parameters(1, end)) for end in (0, EPOCHS))
+    times = torch.linspace(0, EPOCHS, 41).tolist()
+    points = [views(written.network, convex.parameters(1, time)) for time in times]
+    fractions = {}
+    for name, begin in first.items():
+        way = (last[name] - begin).flatten()
+        gone = torch.stack([(point[name] - begin).flatten() for point in points])
+        fractions[name] = gone @ way / (way @ way)
+        torch.testing.assert_close(gone, fractions[name][:, None] * way, rtol=0, atol=1e-6)  # on the line
+        assert (fractions[name].diff() > 0).all()
+        assert fractions[name][[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-5)
+    assert (fractions["conv0.weight"] - fractions["classifier.weight"]).abs().max() > 1e-3  # each at its own pace
+
+
+def test_a_straight_trajectory_stays_as_it_is(tmp_path: Path) -> None:
+    start, direction = first_parameters("a"), first_parameters("b")
+    buffer = write(tmp_path, [[start + epoch * direction for epoch in range(EPOCHS + 1)]])
+    convex = buffer.convexified()
+    for epoch in range(EPOCHS + 1):
+        torch.testing.assert_close(convex.parameters(0, epoch), buffer.parameters(0, epoch), rtol=0, atol=5e-6)
+    torch.testing.assert_close(convex.parameters(0, 1.25), start + 1.25 * direction, rtol=0, atol=5e-6)
+
+
+def test_tensors_that_stand_still_or_come_back_do_not_move(tmp_path: Path) -> None:
+    path = wandering("still", 4)
+    network = write(tmp_path, [path]).network
+    for epoch, theta in enumerate(path):
+        tensors = views(network, theta)
+        tensors["norm0.weight"].fill_(1.0)
+        tensors["norm0.bias"].fill_([0.0, 1.0, 2.0, 1.0, 0.0][epoch])
+    convex = write(tmp_path, [path]).convexified()
+    for epoch in (0, 1, 1.5, 3.9, 4):
+        theta = convex.parameters(0, epoch)
+        assert theta.isfinite().all()
+        tensors = views(convex.network, theta)
+        assert torch.equal(tensors["norm0.weight"], torch.ones(2))
+        assert torch.equal(tensors["norm0.bias"], torch.zeros(2))
+
+
+@pytest.mark.parametrize("epoch", [-0.5, -1, EPOCHS + 0.25, EPOCHS + 1])
+def test_epochs_outside_the_trajectory_are_refused(written: Buffer, epoch: float) -> None:
+    with pytest.raises(cddlib.UserError, match=rf"expert-000.*: epoch {epoch} of {EPOCHS} cannot be read"):
+        written.convexified().parameters(0, epoch)
+
+
+def test_the_trajectory_is_measured_once(written: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    parameters = Buffer.parameters
+    monkeypatch.setattr(
+        Buffer, "parameters", lambda self, expert, epoch: read.append(epoch) or parameters(self, expert, epoch)
+    )
+    convex = written.convexified()
+    convex.parameters(0, 2.5)
+    assert set(read) == set(range(EPOCHS + 1))
+    read.clear()
+    convex.parameters(0, 3.5)
+    assert sorted(read) == [0, EPOCHS]

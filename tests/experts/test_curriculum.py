@@ -1,0 +1,236 @@
+"""PAD's curriculum: which images which epoch sees, and how hard an image is, each written out slowly."""
+
+from math import exp, sqrt
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cddlib
+from cddlib.data import augment
+from cddlib.data.dataset import Images
+from cddlib.data.preprocessing import fit_preprocessing
+from cddlib.experts import curriculum
+from cddlib.experts.curriculum import CurriculumConfig, difficulty, rank_in_class, select
+
+PAD = CurriculumConfig(easiest_fraction=0.75, all_from_epoch=20, drop_epochs=(40, 60), drop_fractions=(0.1, 0.2))
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """Any possible curriculum. As values: beartype, which checks the class, draws random numbers of its own."""
+    whole = draw(st.integers(1, 20))
+    drops = sorted(draw(st.sets(st.integers(whole, 30), max_size=4)))
+    fractions = draw(st.lists(st.floats(0, 0.9), min_size=len(drops), max_size=len(drops)))
+    return {
+        "easiest_fraction": draw(st.floats(0.05, 1)),
+        "all_from_epoch": whole,
+        "drop_epochs": tuple(drops),
+        "drop_fractions": tuple(fractions),
+    }
+
+
+def wanted_bounds(config: CurriculumConfig, epoch: int) -> tuple[float, float]:
+    """PAD's schedule, epoch by epoch as its code has it."""
+    if epoch <= config.all_from_epoch:
+        p = config.easiest_fraction
+        return 0.0, p + (1 - p) * epoch / config.all_from_epoch
+    dropped = 0.0
+    for last, fraction in zip(config.drop_epochs, config.drop_fractions, strict=True):
+        if epoch > last:
+            dropped = fraction
+    return dropped, 1.0
+
+
+# --- When -------------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(values=configurations(), epoch=st.integers(0, 40))
+def test_the_schedule_is_pad_s(values: dict[str, Any], epoch: int) -> None:
+    config = CurriculumConfig(**values)
+    assert config.bounds(epoch) == pytest.approx(wanted_bounds(config, epoch))
+
+
+def test_the_schedule_by_hand() -> None:
+    found = {epoch: PAD.bounds(epoch) for epoch in (0, 1, 10, 19, 20, 21, 40, 41, 60, 61, 99)}
+    assert found == {
+        0: (0.0, 0.75),
+        1: (0.0, 0.7625),
+        10: (0.0, 0.875),
+        19: (0.0, 0.9875),
+        20: (0.0, 1.0),
+        21: (0.0, 1.0),
+        40: (0.0, 1.0),
+        41: (0.1, 1.0),
+        60: (0.1, 1.0),
+        61: (0.2, 1.0),
+        99: (0.2, 1.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "ranks"),
+    [
+        ({}, False),
+        ({"drop_epochs": (20,), "drop_fractions": (0.0,)}, False),
+        ({"easiest_fraction": 0.9}, True),
+        ({"drop_epochs": (20, 30), "drop_fractions": (0.0, 0.1)}, True),
+    ],
+)
+def test_images_are_ranked_only_where_some_are_left_out(values: dict[str, Any], ranks: bool) -> None:
+    config = CurriculumConfig(**values)
+    assert config.ranks_images is ranks
+    labels = torch.arange(40) % 2
+    ranked = rank_in_class(torch.rand(40, generator=cddlib.generator("ranks")), labels)
+    assert ranks == any(len(select(config, ranked, epoch)) < 40 for epoch in range(60))
+
+
+# --- Which ------------------------------------------------------------------------------------------------------
+
+
+@hypothesis.given(images=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=40))
+def test_ranks_count_what_is_easier_in_the_class(images: list[tuple[int, int]]) -> None:
+    """Labels and scores; scores with ties, of which the earlier image is the easier."""
+    labels, scores = (torch.tensor(values) for values in zip(*images, strict=True))
+    found = rank_in_class(scores.float(), labels)
+    for i, (label, score) in enumerate(images):
+        same = [(s, j) for j, (other, s) in enumerate(images) if other == label]
+        assert found[i].item() == pytest.approx(sum(pair < (score, i) for pair in same) / max(1, len(same) - 1))
+
+
+@hypothesis.given(
+    values=configurations(),
+    epoch=st.integers(0, 40),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    seed=st.integers(0, 100),
+)
+def test_every_class_gives_the_same_share_of_its_easiest(
+    values: dict[str, Any], epoch: int, sizes: list[int], seed: int
+) -> None:
+    config = CurriculumConfig(**values)
+    rng = cddlib.generator("classes", seed)
+    labels = torch.repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes), generator=rng)]
+    scores = torch.rand(len(labels), generator=rng)
+    chosen = select(config, rank_in_class(scores, labels), epoch).tolist()
+    assert chosen == sorted(set(chosen))
+    lower, upper = wanted_bounds(config, epoch)
+    for label, size in enumerate(sizes):
+        members = sorted((i for i in range(len(labels)) if labels[i] == label), key=scores.tolist().__getitem__)
+        places = [place for place, member in enumerate(members) if member in chosen]
+        assert places == list(range(places[0], places[-1] + 1)) if places else True
+        assert abs(len(places) - (upper - lower) * size) < 1 + 1e-4
+        assert places[:1] in ([0], []) if lower == 0 else places[-1:] in ([size - 1], [])
+        assert upper == 0 or lower > 0 or places
+
+
+def test_the_selection_by_hand() -> None:
+    """Ten images of either class; the hardest first."""
+    ranks = rank_in_class(torch.arange(20, 0, -1).float(), torch.arange(20) % 2)
+    config = CurriculumConfig(easiest_fraction=0.5, all_from_epoch=5, drop_epochs=(6, 7), drop_fractions=(0.2, 0.4))
+    seen = [select(config, ranks, epoch).tolist() for epoch in range(10)]
+    for epoch in range(6):
+        assert seen[epoch] == list(range(10 - 2 * epoch, 20))
+    assert seen[6] == list(range(20))
+    assert seen[7] == list(range(16))
+    assert seen[8] == seen[9] == list(range(12))
+
+
+def test_every_class_keeps_an_image() -> None:
+    """As in PAD's code, which rounds what it leaves out down."""
+    config = CurriculumConfig(all_from_epoch=1, drop_epochs=(1,), drop_fractions=(0.99,))
+    ranks = rank_in_class(torch.arange(20).float(), torch.arange(20) % 2)
+    assert select(config, ranks, 2).tolist() == [18, 19]
+
+
+# --- How hard ---------------------------------------------------------------------------------------------------
+
+
+def small(classes: int = 10) -> Images:
+    """Some digits, of the first so many classes."""
+    train = cddlib.load("digits").split[0]
+    return train.select(torch.nonzero(train.labels < classes).flatten()[:150])
+
+
+def test_difficulty_is_el2n(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curriculum, "SCORERS", 3)
+    monkeypatch.setattr(curriculum, "SCORER_EPOCHS", 2)
+    network = cddlib.ConvNet(cddlib.NetworkConfig(depth=1, width=4), (1, 8, 8), 10)
+    train, preprocessing = small(), fit_preprocessing(cddlib.load("digits"), zca=False)
+    found = difficulty(network, train, preprocessing, batch_size=40, learning_rate=0.2, strategy="crop")
+    images = preprocessing(train.images)
+    wanted = [0.0] * len(images)
+    for scorer in range(3):
+        theta = network.init(cddlib.generator("difficulty", scorer, "init"))
+        for epoch in range(2):
+            rng = cddlib.generator("difficulty", scorer, epoch)
+            for indices in torch.randperm(len(images), generator=rng).split(40):
+                inputs = augment.apply(augment.draw("crop", len(indices), rng), images[indices])
+                theta.requires_grad_()
+                loss = F.cross_entropy(network(theta, inputs), train.labels[indices])
+                theta = (theta - 0.2 * torch.autograd.grad(loss, theta)[0]).detach()
+        for i, (logits, label) in enumerate(zip(network(theta, images).tolist(), train.labels.tolist(), strict=True)):
+            total = sum(exp(logit) for logit in logits)
+            errors = [exp(logit) / total - (c == label) for c, logit in enumerate(logits)]
+            wanted[i] += sqrt(sum(error**2 for error in errors)) / 3
+    assert found.tolist() == pytest.approx(wanted, abs=1e-4)
+    assert max(wanted) - min(wanted) > 0.1
+    again = difficulty(network, train, preprocessing, batch_size=40, learning_rate=0.2, strategy="crop")
+    assert torch.equal(again, found)
+
+
+def test_the_last_class_may_lack_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curriculum, "SCORERS", 1)
+    monkeypatch.setattr(curriculum, "SCORER_EPOCHS", 1)
+    network = cddlib.ConvNet(cddlib.NetworkConfig(depth=1, width=4), (1, 8, 8), 10)
+    preprocessing = fit_preprocessing(cddlib.load("digits"), zca=False)
+    found = difficulty(network, small(9), preprocessing, batch_size=40, learning_rate=0.1, strategy="none")
+    assert found.shape == (150,)
+
+
+# --- Refused ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"easiest_fraction": 0.0}, "easiest_fraction is 0.0; it must lie above 0 and not above 1."),
+        ({"easiest_fraction": 1.1}, "easiest_fraction is 1.1; it must lie above 0 and not above 1."),
+        ({"easiest_fraction": float("nan")}, "easiest_fraction is nan; it must lie above 0 and not above 1."),
+        ({"all_from_epoch": 0}, "all_from_epoch is 0; it must be at least 1."),
+        (
+            {"drop_epochs": (30,)},
+            "drop_fractions has 0 values and drop_epochs 1; each epoch needs a fraction.",
+        ),
+        (
+            {"drop_epochs": (30,), "drop_fractions": (0.1, 0.2)},
+            "drop_fractions has 2 values and drop_epochs 1; each epoch needs a fraction.",
+        ),
+        (
+            {"drop_epochs": (40, 30), "drop_fractions": (0.1, 0.2)},
+            "drop_epochs is (40, 30); epochs must be ascending, each once, and not before all_from_epoch (20).",
+        ),
+        (
+            {"drop_epochs": (30, 30), "drop_fractions": (0.1, 0.2)},
+            "drop_epochs is (30, 30); epochs must be ascending, each once, and not before all_from_epoch (20).",
+        ),
+        (
+            {"drop_epochs": (19,), "drop_fractions": (0.1,)},
+            "drop_epochs is (19,); epochs must be ascending, each once, and not before all_from_epoch (20).",
+        ),
+        (
+            {"drop_epochs": (30,), "drop_fractions": (1.0,)},
+            "drop_fractions is (1.0,); each must be 0 or more and below 1.",
+        ),
+        (
+            {"drop_epochs": (30, 40), "drop_fractions": (0.5, -0.1)},
+            "drop_fractions is (0.5, -0.1); each must be 0 or more and below 1.",
+        ),
+    ],
+)
+def test_impossible_curricula_are_refused(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(cddlib.UserError) as refused:
+        CurriculumConfig(**values)
+    assert str(refused.value) == sentence

@@ -1,0 +1,543 @@
+"""Buffers: the files on disk, reading them lazily, and training experts that survive any interruption."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cddlib
+from cddlib import cli
+from cddlib.data import dataset as data
+from cddlib.experts import curriculum
+from cddlib.experts import train as buffering
+from cddlib.experts.buffer import Buffer, expert_path, read_expert_record, write_trajectory
+from cddlib.networks.convnet import ConvNet, NetworkConfig, views
+from cddlib.runtime import config as configs
+from cddlib.runtime import files
+from cddlib.runtime.errors import UserError
+from cddlib.training import engine
+
+recipe = partial(cddlib.buffer_recipe, "digits", width=8, experts=2, epochs=6)
+train = partial(cddlib.train_buffer, device="cpu")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What must not depend on interruptions: everything but the provenance."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
+
+
+def test_files_are_those_of_the_design(buffer: Buffer) -> None:
+    names = {".lock", "buffer.json", "result.json", "preprocessing.safetensors", "expert-000.safetensors"}
+    assert {path.name for path in buffer.folder.iterdir()} == names | {"expert-001.safetensors"}
+    manifest = files.read_json(buffer.folder / "buffer.json")
+    assert manifest["config"] == {**configs.as_dict(recipe()), "compiled": False}
+    digits = data.load("digits")
+    fingerprint = {"name": "digits", "fingerprint": digits.fingerprint, "shape": [1, 8, 8], "classes": 10}
+    assert manifest["data"] == fingerprint
+    for index, expert in enumerate(manifest["experts"]):
+        path = buffer.folder / expert["file"]
+        assert path == expert_path(buffer.folder, index)
+        assert expert["sha256"] == files.file_digest(path)
+        assert (expert["seed"], expert["buffer"]) == (index, buffer.experts[0]["buffer"])
+        assert len(expert["train_loss"]) == 6
+        assert len(expert["validation_accuracy"]) == 7
+        shapes = {name: (7, *shape) for name, shape in buffer.network.shapes.items()}
+        assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == shapes
+
+
+def test_experts_learn(buffer: Buffer) -> None:
+    for expert in buffer.experts:
+        assert expert["train_loss"][-1] < expert["train_loss"][0]
+        assert expert["validation_accuracy"][-1] > 0.5 > expert["validation_accuracy"][0]
+        assert expert["test_accuracy"] > 0.5
+
+
+def test_recorded_accuracies_are_those_of_the_stored_parameters(buffer: Buffer) -> None:
+    digits = data.load("digits")
+    for part, epoch, name in ((digits.split[1], 0, "validation_accuracy"), (digits.test, 6, "test_accuracy")):
+        logits = buffer.network(buffer.parameters(1, epoch), buffer.preprocessing(part.images))
+        found = buffer.experts[1][name]
+        accuracy = (logits.argmax(1) == part.labels).double().mean().item()
+        assert accuracy == pytest.approx(found[0] if isinstance(found, list) else found)
+
+
+def test_snapshots_of_different_epochs_differ(buffer: Buffer) -> None:
+    for expert in range(2):
+        thetas = [buffer.parameters(expert, epoch) for epoch in range(7)]
+        for i in range(7):
+            for j in range(i):
+                assert (thetas[i] - thetas[j]).norm() > 1e-2  # no aliasing of the live vector
+
+
+def test_trajectories_begin_at_the_initialisation(buffer: Buffer) -> None:
+    for expert in range(2):
+        start = buffer.network.init(cddlib.generator(expert, "init"))
+        assert torch.equal(buffer.parameters(expert, 0), start)
+
+
+def test_parameters_are_the_stored_tensors_in_the_networks_order(buffer: Buffer) -> None:
+    stored = load_file(expert_path(buffer.folder, 1))
+    found = views(buffer.network, buffer.parameters(1, 4))
+    assert all(torch.equal(found[name], stored[name][4]) for name in stored)
+
+
+READ_ONE_EPOCH = """
+import sys
+from pathlib import Path
+from cddlib.experts.buffer import Buffer
+
+def kb(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+Buffer(Path(sys.argv[1])).parameters(0, 3)  # imports and allocates all that reading needs
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+before = kb("VmRSS")
+theta = Buffer(Path(sys.argv[2])).parameters(0, 150)
+print(kb("VmHWM") - before, float(theta[0]))
+"""
+
+
+def test_reading_one_epoch_reads_only_its_bytes(buffer: Buffer, tmp_path: Path) -> None:
+    manifest = files.read_json(buffer.folder / "buffer.json")
+    manifest["config"] |= {"width": 64, "depth": 3, "epochs": 300, "experts": 1}
+    files.write_json(tmp_path / "buffer.json", manifest)
+    network = ConvNet(NetworkConfig(width=64, depth=3), (1, 8, 8), 10)
+    size = len(network.init(torch.Generator()))
+    write_trajectory(expert_path(tmp_path, 0), network, [torch.full((size,), float(t)) for t in range(301)], {})
+    assert expert_path(tmp_path, 0).stat().st_size > 90e6
+    arguments = [sys.executable, "-c", READ_ONE_EPOCH, str(buffer.folder), str(tmp_path)]
+    printed = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    growth_kb, first = printed.split()
+    assert float(first) == 150
+    assert int(growth_kb) < 10_000
+
+
+def test_experts_differ_only_by_their_seed(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(seed=1, experts=1), tmp_path)
+    alone, second = (load_file(path) for path in (expert_path(tmp_path, 0), expert_path(buffer.folder, 1)))
+    assert all(torch.equal(alone[name], second[name]) for name in second)
+    records = [read_expert_record(path) for path in (expert_path(tmp_path, 0), expert_path(buffer.folder, 1))]
+    assert records[0].pop("buffer") != records[1].pop("buffer")
+    assert records[0] == records[1]
+
+
+def test_experts_of_long_training_are_compiled_unless_told_otherwise(
+    buffer: Buffer, tmp_path: Path, monkeypatch
+) -> None:
+    compiled: list[object] = []
+    enough = 3 * 2 * 1257 * engine.operations(buffer.network, (1, 8, 8))  # more than an epoch, less than two
+    monkeypatch.setitem(engine.WORTH_COMPILING, "cpu", enough)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    wanted = {(1, None): False, (2, None): True, (2, False): False, (1, True): True}
+    for number, ((epochs, asked), answer) in enumerate(wanted.items()):
+        compiled.clear()
+        engine._steps.cache_clear()
+        trained = train(recipe(experts=1, epochs=epochs, compiled=asked), tmp_path / str(number))
+        assert trained.config["compiled"] is answer and bool(compiled) is answer
+
+
+def test_training_again_gives_the_same_bytes(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(), tmp_path)
+    assert contents(tmp_path) == contents(buffer.folder)
+
+
+def kill_at_random(arguments: list[str], started: Path, longest: float, rng: random.Random) -> int:
+    """Start the command line, wait until `started` exists, then kill it within `longest` seconds."""
+    command = [str(Path(sys.executable).with_name("cddlib")), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    while not started.exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, longest))
+    process.kill()
+    return process.wait()
+
+
+def test_a_killed_buffer_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        options = ["--width", "8", "--experts", "12", "--epochs", "6", "--device", "cpu", "--zca"]
+        return ["buffer", *options, "--out", str(tmp_path / name)]
+
+    assert cli.main(arguments("whole")) == 0
+    rng = random.Random(0)
+    killed = tmp_path / "killed"
+    codes = [
+        kill_at_random(arguments("killed"), started, 0.4, rng)
+        for started in (killed / "buffer.json", expert_path(killed, 0), expert_path(killed, 2))
+    ]
+    assert codes == [-signal.SIGKILL] * 3
+    with pytest.raises(UserError, match=r"of 12 experts; run the same `cddlib buffer` again to finish\.$"):
+        Buffer(killed)
+    assert cli.main(arguments("killed")) == 0
+    found, wanted = contents(killed), contents(tmp_path / "whole")
+    assert {name: found[name] for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("file", ["expert-001.safetensors", "buffer.json", "result.json"])
+def test_interrupted_before_any_file_it_ends_with_the_same_files(
+    buffer: Buffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    replace, times = os.replace, {"buffer.json": 2}  # not the claim of the folder, but the first expert's entry
+
+    def interrupted(source: Path, target: Path) -> None:
+        times[target.name] = times.get(target.name, 1) - 1
+        if target.name == file and times[file] == 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), tmp_path)
+    assert train(recipe(), tmp_path).id == buffer.id
+    assert contents(tmp_path) == contents(buffer.folder)
+    assert (tmp_path / "result.json").exists()
+
+
+def test_finished_experts_are_not_trained_again(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    monkeypatch.setattr(buffering, "_train_expert", None)  # calling it fails
+    assert train(recipe(), tmp_path / "b").id == buffer.id
+    assert train(recipe(experts=1), tmp_path / "b").id == buffer.id  # asking for fewer takes none away
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Expert and number of each epoch that is trained from now on; all are saved at once."""
+    seen: list[tuple[int, int]] = []
+    epoch = buffering.expert_epoch
+
+    def overheard(config: object, expert: int, number: int, *rest: object) -> float:
+        seen.append((expert, number))
+        return epoch(config, expert, number, *rest)
+
+    monkeypatch.setattr(buffering, "expert_epoch", overheard)
+    monkeypatch.setattr(buffering, "UNFINISHED_SECONDS", -1.0)
+    return seen
+
+
+@pytest.mark.parametrize("expert", [0, 1])
+def test_a_deleted_expert_is_trained_again(buffer: Buffer, tmp_path: Path, trained, expert: int) -> None:
+    folder = tmp_path / "b"
+    shutil.copytree(buffer.folder, folder)
+    expert_path(folder, expert).unlink()
+    assert train(recipe(), folder).id == buffer.id
+    assert {number for number, _ in trained} == {expert}
+    assert contents(folder) == contents(buffer.folder)
+
+
+def train_until(stop: tuple[int, int], config: cddlib.BufferConfig, folder: Path) -> None:
+    """Train, and stop as by Ctrl-C at this expert's epoch of that number."""
+    epoch = buffering.expert_epoch
+
+    def interrupted(config: object, expert: int, number: int, *rest: object) -> float:
+        if (expert, number) == stop:
+            raise KeyboardInterrupt
+        return epoch(config, expert, number, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(buffering, "expert_epoch", interrupted)
+        train(config, folder)
+
+
+GSAM = {"sharpness_radius": 0.1, "sharpness_weight": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
+
+
+@pytest.mark.parametrize("overrides", [{}, {"momentum": 0.9}, GSAM])
+@pytest.mark.parametrize("stop", [(0, 2), (1, 4), (1, 6)])
+def test_an_unfinished_expert_goes_on(
+    tmp_path: Path, trained, overrides: dict[str, float], stop: tuple[int, int]
+) -> None:
+    config = recipe(**overrides)
+    train(config, tmp_path / "whole")
+    every = list(trained)
+    assert every == [(expert, epoch) for expert in (0, 1) for epoch in range(1, 7)]
+    trained.clear()
+    train_until(stop, config, tmp_path / "parts")
+    unfinished = tmp_path / "parts" / f".expert-00{stop[0]}.unfinished.safetensors"
+    tensors, header = files.read_tensors(unfinished, "unfinished")
+    assert (len(tensors["snapshots"]), len(header["losses"])) == (stop[1], stop[1] - 1)
+    train(config, tmp_path / "parts")
+    assert trained == every
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("trained")
+def test_another_buffers_unfinished_expert_is_not_taken(buffer: Buffer, tmp_path: Path) -> None:
+    unfinished = tmp_path / ".expert-000.unfinished.safetensors"
+    snapshots = torch.zeros(3, len(buffer.parameters(0, 0)))
+    header = {"buffer": "another", "losses": [1.0, 1.0], "accuracies": [0.1, 0.1, 0.1]}
+    files.write_tensors(unfinished, {"snapshots": snapshots}, "unfinished", header)
+    assert train(recipe(), tmp_path).id == buffer.id
+    assert contents(tmp_path) == contents(buffer.folder)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_damaged_unfinished_expert_is_named(tmp_path: Path) -> None:
+    train_until((0, 3), recipe(), tmp_path)
+    unfinished = tmp_path / ".expert-000.unfinished.safetensors"
+    unfinished.write_bytes(unfinished.read_bytes()[:-1] + b"?")
+    with pytest.raises(UserError, match=r"\.expert-000\.unfinished\.safetensors is damaged: "):
+        train(recipe(), tmp_path)
+
+
+def test_a_finished_buffer_grows(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(experts=1), tmp_path)
+    assert len(train(recipe(experts=2), tmp_path).experts) == 2
+    assert contents(tmp_path) == contents(buffer.folder)
+
+
+def test_another_configuration_is_refused(buffer: Buffer) -> None:
+    before = contents(buffer.folder)
+    with pytest.raises(UserError, match=r"holds another run \(learning_rate is 0\.1 there and 0\.2 here\); choose"):
+        train(recipe(learning_rate=0.2), buffer.folder)
+    with pytest.raises(UserError, match=r"\(epochs is 6 there and 7 here; seed is 0 there and 5 here\)"):
+        train(recipe(epochs=7, seed=5), buffer.folder)
+    assert contents(buffer.folder) == before
+
+
+def test_missing_and_damaged_descriptions_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no buffer; train one with `cddlib buffer --out "):
+        Buffer(tmp_path)
+    damaged = ("{", "cannot be read as JSON"), ("{}", "has no checksum"), ("[]", "has no checksum")
+    for text, message in (*damaged, (json.dumps(files.seal({})), "is not a buffer's")):
+        (tmp_path / "buffer.json").write_text(text)
+        for call in (Buffer, partial(train, recipe())):
+            with pytest.raises(UserError, match=rf"buffer\.json {message}"):
+                call(tmp_path) if call is Buffer else call(out=tmp_path)
+
+
+def test_a_truncated_expert_is_named(buffer: Buffer, tmp_path: Path) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    path = expert_path(tmp_path / "b", 1)
+    path.write_bytes(path.read_bytes()[:-100])
+    opened = Buffer(tmp_path / "b")
+    assert torch.equal(opened.parameters(0, 6), buffer.parameters(0, 6))
+    with pytest.raises(UserError, match=r"expert-001\.safetensors is truncated"):
+        opened.parameters(1, 0)
+    path.unlink()
+    with pytest.raises(UserError, match=r"expert-001\.safetensors does not exist"):
+        opened.parameters(1, 0)
+
+
+def test_damage_to_an_epoch_is_named_by_whoever_reads_it(buffer: Buffer, tmp_path: Path) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    path = expert_path(tmp_path / "b", 1)
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    for name, place in json.loads(content[8:start]).items():
+        if name == "conv0.weight":
+            begin, end = place["data_offsets"]
+            content[start + begin + (end - begin) * 3 // 7] ^= 1  # the first byte of epoch 3
+    path.write_bytes(content)
+    opened = Buffer(tmp_path / "b")
+    for epoch in (0, 1, 2, 4, 5, 6):
+        assert torch.equal(opened.parameters(1, epoch), buffer.parameters(1, epoch))
+    with pytest.raises(UserError) as refused:
+        opened.parameters(1, 3)
+    assert str(refused.value) == f"{path} is damaged: epoch 3 does not have the digest that its header names."
+    with pytest.raises(UserError, match=r"epoch 3 does not have the digest"):
+        opened.convexified().parameters(1, 0.5)
+
+
+def test_another_buffers_expert_is_named(buffer: Buffer, tmp_path: Path) -> None:
+    train(recipe(experts=1, learning_rate=0.05), tmp_path / "other")
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    shutil.copy(expert_path(tmp_path / "other", 0), tmp_path / "b")
+    with pytest.raises(UserError) as refused:
+        Buffer(tmp_path / "b").parameters(0, 0)
+    path, manifest = expert_path(tmp_path / "b", 0), tmp_path / "b" / "buffer.json"
+    assert str(refused.value) == f"{path} is not the expert that {manifest} describes."
+    assert train(recipe(), tmp_path / "b").id == buffer.id  # it is trained again
+    assert contents(tmp_path / "b") == contents(buffer.folder)
+
+
+def test_experts_that_do_not_fit_are_named(buffer: Buffer, tmp_path: Path) -> None:
+    shutil.copytree(buffer.folder, tmp_path / "b")
+    network = ConvNet(NetworkConfig(width=4, depth=2), (1, 8, 8), 10)
+    theta = network.init(torch.Generator())
+    write_trajectory(expert_path(tmp_path / "b", 0), network, [theta] * 7, {})
+    with pytest.raises(UserError, match=r"expert-000.* does not fit buffer\.json: conv0\.weight is F32\[7, 4, "):
+        Buffer(tmp_path / "b").parameters(0, 0)
+    for epoch in (7, -1):
+        with pytest.raises(UserError, match=rf"expert-001.* does not fit buffer\.json: epoch {epoch} of 6 cannot"):
+            Buffer(tmp_path / "b").parameters(1, epoch)
+
+
+def test_divergence_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^expert 0 diverged in epoch \d \(loss nan\); lower --learning-rate\.$"):
+        train(recipe(learning_rate=1e30), tmp_path)
+    assert not expert_path(tmp_path, 0).exists()
+
+
+def test_divergence_in_the_last_step_is_reported(tmp_path: Path) -> None:
+    one_step = recipe(learning_rate=3e38, epochs=1, batch_size=2000, weight_decay=1e3)
+    with pytest.raises(UserError, match="expert 0 diverged in epoch 1"):
+        train(one_step, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--holdout", "--no-holdout"])
+def test_validation_images_are_held_out_unless_told_otherwise(tmp_path: Path, monkeypatch, flag: str) -> None:
+    seen = []
+    fetch = buffering.fetch_real
+    monkeypatch.setattr(buffering, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
+    options = ["--width", "8", "--experts", "1", "--epochs", "1", "--device", "cpu"]
+    assert cli.main(["buffer", *options, flag, "--out", str(tmp_path)]) == 0
+    digits = data.load("digits")
+    wanted = digits.split[0] if flag == "--holdout" else digits.train
+    assert [images.images.shape for images in seen] == [wanted.images.shape]
+    assert torch.equal(seen[0].images, wanted.images)
+    assert Buffer(tmp_path).config["holdout"] is (flag == "--holdout")
+
+
+@pytest.mark.parametrize("field", ["experts", "epochs", "batch_size"])
+def test_counts_must_be_positive(field: str) -> None:
+    with pytest.raises(UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
+        recipe(**{field: 0})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"momentum": -1.0}, {"weight_decay": -1.0}]
+)
+def test_impossible_rates_are_refused(wrong: dict[str, float]) -> None:
+    (name, value) = next(iter(wrong.items()))
+    with pytest.raises(UserError, match=rf"^{name} is {value}; it must "):
+        recipe(**wrong)
+
+
+def test_check_data_refuses_other_images(buffer: Buffer) -> None:
+    digits = data.load("digits")
+    buffer.check_data(digits)
+    other = data.Dataset("cifar10", digits.train, digits.test, digits.classes)
+    with pytest.raises(UserError, match=r"holds experts of digits, not of cifar10\.$"):
+        buffer.check_data(other)
+    fewer = data.Dataset("digits", digits.train, digits.split[1], digits.classes)
+    with pytest.raises(UserError, match=rf"another version of digits: its fingerprint is {digits.fingerprint}, this "):
+        buffer.check_data(fewer)
+
+
+# --- Curriculum and sharpness -----------------------------------------------------------------------------------
+
+FLAT = {"sharpness_radius": 0.1, "sharpness_weight": 0.5}
+STAGED = {"easiest_fraction": 0.5, "all_from_epoch": 2, "drop_epochs": (3, 4), "drop_fractions": (0.25, 0.5)}
+
+
+@pytest.fixture
+def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Difficulties in no time."""
+    monkeypatch.setattr(curriculum, "SCORERS", 2)
+    monkeypatch.setattr(curriculum, "SCORER_EPOCHS", 1)
+
+
+@pytest.mark.usefixtures("quick_scores")
+@pytest.mark.parametrize("holdout", [True, False])
+def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, holdout: bool) -> None:
+    seen = []
+    fetch = buffering.fetch_real
+    monkeypatch.setattr(buffering, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
+    config = recipe(**STAGED, holdout=holdout)
+    opened = train(config, tmp_path)
+    digits = data.load("digits")
+    images = digits.split[0] if holdout else digits.train
+    (scores,) = load_file(tmp_path / "difficulty.safetensors").values()
+    assert scores.shape == images.labels.shape
+    assert len(seen) == config.experts * config.epochs
+    shares = [(0, 0.5), (0, 0.75), (0, 1), (0, 1), (0.25, 1), (0.5, 1)]
+    for number, part in enumerate(seen):
+        lower, upper = shares[number % 6]
+        wanted = []
+        for label in range(10):
+            members = sorted(torch.nonzero(images.labels == label).flatten().tolist(), key=scores.tolist().__getitem__)
+            wanted += [m for k, m in enumerate(members) if lower <= k / (len(members) - 1) <= upper]
+        assert torch.equal(part.images, images.images[sorted(wanted)])
+        assert torch.equal(part.labels, images.labels[sorted(wanted)])
+    scored = curriculum.difficulty(
+        opened.network,
+        images,
+        opened.preprocessing,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        strategy=config.augment,
+    )
+    assert torch.equal(scores, scored)
+
+
+def test_no_difficulty_is_measured_without_need(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(buffering, "difficulty", None)  # calling it fails
+    train(recipe(experts=1, epochs=1), tmp_path)
+    assert not (tmp_path / "difficulty.safetensors").exists()
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_interrupted_in_a_curriculum_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+    config = recipe(**STAGED, **FLAT, epochs=5)
+    whole = tmp_path / "whole"
+    train(config, whole)
+    assert (whole / "difficulty.safetensors").exists()
+    replace = os.replace
+    for file in ("difficulty.safetensors", "expert-000.safetensors", "expert-001.safetensors"):
+
+        def interrupted(source: Path, target: Path, file: str = file) -> None:
+            if target.name == file:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        parts = tmp_path / file
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train(config, parts)
+        with monkeypatch.context() as patch:
+            if file != "difficulty.safetensors":
+                patch.setattr(buffering, "difficulty", None)  # measured already: calling it again fails
+            train(config, parts)
+        assert contents(parts) == contents(whole)
+
+
+@pytest.mark.usefixtures("quick_scores")
+def test_difficulty_belongs_to_no_expert(tmp_path: Path) -> None:
+    for seed in (0, 5):
+        train(recipe(**STAGED, seed=seed, experts=1, epochs=1), tmp_path / str(seed))
+    files = [(tmp_path / seed / "difficulty.safetensors").read_bytes() for seed in "05"]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("overrides", [FLAT, {**FLAT, "sharpness_adaptive": False}, {**FLAT, "sharpness_weight": 0.0}])
+def test_flat_experts_are_others(buffer: Buffer, tmp_path: Path, overrides: dict[str, object]) -> None:
+    flat = train(recipe(**overrides, experts=1), tmp_path)
+    assert torch.equal(flat.parameters(0, 0), buffer.parameters(0, 0))
+    moved = (flat.parameters(0, 6) - buffer.parameters(0, 6)).norm() / buffer.parameters(0, 6).norm()
+    assert 1e-3 < moved < 1
+    assert flat.experts[0]["test_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"sharpness_radius": -1.0}, "sharpness_radius is -1.0; it must be a finite number, 0 or more."),
+        ({"easiest_fraction": 2.0}, "easiest_fraction is 2.0; it must lie above 0 and not above 1."),
+    ],
+)
+def test_a_buffer_s_configuration_is_checked_throughout(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        recipe(**wrong)
+    assert str(refused.value) == message
+
+
+def test_an_opened_buffer_s_configuration_is_the_one_that_trained_it(tmp_path: Path, quick_scores) -> None:
+    config = recipe(**STAGED, experts=1)
+    train(config, tmp_path)
+    asked = {**configs.as_dict(config), "compiled": False}
+    assert train(config, tmp_path).config == asked  # tuples or lists: the same run
+    with pytest.raises(UserError, match=r"\(drop_fractions is \[0\.25, 0\.5\] there and \[0\.25, 0\.4\] here\)"):
+        train(recipe(**{**STAGED, "drop_fractions": (0.25, 0.4)}, experts=1), tmp_path)

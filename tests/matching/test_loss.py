@@ -1,0 +1,707 @@
+"""The matching loss: its gradient against brute force through the whole student, and against MTT written plainly."""
+
+import dataclasses
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cddlib
+from cddlib.data import augment
+from cddlib.matching.loss import kept_parameters, matching_losses, nearest_step
+from cddlib.matching.student import MatchingConfig, Step, at_a_time, roll_out, turns
+from cddlib.networks.convnet import Network
+from cddlib.synthetic import initialise
+from cddlib.training.convnet_step import Derived
+from cddlib.training.engine import steps_of
+
+CLASSES = 3
+DSA = "color_crop_cutout_flip_scale_rotate"
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def unrolled(
+    network: Network,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+    steps: list[Step],
+    config: MatchingConfig | None = None,
+) -> Tensor:
+    """The matching loss with the graph of all steps, or with TESLA's, in which no step sees where the last one led."""
+    config = config or MatchingConfig()
+    theta = start.clone().requires_grad_()
+    path = []
+    for indices, draw in steps:
+        here = theta if config.gradient == "exact" else theta.detach().requires_grad_()
+        loss = F.cross_entropy(network(here, augment.apply(draw, images[indices])), targets[indices])
+        (gradient,) = torch.autograd.grad(loss, here, create_graph=True)
+        theta = theta - step_size * gradient
+        path.append(theta)
+    if config.match_step == "nearest":
+        best = path[0]
+        for later in path[1:]:
+            if (later - target).abs().sum() <= (best - target).abs().sum():
+                best = later
+        theta = best
+    errors, scales = (theta - target) ** 2, (start - target) ** 2
+    by_size = sorted(range(len(errors)), key=errors.tolist().__getitem__)
+    kept = by_size[int(config.dropped_fraction * len(errors)) :]
+    return errors[kept].sum() / scales[kept].sum()
+
+
+class Problem:
+    """A small float64 problem: variables that need gradients, and the arguments of `matching_loss`."""
+
+    def __init__(
+        self,
+        *,
+        soft: bool = True,
+        size: int = 7,
+        batch: int | None = None,
+        n: int = 5,
+        dsa: str = "none",
+        **network: Any,
+    ) -> None:
+        rng = cddlib.generator("problem")
+        config = cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network})
+        self.network = cddlib.ConvNet(config, (2, 8, 8), CLASSES)
+        self.start = self.network.init(rng).double()
+        self.target = self.start + 0.1 * torch.randn(self.start.shape, generator=rng, dtype=torch.double)
+        self.images = torch.randn(size, 2, 8, 8, generator=rng, dtype=torch.double, requires_grad=True)
+        self.logits = torch.randn(size, CLASSES, generator=rng, dtype=torch.double, requires_grad=True)
+        self.step_size = torch.tensor(0.3, dtype=torch.double, requires_grad=True)
+        self.variables = [self.images, self.logits, self.step_size] if soft else [self.images, self.step_size]
+        self.soft = soft
+        self.steps = cddlib.plan_student(MatchingConfig(student_steps=n, student_batch=batch), size, dsa, rng)
+
+    def arguments(self) -> tuple[Any, ...]:
+        hard = F.one_hot(torch.arange(len(self.images)) % CLASSES, CLASSES).double()
+        targets = self.logits.softmax(1) if self.soft else hard
+        return self.network, self.start, self.target, self.images, targets, self.step_size, self.steps
+
+    def check(self, **config: Any) -> None:
+        """Loss and gradients equal the unrolled ones."""
+        asked = MatchingConfig(**config)
+        loss, reference = cddlib.matching_loss(*self.arguments(), asked), unrolled(*self.arguments(), asked)
+        assert relative(loss, reference) < 1e-12
+        found = torch.autograd.grad(loss, self.variables)
+        wanted = torch.autograd.grad(reference, self.variables)
+        assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dsa", ["none", DSA, *augment.CHANGES])
+def test_gradient_is_exact_with_every_augmentation(dsa: str) -> None:
+    Problem(dsa=dsa).check()
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("batch", [None, 1, 3, 5, 7, 100])
+def test_gradient_is_exact_with_mini_batches(batch: int | None, soft: bool) -> None:
+    Problem(batch=batch, soft=soft, n=6, dsa=DSA).check()
+
+
+@pytest.mark.parametrize(("norm", "largest"), [("instance", 3), ("layer", 3), ("none", 3), ("batch", 7)])
+@pytest.mark.parametrize("kept", ["0", "1000"])
+def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where images do not depend on their batch, a step takes `PART` of them at a time."""
+    monkeypatch.setattr("cddlib.matching.student.PART", 3)
+    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: int(kept) * 2**20)
+    problem = Problem(dsa=DSA, norm=norm)
+    engine, sizes = steps_of(problem.network, MatchingConfig(), torch.device("cpu")), []
+    take = engine.take
+
+    def seen(theta: Tensor, inputs: Tensor, targets: Tensor) -> Any:
+        sizes.append(inputs.shape[1])
+        return take(theta, inputs, targets)
+
+    monkeypatch.setattr(engine, "take", seen)
+    problem.check()
+    assert set(sizes) == ({2, 3} if largest == 3 else {7})
+    assert sum(sizes) == 5 * 7 * (2 if kept == "0" else 1)
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(
+    network=st.fixed_dictionaries(
+        {
+            "depth": st.integers(1, 3),
+            "norm": st.sampled_from(["instance", "batch", "group", "layer", "none"]),
+            "activation": st.sampled_from(["relu", "leakyrelu", "sigmoid"]),
+            "pooling": st.sampled_from(["avg", "max", "none"]),
+        }
+    ),
+    size=st.integers(2, 6),
+    batch=st.none() | st.integers(1, 6),
+    n=st.integers(1, 6),
+    soft=st.booleans(),
+)
+def test_gradient_is_exact_for_every_network(
+    network: dict[str, Any], size: int, batch: int | None, n: int, soft: bool
+) -> None:
+    Problem(soft=soft, size=size, batch=batch, n=n, dsa=DSA, **network).check()
+
+
+def test_gradient_scales_with_what_follows_the_loss() -> None:
+    problem = Problem()
+    (once,) = torch.autograd.grad(cddlib.matching_loss(*problem.arguments()), problem.images)
+    (thrice,) = torch.autograd.grad(3 * cddlib.matching_loss(*problem.arguments()), problem.images)
+    torch.testing.assert_close(thrice, 3 * once)
+
+
+def test_no_configuration_is_mtt() -> None:
+    problem = Problem(batch=3, dsa=DSA)
+    losses = [cddlib.matching_loss(*problem.arguments(), *config) for config in ((), (MatchingConfig(),))]
+    found = [torch.autograd.grad(loss, problem.variables) for loss in losses]
+    assert torch.equal(*losses)
+    assert all(map(torch.equal, *found))
+
+
+# --- TESLA ------------------------------------------------------------------------------------------------------
+
+
+def tesla(
+    network: Network,
+    start: Tensor,
+    target: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    step_size: Tensor,
+    steps: list[Step],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """TESLA's loss and its gradients of images, targets and step size, as the paper writes them (Cui et al. 2023)."""
+    b, x, y = step_size.detach(), images.detach(), targets.detach()
+    theta, path, summed = start.clone(), [], torch.zeros_like(start)
+    for indices, draw in steps:
+        path.append(theta)
+        here = theta.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(
+            F.cross_entropy(network(here, augment.apply(draw, x[indices])), y[indices]), here
+        )
+        summed += gradient
+        theta = theta - b * gradient
+    scale = ((start - target) ** 2).sum()
+    weight = 2 * (b * (target - start) + b**2 * summed) / scale
+    d_images, d_targets = torch.zeros_like(x), torch.zeros_like(y)
+    for here, (indices, draw) in zip(path, steps, strict=True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (here, x[indices], y[indices])]
+        loss = F.cross_entropy(network(leaves[0], augment.apply(draw, leaves[1])), leaves[2])
+        (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+        parts = torch.autograd.grad(weight @ gradient, leaves[1:])
+        for row, d_image, d_target in zip(indices.tolist(), *parts, strict=True):
+            d_images[row] += d_image
+            d_targets[row] += d_target
+    d_step_size = 2 * ((target - start + b * summed) @ summed) / scale
+    return ((start - b * summed - target) ** 2).sum() / scale, d_images, d_targets, d_step_size
+
+
+@pytest.mark.parametrize(("gradient", "share"), [("truncated", 1.0), ("halved", 0.5)])
+@pytest.mark.parametrize(
+    ("n", "batch", "dsa"), [(1, None, "none"), (2, 3, DSA), (5, None, DSA), (8, 3, "none"), (8, 2, DSA)]
+)
+def test_truncated_gradient_is_the_one_that_tesla_writes(
+    n: int, batch: int | None, dsa: str, gradient: str, share: float
+) -> None:
+    problem = Problem(n=n, batch=batch, dsa=dsa)
+    loss = cddlib.matching_loss(*problem.arguments(), MatchingConfig(gradient=gradient))
+    reference, by_images, by_targets, by_step_size = tesla(*problem.arguments())
+    assert relative(loss, reference) < 1e-12
+    (by_logits,) = torch.autograd.grad(problem.logits.softmax(1), problem.logits, by_targets)
+    found = torch.autograd.grad(loss, problem.variables)
+    wanted = [share * by_images, by_logits, by_step_size]
+    assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_truncated_gradient_is_another_one_unless_there_is_one_step(n: int) -> None:
+    problem = Problem(n=n)
+    losses = [
+        cddlib.matching_loss(*problem.arguments(), MatchingConfig(gradient=gradient))
+        for gradient in ("exact", "truncated")
+    ]
+    assert torch.equal(*losses)
+    exact, truncated = (torch.autograd.grad(loss, problem.variables) for loss in losses)
+    distances = [relative(t, e) for t, e in zip(truncated, exact, strict=True)]
+    assert max(distances) < 1e-12 if n == 1 else min(distances) > 0.02
+
+
+def test_truncated_gradient_scales_with_what_follows_the_loss() -> None:
+    problem = Problem()
+    for gradient in ("truncated", "halved"):
+        config = MatchingConfig(gradient=gradient)
+        once, thrice = (
+            torch.autograd.grad(factor * cddlib.matching_loss(*problem.arguments(), config), problem.variables)
+            for factor in (1, 3)
+        )
+        for a, b in zip(once, thrice, strict=True):
+            torch.testing.assert_close(3 * a, b)
+
+
+# --- ATT --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["exact", "truncated"])
+@pytest.mark.parametrize("nearest", [1, 2, 4, 6])
+def test_the_walk_starts_at_the_nearest_step(nearest: int, gradient: str) -> None:
+    problem = Problem(n=6, batch=3, dsa=DSA)
+    path = roll_out(*(problem.arguments()[k] for k in (0, 1, 3, 4, 5, 6)))
+    noise = torch.randn(path[0].shape, generator=cddlib.generator("noise"), dtype=torch.double)
+    problem.target = path[nearest] + 1e-4 * noise
+    assert nearest_step(path, problem.target) == nearest
+    problem.check(match_step="nearest", gradient=gradient)
+    last = cddlib.matching_loss(*problem.arguments())
+    assert (cddlib.matching_loss(*problem.arguments(), MatchingConfig(match_step="nearest")) < last) == (nearest < 6)
+
+
+@pytest.mark.parametrize(
+    ("path", "nearest"),
+    [
+        ([9, 1], 1),
+        ([2, 5, 9], 1),  # the start is no step, even where it is the target
+        ([0, 1, 3, 1], 3),  # of equals the later
+        ([0, 1, 3, 1, 4], 3),
+        ([9, 8, 7, 6], 3),
+    ],
+)
+def test_the_nearest_step_by_hand(path: list[int], nearest: int) -> None:
+    assert nearest_step([torch.tensor([float(place)]) for place in path], torch.tensor([2.0])) == nearest
+
+
+def test_nearest_is_meant_in_the_l1_norm() -> None:
+    path = [torch.zeros(2), torch.tensor([3.0, 0.0]), torch.tensor([2.0, 2.0])]  # the L2 norm prefers the last
+    assert nearest_step(path, torch.zeros(2)) == 1
+
+
+@hypothesis.given(
+    path=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=2, max_size=8),
+    target=st.tuples(*[st.integers(-3, 3)] * 3),
+)
+def test_no_later_step_is_as_near(path: list[tuple[int, ...]], target: tuple[int, ...]) -> None:
+    found = nearest_step([torch.tensor(place).float() for place in path], torch.tensor(target).float())
+    distances = [sum(abs(a - b) for a, b in zip(place, target, strict=True)) for place in path]
+    assert 1 <= found < len(path)
+    assert distances[found] == min(distances[1:])
+    assert distances[found] < min(distances[found + 1 :], default=float("inf"))
+
+
+# --- PAD --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient", ["exact", "truncated"])
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 0.99, 0.9999])
+def test_the_smallest_errors_are_left_out(ratio: float, gradient: str) -> None:
+    problem = Problem(n=4, batch=3, dsa=DSA)
+    problem.check(dropped_fraction=ratio, gradient=gradient)
+    whole, part = (
+        cddlib.matching_loss(*problem.arguments(), MatchingConfig(dropped_fraction=fraction))
+        for fraction in (0.0, ratio)
+    )
+    assert relative(part, whole) > 1e-6
+
+
+def test_leaving_out_less_than_one_parameter_is_mtt() -> None:
+    problem = Problem()
+    fraction = 0.9 / len(problem.start)
+    losses = [
+        cddlib.matching_loss(*problem.arguments(), MatchingConfig(dropped_fraction=dropped))
+        for dropped in (0.0, fraction)
+    ]
+    assert relative(*losses) < 1e-12
+    for found, wanted in zip(*(torch.autograd.grad(loss, problem.variables) for loss in losses), strict=True):
+        assert relative(found, wanted) < 1e-12
+
+
+@hypothesis.given(
+    errors=st.lists(st.integers(-4, 4), min_size=1, max_size=12), dropped=st.floats(0, 1, exclude_max=True)
+)
+def test_every_parameter_kept_is_at_least_as_far_as_any_left_out(errors: list[int], dropped: float) -> None:
+    target = torch.arange(len(errors)).float()
+    kept = torch.arange(len(errors))[kept_parameters(target + torch.tensor(errors), target, dropped)].tolist()
+    left_out = set(range(len(errors))) - set(kept)
+    assert len(kept) == len(set(kept)) == len(errors) - int(dropped * len(errors)) > 0
+    assert max((abs(errors[i]) for i in left_out), default=0) <= min(abs(errors[i]) for i in kept)
+
+
+# --- Side by side -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["0", "1000"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {},
+        {"norm": "batch", "activation": "sigmoid", "pooling": "max"},
+        {"norm": "group", "pooling": "none"},
+        {"norm": "layer"},
+        {"norm": "none"},
+        {"network": "mlp"},
+    ],
+)
+@pytest.mark.parametrize(
+    "config", [{}, {"gradient": "truncated"}, {"gradient": "halved"}, {"dropped_fraction": 0.3}, {"student_batch": 3}]
+)
+def test_students_side_by_side_are_students_one_by_one(
+    network: dict[str, Any], config: dict[str, Any], kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with parameters, images, labels, step size, batches and augmentation of its own."""
+    monkeypatch.setattr("cddlib.matching.student.PART", 4)
+    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: int(kept) * 2**20)
+    asked, rng = MatchingConfig(student_steps=4, **config), cddlib.generator("side by side")
+    built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
+    start = torch.stack([built.init(rng) for _ in range(3)]).double()
+    target = start + 0.1 * torch.randn(start.shape, generator=rng, dtype=torch.double)
+    images = torch.randn(3, 7, 2, 8, 8, generator=rng, dtype=torch.double, requires_grad=True)
+    targets = torch.rand(3, 7, CLASSES, generator=rng, dtype=torch.double, requires_grad=True)
+    step_size = torch.tensor([0.3, 0.1, 0.2], dtype=torch.double, requires_grad=True)
+    students = [cddlib.plan_student(asked, 7, DSA, rng) for _ in range(3)]
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
+
+    losses = matching_losses(built, start, target, images, targets, step_size, students, asked)
+    found = torch.autograd.grad(losses @ weights, (images, targets, step_size))
+    for k in range(3):
+        variables = [tensor[k].detach().requires_grad_() for tensor in (images, targets, step_size)]
+        alone = cddlib.matching_loss(built, start[k], target[k], *variables, students[k], asked)
+        assert relative(losses[k], alone) < 1e-12
+        for together, wanted in zip(found, torch.autograd.grad(weights[k] * alone, variables), strict=True):
+            assert relative(together[k], wanted) < 1e-9
+
+
+@pytest.mark.parametrize("steps_kept", [0, 3, 1000])
+def test_derived_students_side_by_side_are_students_one_by_one(
+    steps_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In parts, of which memory is kept for none, some or all."""
+    problem = Problem(n=5, batch=5, dsa=DSA)
+    engine = Derived(problem.network, "float32", False)
+    network, start, target, images, targets, _, steps = problem.arguments()
+    size = engine.take(start[None], images[None, :3].detach(), targets[None, :3].detach())[1].size
+    monkeypatch.setattr("cddlib.matching.student.PART", 3)
+    monkeypatch.setattr("cddlib.matching.loss.steps_of", lambda *given: engine)
+    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: steps_kept * size)
+    other = cddlib.plan_student(MatchingConfig(student_steps=5, student_batch=5), 7, DSA, cddlib.generator("other"))
+    rates = torch.tensor([0.3, 0.1]).double()
+    two = [torch.stack([x.detach(), x.detach().roll(1, 0)]) for x in (start, target, images, targets)]
+    variables = [x.requires_grad_() for x in (two[2], two[3], rates)]
+    losses = matching_losses(network, *two, rates, [steps, other])
+    found = torch.autograd.grad(losses.sum(), variables)
+    for k, plan in enumerate((steps, other)):
+        own = [x[k].detach().requires_grad_() for x in variables]
+        alone = unrolled(network, two[0][k], two[1][k], own[0], own[1], own[2], plan)
+        assert relative(losses[k], alone) < 1e-12
+        for together, wanted in zip(found, torch.autograd.grad(alone, own), strict=True):
+            assert relative(together[k], wanted) < 1e-9
+
+
+def test_one_student_that_overflows_does_not_touch_the_others() -> None:
+    problem = Problem(n=2)
+    network, start, target, images, targets, step_size, steps = problem.arguments()
+    alone = torch.autograd.grad(cddlib.matching_loss(*problem.arguments()), images)[0]
+    two = [torch.stack([tensor, tensor]) for tensor in (start, target, images, targets.detach())]
+    rates = torch.stack([step_size.detach(), torch.tensor(1e300).double()])
+    losses = matching_losses(network, *two, rates, [steps, steps])
+    assert losses[0].isfinite()
+    assert not losses[1].isfinite()
+    (found,) = torch.autograd.grad(losses.sum(), two[2])
+    assert relative(found[0], alone) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("network", "config", "batch", "wanted"),
+    [
+        ({}, {}, 10, [5]),
+        ({}, {}, 3000, [2, 2, 1]),
+        ({}, {}, 10**5, [1] * 5),
+        ({}, {"side_by_side": 1}, 10, [1] * 5),
+        ({}, {"side_by_side": 2}, 10**5, [2, 2, 1]),
+        ({}, {"side_by_side": 9}, 10, [5]),
+        ({}, {"match_step": "nearest"}, 10, [1] * 5),
+        ({"network": "mlp"}, {}, 10, [1] * 5),
+    ],
+)
+def test_small_steps_of_convnets_are_taken_side_by_side(
+    network: dict[str, Any], config: dict[str, Any], batch: int, wanted: list[int]
+) -> None:
+    built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
+    taken = turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 5)
+    assert [len(range(5)[turn]) for turn in taken] == wanted
+    assert [k for turn in taken for k in range(5)[turn]] == list(range(5))
+    assert turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 0) == []
+
+
+@pytest.mark.parametrize(("device", "fills"), [("cpu", 1e8), ("cuda", 4e9)])
+def test_so_many_students_go_side_by_side_as_fill_the_processor(device: str, fills: float) -> None:
+    network = Problem().network  # 2 channels of 8x8 pixels, width 4; then 4 channels of 4x4; then 16 numbers
+    a_pass = 2 * (9 * 2 * 4 * 8 * 8 + 9 * 4 * 4 * 4 * 4 + 16 * CLASSES)
+    for students in (2, 7):
+        most = int(fills / (a_pass * students))
+        for batch, wanted in ((most, students), (most + 1, students - 1)):
+            assert at_a_time(network, MatchingConfig(), device, (2, 8, 8), batch) == wanted
+
+
+def test_students_that_end_at_different_steps_are_not_taken_side_by_side() -> None:
+    sentence = r"^side_by_side is 2; with match_step 'nearest', where students end at different steps, it must be 1\.$"
+    with pytest.raises(cddlib.UserError, match=sentence):
+        MatchingConfig(match_step="nearest", side_by_side=2)
+    network, *tensors, steps = Problem().arguments()
+    two = [torch.stack([tensor, tensor]) for tensor in tensors]
+    with pytest.raises(cddlib.UserError, match=sentence):
+        matching_losses(network, *two, [steps, steps], MatchingConfig(match_step="nearest"))
+    with pytest.raises(cddlib.UserError, match=r"^side_by_side is 0; it must be at least 1\.$"):
+        MatchingConfig(side_by_side=0)
+
+
+# --- Together ---------------------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(max_examples=30)
+@hypothesis.given(
+    config=st.fixed_dictionaries(
+        {
+            "gradient": st.sampled_from(["exact", "truncated"]),
+            "match_step": st.sampled_from(["last", "nearest"]),
+            "dropped_fraction": st.sampled_from([0.0, 0.2, 0.7]),
+        }
+    ),
+    batch=st.none() | st.integers(1, 6),
+    n=st.integers(1, 6),
+    step_size=st.sampled_from([0.1, 1.0, 3.0]),
+    soft=st.booleans(),
+)
+def test_the_methods_go_together(
+    config: dict[str, Any], batch: int | None, n: int, step_size: float, soft: bool
+) -> None:
+    problem = Problem(soft=soft, size=5, batch=batch, n=n, dsa=DSA)
+    problem.step_size.data.fill_(step_size)
+    problem.check(**config)
+
+
+def test_student_steps_are_those_of_sgd() -> None:
+    problem = Problem(batch=3, dsa=DSA)
+    network, start, _, images, targets, step_size, steps = problem.arguments()
+    theta = nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([theta], lr=step_size.item())
+    path = roll_out(network, start, images, targets, step_size, steps)
+    assert len(path) == len(steps) + 1
+    assert torch.equal(path[0], start)
+    for (indices, draw), found in zip(steps, path[1:], strict=True):
+        optimizer.zero_grad()
+        inputs = augment.apply(draw, images[indices].detach())
+        F.cross_entropy(network(theta, inputs), targets[indices].detach()).backward()
+        optimizer.step()
+        assert relative(found, theta.detach()) < 1e-12
+
+
+def test_arguments_are_left_alone() -> None:
+    problem = Problem(dsa=DSA)
+    before = [problem.start.clone(), problem.target.clone(), *(v.detach().clone() for v in problem.variables)]
+    cddlib.matching_loss(*problem.arguments()).backward()
+    assert all(map(torch.equal, before, [problem.start, problem.target, *problem.variables]))
+
+
+def test_a_segment_that_starts_where_it_ends_is_refused() -> None:
+    problem = Problem()
+    problem.target = problem.start.clone()
+    with pytest.raises(cddlib.UserError, match="starts where it ends"):
+        cddlib.matching_loss(*problem.arguments())
+
+
+# --- The student's plan -----------------------------------------------------------------------------------------
+
+
+@hypothesis.given(n=st.integers(1, 20), size=st.integers(1, 12), batch=st.none() | st.integers(1, 15))
+def test_every_pass_covers_every_image_once(n: int, size: int, batch: int | None) -> None:
+    plan = cddlib.plan_student(
+        MatchingConfig(student_steps=n, student_batch=batch), size, "crop", cddlib.generator("plan")
+    )
+    assert len(plan) == n
+    assert all(step.draw is not None and len(step.draw.numbers) == len(step.indices) for step in plan)
+    assert all(len(step.indices) <= min(batch or size, size) for step in plan)
+    a_pass = -(-size // min(batch or size, size))  # steps, rounded up
+    for first in range(0, n, a_pass):
+        seen = torch.cat([step.indices for step in plan[first : first + a_pass]]).tolist()
+        assert len(set(seen)) == len(seen)
+        if first + a_pass <= n:
+            assert sorted(seen) == list(range(size))
+
+
+def test_the_plan_depends_on_the_generator_alone() -> None:
+    def plan(seed: int) -> list[Any]:
+        found = cddlib.plan_student(
+            MatchingConfig(student_steps=9, student_batch=4), 10, DSA, torch.Generator().manual_seed(seed)
+        )
+        return [(s.indices.tolist(), s.draw.change, s.draw.numbers.tolist()) for s in found if s.draw]
+
+    first = plan(0)
+    torch.rand(1)
+    assert plan(0) == first
+    assert plan(1) != first
+    assert first[0][0] != first[3][0]  # a new order in the second pass
+
+
+@pytest.mark.parametrize("field", ["student_steps", "student_batch"])
+def test_impossible_students_are_refused(field: str) -> None:
+    with pytest.raises(cddlib.UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
+        MatchingConfig(**{field: 0})
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5, float("nan"), float("inf")])
+def test_impossible_fractions_are_refused(fraction: float) -> None:
+    with pytest.raises(
+        cddlib.UserError, match=rf"^dropped_fraction is {fraction}; it must be 0 or more and below 1\.$"
+    ):
+        MatchingConfig(dropped_fraction=fraction)
+
+
+# --- K segments of an iteration ---------------------------------------------------------------------------------
+
+
+class Doubles(cddlib.Buffer):
+    """A buffer read as float64."""
+
+    def parameters(self, expert: int, epoch: int) -> Tensor:
+        return super().parameters(expert, epoch).double()
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:
+    """The plans of the segments that `concurrent_gradient` matches, overheard."""
+    found: list[list[Step]] = []
+
+    def overhear(*arguments: Any) -> Tensor:
+        found.extend(arguments[6])
+        return matching_losses(*arguments)
+
+    monkeypatch.setattr("cddlib.distillation.gradient.matching_losses", overhear)
+    return found
+
+
+def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib.SyntheticSet:
+    """The initial set in float64, with variables that need gradients."""
+    found = initialise(config, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
+    doubles = {name: tensor.double().requires_grad_() for name, tensor in found.variable_tensors().items()}
+    return dataclasses.replace(found, **doubles)
+
+
+@pytest.mark.parametrize("side_by_side", [None, 1, 2, 3, 5])
+@pytest.mark.parametrize(
+    ("balance", "shares"), [(None, [1 / 3, 1 / 3, 1 / 3]), (0.0, [1.0, 0.0, 0.0]), (0.5, [2 / 3, 1 / 6, 1 / 6])]
+)
+def test_concurrent_gradient_is_the_weighted_sum(
+    buffer: cddlib.Buffer,
+    quick: dict[str, Any],
+    plans: list[list[Step]],
+    balance: float | None,
+    shares: list[float],
+    side_by_side: int | None,
+) -> None:
+    """`shares` are those of the anchor and of the two others."""
+    overrides = {**quick, "segments": 3, "labels": "learned", "student_batch": 4, "balance": balance}
+    config = cddlib.distill_recipe("contra", "digits", **overrides, side_by_side=side_by_side)
+    synthetic = synthetic_set(config, buffer)
+    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
+
+    assert len(plans) == len(record["starts"]) == len(set(record["starts"])) == 3
+    assert not torch.equal(plans[0][0].indices, plans[1][0].indices)  # each segment has batches of its own
+    wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]
+    total = 0.0
+    for k, (start, plan) in enumerate(zip(record["starts"], plans, strict=True)):
+        ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+        loss = unrolled(buffer.network, *ends, synthetic.images, synthetic.targets(), synthetic.step_size, plan)
+        assert record["losses"][k] == pytest.approx(loss.item(), rel=1e-9)
+        share = shares[0] if k == record["anchor"] else shares[1]
+        total += share * loss.item()
+        for sum_, gradient in zip(wanted, torch.autograd.grad(loss, synthetic.variables()), strict=True):
+            sum_ += share * gradient
+    assert record["loss"] == pytest.approx(total, rel=1e-9)
+    assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"gradient": "truncated"}, {"match_step": "nearest", "step_size": 1.0}, {"dropped_fraction": 0.3}]
+)
+def test_concurrent_gradient_is_the_one_asked_for(
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]], overrides: dict[str, Any]
+) -> None:
+    config = cddlib.distill_recipe("mtt", "digits", **{**quick, "labels": "learned", **overrides})
+    synthetic = synthetic_set(config, buffer)
+    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
+    (start,) = record["starts"]
+    ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    losses, gradients = [], []
+    for asked in (config, None):
+        targets = synthetic.targets()
+        loss = unrolled(buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plans[0], asked)
+        gradients.append(torch.autograd.grad(loss, synthetic.variables()))
+        losses.append(loss.item())
+    assert record["losses"] == [pytest.approx(losses[0], rel=1e-9)]
+    assert all(relative(f, w) < 1e-9 for f, w in zip(found, gradients[0], strict=True))
+    assert relative(gradients[1][0], gradients[0][0]) > 1e-3
+
+
+def test_teacher_labels_are_what_each_segment_s_target_says(
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]]
+) -> None:
+    config = cddlib.distill_recipe("contra", "digits", **{**quick, "segments": 3, "labels": "teacher", "ipc": 2})
+    synthetic = synthetic_set(config, buffer)
+    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
+    names = ["images", "label_logits", "step_size"]
+    assert list(synthetic.variable_tensors()) == names
+    wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]  # the labels' stays 0
+    for start, plan, loss in zip(record["starts"], plans, record["losses"], strict=True):
+        ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+        logits = buffer.network(ends[1], synthetic.images.detach())  # not augmented, and constant
+        targets = logits.exp() / logits.exp().sum(1, keepdim=True)
+        arguments = (buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plan)
+        reference = unrolled(*arguments)
+        assert loss == pytest.approx(reference.item(), rel=1e-9)
+        variables = [synthetic.images, synthetic.step_size]
+        for name, gradient in zip(("images", "step_size"), torch.autograd.grad(reference, variables), strict=True):
+            wanted[names.index(name)] += gradient / 3
+    assert relative(found[0], wanted[0]) < 1e-9
+    assert not found[1].any()
+    assert found[1].shape == synthetic.label_logits.shape
+    assert relative(found[2], wanted[2]) < 1e-9
+
+
+def test_one_segment_is_mtt(buffer: cddlib.Buffer, quick: dict[str, Any]) -> None:
+    """MTT's loss for the digits with modules of torch.nn, sharing nothing with cddlib but the expert's numbers."""
+    config = cddlib.distill_recipe("mtt", "digits", ipc=2, **{**quick, "augment": "none"})
+    synthetic = synthetic_set(config, buffer)
+    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=0)
+
+    def block(channels: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, 8, 3, padding=1), nn.GroupNorm(8, 8), nn.ReLU(), nn.AvgPool2d(2)]
+
+    model = nn.Sequential(*block(1), *block(8), nn.Flatten(), nn.Linear(8 * 2 * 2, 10))
+    (start,) = record["starts"]
+    first = buffer.parameters(record["expert"], start).double()
+    target = buffer.parameters(record["expert"], start + 2).double()
+    student, read = {}, 0
+    for name, parameter in model.named_parameters():
+        piece = first[read : read + parameter.numel()]
+        student[name] = piece.view(parameter.shape).requires_grad_()
+        read += parameter.numel()
+    assert read == len(first)
+    labels = torch.arange(10).repeat_interleave(2)
+    for _ in range(5):
+        loss = F.cross_entropy(torch.func.functional_call(model, student, (synthetic.images,)), labels)
+        gradients = torch.autograd.grad(loss, list(student.values()), create_graph=True)
+        student = {
+            name: parameter - synthetic.step_size * gradient
+            for (name, parameter), gradient in zip(student.items(), gradients, strict=True)
+        }
+    last = torch.cat([parameter.flatten() for parameter in student.values()])
+    mtt = F.mse_loss(last, target, reduction="sum") / F.mse_loss(first, target, reduction="sum")
+
+    assert record["losses"] == [record["loss"]] == [pytest.approx(mtt.item(), rel=1e-9)]
+    wanted = torch.autograd.grad(mtt, [synthetic.images, synthetic.step_size])
+    assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))

@@ -1,0 +1,157 @@
+"""The methods. Each one distils the digits better than random real images; searched values are what was found."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+import cddlib
+from cddbook import tables
+from cddbook.study import settings_by_accuracy
+from cddbook.tables import measured_table, methods_table, plan_table, published_table
+from cddlib.evaluate import accuracy_of_set, train_network
+from cddlib.methods import recipes
+from cddlib.methods.catalogue import METHODS
+from cddlib.runtime.random import generator
+from cddlib.synthetic import random_real
+from cddlib.training.epoch import accuracy, fetch_real
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "book" / "results"
+SHORT = {"width": 16, "student_steps": 12, "window_end": 8, "validate_every": 0, "evaluation_epochs": 100}
+IPC = 2  # so that two subsets have images of every class
+
+
+@pytest.fixture(scope="module")
+def random_accuracy() -> float:
+    """Mean validation accuracy of networks trained on random real images, by the same protocol."""
+    dataset = cddlib.load("digits")
+    preprocessing = cddlib.data.preprocessing.fit_preprocessing(dataset, zca=False)
+    network = cddlib.build_network(cddlib.NetworkConfig(depth=2, width=16), (1, 8, 8), 10)
+    found = []
+    for seed in range(6):
+        train = random_real(dataset.split[0], 10, IPC, generator(seed, "random real"))
+        theta = train_network(
+            network,
+            fetch_real(train, preprocessing),
+            len(train.labels),
+            epochs=100,
+            learning_rate=0.05,
+            batch_size=256,
+            strategy="crop_scale_rotate",
+            purpose="evaluation",
+            seed=seed,
+            device=torch.device("cpu"),
+        )
+        found.append(accuracy(network, theta, dataset.split[1], preprocessing))
+    return statistics.fmean(found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_short_run_beats_random_real_images(method: str, random_accuracy: float, tmp_path: Path) -> None:
+    experts = cddlib.buffer_recipe("digits", method, IPC, width=16, experts=2, epochs=12)
+    buffer = cddlib.train_buffer(experts, tmp_path / "buffer", device="cpu")
+    iterations = 30 if method == "contra" else 60
+    config = cddlib.distill_recipe(method, "digits", IPC, iterations=iterations, **SHORT)
+    synthetic = cddlib.distill(config, buffer, tmp_path / "run", device="cpu")
+    validation = cddlib.load("digits").split[1]
+    found = [
+        accuracy_of_set(synthetic, buffer.network, config, config.augment, validation, purpose="evaluation", seed=seed)
+        for seed in range(3)
+    ]
+    assert statistics.fmean(found) > random_accuracy + 0.02
+
+
+# --- Values found by search ---------------------------------------------------------------------------------------
+
+SEARCHES = sorted(RESULTS.glob("search-*.json"))
+
+
+def test_every_searched_row_has_a_record() -> None:
+    found = {tuple(path.stem.split("-")[1:]) for path in SEARCHES}
+    names = {"digits": "digits", "fashion_mnist": "fashion"}
+    for method in METHODS.values():
+        for line in method.searched.strip().splitlines()[1:]:
+            data, ipc = line.split()[:2]
+            assert (names[data], method.name, f"ipc{ipc}") in found
+
+
+@pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
+def test_recipes_are_among_the_best_that_was_found(path: Path) -> None:
+    """No setting is better by more than one standard error of its difference over the seeds."""
+    record = json.loads(path.read_text())
+    config = record["config"]
+    recipe = cddlib.distill_recipe(config["method"], config["data"], config["ipc"])
+    found = settings_by_accuracy(record)
+    used = ",".join(f"{field}={getattr(recipe, field)}" for field in re.findall(r"(\w+)=", next(iter(found))))
+    assert used in found
+    for setting, accuracies in found.items():
+        gains = [a - b for a, b in zip(accuracies, found[used], strict=True)]
+        error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0
+        assert statistics.fmean(gains) <= error + 1e-9, setting
+
+
+# --- The book's tables --------------------------------------------------------------------------------------------
+
+
+def test_the_overview_has_a_row_for_every_method_with_what_it_sets() -> None:
+    rows = methods_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(METHODS)
+    for row, method in zip(rows, METHODS.values(), strict=True):
+        assert method.idea in row and method.paper in row
+        for field, value in method.settings.items():
+            assert f"`{field}={value!r}`" in row
+    assert "by cell `window_start`" in rows[list(METHODS).index("datm")]
+
+
+def test_published_tables_hold_every_accuracy_and_its_source() -> None:
+    for data in ("cifar10", "cifar100", "tiny_imagenet", "imagenet"):
+        text = published_table(data)
+        sources = dict(re.findall(r"(\d+) ([^;]+)", text.rsplit("Sources: ", 1)[1].rstrip(".")))
+        for method in METHODS:
+            for a in tables.accuracies(method):
+                if a.data == data:
+                    (row,) = [line for line in text.splitlines() if line.startswith(f"| `{method}`")]
+                    cell = row.split("|")[2 + recipes.CELLS[data].index(a.ipc)]
+                    number = re.search(r"<sup>(\d+)</sup>", cell).group(1)
+                    assert f"{a.mean:.1f}" in cell and sources[number] == a.source
+    assert "random real images | 15.4 ± 0.3" in published_table("cifar10")
+
+
+def test_measured_tables_are_the_records() -> None:
+    text = measured_table(RESULTS)
+    for method in METHODS:
+        record = json.loads((RESULTS / f"method-digits-{method}.json").read_text())
+        summary = record["evaluations"][0]["summary"]["synthetic"]
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{method}`")]
+        assert f"{100 * summary['mean']:.1f} ± {100 * summary['std']:.1f} ({summary['runs']})" in row
+    for run in json.loads((RESULTS / "plan.json").read_text())["runs"]:
+        assert plan_table(RESULTS).count(run["what"]) == 3
+
+
+def test_the_committed_plans_are_within_thirty_percent() -> None:
+    for run in json.loads((RESULTS / "plan.json").read_text())["runs"]:
+        for stage, took in run["measured"].items():
+            assert abs(run["planned"][stage] / took - 1) < 0.3, (run["what"], stage)
+
+
+def test_the_worked_example_of_a_new_method_runs(capsys) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "book" / "adding-a-method.md").read_text(), re.DOTALL)
+    try:
+        exec(example, {})
+        assert capsys.readouterr().out == "5 10 2\n"
+        assert recipes.source("late", "digits", 1).kind == "searched"
+        assert "| late " in recipes.recipes_table("late")
+        assert recipes.distill_recipe("late", "digits", 1).match_step == "nearest"
+    finally:
+        METHODS.pop("late", None)
+
+
+def test_a_method_is_at_most_thirty_lines() -> None:
+    source = (ROOT / "cddlib" / "methods" / "catalogue.py").read_text()
+    blocks = re.findall(r"^[A-Z]+ = Method\(.*?^\)$", source, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == len(METHODS)
+    assert max(len(block.splitlines()) for block in blocks) <= 40

@@ -1,0 +1,377 @@
+"""The model of scaling against simulations and numbers by hand; and the syntax of the book's cluster examples."""
+
+import dataclasses
+import itertools
+import math
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from scaling_model import (
+    Cluster,
+    Link,
+    Parts,
+    Work,
+    all_reduce,
+    expected_maximum,
+    fit_link,
+    gradient_bytes,
+    iteration,
+    operations,
+    scaled,
+    work_of,
+)
+from torch.distributed.run import get_args_parser
+
+import cddlib
+from cddlib import cli, commands
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.random import generator
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "book" / "examples"
+FREE = Link(0.0, math.inf)
+CLUSTER = Cluster(Link(1e-5, 1e11), Link(2e-5, 1e10))
+
+# --- The model --------------------------------------------------------------------------------------------------
+
+
+def simulated(work: Work, devices: int, draws: int = 200_000) -> float:
+    """Mean of the slowest device's segments, each segment drawn, and each device's speed."""
+    rng = generator("simulated", devices)
+    segments = torch.randn(draws, work.segments, generator=rng, dtype=torch.float64) * work.segment_spread
+    speeds = torch.randn(draws, devices, generator=rng, dtype=torch.float64) * work.device_spread
+    mine = [range(work.segments)[rank::devices] for rank in range(devices)]
+    times = [segments[:, share].sum(1) + len(share) * (1 + speeds[:, rank]) for rank, share in enumerate(mine)]
+    return float(torch.stack(times).amax(0).mean()) * work.segment
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8, 11])
+@pytest.mark.parametrize("spreads", [(0.2, 0.0), (0.0, 0.1), (0.1, 0.05)])
+def test_the_slowest_device_is_as_slow_as_in_a_simulation(devices: int, spreads: tuple[float, float]) -> None:
+    """With a share each, shares that differ, and devices that have none."""
+    work = Work(segments=8, segment=0.5, size=0, segment_spread=spreads[0], device_spread=spreads[1])
+    parts = iteration(work, devices, FREE)
+    assert parts.compute + parts.idle + parts.slowest == pytest.approx(simulated(work, devices), rel=2e-3)
+
+
+def test_the_maximum_of_two_and_three_normal_numbers() -> None:
+    """1 / √π and 3 / (2 √π) deviations above the mean."""
+    assert expected_maximum([(5.0, 2.0)] * 2) == pytest.approx(5 + 2 / math.sqrt(math.pi), rel=1e-6)
+    assert expected_maximum([(5.0, 2.0)] * 3) == pytest.approx(5 + 3 / math.sqrt(math.pi), rel=1e-6)
+    assert expected_maximum([(5.0, 2.0), (100.0, 3.0)]) == pytest.approx(100, rel=1e-6)
+    assert expected_maximum([(5.0, 0.0), (4.0, 0.0)]) == 5
+    assert expected_maximum([(5.0, 2.0)]) == 5
+
+
+def test_an_iteration_by_hand() -> None:
+    """Ten segments on four devices: three, three, two, two."""
+    work = Work(segments=10, segment=2.0, size=4000, draw=0.1, alone=0.5)
+    parts = iteration(work, 4, Link(0.01, 1000.0))
+    assert parts == Parts(compute=5.0, idle=1.0, slowest=0.0, communication=pytest.approx(6 * (0.01 + 1.0)), alone=1.5)
+    assert parts.seconds == pytest.approx(13.56)
+    assert parts.binds == "communication"
+
+
+def by_messages(size: int, devices: int, link: Link) -> float:
+    """A ring all-reduce, message by message: every device passes one part on, until all have the sum of all parts."""
+    holds = [{(part, rank) for part in range(devices)} for rank in range(devices)]  # whose summands of which part
+    now = 0.0
+    for step in range(2 * (devices - 1)):
+        sent = [(rank - step) % devices for rank in range(devices)]
+        parcels = [{item for item in holds[rank] if item[0] == sent[rank]} for rank in range(devices)]
+        for rank in range(devices):
+            holds[(rank + 1) % devices] |= parcels[rank]
+        now += link.latency + size / devices / link.bandwidth
+    assert all(len(held) == devices**2 for held in holds)
+    return now
+
+
+@pytest.mark.parametrize("devices", [1, 2, 3, 8])
+def test_an_all_reduce_takes_as_long_as_its_messages(devices: int) -> None:
+    link = Link(3e-6, 1e9)
+    assert all_reduce(10**6, devices, link) == pytest.approx(by_messages(10**6, devices, link))
+
+
+works = st.builds(
+    Work,
+    segments=st.integers(1, 100),
+    segment=st.floats(1e-3, 10),
+    size=st.integers(0, 10**9),
+    draw=st.floats(0, 0.1),
+    alone=st.floats(0, 1),
+    segment_spread=st.floats(0, 0.1),
+    device_spread=st.floats(0, 0.1),
+)
+links = st.builds(Link, st.floats(0, 1e-3), st.floats(1e6, 1e12))
+
+
+@given(works, st.integers(1, 80), links)
+def test_no_part_is_negative_and_nobody_beats_a_perfect_division(work: Work, devices: int, link: Link) -> None:
+    parts = iteration(work, devices, link)
+    assert min(parts) >= -1e-9 * parts.seconds
+    assert parts.seconds == pytest.approx(sum(parts))
+    assert parts.compute == pytest.approx(work.segments * work.segment / devices)
+    for scaling in ("strong", "weak"):
+        assert scaled(work, devices, Cluster(link, link), scaling)[1] <= 1 + 1e-9
+
+
+@given(works, st.integers(2, 80), links)
+def test_a_faster_link_is_never_slower(work: Work, devices: int, link: Link) -> None:
+    slow, fast = (iteration(work, devices, other).seconds for other in (link, link._replace(bandwidth=2e12)))
+    assert fast <= slow
+    assert iteration(work, devices, FREE).communication == 0
+    assert iteration(work, devices, link._replace(latency=2e-3)).seconds > slow
+
+
+@given(works, links)
+def test_one_device_has_nothing_to_wait_for(work: Work, link: Link) -> None:
+    parts = iteration(work, 1, link)
+    assert (parts.idle, parts.slowest, parts.communication) == (0, pytest.approx(0, abs=1e-12), 0)
+    assert scaled(work, 1, Cluster(link, link), "strong")[1] == scaled(work, 1, Cluster(link, link), "weak")[1] == 1
+
+
+@given(st.integers(1, 64))
+def test_without_losses_only_idle_devices_cost(devices: int) -> None:
+    work = Work(segments=8, segment=1.0, size=0)
+    assert scaled(work, devices, Cluster(FREE, FREE), "strong")[1] == pytest.approx(
+        8 / devices / math.ceil(8 / devices)
+    )
+    assert scaled(work, devices, Cluster(FREE, FREE), "weak")[1] == pytest.approx(1)
+
+
+def test_amdahl() -> None:
+    """A tenth of the work is not divided: ten times as fast at most."""
+    work = Work(segments=90, segment=1.0, size=0, alone=10.0)
+    parts, efficiency = scaled(work, 90, Cluster(FREE, FREE), "strong")
+    assert efficiency * 90 == pytest.approx(100 / 11)
+    assert parts.binds == "alone"
+
+
+def test_what_binds() -> None:
+    assert Parts(90, 0, 4, 3, 3).binds == "compute"
+    assert Parts(90, 0, 4, 6, 0).binds == "communication"
+    assert Parts(10, 70, 20, 0, 0).binds == "idle"
+    work = Work(segments=8, segment=1.0, size=0)
+    assert [scaled(work, devices, CLUSTER, "strong")[0].binds for devices in (8, 9)] == ["compute", "idle"]
+    noisy = dataclasses.replace(work, segment_spread=0.1)
+    assert scaled(noisy, 8, CLUSTER, "strong")[0].binds == "slowest"
+
+
+def test_a_ring_beyond_a_node_is_as_slow_as_the_network() -> None:
+    assert (CLUSTER.link(8), CLUSTER.link(9)) == (CLUSTER.inside, CLUSTER.between)
+
+
+@given(links, st.lists(st.tuples(st.integers(1, 10**8), st.integers(2, 64)), min_size=2, max_size=8, unique=True))
+def test_the_fitted_link_explains_what_a_link_took(link: Link, where: list[tuple[int, int]]) -> None:
+    link = link._replace(latency=max(link.latency, 1e-6))
+    measured = [(size, devices, all_reduce(size, devices, link)) for size, devices in where]
+    fitted = fit_link(measured)
+    for size, devices, seconds in measured:
+        assert all_reduce(size, devices, fitted) == pytest.approx(seconds, rel=1e-6)
+
+
+def test_a_link_of_no_measurable_bandwidth_is_infinitely_fast() -> None:
+    assert fit_link([(1000, 2, 2e-3), (10, 2, 2e-3)]).bandwidth == math.inf
+
+
+# --- The work of a configuration --------------------------------------------------------------------------------
+
+
+def test_operations_are_those_of_the_plan() -> None:
+    """80 steps of 1000 images, of which a step of a student needs 1.194e9 each."""
+    config = cddlib.distill_recipe("datm", "cifar100", 50, segments=8)
+    segment, beside = operations(config)
+    assert (segment, beside) == (80 * 1000 * 1_194_000_384, 0)
+    assert operations(dataclasses.replace(config, concurrent_experts=3)) == (segment, 0)
+
+
+def test_a_teacher_labels_all_images_for_every_segment_and_once_more() -> None:
+    taught = cddlib.distill_recipe("tesla", "imagenet", 1, segments=2)
+    hard = dataclasses.replace(taught, labels="hard")
+    (with_labels, beside), (without, nothing) = operations(taught), operations(hard)
+    assert (beside, nothing) == (with_labels - without, 0)
+    assert beside > 1000 * 1e8  # a thousand images
+
+
+def test_bytes_are_those_of_the_variables_and_of_every_segment_where_weights_need_them() -> None:
+    config = cddlib.distill_recipe("mtt", "cifar100", 10, segments=4, replay=1)
+    alone = 4 * (1000 * 3072 + 1)
+    assert gradient_bytes(config) == alone
+    assert gradient_bytes(dataclasses.replace(config, concurrent_experts=2, combine="mgda")) == 9 * alone
+    assert gradient_bytes(dataclasses.replace(config, labels="learned")) == alone + 4 * 1000 * 100
+
+
+def test_work_of_a_configuration() -> None:
+    config = cddlib.distill_recipe("mtt", "digits", 1, segments=2, concurrent_experts=3)
+    work = work_of(config, 1e9, memory=1e6, alone=0.25, draw=0.5)
+    assert (work.segments, work.size, work.draw) == (6, 2564, 0.5)
+    assert work.segment == operations(config)[0] / 1e9
+    assert work.alone == pytest.approx(0.25 + 0.02564)
+
+
+# --- The examples for clusters ----------------------------------------------------------------------------------
+
+SBATCH = {
+    "job-name": r"[\w-]+",
+    "nodes": r"\d+",
+    "ntasks-per-node": "1",
+    "gpus-per-node": r"\d+",
+    "cpus-per-task": r"\d+",
+    "time": r"\d\d:\d\d:\d\d",
+    "array": r"1-\d+%1",  # one at a time: a run folder belongs to one run
+    "requeue": "",
+    "signal": r"TERM@\d+",
+    "output": r"(%[xAaj]|[\w.-])+",
+    "open-mode": "append|truncate",
+}
+"""Options of sbatch that the example may give, and the form of their values, after Slurm's manual."""
+
+METADATA: dict[str, Any] = {"name": str}
+CONTAINER: dict[str, Any] = {
+    "name": str,
+    "image": str,
+    "command": [str],
+    "env": [{"name": str, "value": str}],
+    "resources": {"limits": {"nvidia.com/gpu": int}},
+    "volumeMounts": [{"name": str, "mountPath": str}],
+}
+POD: dict[str, Any] = {
+    "subdomain": str,
+    "restartPolicy": str,
+    "terminationGracePeriodSeconds": int,
+    "containers": [CONTAINER],
+    "volumes": [{"name": str, "persistentVolumeClaim?": {"claimName": str}, "emptyDir?": {"medium": str}}],
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "Service": {"clusterIP": str, "publishNotReadyAddresses": bool, "selector": {"job-name": str}},
+    "Job": {
+        "completionMode": str,
+        "completions": int,
+        "parallelism": int,
+        "backoffLimit": int,
+        "template": {"spec": POD},
+    },
+    "PersistentVolumeClaim": {"accessModes": [str], "resources": {"requests": {"storage": str}}},
+}
+"""Fields of the Kubernetes API, of those that the example uses; `?` marks what may be missing."""
+VERSIONS = {"Service": "v1", "Job": "batch/v1", "PersistentVolumeClaim": "v1"}
+
+
+def check_fields(value: Any, wanted: Any, where: str) -> None:
+    """Assert that a value of YAML has the fields and types that it should have, and no others."""
+    if isinstance(wanted, dict):
+        names = {name.removesuffix("?"): kind for name, kind in wanted.items()}
+        assert {name for name in wanted if not name.endswith("?")} <= value.keys() <= names.keys(), where
+        for name, inner in value.items():
+            check_fields(inner, names[name], f"{where}.{name}")
+    elif isinstance(wanted, list):
+        assert isinstance(value, list) and value, where
+        for inner in value:
+            check_fields(inner, wanted[0], where)
+    else:
+        assert type(value) is wanted, where
+
+
+def manifests() -> dict[str, Any]:
+    """The objects of the Kubernetes example by their kind."""
+    return {each["kind"]: each for each in yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())}
+
+
+def test_the_slurm_example_is_bash_and_sbatch_knows_its_options() -> None:
+    script = EXAMPLES / "slurm.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    first, *lines = script.read_text().splitlines()
+    assert first == "#!/bin/bash"
+    options = list(itertools.takewhile(lambda line: line.startswith("#SBATCH "), lines))
+    assert not any("#SBATCH" in line for line in lines[len(options) :])  # sbatch stops reading at the first command
+    given = dict(re.fullmatch(r"#SBATCH --([a-z-]+)=?(\S*)", option).groups() for option in options)
+    assert given.keys() == SBATCH.keys()
+    for name, value in given.items():
+        assert re.fullmatch(SBATCH[name], value), name
+    (command,) = launched(script.read_text())
+    launcher = get_args_parser().parse_args(command)
+    (exported,) = re.findall(r"^export (.*)", script.read_text(), re.MULTILINE)
+    assert int(given["signal"].split("@")[1]) > grace(dict(word.split("=") for word in exported.split()))
+    assert launcher.nproc_per_node == given["gpus-per-node"]
+
+
+def test_the_kubernetes_example_has_the_fields_of_its_kinds() -> None:
+    objects = manifests()
+    assert objects.keys() == KINDS.keys()
+    for kind, each in objects.items():
+        fields = {"apiVersion": str, "kind": str, "metadata": METADATA, "spec": KINDS[kind]}
+        check_fields(each, fields, kind)
+        assert each["apiVersion"] == VERSIONS[kind]
+        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", each["metadata"]["name"])
+
+
+def test_the_kubernetes_example_fits_together() -> None:
+    """Pod 0 of an indexed Job can be reached as JOB-0.SUBDOMAIN, where a headless Service has the subdomain's name."""
+    objects = manifests()
+    job, service = objects["Job"], objects["Service"]
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert job["spec"]["completionMode"] == "Indexed" and job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert pod["restartPolicy"] in ("OnFailure", "Never")  # those that a Job may have
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert volumes.keys() == {mount["name"] for mount in container["volumeMounts"]}
+    claim = volumes["shared"]["persistentVolumeClaim"]["claimName"]
+    assert claim == objects["PersistentVolumeClaim"]["metadata"]["name"]
+    launcher = get_args_parser().parse_args(container["command"][1:])
+    assert launcher.rdzv_endpoint.split(":")[0] == f"{job['metadata']['name']}-0.{pod['subdomain']}"
+    assert int(launcher.nproc_per_node) == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert launcher.nnodes.split(":")[-1] == str(job["spec"]["completions"])
+    assert pod["terminationGracePeriodSeconds"] > grace({each["name"]: each["value"] for each in container["env"]})
+
+
+def grace(environment: dict[str, str]) -> int:
+    """The seconds that torchrun gives processes to stop; the other setting is the one that several machines need."""
+    assert environment.keys() == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"}
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    return int(environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])
+
+
+def launched(text: str) -> list[list[str]]:
+    """The arguments of torchrun in every command of a page or a script that starts cddlib with it."""
+    lines = text.replace("\\\n", " ").splitlines()
+    found = [re.match(r" *(?:srun .*?)?torchrun (.*-m cddlib .*)", line) for line in lines]
+    return [shlex.split(match[1].split("   #")[0]) for match in found if match]
+
+
+def every_launch() -> list[list[str]]:
+    """The arguments of torchrun in the README, the page and the examples."""
+    pages = (ROOT / "README.md", ROOT / "book" / "several-devices.md", EXAMPLES / "slurm.sh")
+    found = [command for page in pages for command in launched(page.read_text())]
+    (container,) = manifests()["Job"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"][0] == "torchrun"
+    return [*found, container["command"][1:]]
+
+
+def test_documented_launches_parse(
+    buffer: cddlib.Buffer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reached(*arguments: Any, **keywords: Any) -> None:
+        raise UserError("reached")
+
+    for name in ("train_buffer", "distill", "evaluate_run"):
+        monkeypatch.setattr(commands, name, reached)
+    for module in (cli, commands):
+        monkeypatch.setattr(module, "Buffer", lambda folder: buffer)
+    lines = every_launch()
+    assert {words[words.index("cddlib") + 1] for words in lines} == {*cli.DIVIDED}
+    for words in lines:
+        launcher = get_args_parser().parse_args(words)
+        assert launcher.module and launcher.training_script == "cddlib", words
+        cli.main(launcher.training_script_args)
+        assert capsys.readouterr().err == "cddlib: reached\n", words

@@ -1,0 +1,540 @@
+"""Several processes: what they divide, that they end where one process ends, and what becomes of those that die.
+
+Most tests fork the ranks, in a fraction of a second, from a server that has imported cddlib, and join them with gloo
+themselves; the last ones start torchrun as a user does.
+"""
+
+import concurrent.futures
+import contextlib
+import datetime
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from children import CONTEXT
+from conftest import TINY
+
+import cddlib
+from cddlib import cli
+from cddlib.distillation.checkpoint import CHECKPOINT, State, milestone_path
+from cddlib.experts.buffer import Buffer
+from cddlib.runtime import device as devices
+from cddlib.runtime import distributed
+from cddlib.runtime.distributed import Interrupted, Ranks
+from cddlib.runtime.errors import UserError
+from cddlib.runtime.files import read_json, read_tensors, tensor_digest
+from cddlib.runtime.random import generator
+from cddlib.runtime.run_folder import Metrics
+
+# The sigmoid has no kinks: with ReLU, a difference in the last digit can grow by a factor of 1e5 in an iteration.
+
+
+@pytest.fixture(scope="module")
+def buffer(tmp_path_factory: pytest.TempPathFactory) -> Buffer:
+    """Two experts of six epochs on the digits, width 8."""
+    config = cddlib.buffer_recipe("digits", **TINY, activation="sigmoid")
+    return cddlib.train_buffer(config, tmp_path_factory.mktemp("buffer"), device="cpu")
+
+
+@pytest.fixture
+def quick(quick: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of the digits' distillation recipe that run in a second on `buffer`."""
+    return {**quick, "activation": "sigmoid"}
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest) -> bool:
+    """Whether there is time for more, because a record is made."""
+    return request.config.getoption("--records") is not None
+
+
+# --- Ranks without torchrun -------------------------------------------------------------------------------------
+
+
+def together(count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What `work(*arguments)` returns, or raises for the user, in each of `count` processes joined by gloo."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        concurrent.futures.ProcessPoolExecutor(count, mp_context=CONTEXT) as pool,
+    ):
+        started = [pool.submit(_join, rank, count, Path(folder) / "store", work, arguments) for rank in range(count)]
+        return [rank.result() for rank in started]
+
+
+def _join(rank: int, count: int, store: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
+    try:
+        return work(*arguments)
+    except (UserError, Interrupted) as error:
+        return error
+    finally:
+        dist.destroy_process_group()
+
+
+class Seen(NamedTuple):
+    """What one rank did in a distillation."""
+
+    images: str
+    """Digest of the images that `distill` returned."""
+    iterates: list[str]
+    """Digest of this rank's own set after every step."""
+    reduced: list[int]
+    """All-reduces until then."""
+    written: set[str]
+    """What it wrote in the run's folder."""
+
+
+def distil(config: cddlib.DistillConfig, buffer: Path, out: Path, asked: dict[int, int] | None = None) -> Seen:
+    """Distil in this rank, watched; `asked` says after which iteration which rank gets a SIGTERM."""
+    seen = Seen("", [], [], set())
+    calls = []
+    all_reduce, step = dist.all_reduce, State.step
+
+    def counted(tensor: torch.Tensor) -> None:
+        calls.append(tensor)
+        all_reduce(tensor)
+
+    def watched(state: State, gradients: list[torch.Tensor], rows: torch.Tensor) -> None:
+        step(state, gradients, rows)
+        seen.iterates.append(" ".join(map(tensor_digest, state.synthetic.variables())))
+        seen.reduced.append(len(calls))
+        if (asked or {}).get(dist.get_rank()) == len(seen.iterates):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def audited(event: str, arguments: tuple[Any, ...]) -> None:
+        writes = arguments[2] & (os.O_WRONLY | os.O_RDWR) if event == "open" else event in CHANGES
+        if writes and str(arguments[0]).startswith(str(out)):
+            seen.written.add(Path(arguments[0]).name)
+
+    dist.all_reduce, State.step = counted, watched  # type: ignore[assignment] # this process ends with the test
+    sys.addaudithook(audited)
+    found = cddlib.distill(config, buffer, out, device="cpu")
+    return seen._replace(images=tensor_digest(found.images))
+
+
+CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.truncate")
+
+
+def difference(run: Path, other: Path, file: str = CHECKPOINT) -> float:
+    """The largest difference of a run's last iterate to another's, or to another file's, over its largest number."""
+    here, there = (read_tensors(path, "state")[0] for path in (run / CHECKPOINT, other / file))
+    names = [name for name in ("images", "label_logits", "step_size") if name in here]
+    return max(float((here[name] - there[name]).abs().max() / here[name].abs().max()) for name in names)
+
+
+def moved(run: Path) -> float:
+    """How far the last iterate is from the first."""
+    return difference(run, run, milestone_path(run, 0).name)
+
+
+def metrics(run: Path, iterations: int) -> list[dict[str, Any]]:
+    """The lines of the metrics, without seconds."""
+    lines = Metrics.read(run / "metrics.jsonl", until=iterations)
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
+CASES: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "balance": {"balance": 0.5},
+    **{rule: {"combine": rule} for rule in RULES},
+    **{f"{rule}, one by one": {"combine": rule, "side_by_side": 1} for rule in RULES},
+    "replay": {"replay": 2},
+    "other experts": {"concurrent_experts": 2},
+    "learned labels": {"labels": "learned", "ema": 0.9},
+    "teacher labels": {"labels": "teacher"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_end_where_one_process_ends(
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], case: str
+) -> None:
+    """Three segments on two ranks, and on four, one of which has none."""
+    config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "validation_runs": 2, **CASES[case]})
+    cddlib.distill(config, buffer, tmp_path / "1", device="cpu")
+    alone = metrics(tmp_path / "1", config.iterations)
+    for count in (2, 4):
+        out = tmp_path / str(count)
+        first, *others = together(count, distil, config, buffer.folder, out)
+        for other in others:
+            assert (other.images, other.iterates, other.reduced) == (first.images, first.iterates, first.reduced)
+            assert not other.written
+        written = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "synthetic.safetensors")
+        assert {*written} < first.written
+        validated = [bool(line.get("validation_accuracy")) for line in alone]
+        between = [after - before for before, after in zip(first.reduced, first.reduced[1:], strict=False)]
+        assert between == [1 + validation for validation in validated[1:-1]]
+
+        lines = metrics(out, config.iterations)
+        assert [line.keys() for line in lines] == [line.keys() for line in alone]
+        apart = difference(tmp_path / "1", out)
+        if config.side_by_side == 1:  # and, by this rule, no gradient is added to another
+            assert lines == alone and apart == 0
+        for line, wanted in zip(lines, alone, strict=True):
+            for name in ("starts", "others", "replayed", "validation_accuracy"):
+                assert line.get(name) == wanted.get(name)
+            assert line.get("losses", []) == pytest.approx(wanted.get("losses", []), rel=1e-5)
+        assert apart < 1e-6 and moved(out) > 1e-3
+        row = {"ranks": count, "rule": case, "largest_relative_difference": apart}
+        notes.setdefault("agreement", []).append(row)
+
+
+@pytest.mark.parametrize(("activation", "iterations"), [("sigmoid", 5), ("relu", 3)])
+def test_the_digits_recipe_with_eight_segments(
+    tmp_path: Path, notes: dict[str, Any], recorded: bool, activation: str, iterations: int
+) -> None:
+    """The same set within the rounding of sums. With ReLU, as near as one process that adds in another order."""
+    iterations = 60 if recorded else iterations
+    width = {"width": 8, "activation": activation}
+    buffer = cddlib.train_buffer(
+        cddlib.buffer_recipe("digits", experts=2, epochs=14, **width), tmp_path / "buffer", device="cpu"
+    )
+    options = {"segments": 8, "iterations": iterations, "validate_every": 0, **width}
+    config = cddlib.distill_recipe("contra", "digits", 1, **options)
+    cddlib.distill(config, buffer, tmp_path / "alone", device="cpu")
+    assert moved(tmp_path / "alone") > 1e-3
+    losses = [line["loss"] for line in metrics(tmp_path / "alone", iterations)[1:]]
+    for count in (1, 2, 4):
+        out = tmp_path / str(count)
+        together(count, distil_backwards if count == 1 else distil, config, buffer.folder, out)
+        found = [line["loss"] for line in metrics(out, iterations)[1:]]
+        assert found[0] == pytest.approx(losses[0], rel=1e-6)
+        assert found == pytest.approx(losses, rel=1e-5 if activation == "sigmoid" else 1e-2)
+        apart = difference(tmp_path / "alone", out)
+        assert apart < (1e-5 if activation == "sigmoid" else 0.1)
+        rule = f"mean, {activation}, {iterations} iterations" + (", segments added backwards" if count == 1 else "")
+        notes.setdefault("agreement", []).append({"ranks": count, "rule": rule, "largest_relative_difference": apart})
+
+
+def distil_backwards(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
+    """Distil in one process that takes the segments in reverse order."""
+    Ranks.share = lambda _self, work: work[::-1]  # type: ignore[method-assign] # this process ends with the test
+    cddlib.distill(config, buffer, out, device="cpu")
+
+
+# --- Experts and networks ---------------------------------------------------------------------------------------
+
+
+def train(config: cddlib.BufferConfig, out: Path) -> None:
+    """Train a buffer in this rank."""
+    cddlib.train_buffer(config, out, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "overrides"),
+    [(2, (3, 5), {"momentum": 0.9}), (4, (3,), {}), (2, (2,), {"easiest_fraction": 0.5, "all_from_epoch": 2})],
+)
+def test_buffers_have_the_same_bytes(
+    tmp_path: Path, count: int, sizes: tuple[int, ...], overrides: dict[str, Any]
+) -> None:
+    """One grows."""
+    for experts in sizes:
+        config = cddlib.buffer_recipe("digits", width=4, epochs=3, experts=experts, **overrides)
+        cddlib.train_buffer(config, tmp_path / "1", device="cpu")
+        together(count, train, config, tmp_path / "several")
+        found, wanted = (
+            {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "result.json"}
+            for name in ("several", "1")
+        )
+        assert found == wanted
+        trained = [read_json(tmp_path / name / "result.json")["experts_trained"] for name in ("several", "1")]
+        assert trained[0] == trained[1]
+
+
+def test_evaluations_find_the_same_accuracies(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
+    cddlib.distill(cddlib.distill_recipe("contra", **quick), buffer, tmp_path / "1", device="cpu")
+    for count in (2, 4):
+        shutil.copytree(tmp_path / "1", tmp_path / str(count))
+    wanted = cddlib.evaluate_run(tmp_path / "1", runs=2, device="cpu")
+    cddlib.evaluate_run(tmp_path / "1", runs=3, device="cpu")
+    for count in (2, 4):
+        assert {str(found["accuracies"]) for found in together(count, evaluate, tmp_path / str(count), 2)} == {
+            str(wanted["accuracies"])
+        }
+        together(count, evaluate, tmp_path / str(count), 3)
+        (one,), (several,) = ((tmp_path / name).glob("evaluation-*.json") for name in ("1", str(count)))
+        assert read_json(one)["accuracies"] == read_json(several)["accuracies"]
+        assert read_json(one)["summary"] == read_json(several)["summary"]
+
+
+def evaluate(run: Path, networks: int) -> dict[str, Any]:
+    """Evaluate in this rank."""
+    return cddlib.evaluate_run(run, runs=networks, device="cpu")
+
+
+# --- Signals, deaths, misunderstandings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [{0: 3}, {1: 3}, {0: 4, 1: 3}])
+def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, asked: dict[int, int]
+) -> None:
+    """Asked after step 3, they stop after iteration 4; two go on to the same bytes, three to the same set."""
+    config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "checkpoint_every": 100, "validate_every": 0})
+    together(2, distil, config, buffer.folder, tmp_path / "whole")
+    stopped = together(2, distil, config, buffer.folder, tmp_path / "parts", asked)
+    assert [str(error) for error in stopped] == ["stopped after iteration 4, which is saved"] * 2
+    assert [error.number for error in stopped] == [signal.SIGTERM] * 2
+    shutil.copytree(tmp_path / "parts", tmp_path / "more")
+    seen = together(2, distil, config, buffer.folder, tmp_path / "parts")
+    assert [len(rank.iterates) for rank in seen] == [2, 2]
+    whole, parts = (tmp_path / name / "synthetic.safetensors" for name in ("whole", "parts"))
+    assert parts.read_bytes() == whole.read_bytes()
+    together(3, distil, config, buffer.folder, tmp_path / "more")
+    assert difference(tmp_path / "whole", tmp_path / "more") < 1e-6 and moved(tmp_path / "whole") > 1e-3
+    assert metrics(tmp_path / "parts", 6) == metrics(tmp_path / "whole", 6)
+
+
+def test_a_second_signal_is_the_first_again(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
+    """From the cluster and from torchrun; only a process alone stops at once."""
+    assert together(2, heed_two_signals) == [signal.SIGTERM] * 2
+    with pytest.raises(Interrupted, match=r"^stopped at once$"):
+        heed_two_signals()
+
+
+def heed_two_signals() -> int:
+    """Which signal this rank heeds of two."""
+    ranks = Ranks()
+    with ranks.heeding_signals("the test"):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        ranks.wait()
+    return ranks.asked
+
+
+def test_a_rank_that_is_gone_is_noticed() -> None:
+    alive, dead = together(2, leave_one)
+    assert re.match(r"another process of this run is gone \(.+\); what was saved is kept, and torchrun", str(alive))
+    assert (type(alive), dead) == (UserError, None)
+
+
+def leave_one() -> None:
+    """Rank 1 goes, rank 0 waits for it."""
+    if dist.get_rank() == 0:
+        Ranks().wait()
+
+
+def test_ranks_that_see_different_folders_are_refused(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
+    config = cddlib.distill_recipe("contra", **quick)
+    together(2, distil, config, buffer.folder, tmp_path / "run-0", {0: 1})
+    found = together(2, distil_apart, config, buffer.folder, tmp_path / "run")
+    assert all(
+        re.search(r"the iteration of the checkpoint in .*run-\d is 2, -1 for the processes", str(e)) for e in found
+    )
+    assert not (tmp_path / "run-1").exists()
+
+
+def distil_apart(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
+    """Distil in a folder that the other rank does not see."""
+    cddlib.distill(config, buffer, out.with_name(f"{out.name}-{dist.get_rank()}"), device="cpu")
+
+
+def test_ranks_that_start_again_are_not_told_the_addresses_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun keeps its store between attempts; in each one the others come before the first."""
+    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    for attempt in range(3):
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            others = [pool.submit(distributed._fresh_store, rank, 3) for rank in (1, 2)]
+            time.sleep(0.2)
+            distributed._fresh_store(0, 3).set("address", str(attempt))
+            assert [other.result().get("address") for other in others] == [str(attempt).encode()] * 2
+
+
+def test_commands_that_are_not_divided_are_refused() -> None:
+    for code, said in together(2, command, ["compare", "--buffer", "b", "--out", "o"]):
+        assert code == 1
+        assert said == (
+            "cddlib: `compare` is not divided among processes; torchrun is for buffer, distill, evaluate.\n"
+        )
+
+
+def command(arguments: list[str]) -> tuple[int, str]:
+    """Exit code and errors of a command line in this rank."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        return cli.main(arguments), said.getvalue()
+
+
+def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices.resolve_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert devices.resolve_device("cuda") == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match=r"it has 2 GPUs; give --nproc-per-node 2, or --device cpu\.$"):
+        devices.resolve_device("auto")
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------
+
+
+class Agent:
+    """A torchrun that shares one command of cddlib among its workers."""
+
+    def __init__(self, options: str, arguments: list[Any], log: Path, **settings: str) -> None:
+        """Start it; what it and its workers say goes to `log`."""
+        self.log = log
+        python = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "cddlib"]
+        with open(log, "w") as file:
+            command, environment = [*python, *map(str, arguments)], {**os.environ, **settings}
+            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+
+    def __enter__(self) -> "Agent":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Leave nothing behind, whatever happened."""
+        self.kill()
+
+    def workers(self) -> list[int]:
+        """The processes that it started and that live, lowest number first."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has just ended
+                state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+                if int(parent) == self.process.pid and state != "Z":
+                    found.append(int(path.parent.name))
+        return sorted(found)
+
+    def has(self, setting: bytes) -> bool:
+        """Whether there are workers, and all of them have that in their environment."""
+        environments = [Path(f"/proc/{worker}/environ").read_bytes().split(b"\0") for worker in self.workers()]
+        return bool(environments) and all(setting in environment for environment in environments)
+
+    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until something is so, while it runs."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """Kill it and its workers, as a power cut does, unless it has ended."""
+        if self.process.poll() is not None:
+            return
+        workers = self.workers()
+        self.process.kill()
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self, seconds: float = 180) -> str:
+        """Wait until it has ended well; returns what it said."""
+        assert self.process.wait(seconds) == 0, self.log.read_text()
+        return self.log.read_text()
+
+
+def lines(run: Path) -> int:
+    """How many iterations the metrics of a run have."""
+    file = run / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+LONG = {"iterations": 60, "segments": 4, "checkpoint_every": 3, "validate_every": 25}
+
+
+def arguments(config: dict[str, Any], buffer: Path, out: Path) -> list[Any]:
+    """A distillation as a command line."""
+    options = [[f"--{name.replace('_', '-')}", value] for name, value in config.items()]
+    return ["distill", *(word for option in options for word in option), "--buffer", buffer, "--out", out]
+
+
+def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], recorded: bool
+) -> None:
+    """Again and again, at a random moment, a random one of two: twice, or more often for a record."""
+    kills = 10 if recorded else 2
+    config = {**quick, **LONG}
+    together(2, distil, cddlib.distill_recipe("contra", **config), buffer.folder, tmp_path / "whole")
+    out, rng = tmp_path / "killed", generator("kill a rank")
+    options = f"--standalone --nproc-per-node 2 --max-restarts {max(3, kills)}"
+    with Agent(options, arguments(config, buffer.folder, out), tmp_path / "log") as agent:
+        workers: set[int] = set()
+        for kill in range(kills):
+            agent.until(lambda: lines(out) > 40 * kill // kills and len({*agent.workers()} - workers) == 2)  # noqa: B023
+            time.sleep(0.2 * float(torch.rand((), generator=rng)))
+            workers |= {*agent.workers()}
+            os.kill(agent.workers()[int(torch.randint(2, (), generator=rng))], signal.SIGKILL)
+        assert "iteration" in agent.end()
+    for name in ("synthetic.safetensors", "checkpoint.safetensors", "config.json"):
+        assert contents(out / name) == contents(tmp_path / "whole" / name), name
+    assert metrics(out, 60) == metrics(tmp_path / "whole", 60)
+    notes.setdefault("kills", []).append({"work": "distill, 2 processes", "kills": kills, "identical": True})
+
+
+def contents(file: Path) -> Any:
+    """A file, but for what depends on the clock."""
+    if file.name != "checkpoint.safetensors":
+        return file.read_bytes()
+    tensors, state = read_tensors(file, "state")
+    return {name: tensor_digest(tensor) for name, tensor in tensors.items()}, {**state, "seconds": 0}
+
+
+def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any]
+) -> None:
+    """Two agents with a rank each; one is killed whole, and the other one goes on alone."""
+    config = {**quick, **LONG}
+    cddlib.distill(cddlib.distill_recipe("contra", **config), buffer, tmp_path / "1", device="cpu")
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    options = f"--nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint localhost:{port}"
+    options += " --rdzv-id test --rdzv-conf last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=8"
+    out = tmp_path / "elastic"
+    shared = options, arguments(config, buffer.folder, out)
+    unshared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the book says
+    with Agent(*shared, tmp_path / "staying", **unshared) as staying:
+        staying.until(lambda: listens(port))
+        with Agent(*shared, tmp_path / "leaving", **unshared) as leaving:
+            leaving.until(lambda: lines(out) > 5 and leaving.has(b"WORLD_SIZE=2") and staying.has(b"WORLD_SIZE=2"))
+        assert "another process of this run is gone" in staying.end()
+    found, wanted = metrics(out, 60), metrics(tmp_path / "1", 60)
+    assert [line.keys() for line in found] == [line.keys() for line in wanted]
+    assert [line["starts"] for line in found[1:]] == [line["starts"] for line in wanted[1:]]
+    apart = difference(tmp_path / "1", out)
+    assert apart < 1e-4 and moved(out) > 1e-3
+    notes.setdefault("agreement", []).append(
+        {"ranks": "2, then 1", "rule": "mean", "largest_relative_difference": apart}
+    )
+    notes.setdefault("kills", []).append({"work": "distill, one of 2 machines", "kills": 1, "identical": False})
+
+
+def listens(port: int) -> bool:
+    """Whether somebody listens at a port of this machine."""
+    with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
+        return True
+    return False
+
+
+def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, notes: dict[str, Any]) -> None:
+    config = {"width": 4, "epochs": 40, "experts": 3}
+    cddlib.train_buffer(cddlib.buffer_recipe("digits", **config), tmp_path / "1", device="cpu")
+    out = tmp_path / "buffer"
+    options = [word for name, value in config.items() for word in (f"--{name}", value)]
+    torchrun = "--standalone --nproc-per-node 2 --max-restarts 1"
+    with Agent(torchrun, ["buffer", *options, "--out", out], tmp_path / "log") as agent:
+        agent.until(lambda: any(out.glob("expert-*")))
+        os.kill(agent.workers()[1], signal.SIGKILL)
+        agent.end()
+    for name in ("buffer.json", *(f"expert-{number:03d}.safetensors" for number in range(3))):
+        assert (out / name).read_bytes() == (tmp_path / "1" / name).read_bytes(), name
+    notes.setdefault("kills", []).append({"work": "buffer, 2 processes", "kills": 1, "identical": True})

@@ -1,0 +1,203 @@
+"""Training an epoch: plain SGD, and GSAM against the two-pass optimiser on a module of torch.nn."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cddlib
+from cddlib.data import augment, preprocessing
+from cddlib.experts.buffer import Buffer
+from cddlib.experts.train import BufferConfig
+from cddlib.training.epoch import SharpnessConfig, fetch_real, train_epoch
+
+SIZE, BATCH, CLASSES = 22, 8, 3
+
+
+class Gsam:
+    """GSAM as an optimiser around another one, a tensor at a time (Zhuang et al. 2022, after the public one)."""
+
+    def __init__(self, base: torch.optim.Optimizer, radius: float, weight: float, *, adaptive: bool) -> None:
+        self.base, self.radius, self.weight, self.adaptive = base, radius, weight, adaptive
+        self.parameters = base.param_groups[0]["params"]
+
+    def step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
+        def gradients() -> tuple[Tensor, list[Tensor]]:
+            self.base.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            return loss.detach(), [parameter.grad.clone() for parameter in self.parameters]
+
+        loss, old = gradients()
+        scaled = [w.detach().abs() * g if self.adaptive else g for w, g in zip(self.parameters, old, strict=True)]
+        norm = sum(float((s**2).sum()) for s in scaled) ** 0.5
+        before = [parameter.detach().clone() for parameter in self.parameters]
+        with torch.no_grad():
+            for parameter, gradient in zip(self.parameters, old, strict=True):
+                factor = parameter**2 if self.adaptive else 1.0
+                parameter += self.radius * factor * gradient / norm
+        _, perturbed = gradients()
+        inner = sum(float((a * b).sum()) for a, b in zip(old, perturbed, strict=True))
+        squared = sum(float((b**2).sum()) for b in perturbed)
+        with torch.no_grad():
+            for parameter, first, a, b in zip(self.parameters, before, old, perturbed, strict=True):
+                parameter.copy_(first)
+                parameter.grad = b - self.weight * (a - inner / squared * b)
+        self.base.step()
+        return float(loss)
+
+
+def problem(dtype: torch.dtype = torch.double) -> tuple[cddlib.ConvNet, Tensor, Tensor, Tensor]:
+    """A network, its parameters, images and classes."""
+    rng = cddlib.generator("training")
+    network = cddlib.ConvNet(cddlib.NetworkConfig(depth=2, width=4), (1, 8, 8), CLASSES)
+    theta = network.init(rng).to(dtype)
+    theta += 0.1 * torch.randn(theta.shape, generator=rng, dtype=dtype)  # norms too
+    return network, theta, torch.randn(SIZE, 1, 8, 8, generator=rng, dtype=dtype), torch.arange(SIZE) % CLASSES
+
+
+def module(network: cddlib.ConvNet, theta: Tensor) -> nn.Module:
+    """The same network of modules."""
+
+    def block(channels: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, 4, 3, padding=1), nn.GroupNorm(4, 4), nn.ReLU(), nn.AvgPool2d(2)]
+
+    found = nn.Sequential(*block(1), *block(4), nn.Flatten(), nn.Linear(16, CLASSES)).to(theta.dtype)
+    nn.utils.vector_to_parameters(theta.clone(), found.parameters())
+    assert [tuple(parameter.shape) for parameter in found.parameters()] == list(network.shapes.values())
+    return found
+
+
+def train(
+    network: cddlib.ConvNet, theta: Tensor, images: Tensor, labels: Tensor, epochs: int = 2, **rest: Any
+) -> tuple[Tensor, list[float]]:
+    """Some epochs of `train_epoch` with momentum and weight decay."""
+    theta = theta.clone().requires_grad_()
+    optimizer = torch.optim.SGD([theta], lr=0.2, momentum=0.5, weight_decay=0.01)
+    losses = [
+        train_epoch(
+            network,
+            theta,
+            optimizer,
+            lambda indices: (images[indices], labels[indices]),
+            SIZE,
+            batch_size=BATCH,
+            strategy="crop_scale_rotate",
+            generator=cddlib.generator("epoch", epoch),
+            **rest,
+        )
+        for epoch in range(epochs)
+    ]
+    return theta.detach(), losses
+
+
+def batches(images: Tensor, labels: Tensor, epoch: int) -> list[tuple[Tensor, Tensor]]:
+    """The epoch's augmented batches."""
+    rng = cddlib.generator("epoch", epoch)
+    return [
+        (augment.apply(augment.draw("crop_scale_rotate", len(indices), rng), images[indices]), labels[indices])
+        for indices in torch.randperm(SIZE, generator=rng).split(BATCH)
+    ]
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+@pytest.mark.parametrize(("radius", "weight"), [(0.01, 0.3), (0.5, 0.0), (0.5, 0.3), (0.5, 1.0), (2.0, 0.4)])
+def test_gsam_is_the_optimiser_s(radius: float, weight: float, adaptive: bool) -> None:
+    network, theta, images, labels = problem()
+    sharpness = SharpnessConfig(sharpness_radius=radius, sharpness_weight=weight, sharpness_adaptive=adaptive)
+    found, losses = train(network, theta, images, labels, sharpness=sharpness)
+    model = module(network, theta)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5, weight_decay=0.01)
+    optimizer = Gsam(sgd, radius, weight, adaptive=adaptive)
+    wanted_losses = [
+        sum(optimizer.step(model, *batch) * len(batch[1]) for batch in batches(images, labels, epoch)) / SIZE
+        for epoch in range(2)
+    ]
+    wanted = nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert ((found - wanted).norm() / (wanted - theta).norm()).item() < 1e-9
+    assert losses == pytest.approx(wanted_losses, rel=1e-6)  # of the parameters, not of their surroundings
+    plain, _ = train(network, theta, images, labels)
+    assert ((found - plain).norm() / (wanted - theta).norm()).item() > 1e-4
+
+
+@pytest.mark.parametrize("sharpness", [None, SharpnessConfig(), SharpnessConfig(sharpness_weight=2.0)])
+def test_without_a_radius_it_is_sgd_to_the_bit(sharpness: SharpnessConfig | None) -> None:
+    network, theta, images, labels = problem(torch.float32)
+    found, _ = train(network, theta, images, labels, sharpness=sharpness)
+    wanted = theta.clone().requires_grad_()
+    optimizer = torch.optim.SGD([wanted], lr=0.2, momentum=0.5, weight_decay=0.01)
+    for epoch in range(2):
+        for inputs, targets in batches(images, labels, epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(network(wanted, inputs), targets).backward()
+            optimizer.step()
+    assert found.numpy().tobytes() == wanted.detach().numpy().tobytes()
+
+
+@pytest.mark.parametrize(("radius", "passes"), [(0.0, 1), (0.1, 2)])
+def test_only_flat_experts_cost_a_second_pass(monkeypatch: pytest.MonkeyPatch, radius: float, passes: int) -> None:
+    calls = []
+    forward = cddlib.ConvNet.side_by_side
+    monkeypatch.setattr(cddlib.ConvNet, "side_by_side", lambda *arguments: calls.append(1) or forward(*arguments))
+    train(*problem(), epochs=1, sharpness=SharpnessConfig(sharpness_radius=radius))
+    assert len(calls) == passes * 3  # batches
+
+
+def test_flat_experts_see_targets_of_any_kind() -> None:
+    network, theta, images, labels = problem()
+    sharpness = SharpnessConfig(sharpness_radius=0.1)
+    hard, _ = train(network, theta, images, labels, sharpness=sharpness)
+    soft, _ = train(network, theta, images, F.one_hot(labels, CLASSES).double(), sharpness=sharpness)
+    torch.testing.assert_close(hard, soft)
+
+
+@pytest.mark.parametrize("field", ["sharpness_radius", "sharpness_weight"])
+@pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
+def test_impossible_sharpness_is_refused(field: str, value: float) -> None:
+    with pytest.raises(cddlib.UserError, match=rf"^{field} is {value}; it must be a finite number, 0 or more\.$"):
+        SharpnessConfig(**{field: value})
+
+
+def test_a_buffer_s_experts_are_trained_so(tmp_path: Any) -> None:
+    sharpness = {"sharpness_radius": 0.2, "sharpness_weight": 0.6, "sharpness_adaptive": False}
+    config = cddlib.buffer_recipe("digits", width=4, experts=1, epochs=1, **sharpness)
+    assert isinstance(config, BufferConfig)
+    buffer: Buffer = cddlib.train_buffer(config, tmp_path, device="cpu")
+    real = cddlib.load("digits").split[0]
+    images = buffer.preprocessing(real.images)
+    theta = buffer.parameters(0, 0).requires_grad_()
+    loss = train_epoch(
+        buffer.network,
+        theta,
+        torch.optim.SGD([theta], lr=config.learning_rate),
+        lambda indices: (images[indices], real.labels[indices]),
+        len(images),
+        batch_size=config.batch_size,
+        strategy=config.augment,
+        generator=cddlib.generator(0, "epoch", 1),
+        sharpness=SharpnessConfig(**sharpness),
+    )
+    torch.testing.assert_close(buffer.parameters(0, 1), theta.detach())
+    assert buffer.experts[0]["train_loss"] == [pytest.approx(loss)]
+
+
+def test_whitening_all_images_at_once_is_whitening_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As memory allows; whoever asks again gets the same, as long as the images live."""
+    digits = cddlib.load("digits")
+    part = digits.train.select(torch.arange(1000))
+    whitening = preprocessing.fit_preprocessing(digits, zca=True)
+    rows = torch.tensor([5, 0, 800, 5])
+    needed, found = 4 * 4 * part.labels.numel() * 64, []
+    for free in (needed - 4, needed):
+        monkeypatch.setattr(preprocessing, "free_memory", lambda device, free=free: free)
+        found.append(fetch_real(part, whitening)(rows))
+        assert len(whitening._whitened) == (free == needed)
+    for batchwise, at_once in zip(*found, strict=True):
+        torch.testing.assert_close(at_once, batchwise)
+    assert whitening.whitened(part) is whitening.whitened(part)
+    del part
+    gc.collect()
+    assert not len(whitening._whitened)

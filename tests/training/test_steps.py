@@ -1,0 +1,431 @@
+"""Steps: the derived ones against automatic differentiation, memories kept or not, compiling and doing without."""
+
+import functools
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cddlib
+from cddlib.data.augment import AugmentConfig
+from cddlib.matching.loss import matching_loss
+from cddlib.matching.student import MatchingConfig, plan_student
+from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
+from cddlib.networks.zoo import build_network
+from cddlib.runtime import device as devices
+from cddlib.runtime import distributed
+from cddlib.training import engine as engines
+from cddlib.training.convnet_step import Derived, fits
+from cddlib.training.engine import steps_of, worth_compiling
+from cddlib.training.step import Autograd, ComputeConfig
+
+USUAL = NetworkConfig(depth=2, width=6)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def problem(shape: tuple[int, int, int], config: NetworkConfig = USUAL, batch: int = 4, seed: int = 0) -> Any:
+    """A network, and a step's arguments in float64: parameters, inputs, soft targets that do not add up to 1, λ."""
+    rng = cddlib.generator("steps", seed)
+    network = build_network(config, shape, 5)
+    theta = network.init(rng).double()
+    theta += 0.1 * torch.randn(len(theta), generator=rng, dtype=torch.float64)  # norms that scale and shift
+    inputs = torch.randn(batch, *shape, generator=rng, dtype=torch.float64)
+    targets = torch.rand(batch, 5, generator=rng, dtype=torch.float64)
+    return network, theta, inputs, targets, torch.randn(len(theta), generator=rng, dtype=torch.float64)
+
+
+def obvious(
+    network: Network, theta: Tensor, inputs: Tensor, targets: Tensor, direction: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """g, and ⟨g, λ⟩ with its derivatives."""
+    leaves = [x.clone().requires_grad_() for x in (theta, inputs, targets)]
+    loss = -(leaves[2] * network(leaves[0], leaves[1]).log_softmax(1)).sum() / len(inputs)
+    (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
+    inner = (gradient * direction).sum()
+    return gradient.detach(), (inner.detach(), *torch.autograd.grad(inner, leaves))
+
+
+def agree(engine: Any, network: Network, *networks: tuple[Tensor, ...]) -> None:
+    """Steps of networks side by side, each with arguments of its own, are each network's."""
+    *step, direction = (torch.stack(tensors) for tensors in zip(*networks, strict=True))
+    gradient, memory = engine.take(*step)
+    along = engine.along(memory, direction)
+    loss, alone = engine.gradient(*step)
+    for k, (theta, inputs, targets, _) in enumerate(networks):
+        wanted, derivatives = obvious(network, *networks[k])
+        torch.testing.assert_close(gradient[k], wanted, rtol=1e-9, atol=1e-11)
+        for found, value in zip(along, derivatives, strict=True):
+            torch.testing.assert_close(found[k], value, rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(alone[k], wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(loss[k], F.cross_entropy(network(theta, inputs), targets), rtol=1e-9, atol=1e-11)
+
+
+def alone(*tensors: Tensor) -> list[Tensor]:
+    """The arguments of one network's step."""
+    return [tensor[None] for tensor in tensors]
+
+
+@hypothesis.given(
+    depth=st.integers(1, 3),
+    width=st.integers(1, 7),
+    channels=st.integers(1, 4),
+    side=st.sampled_from([8, 16, 24, 28]),
+    batch=st.integers(1, 5),
+    networks=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+)
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_derived_steps_are_those_of_automatic_differentiation(
+    depth: int, width: int, channels: int, side: int, batch: int, networks: int, seed: int
+) -> None:
+    config = NetworkConfig(depth=depth, width=width)
+    problems = [problem((channels, side, side), config, batch, seed + k) for k in range(networks)]
+    network = problems[0][0]
+    assert fits(network)
+    agree(Derived(network, "float32", False), network, *(tuple(arguments) for _, *arguments in problems))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        USUAL,
+        NetworkConfig(depth=2, width=4, norm="batch", activation="sigmoid", pooling="none"),
+        NetworkConfig(network="mlp"),
+    ],
+    ids=lambda config: config.network + config.norm,
+)
+def test_steps_of_any_network_are_those_of_automatic_differentiation(config: NetworkConfig) -> None:
+    problems = [problem((2, 8, 8), config, seed=k) for k in range(3)]
+    network = problems[0][0]
+    for several in (problems, problems[:1]):
+        agree(Autograd(network), network, *(tuple(arguments) for _, *arguments in several))
+
+
+@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+def test_classes_are_as_good_as_their_probabilities(engine: Any) -> None:
+    network, theta, inputs, _, _ = problem((2, 8, 8))
+    classes = torch.tensor([3, 0, 4, 3])
+    by_class, by_probability = (
+        engine(network).gradient(*alone(theta, inputs, targets))
+        for targets in (classes, F.one_hot(classes, 5).double())
+    )
+    for found, wanted in zip(by_class, by_probability, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+UNUSUAL = [
+    NetworkConfig(depth=2, width=4, norm=norm, activation=activation, pooling=pooling)
+    for norm, activation, pooling in (
+        ("group", "relu", "avg"),
+        ("instance", "leakyrelu", "avg"),
+        ("instance", "relu", "max"),
+    )
+]
+
+
+def test_only_the_usual_convnet_is_derived() -> None:
+    fast = ComputeConfig(precision="bfloat16", compiled=True)
+    usual = build_network(USUAL, (3, 8, 8), 5)
+    assert isinstance(steps_of(usual, ComputeConfig(), CPU), Autograd)
+    assert isinstance(steps_of(usual, ComputeConfig(), CUDA), Derived)
+    assert isinstance(steps_of(usual, ComputeConfig(precision="bfloat16"), CPU), Derived)
+    assert isinstance(steps_of(usual, ComputeConfig(compiled=True), CPU), Derived)
+    assert steps_of(usual, fast, CPU) is steps_of(usual, MatchingConfig(precision="bfloat16", compiled=True), CPU)
+    odd = build_network(USUAL, (3, 10, 10), 5)  # its second pooling leaves out the last pixel
+    others = [build_network(config, (3, 8, 8), 5) for config in (*UNUSUAL, NetworkConfig(network="mlp"))]
+    for network in (odd, *others):
+        for device in (CPU, CUDA):
+            assert isinstance(steps_of(network, fast, device), Autograd)
+
+
+@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+@pytest.mark.parametrize("gap", [0.0, 200.0, 1e4])
+def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
+    """Where probabilities are less than the least number."""
+    network, theta, inputs, targets, _ = (x.float() if isinstance(x, Tensor) else x for x in problem((2, 8, 8)))
+    theta[-5:] = torch.tensor([0.0, gap, -gap, 0.0, 0.0])
+    for wanted in (targets, torch.tensor([1, 1, 0, 2])):
+        (loss,), gradient = engine(network).gradient(*alone(theta, inputs, wanted))
+        torch.testing.assert_close(loss, F.cross_entropy(network(theta, inputs), wanted))
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_compiled_code_sees_one_order_in_memory(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Augmentations give several, and for each it would be compiled."""
+    seen = set()
+
+    def compiled(function: Any, **options: Any) -> Any:
+        return lambda theta, inputs, *others: (seen.add(inputs.stride()), function(theta, inputs, *others))[1]
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    network, theta, inputs, targets, _ = problem((channels, 8, 8))
+    engine = Derived(network, "float32", True)
+    orders = (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT)
+    for networks in (1, 2):
+        wanted = Autograd(network).gradient(*(x.expand(networks, *x.shape) for x in (theta, inputs, targets)))
+        for other in orders:
+            for several in (torch.stack([other] * networks), other.expand(networks, *other.shape)):
+                found = engine.gradient(theta.expand(networks, -1), several, targets.expand(networks, -1, -1))
+                torch.testing.assert_close(found, wanted)
+    assert seen == {(64 * total, 1, 8 * total, total) for total in (channels, 2 * channels)}
+
+
+def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
+    network, theta, inputs, targets, direction = (
+        x.float() if isinstance(x, Tensor) else x for x in problem((3, 16, 16), batch=8)
+    )
+    found, exact = [], []
+    for engine, results in ((Derived(network, "bfloat16", False), found), (Autograd(network), exact)):
+        gradient, memory = engine.take(*alone(theta, inputs, targets))
+        results += [gradient, *engine.along(memory, direction[None])]
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-5 < (a - b).norm() / b.norm() < 0.2  # a bfloat16 has 8 bits
+    heads = Derived(network, "bfloat16", False).take(*alone(theta, inputs, targets))[1].content[2]
+    assert all(tensor.dtype == torch.float32 for tensor in heads)
+
+
+# --- Memories ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", [ComputeConfig(), ComputeConfig(precision="bfloat16")], ids=["autograd", "derived"])
+def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = cddlib.generator("memories")
+    network = build_network(USUAL, (2, 8, 8), 5)
+    start, target = network.init(rng), network.init(rng)
+    images = torch.randn(10, 2, 8, 8, generator=rng).requires_grad_()
+    targets = F.one_hot(torch.arange(10) % 5, 5).float()
+    step_size = torch.tensor(0.05, requires_grad=True)
+    config = MatchingConfig(student_steps=7, student_batch=4, precision=compute.precision)
+    plan = plan_student(config, 10, AugmentConfig().augment, rng)
+    engine, taken = steps_of(network, compute, CPU), 0
+    take = engine.take
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        return take(*arguments)
+
+    monkeypatch.setattr(engine, "take", counted)
+    one = take(*alone(start, images[:4].detach(), targets[:4]))[1].size
+    results = []
+    for room, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
+        monkeypatch.setattr("cddlib.matching.loss.room", lambda device, room=room: room)
+        taken = 0
+        loss = matching_loss(network, start, target, images, targets, step_size, plan, config)
+        gradients = torch.autograd.grad(loss, (images, step_size))
+        assert taken == 7 + more
+        results.append([loss.detach(), *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: pytest.fail("asked for room"))
+    network, theta, inputs, targets, direction = problem((2, 8, 8))
+    plan = plan_student(MatchingConfig(student_steps=2), 4, "none", cddlib.generator(0))
+    with torch.no_grad():
+        matching_loss(network, theta, theta + direction, inputs, targets, torch.tensor(0.1).double(), plan)
+
+
+@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
+    network, theta, inputs, targets, _ = problem((2, 8, 8))
+    steps_ = engine(network)
+    sizes = [steps_.take(*alone(theta, inputs, targets))[1].size for _ in range(2)]
+    doubled = steps_.take(*alone(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1)))[1].size
+    assert sizes[0] == sizes[1] < doubled < 2 * sizes[0] + 8 * len(theta)
+    maps = 8 * 4 * 6 * (8 * 8 + 4 * 4)  # bytes of what the two convolutions give
+    assert 2 * maps < sizes[0] < 12 * maps + 8 * 10 * len(theta)
+    gc.collect()
+    gc.disable()
+    try:
+        _, memory = steps_.take(*alone(theta, inputs, targets))
+        last = memory.content[1][-1]
+        held = weakref.ref(last[-1] if isinstance(last, list) else last)
+        del memory, last
+        assert held() is None, "a memory lives on"
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def fresh_room() -> Any:
+    engines._room_of_machine.cache_clear()
+    yield engines.room
+    engines._room_of_machine.cache_clear()
+
+
+def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 8 * 10**9
+    monkeypatch.delenv("CDDLIB_KEPT_MB", raising=False)
+    monkeypatch.setattr(engines, "free_memory", lambda device: free)
+    assert fresh_room(CPU) == 10**9
+    assert fresh_room(CUDA) == 4 * 10**9, "a GPU is nobody else's"
+    free = 4 * 10**9
+    assert fresh_room(CPU) == 10**9, "it is measured once"
+    assert fresh_room(CUDA) == 2 * 10**9
+    engines._room_of_machine.cache_clear()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert fresh_room(CPU) == 125 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "wanted"),
+    [(None, 0, 8000), ("max", 300, 8000), ("1000", 300, 700), ("9999", 9, 8000), ("5", 9, 0)],
+)
+def test_a_container_may_have_less_than_the_machine(
+    limit: str | None, used: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+    assert devices.free_memory(CPU) == wanted
+
+
+def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
+    assert fresh_room(CPU) == 3 * 2**20
+    for wrong in ("", "-1", "many", "1.5", "²"):
+        engines._room_of_machine.cache_clear()
+        monkeypatch.setenv("CDDLIB_KEPT_MB", wrong)
+        with pytest.raises(
+            cddlib.UserError, match=f"CDDLIB_KEPT_MB is '{wrong}'; it must be a number of MB, 0 or more"
+        ):
+            fresh_room(CPU)
+
+
+# --- Compiling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_long_runs_of_the_usual_convnet_are_compiled(device: torch.device) -> None:
+    network, shape, plain = ConvNet(NetworkConfig(), (3, 32, 32), 10), (3, 32, 32), ComputeConfig()
+    a_pass = 2 * 9 * 128 * (3 * 32**2 + 128 * 16**2 + 128 * 8**2) + 2 * 2048 * 10  # operations, forward
+    enough = int(-(-engines.WORTH_COMPILING[device.type] // (3 * a_pass)))
+    assert worth_compiling(network, plain, device, shape, enough)
+    assert not worth_compiling(network, plain, device, shape, enough - 1)
+    assert worth_compiling(network, ComputeConfig(precision="bfloat16"), device, shape, 1)
+    for asked in (True, False):
+        assert worth_compiling(network, ComputeConfig(compiled=asked), device, shape, enough) == asked
+    assert not worth_compiling(build_network(UNUSUAL[0], (3, 8, 8), 5), plain, device, (3, 8, 8), 10**18)
+
+
+def test_who_asks_for_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "can_compile", lambda: False)
+    network, asked = ConvNet(NetworkConfig(), (3, 32, 32), 10), ComputeConfig(compiled=True)
+    with pytest.raises(cddlib.UserError, match=r"^compiled is True, but there is no C\+\+ compiler here; install one"):
+        worth_compiling(network, asked, CPU, (3, 32, 32), 1)
+    assert worth_compiling(network, asked, CUDA, (3, 32, 32), 1), "a GPU's compiler is its own"
+
+
+COMPILED = """
+import torch, cddlib
+from cddlib.networks.convnet import NetworkConfig
+from cddlib.networks.zoo import build_network
+from cddlib.training.engine import steps_of
+from cddlib.training.step import ComputeConfig
+torch.set_num_threads(1)
+rng = cddlib.generator("compiled")
+network = build_network(NetworkConfig(depth=1, width=4), (1, 8, 8), 3)
+theta, direction = (torch.stack([network.init(rng) for _ in range(2)]) for _ in range(2))
+inputs, targets = torch.randn(2, 3, 1, 8, 8, generator=rng), torch.rand(2, 3, 3, generator=rng)
+results = []
+for compiled in (True, True, False):
+    compute = ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled)
+    engine = steps_of(network, compute, torch.device("cpu"))
+    if not compiled:
+        engine = type(engine)(network, "float32", False)
+    gradient, memory = engine.take(theta, inputs, targets)
+    results.append([gradient, *engine.gradient(theta, inputs, targets), *engine.along(memory, direction)])
+for twice, once, plain in zip(*results):
+    assert torch.equal(twice, once)
+    torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)
+"""
+
+
+def run_compiled(tmp_path: Path, **environment: str) -> str:
+    """What the script says on standard error; types are not checked in it, which would be compiled too."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        env={**inherited, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
+    said = run_compiled(tmp_path)
+    for what in ("training steps", "a student's steps", "their derivatives"):
+        assert f"compiling {what} for batches of 3" in said
+    assert "uncompiled" not in said
+    assert any(tmp_path.iterdir()), "nothing is kept for other processes"
+
+
+def test_without_a_compiler_there_is_one_notice(tmp_path: Path) -> None:
+    said = run_compiled(tmp_path, PATH="/nowhere", CXX="no-such-compiler")
+    assert said.count("there is no C++ compiler: steps run uncompiled, which takes longer.") == 1
+    assert "compiling" not in said
+
+
+def test_where_compiling_fails_there_is_one_notice(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    said = run_compiled(tmp_path / "cache", CXX=str(compiler))
+    assert said.count("steps run uncompiled, which takes longer.") == 1
+    assert "PyTorch cannot compile here" in said
+
+
+def test_want_of_memory_while_compiling_is_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def starved(*arguments: Any) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: starved)
+    network, theta, inputs, targets, _ = problem((2, 8, 8))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        Derived(network, "float32", True).take(*alone(theta, inputs, targets))
+
+
+def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(distributed, "tqdm", functools.partial(distributed.tqdm, disable=False))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    network, theta, inputs, targets, _ = problem((2, 8, 8))
+    engine = Derived(network, "float32", True)
+    for batch in (4, 3, 4, 3):
+        engine.gradient(*alone(theta, inputs[:batch], targets[:batch]))
+    said = capfd.readouterr().err
+    for batch in (3, 4):
+        assert said.count(f"compiling training steps for batches of {batch}:   0%") == 1
+
+
+@pytest.mark.parametrize("networks", [1, 2])
+def test_channels_of_zeros_change_nothing(networks: int) -> None:
+    """A GPU's convolutions like a multiple of four."""
+    network, theta, inputs, targets, direction = problem((3, 8, 8))
+    theta, inputs, targets, direction = (torch.stack([x] * networks) for x in (theta, inputs, targets, direction))
+    engine = Derived(network, "float32", False)
+    results = []
+    for seen in (inputs, F.pad(inputs, (0, 0, 0, 0, 0, 1))):
+        gradient, memory = engine.take(theta, seen, targets)
+        results.append([gradient, *engine.along(memory, direction)])
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)

@@ -20,7 +20,8 @@ from cddlib.distillation.gradient import concurrent_gradient
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
-from cddlib.experts.train import BufferConfig, train_buffer
+from cddlib.experts.config import BufferConfig
+from cddlib.experts.train import train_buffer
 from cddlib.matching.loss import matching_loss
 from cddlib.matching.segments import SegmentsConfig, draw_segments
 from cddlib.matching.student import plan_student

@@ -15,9 +15,10 @@ from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig
 from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
-from cddlib.experts.train import BufferConfig
+from cddlib.experts.config import BufferConfig
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
 from cddlib.networks.convnet import NetworkConfig
+from cddlib.runtime.config import field_types
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Interrupted, Ranks, joined
 from cddlib.runtime.errors import UserError, memory_advice, needing
@@ -64,7 +65,10 @@ def run(
             with needing("the command line", "tyro"):
                 import tyro
             functions = commands(arguments)
-            tyro.extras.subcommand_cli_from_dict(functions, prog=program, args=arguments, description=description)
+            flat = (tyro.conf.OmitArgPrefixes,)
+            tyro.extras.subcommand_cli_from_dict(
+                functions, prog=program, args=arguments, description=description, config=flat
+            )
     except UserError as error:
         print(f"cddlib: {error}", file=sys.stderr)
         return 1
@@ -131,7 +135,7 @@ def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:
         return distill_recipe(**chosen)
     experts = Buffer(Path(folder)).config
     chosen.setdefault("data", experts["data"])
-    fields = [field.name for base in (NetworkConfig, AugmentConfig, DataConfig) for field in dataclasses.fields(base)]
+    fields = [name for section in (NetworkConfig, AugmentConfig, DataConfig) for name in field_types(section)]
     return distill_recipe(**{**{name: experts[name] for name in fields}, **chosen})
 
 

@@ -7,19 +7,21 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cddlib.data.dataset import DataConfig, load
+from cddlib.data.dataset import load
 from cddlib.data.download import prepare
 from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.hooks import TensorBoard
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.exchange.export import export_parquet, export_png
 from cddlib.exchange.published import export_buffer, export_set, import_buffer, import_set
 from cddlib.experts.buffer import Buffer
-from cddlib.experts.train import BufferConfig, train_buffer
+from cddlib.experts.config import BufferConfig
+from cddlib.experts.train import train_buffer
 from cddlib.methods.recipes import recipes_table
 from cddlib.networks.convnet import Architecture, NetworkConfig, Norm, parameter_count
 from cddlib.plan import buffer_of, costs_table, plan
-from cddlib.runtime.config import as_dict, from_dict
+from cddlib.runtime.config import as_dict, from_dict, replace
 from cddlib.runtime.errors import UserError, expecting
 from cddlib.runtime.files import read_json, write_json
 from cddlib.synthetic import SyntheticSet
@@ -73,6 +75,7 @@ def distill_data(
     config: Annotated[DistillConfig, tyro.conf.arg(name="")],
     buffer: Path,
     out: Path,
+    tensorboard: bool = False,
     root: Root = None,
     device: str = "auto",
 ) -> None:
@@ -82,17 +85,19 @@ def distill_data(
         config: The distillation.
         buffer: Folder of the buffer whose experts are matched.
         out: Folder of the run; it resumes, or returns the finished result.
+        tensorboard: Write the metrics and the images for TensorBoard too, into OUT/tensorboard.
         root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
-    distill(config, buffer, out, root=root, device=device)
+    hooks = [TensorBoard()] if tensorboard else []
+    distill(config, buffer, out, hooks=hooks, root=root, device=device)
     result = read_json(out / "result.json")
     accuracy = result["validation_accuracy"]
     measured = "" if accuracy is None else f" (validation accuracy {accuracy:.1%})"
     print(
-        f"{config.method}, K = {config.segments}, {config.ipc} images per class: iteration "
-        f"{result['selected_iteration']} of {config.iterations} selected{measured}, {result['iterations_skipped']} "
-        f"skipped, {result['seconds']:.0f} s; the synthetic set is {out / 'synthetic.safetensors'}"
+        f"{config.method}, K = {config.schedule.segments}, {config.synthetic.ipc} images per class: iteration "
+        f"{result['selected_iteration']} of {config.schedule.iterations} selected{measured}, "
+        f"{result['iterations_skipped']} skipped, {result['seconds']:.0f} s; the synthetic set is {out / 'synthetic.safetensors'}"
     )
 
 
@@ -255,13 +260,12 @@ def import_images(
         lr: The learned step size, lr_best.pt; without it, --step-size is the step size.
         root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
     """
-    data = DataConfig(data=config.data, zca=config.zca)
-    step_size = config.step_size if lr is None else None
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a run; choose another folder with --out.")
-    synthetic = import_set(images, labels, data, lr=lr, step_size=step_size, root=root)
-    config = dataclasses.replace(config, ipc=synthetic.ipc)
-    fingerprint = load(config.data, root).fingerprint
+    step_size = config.synthetic.step_size if lr is None else None
+    synthetic = import_set(images, labels, config.data, lr=lr, step_size=step_size, root=root)
+    config = replace(config, ipc=synthetic.ipc)
+    fingerprint = load(config.data.data, root).fingerprint
     write_json(out / "config.json", {**as_dict(config), "data_fingerprint": fingerprint, "imported": True})
     synthetic.save(out / "synthetic.safetensors", config=as_dict(config), imported=True)
     print(f"{len(synthetic.labels)} images of {len(synthetic.classes)} classes; `cddlib evaluate {out}` tests them")

@@ -14,7 +14,6 @@ A network of another architecture than the synthetic set was distilled with is t
 same rates, as MTT, FTD and ATT do.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -33,12 +32,12 @@ from cddlib.networks.convnet import Network, NetworkConfig
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, config_hash, from_dict
 from cddlib.runtime.device import resolve_device
-from cddlib.runtime.distributed import Interrupted, Ranks
+from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.errors import UserError, expecting, memory_advice
 from cddlib.runtime.files import file_digest, read_json, write_json
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
-from cddlib.runtime.run_folder import locked
+from cddlib.runtime.run_folder import at_work
 from cddlib.synthetic import SyntheticSet, random_real
 from cddlib.training.epoch import Fetch, accuracy, fetch_real, train_epoch
 from cddlib.training.step import ComputeConfig
@@ -49,7 +48,7 @@ MOST_EPOCHS = 100_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ComputeConfig):
+class EvaluateConfig:
     """How networks are trained on a synthetic set, in evaluation and in validation during distillation."""
 
     evaluation_epochs: int = 1000
@@ -107,6 +106,7 @@ def accuracy_of_set(
     network: Network,
     config: EvaluateConfig,
     strategy: str,
+    compute: ComputeConfig,
     real: Images,
     *,
     purpose: str,
@@ -135,7 +135,7 @@ def accuracy_of_set(
             seed=seed,
             device=targets.device,
             begun=theta,
-            compute=config,
+            compute=compute,
         )
     assert theta is not None  # there is at least one subset
     return accuracy(network, theta, real, synthetic.preprocessing)
@@ -189,29 +189,18 @@ def evaluate_run(
     identity = {
         "synthetic_sha256": file_digest(run / "synthetic.safetensors"),
         "seed": seed,
-        "evaluation": as_dict(trainer.config),
+        "evaluation": as_dict(trainer.config) | as_dict(trainer.compute),
     }
     described = {"network": as_dict(trainer.network_config)}
     if trainer.network_config != trainer.own:
         identity |= described
-    record_path = run / f"evaluation-{config_hash(identity)}.json"
-    wanted = [
-        (name, i)
-        for name in (("synthetic", "random_real", "full") if baselines else ("synthetic",))
-        for i in range(runs)
-    ]
-    if _missing(record_path, wanted):
-        ranks = Ranks()
-        lock = locked(record_path.with_name(f".{record_path.stem}.lock")) if ranks.first else contextlib.nullcontext()
-        with lock, ranks.heeding_signals("the network"):
-            _train_missing(record_path, wanted, trainer, seed, {**identity, **described}, ranks)
-    return read_json(record_path)
-
-
-def _missing(record_path: Path, wanted: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The networks, each of a set and with a number, that the record lacks."""
-    found = _recorded(record_path).accuracies()
-    return [(name, index) for name, index in wanted if index >= len(found[name])]
+    path = run / f"evaluation-{config_hash(identity)}.json"
+    sets = ("synthetic", "random_real", "full") if baselines else ("synthetic",)
+    wanted = [(name, number) for name in sets for number in range(runs)]
+    if _missing(path, wanted):
+        with at_work(path.with_name(f".{path.stem}.lock"), "the network") as ranks:
+            _train_missing(path, wanted, trainer, seed, {**identity, **described}, ranks)
+    return read_json(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,17 +217,23 @@ class _Record:
         return {name: [float(a) for a in getattr(self, name)] for name in ("synthetic", "random_real", "full")}
 
 
-def _recorded(record_path: Path) -> _Record:
+def _recorded(path: Path) -> _Record:
     """What the record says; nothing if there is none."""
-    if not record_path.exists():
+    if not path.exists():
         return _Record()
-    record = read_json(record_path)
-    with expecting(record_path, "a record of an evaluation"):
+    record = read_json(path)
+    with expecting(path, "a record of an evaluation"):
         return from_dict(_Record, {"diverged": [], **record, **record["accuracies"]})
 
 
+def _missing(path: Path, wanted: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """The networks, each of a set and with a number, that the record lacks."""
+    accuracies = _recorded(path).accuracies()
+    return [(name, number) for name, number in wanted if number >= len(accuracies[name])]
+
+
 def _train_missing(
-    record_path: Path,
+    path: Path,
     wanted: list[tuple[str, int]],
     trainer: "Trainer",
     seed: int,
@@ -246,41 +241,37 @@ def _train_missing(
     ranks: Ranks,
 ) -> None:
     """Train the networks that the record lacks, one on each rank at a time, and write it after every turn."""
-    missing = _missing(record_path, wanted)
-    earlier = _recorded(record_path)
+    missing, earlier = _missing(path, wanted), _recorded(path)
     accuracies, diverged = earlier.accuracies(), list(earlier.diverged)
     recorder = Recorder(trainer.device, elapsed=earlier.seconds)
-    progress = ranks.progress(total=len(missing), desc="evaluating", unit="network")
-    ranks.agree(len(missing), f"the number of networks that {record_path} lacks")  # the first rank writes only now
-    for start in range(0, len(missing), ranks.count):
-        turn = missing[start : start + ranks.count]
-        found = torch.zeros(len(turn), dtype=torch.float64)
-        for name, index in turn[ranks.rank : ranks.rank + 1]:
-            found[ranks.rank] = trainer.accuracy(name, seed + index)
-        ranks.sum(found)
-        for (name, index), accuracy_found in zip(turn, found.tolist(), strict=True):
-            if math.isnan(accuracy_found):
-                rate = trainer.learning_rates[name]
-                diverged.append(
-                    f"network {index} trained on {name} at learning rate {rate:g} diverged: it counts as 0."
-                )
-            accuracies[name].append(0.0 if math.isnan(accuracy_found) else accuracy_found)
-        if ranks.first:
-            record = {
-                **described,
-                "learning_rates": trainer.learning_rates,
-                "summary": {key: summarise(values) for key, values in accuracies.items() if values},
-                "accuracies": accuracies,
-                **({"diverged": diverged} if diverged else {}),
-                **recorder.report(),
-            }
-            write_json(record_path, record)
-        progress.update(len(turn))
-        if ranks.stopping and start + len(turn) < len(missing):
+    ranks.agree(len(missing), f"the number of networks that {path} lacks")  # the first rank writes only now
+    with ranks.progress(total=len(missing), desc="evaluating", unit="network") as bar:
+        for start in range(0, len(missing), ranks.count):
+            turn = missing[start : start + ranks.count]
+            measured = torch.zeros(len(turn), dtype=torch.float64)
+            for name, number in turn[ranks.rank : ranks.rank + 1]:
+                measured[ranks.rank] = trainer.accuracy(name, seed + number)
+            ranks.sum(measured)
+            for (name, number), value in zip(turn, measured.tolist(), strict=True):
+                accuracies[name].append(0.0 if math.isnan(value) else value)
+                if math.isnan(value):
+                    rate = trainer.learning_rates[name]
+                    what = f"network {number} trained on {name} at learning rate {rate:g}"
+                    diverged.append(f"{what} diverged: it counts as 0.")
+            if ranks.first:
+                record = {
+                    **described,
+                    "learning_rates": trainer.learning_rates,
+                    "summary": {key: summarise(values) for key, values in accuracies.items() if values},
+                    "accuracies": accuracies,
+                    **({"diverged": diverged} if diverged else {}),
+                    **recorder.report(),
+                }
+                write_json(path, record)
+            bar.update(len(turn))
             left = len(missing) - start - len(turn)
-            ranks.wait()  # torchrun ends all when one ends: the first has saved
-            raise Interrupted(f"stopped; {left} of {len(wanted)} networks are left, the others saved", ranks.asked)
-    progress.close()
+            if ranks.stopping and left:
+                ranks.stop(f"stopped; {left} of {len(wanted)} networks are left, the others saved")
     ranks.wait()
 
 
@@ -297,7 +288,7 @@ class Trainer:
         self.synthetic = SyntheticSet.load(path).to(self.device)
         with expecting(run / "config.json", "a distillation's configuration"):
             self.own = from_dict(NetworkConfig, settings)
-            self.config = from_dict(EvaluateConfig, settings)
+            self.config, self.compute = from_dict(EvaluateConfig, settings), from_dict(ComputeConfig, settings)
             self.strategy = from_dict(AugmentConfig, settings).augment
             data = from_dict(DataConfig, settings).data
             fingerprint = settings["data_fingerprint"]
@@ -322,9 +313,8 @@ class Trainer:
         """Test accuracy of one network trained on the set called `name`; nan if it diverges."""
         test = self.dataset.test.to(self.device)
         if name == "synthetic":
-            return accuracy_of_set(
-                self.synthetic, self.network, self.config, self.strategy, test, purpose="evaluation", seed=seed
-            )
+            how = (self.config, self.strategy, self.compute)
+            return accuracy_of_set(self.synthetic, self.network, *how, test, purpose="evaluation", seed=seed)
         size = len(self.synthetic.labels)
         epochs = self.config.evaluation_epochs
         if name == "random_real":
@@ -351,6 +341,6 @@ class Trainer:
             purpose="evaluation",
             seed=seed,
             device=self.device,
-            compute=self.config,
+            compute=self.compute,
         )
         return accuracy(self.network, theta, test, preprocessing)

@@ -28,14 +28,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from cddlib.data.dataset import VALIDATION_FRACTION, Images, load
 from cddlib.data.preprocessing import Normalisation, Preprocessing, Whitening
 from cddlib.distillation.config import DistillConfig
+from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import SCORER_EPOCHS, SCORERS
-from cddlib.experts.train import BufferConfig
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import at_a_time, plan_student
 from cddlib.methods.recipes import buffer_recipe
 from cddlib.networks.convnet import Network, NetworkConfig, parameter_count
 from cddlib.networks.zoo import build_network
-from cddlib.runtime.config import as_dict, from_dict
+from cddlib.runtime.config import flat, replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
@@ -96,9 +96,9 @@ def sizes_of(name: str, root: Path | None) -> Sizes:
 
 def buffer_of(config: DistillConfig, **overrides: Any) -> BufferConfig:
     """How the experts that `config` matches are trained: by its method, on its network, pixels and augmentation."""
-    experts = buffer_recipe(config.data, config.method, config.ipc)
-    shared = experts.__dict__.keys() & config.__dict__.keys()
-    return dataclasses.replace(experts, **{name: getattr(config, name) for name in shared}, **overrides)
+    experts = buffer_recipe(config.data.data, config.method, config.synthetic.ipc)
+    own = {**flat(config.data), **flat(config.network), **flat(config.augmentation), **flat(config.compute)}
+    return replace(experts, seed=config.seed, **own, **overrides)
 
 
 def plan(
@@ -128,7 +128,7 @@ def plan(
     for name, value in (("devices", devices), ("networks", networks)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
-    sizes = sizes_of(config.data, root)
+    sizes = sizes_of(config.data.data, root)
     steps = _Steps(experts, config, sizes, device, measure, devices)
     return [
         _buffering(experts, sizes, steps, devices),
@@ -140,9 +140,9 @@ def plan(
 def _buffering(experts: BufferConfig, sizes: Sizes, steps: "_Steps", devices: int) -> Cost:
     validation = round(VALIDATION_FRACTION * sizes.train)
     train = sizes.train - validation * experts.holdout
-    seen = sum(b - a for a, b in map(experts.bounds, range(experts.epochs))) * train
+    seen = sum(b - a for a, b in map(experts.curriculum.bounds, range(experts.epochs))) * train
     work = [(steps.expert, seen), (steps.test, validation * (experts.epochs + 1) + sizes.test)]
-    ranking = [(steps.train, SCORERS * SCORER_EPOCHS * train)] if experts.ranks_images else []
+    ranking = [(steps.train, SCORERS * SCORER_EPOCHS * train)] if experts.curriculum.ranks_images else []
     share = -(-experts.experts // devices)
     vectors = 4 * parameter_count(steps.network) * (experts.epochs + 1)
     return Cost(
@@ -155,36 +155,36 @@ def _buffering(experts: BufferConfig, sizes: Sizes, steps: "_Steps", devices: in
 
 
 def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices: int) -> Cost:
-    images = config.ipc * sizes.classes
-    subset = images // config.subsets
-    in_a_step = min(config.student_batch or subset, subset)
-    labelled = [(steps.test, config.iterations * images)] if config.labels == "teacher" else []
-    student = [(steps.student, config.iterations * config.student_steps * in_a_step), *labelled]
-    times = 0 if config.validate_every == 0 else 1 + -(-config.iterations // config.validate_every)
+    images = config.synthetic.ipc * sizes.classes
+    subset = images // config.schedule.subsets
+    in_a_step = min(config.student.student_batch or subset, subset)
+    labelled = [(steps.test, config.schedule.iterations * images)] if config.synthetic.labels == "teacher" else []
+    student = [(steps.student, config.schedule.iterations * config.student.student_steps * in_a_step), *labelled]
+    times = 0 if config.validate_every == 0 else 1 + -(-config.schedule.iterations // config.validate_every)
     validation = round(VALIDATION_FRACTION * sizes.train)
-    trained = images * config.evaluation_epochs * (config.subsets + 1) // 2
+    trained = images * config.evaluation.evaluation_epochs * (config.schedule.subsets + 1) // 2
     checks = [(steps.train, times * config.validation_runs * trained)]
     checks += [(steps.test, times * config.validation_runs * validation), *labelled]
     set_bytes = 4 * images * (sizes.shape[0] * sizes.shape[1] * sizes.shape[2] + sizes.classes)
-    vectors = 4 * parameter_count(steps.network) * (config.student_steps + 3)
-    kept = 1 if config.combine == "mean" else config.segments_in_all
+    vectors = 4 * parameter_count(steps.network) * (config.student.student_steps + 3)
+    kept = 1 if config.combination.combine == "mean" else config.schedule.segments_in_all
     return Cost(
         "distillation",
-        config.segments_in_all * _flops(student) + _flops(checks),
+        config.schedule.segments_in_all * _flops(student) + _flops(checks),
         steps.students * (steps.student_memory + vectors)
         + (kept + 3 + 2 * steps.students) * set_bytes
         + _data_bytes(sizes, validation),
         4 * set_bytes,  # the set; and the checkpoint: variables, momentum, best
-        _seconds(student, -(-config.segments_in_all // devices), checks),
+        _seconds(student, -(-config.schedule.segments_in_all // devices), checks),
     )
 
 
 def _evaluation(config: DistillConfig, sizes: Sizes, steps: "_Steps", networks: int, devices: int) -> Cost:
-    images = config.ipc * sizes.classes
-    trained = images * config.evaluation_epochs
-    batches = config.evaluation_epochs * -(-images // config.evaluation_batch)
-    epochs = max(1, round(batches / -(-sizes.train // config.evaluation_batch)))
-    on_sets = trained * (config.subsets + 1) // 2 + trained
+    images = config.synthetic.ipc * sizes.classes
+    trained = images * config.evaluation.evaluation_epochs
+    batches = config.evaluation.evaluation_epochs * -(-images // config.evaluation.evaluation_batch)
+    epochs = max(1, round(batches / -(-sizes.train // config.evaluation.evaluation_batch)))
+    on_sets = trained * (config.schedule.subsets + 1) // 2 + trained
     work = [(steps.train, on_sets), (steps.real, epochs * sizes.train), (steps.test, 3 * sizes.test)]
     memory = steps.train_memory + _data_bytes(sizes, sizes.train + sizes.test)
     return Cost("evaluation", networks * _flops(work), memory, 0, _seconds(work, -(-networks // devices), []))
@@ -239,19 +239,19 @@ class _Steps:
     def __init__(
         self, experts: BufferConfig, config: DistillConfig, sizes: Sizes, device: str, measure: bool, devices: int
     ) -> None:
-        self.network = build_network(config, sizes.shape, sizes.classes)
+        self.network = build_network(config.network, sizes.shape, sizes.classes)
         self.config, self.sizes = config, sizes
-        subset = config.ipc * sizes.classes // config.subsets
-        student_batch = min(config.student_batch or subset, subset)
-        train_batch = min(config.evaluation_batch, config.ipc * sizes.classes)
-        network = from_dict(NetworkConfig, as_dict(config))
-        sharp = from_dict(SharpnessConfig, as_dict(experts))
+        subset = config.synthetic.ipc * sizes.classes // config.schedule.subsets
+        student_batch = min(config.student.student_batch or subset, subset)
+        train_batch = min(config.evaluation.evaluation_batch, config.synthetic.ipc * sizes.classes)
+        network = config.network
+        sharp = experts.sharpness
         expert, self.expert_memory = _training(network, sizes, experts.batch_size)
         train, self.train_memory = _training(network, sizes, train_batch)
         student, self.student_memory = _student(network, sizes, student_batch)
         kind = resolve_device(device).type if measure or device == "auto" else device.split(":")[0]
-        most = at_a_time(self.network, config, kind, sizes.shape, student_batch)
-        self.students = min(most, -(-config.segments_in_all // devices))
+        most = at_a_time(self.network, config.student, kind, sizes.shape, student_batch)
+        self.students = min(most, -(-config.schedule.segments_in_all // devices))
         """How many take their steps side by side."""
         seconds: dict[str, float | None] = dict.fromkeys(("expert", "train", "real", "test", "student"))
         if measure:
@@ -272,7 +272,7 @@ class _Steps:
         many = max(expert_batch, train_batch, 500)
         pixels = torch.randint(256, (many, *sizes.shape), generator=rng, dtype=torch.uint8).to(device)
         real = Images(pixels, torch.randint(sizes.classes, (many,), generator=rng).to(device))
-        fetch = fetch_real(real, _any_preprocessing(c.zca, sizes, device))
+        fetch = fetch_real(real, _any_preprocessing(c.data.zca, sizes, device))
         images = torch.randn(max(student_batch, train_batch), *sizes.shape, generator=rng).to(device)
         targets = torch.eye(sizes.classes)[torch.arange(len(images)) % sizes.classes].to(device)
 
@@ -287,13 +287,13 @@ class _Steps:
                 of,
                 batch,
                 batch_size=batch,
-                strategy=c.augment,
+                strategy=c.augmentation.augment,
                 generator=rng,
                 sharpness=sharpness,
             )
 
-        few = dataclasses.replace(c, student_steps=2, student_batch=None)
-        step_size = torch.tensor(c.step_size, device=device)
+        few = replace(c.student, student_steps=2, student_batch=None)
+        step_size = torch.tensor(c.synthetic.step_size, device=device)
         start, learned, wanted, rates = (
             tensor.expand(self.students, *tensor.shape).contiguous()
             for tensor in (theta.detach(), images[:student_batch], targets[:student_batch], step_size)
@@ -301,14 +301,14 @@ class _Steps:
         variables = [learned.requires_grad_(), rates.requires_grad_()]
 
         def student() -> None:
-            steps = [plan_student(few, student_batch, c.augment, rng) for _ in range(self.students)]
+            steps = [plan_student(few, student_batch, c.augmentation.augment, rng) for _ in range(self.students)]
             losses = matching_losses(network, start, start + 1, learned, wanted, rates, steps, few)
             torch.autograd.grad(losses.sum(), variables)
 
         return {
             "expert": _time(epoch(fetch, expert_batch, sharp), device) / expert_batch,
             "train": _time(epoch(held, train_batch), device) / train_batch,
-            "real": _time(epoch(fetch, c.evaluation_batch), device) / c.evaluation_batch,
+            "real": _time(epoch(fetch, c.evaluation.evaluation_batch), device) / c.evaluation.evaluation_batch,
             "test": _time(lambda: predict(network, theta, fetch, 500), device) / 500,
             "student": _time(student, device) / (2 * student_batch * self.students),
         }

@@ -24,20 +24,19 @@ from cddlib.data.dataset import load
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.distillation.checkpoint import CHECKPOINT, State, milestone_path, milestones
 from cddlib.distillation.config import DistillConfig
-from cddlib.distillation.gradient import matched_segments
 from cddlib.distillation.loop import initial_state, iterate, validation_accuracy
 from cddlib.evaluate import Trainer
 from cddlib.experts.buffer import Buffer, expert_path
-from cddlib.experts.train import BufferConfig, ease_of, expert_epoch, expert_optimizer
+from cddlib.experts.config import BufferConfig
+from cddlib.experts.expert import ExpertTraining
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.config import from_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, expecting
 from cddlib.runtime.files import file_digest, read_json, read_tensors
 from cddlib.runtime.random import generator
-from cddlib.runtime.run_folder import Metrics
-from cddlib.training.epoch import accuracy
+from cddlib.runtime.run_folder import read_metrics
 
 TOLERANCE = 0.02
 """Largest relative difference that rounding explains between machines; see the book's page on reliability."""
@@ -110,17 +109,13 @@ def _verify_buffer(
     dataset = load(buffer.data["name"], root)
     buffer.check_data(dataset)
     config = from_dict(BufferConfig, buffer.config)
-    fitted = fit_preprocessing(dataset, zca=config.zca).tensors()
+    fitted = fit_preprocessing(dataset, zca=config.data.zca).tensors()
     pairs = [(fitted[name], tensor) for name, tensor in buffer.preprocessing.tensors().items()]
     checks.append(_tensors("preprocessing", pairs, tolerance))
     read_json(buffer.folder / "result.json")
     if buffer.config.get("imported"):
         return checks
-    train, validation = dataset.split
-    parts = (train if config.holdout else dataset.train, validation)
-    data, held_out = (part.to(device) for part in parts)
-    preprocessing = buffer.preprocessing.to(device)
-    ease = ease_of(config, buffer.folder, data)
+    training = ExpertTraining(config, buffer.network, dataset, buffer.folder, device, Ranks())
     rng = generator("verify", buffer.id)
     vectors, losses, accuracies = [], [], []
     for expert in tqdm(torch.randperm(len(buffer.experts), generator=rng)[:sample].tolist(), desc="training an epoch"):
@@ -128,22 +123,16 @@ def _verify_buffer(
         epoch = 1 + int(torch.randint(1 if config.momentum else config.epochs, (), generator=rng))
         before, written = buffer.parameters(expert, epoch - 1), buffer.parameters(expert, epoch)
         theta = before.clone().to(device)
-        loss = expert_epoch(
-            config,
-            expert,
-            epoch,
-            buffer.network,
-            theta,
-            expert_optimizer(config, theta),
-            data,
-            preprocessing,
-            ease,
+        losses.append(
+            (
+                training.epoch(expert, epoch, theta, training.optimizer(theta)),
+                buffer.experts[expert]["train_loss"][epoch - 1],
+            )
         )
         theta = theta.detach()
         vectors.append((theta.cpu() - before, written - before))
-        losses.append((loss, buffer.experts[expert]["train_loss"][epoch - 1]))
-        found = accuracy(buffer.network, theta, held_out, preprocessing)
-        accuracies.append((found, buffer.experts[expert]["validation_accuracy"][epoch]))
+        again = training.accuracy(theta, training.validation)
+        accuracies.append((again, buffer.experts[expert]["validation_accuracy"][epoch]))
     return [
         *checks,
         _tensors("steps of an epoch", vectors, tolerance),
@@ -159,19 +148,17 @@ def _verify_distillation(
     if settings.get("imported"):
         raise UserError(f"{run} was imported from files of another program; it holds nothing that can be recomputed.")
     trainer = Trainer(run, None, root=root, device=str(device))
-    try:
+    with expecting(run / "config.json", "a distillation's configuration"):
         config = from_dict(DistillConfig, settings)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{run / 'config.json'} is not a distillation's configuration ({error!r}).") from None
     if settings.get("buffer_id") != buffer.id:
         raise UserError(f"{run} matched the buffer {settings.get('buffer_id')}, but {buffer.folder} is {buffer.id}.")
-    lines = Metrics.read(run / "metrics.jsonl", until=config.iterations)
     result = read_json(run / "result.json")
+    lines = read_metrics(run)
     kept = milestones(run)
     for path in [run / CHECKPOINT, *(milestone_path(run, iteration) for iteration in kept)]:
         read_tensors(path, "state")
     checks = [Check("checksums of files and lines of metrics", len(kept) + len(lines) + 4, 0.0, 0.0)]
-    buffer = buffer.convexified() if config.convex else buffer
+    buffer = buffer.convexified() if config.schedule.convex else buffer
     initial = initial_state(config, trainer.dataset, buffer, device).synthetic.copy()
 
     losses: Pairs = []
@@ -179,14 +166,14 @@ def _verify_distillation(
     step_sizes: Pairs = []
     starts: list[tuple[Tensor, Tensor]] = []
     for iteration in tqdm(kept, desc="iterations from milestones"):
-        state = State(config, config, initial.copy())
+        state = State(config, initial.copy())
         state.read(milestone_path(run, iteration))
         if iteration == 0:
             kept_start = state.synthetic.copy().variables()
             starts = list(zip(initial.variables(), kept_start, strict=True))
         for line in lines[iteration + 1 :][:sample]:
             found = iterate(state, config, buffer, Ranks())
-            if matched_segments(found) != matched_segments(line):
+            if found["matched"] != line["matched"]:
                 raise UserError(f"{run} matched other segments in iteration {line['iteration']} than its seed draws.")
             losses += zip(found["losses"], line["losses"], strict=True)
             lengths += zip(found["gradient_norms"], line["gradient_norms"], strict=True)

@@ -25,7 +25,7 @@ def test_experts(found: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", RUNS)
 def test_distillation(found: dict[str, Any], name: str) -> None:
     wanted = read_record(GOLDEN)[name]
-    for drawn in ("expert", "starts", "anchor"):
+    for drawn in ("matched", "anchor"):
         assert found[name][drawn] == wanted[drawn]
     assert found[name]["step_size"] == pytest.approx(wanted["step_size"], rel=TOLERANCE)
     assert found[name]["losses"] == [pytest.approx(losses, rel=TOLERANCE) for losses in wanted["losses"]]

@@ -11,6 +11,7 @@ import tyro
 from cddbook.records import collect, write_record
 from cddbook.study import (
     Comparison,
+    StudyConfig,
     comparison_runs,
     correlation_runs,
     parse_grid,
@@ -23,13 +24,12 @@ from cddbook.study import (
 )
 from cddlib import cli
 from cddlib.commands import Root
-from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
 
 
 def correlate(
     *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    config: Annotated[StudyConfig, tyro.conf.arg(name="")],
     buffer: Path,
     out: Path,
     replicates: int = 3,
@@ -55,7 +55,7 @@ def correlate(
 
 def compare(
     *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    config: Annotated[StudyConfig, tyro.conf.arg(name="")],
     buffer: Path,
     out: Path,
     what: Comparison = "segments",
@@ -80,7 +80,7 @@ def compare(
         root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
         device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
-    variants = segment_counts(counts) if what == "segments" else remedies(config.segments)
+    variants = segment_counts(counts) if what == "segments" else remedies(config.distillation.schedule.segments)
     runs = comparison_runs(config, variants, seeds)
     run_study(config, runs, buffer, out, networks=networks, jobs=jobs, root=root, device=device)
     print(f"{len(runs)} runs are finished; `python -m cddbook record {out} --to FILE` gathers them")
@@ -88,7 +88,7 @@ def compare(
 
 def search(
     *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    config: Annotated[StudyConfig, tyro.conf.arg(name="")],
     buffer: Path,
     out: Path,
     vary: tuple[str, ...],
@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
     """The commands by name, with the recipe that `arguments` choose as defaults."""
-    recipe = cli.chosen_recipe(cli.recipe_choices(arguments))
+    recipe = StudyConfig(distillation=cli.chosen_recipe(cli.recipe_choices(arguments)))
     studies: dict[str, Callable[..., None]] = {"correlate": correlate, "compare": compare, "search": search}
     return {**{name: functools.partial(study, config=recipe) for name, study in studies.items()}, "record": record}
 

@@ -93,8 +93,7 @@ def probe_table(lines: Sequence[dict[str, Any]], starts: Sequence[int], expert: 
     seen: set[int] = set()
     for line in lines:
         if "loss" in line and not line.get("skipped"):
-            seen |= set(line["starts"]) if line["expert"] == expert else set()
-            seen |= {start for other, start in line.get("replayed", []) if other == expert}
+            seen |= {start for owner, start in line["matched"] if owner == expert}
         if "probe_losses" in line:
             if losses:
                 visits.append([start in seen for start in starts])

@@ -90,11 +90,11 @@ def transfer(losses: Float[np.ndarray, " measured"], after: Matrix) -> Matrix:
     return 1 - np.asarray(after) / np.asarray(losses)
 
 
-def predicted_transfer(geometry: dict[str, Any], rates: dict[str, float]) -> Matrix:
-    """Z_ij to first order, Σ_v η_v ⟨g_i,v, g_j,v⟩ / L_j, from what `Probes.geometry` returned."""
-    count = len(geometry["losses"])
-    inner = sum(rate * np.asarray(geometry["products"][name])[:count, :count] for name, rate in rates.items())
-    return np.asarray(inner) / np.asarray(geometry["losses"])
+def predicted_transfer(similarity: dict[str, Any], rates: dict[str, float]) -> Matrix:
+    """Z_ij to first order, Σ_v η_v ⟨g_i,v, g_j,v⟩ / L_j, from what `Probes.gradient_similarity` returned."""
+    count = len(similarity["losses"])
+    inner = sum(rate * np.asarray(similarity["products"][name])[:count, :count] for name, rate in rates.items())
+    return np.asarray(inner) / np.asarray(similarity["losses"])
 
 
 # --- Summaries and tests ----------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Correlations:
     starts: tuple[int, ...]
     losses: Float[np.ndarray, "replicates matched times measured"]
     controls: dict[str, Float[np.ndarray, "replicates times measured"]]
-    geometry: dict[str, list[list[dict[str, Any]]]]
+    similarity: dict[str, list[list[dict[str, Any]]]]
 
     def pearson(self, *, changes: bool = False) -> Float[np.ndarray, "replicates matched measured"]:
         """Correlation of losses (or of their changes) while the row's segment alone is matched."""
@@ -76,7 +76,7 @@ class Correlations:
     def cosines(self, control: str, when: int) -> Float[np.ndarray, "replicates p p"]:
         """Cosines between two students' image gradients at the start (0) or the end (-1) of a control run."""
         return np.stack(
-            [correlation.between_draws(np.asarray(g[when]["products"]["images"])) for g in self.geometry[control]]
+            [correlation.between_draws(np.asarray(g[when]["products"]["images"])) for g in self.similarity[control]]
         )
 
     def p_values(self) -> Float[np.ndarray, "matched measured"]:
@@ -111,9 +111,9 @@ def correlations(record: Record) -> Correlations:
         starts=starts,
         losses=np.asarray([[probed(f"{folder}/matched-{start:02d}") for start in starts] for folder in folders]),
         controls={control: np.asarray([probed(f"{folder}/{control}") for folder in folders]) for control in controls},
-        geometry={
+        similarity={
             control: [
-                [value for _, value in record["runs"][f"{folder}/{control}"]["metrics"]["geometry"]]
+                [value for _, value in record["runs"][f"{folder}/{control}"]["metrics"]["gradient_similarity"]]
                 for folder in folders
             ]
             for control in controls

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.hooks import Run
 from cddlib.experts.buffer import Buffer
 from cddlib.matching.combine import gramian
 from cddlib.matching.loss import matching_losses
@@ -19,8 +21,8 @@ from cddlib.synthetic import SyntheticSet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """Which segments a run follows, whatever it matches."""
+class ProbeHook:
+    """Follows segments, their gradients, and the accumulated error through a run."""
 
     probe_starts: tuple[int, ...] = ()
     """Start epochs of the probes, ascending; none follows nothing."""
@@ -28,7 +30,7 @@ class ProbeConfig:
     """The expert whose segments they are."""
     probe_every: int = 1
     """Iterations between measurements of the probes' losses."""
-    geometry_every: int = 0
+    similarity_every: int = 0
     """Iterations between measurements of their gradients and of transfer between them; 0 means never."""
     error_every: int = 0
     """Iterations between measurements of the accumulated error, on `probe_expert`'s trajectory; 0 means never."""
@@ -38,11 +40,34 @@ class ProbeConfig:
             raise UserError(f"probe_starts is {self.probe_starts}; epochs must be 0 or more, ascending, each once.")
         if self.probe_expert < 0:
             raise UserError(f"probe_expert is {self.probe_expert}; it must be 0 or more.")
-        for name, least in (("probe_every", 1), ("geometry_every", 0), ("error_every", 0)):
+        for name, least in (("probe_every", 1), ("similarity_every", 0), ("error_every", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        if self.geometry_every and not self.probe_starts:
-            raise UserError(f"geometry_every is {self.geometry_every}, but probe_starts names no segments.")
+        if self.similarity_every and not self.probe_starts:
+            raise UserError(f"similarity_every is {self.similarity_every}, but probe_starts names no segments.")
+
+    def after_iteration(self, run: Run) -> dict[str, Any]:
+        """`probe_losses`, `gradient_similarity` and `accumulated_error`, each where it is due."""
+        config, synthetic, expert = run.config, run.synthetic, self.probe_expert
+        run.buffer.check_expert("probe_expert", expert)
+        measured: dict[str, Any] = {}
+        if self.probe_starts and run.due(self.probe_every):
+            measured["probe_losses"] = self.probes(run).losses(synthetic)
+        if run.due(self.similarity_every):
+            rates = config.optimizer.rates(synthetic)
+            measured["gradient_similarity"] = self.probes(run).gradient_similarity(synthetic, rates)
+        if run.due(self.error_every):
+            measured["accumulated_error"] = accumulated_error(
+                config, run.buffer, synthetic, expert=expert, seed=config.seed
+            )
+        return measured
+
+    def probes(self, run: Run) -> "Probes":
+        """The segments that it follows."""
+        config, device = run.config, run.synthetic.images.device
+        return Probes(
+            config, run.buffer, starts=self.probe_starts, expert=self.probe_expert, seed=config.seed, device=device
+        )
 
 
 class Probes:
@@ -52,22 +77,38 @@ class Probes:
     """
 
     def __init__(
-        self, config: Any, buffer: Buffer, *, starts: Sequence[int], expert: int, seed: int, device: torch.device
+        self,
+        config: DistillConfig,
+        buffer: Buffer,
+        *,
+        starts: Sequence[int],
+        expert: int,
+        seed: int,
+        device: torch.device,
     ) -> None:
         """Read the segments' ends.
 
         Args:
-            config: has the fields of `MatchingConfig`, `SegmentsConfig` and `AugmentConfig`.
+            config: of the students, their segments and augmentation.
             buffer: trajectories.
             starts: start epochs of the P segments.
             expert: whose.
             seed: the students' seed.
             device: where they train.
+
+        Raises:
+            UserError: a segment ends after the experts do.
         """
+        length = config.schedule.expert_epochs
+        latest = buffer.epochs - length
+        if starts and starts[-1] > latest:
+            raise UserError(
+                f"probe_starts is {tuple(starts)}, but the experts stop at epoch {buffer.epochs} and segments are "
+                f"{length} epochs long; probes may start at epoch {latest} at the latest."
+            )
         self.config, self.network, self.starts, self.seed = config, buffer.network, tuple(starts), seed
         self.ends = [
-            tuple(buffer.parameters_on(device, expert, epoch) for epoch in (start, start + config.expert_epochs))
-            for start in starts
+            tuple(buffer.parameters_on(device, expert, epoch) for epoch in (start, start + length)) for start in starts
         ]
 
     def in_turns(self, synthetic: SyntheticSet, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
@@ -75,11 +116,11 @@ class Probes:
 
         Another `draw` is another student on every segment.
         """
-        students = []
+        student, students = self.config.student, []
         for start in self.starts:
             stream = generator(self.seed, "probe", start, draw)
-            students.append(plan_student(self.config, len(synthetic.labels), self.config.augment, stream))
-        plain = MatchingConfig(side_by_side=self.config.side_by_side)
+            students.append(plan_student(student, len(synthetic.labels), self.config.augmentation.augment, stream))
+        plain = MatchingConfig(side_by_side=student.side_by_side)
         for turn in turns(self.network, plain, synthetic.images, len(students[0][0].indices), len(students)):
             starts, targets = (torch.stack(ends) for ends in zip(*self.ends[turn], strict=True))
             copies = synthetic.copies(len(starts))
@@ -92,7 +133,7 @@ class Probes:
         with torch.no_grad():
             return [loss for losses, _ in self.in_turns(synthetic) for loss in losses.tolist()]
 
-    def geometry(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
+    def gradient_similarity(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
         """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
 
         Args:
@@ -124,7 +165,7 @@ class Probes:
 
 
 def accumulated_error(
-    config: Any, buffer: Buffer, synthetic: SyntheticSet, *, expert: int, seed: int
+    config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, *, expert: int, seed: int
 ) -> dict[str, list[float | int]]:
     """How far a student that never returns to the expert's path ends up from it, and why (FTD, Eqs. 6-8).
 
@@ -138,7 +179,7 @@ def accumulated_error(
     Both students of a segment see the same batches and augmentations.
 
     Args:
-        config: has the fields of `MatchingConfig`, `SegmentsConfig` and `AugmentConfig`.
+        config: of the students, their segments and augmentation.
         buffer: trajectories.
         synthetic: what the students train on.
         expert: whose trajectory.
@@ -154,7 +195,7 @@ def accumulated_error(
 
     def way(theta: Tensor, epoch: int) -> Tensor:
         stream = generator(seed, "accumulated error", epoch)
-        steps = plan_student(config, len(targets), config.augment, stream)
+        steps = plan_student(config.student, len(targets), config.augmentation.augment, stream)
         path = roll_out(buffer.network, theta, synthetic.images.detach(), targets, synthetic.step_size.detach(), steps)
         return path[-1] - theta
 
@@ -162,7 +203,8 @@ def accumulated_error(
     student, star = origin, origin
     error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
     found: dict[str, list[float | int]] = collections.defaultdict(list)
-    for end in range(config.expert_epochs, buffer.epochs + 1, config.expert_epochs):
+    length = config.schedule.expert_epochs
+    for end in range(length, buffer.epochs + 1, length):
         following = buffer.parameters(expert, end).to(device)
         from_expert, from_student = way(star, end), way(student, end)
         matching = from_expert - (following - star)

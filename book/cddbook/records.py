@@ -1,13 +1,12 @@
 """Records: JSON that runs wrote, committed under `book/results`."""
 
 import json
-import reprlib
 from pathlib import Path
 from typing import Any
 
-from cddlib.runtime.errors import UserError, expecting
+from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_bytes, read_json, write_atomically
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 
 
 def write_record(path: Path, value: dict[str, Any], *, indent: int | None = 1) -> None:
@@ -52,10 +51,6 @@ def collect(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no finished run: result.json is missing.")
     record: dict[str, Any] = {name: read_json(path) for name, path in named.items() if path.exists()}
     if (folder / "metrics.jsonl").exists():
-        with expecting(folder / "config.json", "a distillation's configuration"):
-            iterations = record["config"]["iterations"]
-            if type(iterations) is not int or iterations < 0:
-                raise TypeError(f"iterations is {reprlib.repr(iterations)}")
-        record["metrics"] = Metrics.read(folder / "metrics.jsonl", until=iterations)
+        record["metrics"] = read_metrics(folder)
         record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]
     return record

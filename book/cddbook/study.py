@@ -24,18 +24,18 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from cddbook.probes import Probes
+from cddbook.probes import ProbeHook, Probes
 from cddlib.data.dataset import load
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
-from cddlib.methods.recipes import _parse
-from cddlib.runtime.config import as_dict
+from cddlib.methods.recipes import _parse, distill_recipe
+from cddlib.runtime.config import as_dict, configure, field_types, replace
 from cddlib.runtime.device import end_with_parent, keep_freed_memory, resolve_device
 from cddlib.runtime.errors import Diverged, UserError, expecting
 from cddlib.runtime.files import read_json, write_json
-from cddlib.runtime.run_folder import Metrics, locked, refuse_other_run
+from cddlib.runtime.run_folder import locked, read_metrics, refuse_other_run
 from cddlib.synthetic import initialise
 
 
@@ -48,13 +48,31 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
     grid = {}
     for text in texts:
         field, _, values = text.partition("=")
-        if field not in {known.name for known in dataclasses.fields(DistillConfig)} or not values:
+        if field not in field_types(DistillConfig) or not values:
             raise UserError(f"{text!r} is not a field of a distillation with values, like lr_images=10,30.")
         try:
             grid[field] = [_parse(field, token) for token in values.split(",")]
         except (KeyError, ValueError):
             raise UserError(f"{text!r} has a value that {field} cannot take.") from None
     return grid
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """A distillation, and what follows it."""
+
+    distillation: DistillConfig = DistillConfig()
+    """The distillation."""
+    probes: ProbeHook = ProbeHook()
+    """Segments that are followed."""
+
+
+def study_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **overrides: Any) -> StudyConfig:
+    """The recipe of a distillation, with fields of `DistillConfig` and of `ProbeHook` as keywords."""
+    probes = {name: overrides.pop(name) for name in field_types(ProbeHook) if name in overrides}
+    return StudyConfig(
+        distillation=distill_recipe(method, data, ipc, **overrides), probes=configure(ProbeHook, **probes)
+    )
 
 
 STOPPED = "stopped.json"
@@ -66,28 +84,33 @@ Comparison = Literal["segments", "remedies"]
 # --- What is run ------------------------------------------------------------------------------------------------
 
 
-def correlation_runs(base: DistillConfig, replicates: int, experts: int) -> dict[str, DistillConfig]:
+def correlation_runs(base: StudyConfig, replicates: int, experts: int) -> dict[str, StudyConfig]:
     """The runs of a correlation study, by name.
 
     In each replicate, one run for every probe matches nothing but that probe's segment; `sequential` matches a segment
     of the window at a time and `concurrent` as many as there are probes, spread over the window. Replicate r has seed
     `base.seed + r` and expert r (modulo their number), and follows that expert's probes.
     """
-    if not base.probe_starts:
+    if not base.probes.probe_starts:
         raise UserError("a correlation study needs segments to match and measure; name them with --probe-starts.")
-    runs = {}
+    runs, iterations = {}, base.distillation.schedule.iterations
     for replicate in range(replicates):
         expert = replicate % experts
-        shared = dataclasses.replace(
-            base, seed=base.seed + replicate, expert=expert, probe_expert=expert, segments=1, validate_every=0
+        shared = replace(
+            base,
+            seed=base.distillation.seed + replicate,
+            expert=expert,
+            probe_expert=expert,
+            segments=1,
+            validate_every=0,
         )
         folder = f"replicate-{replicate}"
-        for start in base.probe_starts:
+        for start in base.probes.probe_starts:
             window: dict[str, Any] = {"window_start": start, "window_end": start + 1, "window_end_initial": None}
-            runs[f"{folder}/matched-{start:02d}"] = dataclasses.replace(shared, **window)
-        runs[f"{folder}/sequential"] = dataclasses.replace(shared, geometry_every=base.iterations)
-        runs[f"{folder}/concurrent"] = dataclasses.replace(
-            shared, geometry_every=base.iterations, segments=len(base.probe_starts)
+            runs[f"{folder}/matched-{start:02d}"] = replace(shared, **window)
+        runs[f"{folder}/sequential"] = replace(shared, similarity_every=iterations)
+        runs[f"{folder}/concurrent"] = replace(
+            shared, similarity_every=iterations, segments=len(base.probes.probe_starts)
         )
     return runs
 
@@ -118,48 +141,48 @@ def segment_counts(counts: Sequence[int]) -> dict[str, dict[str, Any]]:
     return {f"K={count}": {"segments": count} for count in counts}
 
 
-def comparison_runs(
-    base: DistillConfig, variants: Mapping[str, Mapping[str, Any]], seeds: int
-) -> dict[str, DistillConfig]:
+def comparison_runs(base: StudyConfig, variants: Mapping[str, Mapping[str, Any]], seeds: int) -> dict[str, StudyConfig]:
     """Every variant with every seed, by name, at equal compute.
 
     `base.iterations`, `validate_every`, `probe_every` and `expansion_iterations` count matched segments: a variant that
     matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. The
     accumulated error is measured at the start and at the end.
     """
-    runs = {}
+    runs, pace = {}, base.distillation
+    iterations, expansion = pace.schedule.iterations, pace.schedule.expansion_iterations
     for name, changes in variants.items():
-        variant = dataclasses.replace(base, **changes)
-        cost = variant.segments + variant.replay
-        if base.iterations < cost:
-            raise UserError(f"iterations is {base.iterations}; {name} matches {cost} segments an iteration.")
-        paced = dataclasses.replace(
+        variant = replace(base, **changes)
+        cost = variant.distillation.schedule.segments_in_all
+        if iterations < cost:
+            raise UserError(f"iterations is {iterations}; {name} matches {cost} segments an iteration.")
+        paced = replace(
             variant,
-            iterations=base.iterations // cost,
-            validate_every=-(-base.validate_every // cost),
-            probe_every=max(1, base.probe_every // cost),
-            expansion_iterations=max(1, base.expansion_iterations // cost),
-            error_every=base.iterations // cost,
+            iterations=iterations // cost,
+            validate_every=-(-pace.validate_every // cost),
+            probe_every=max(1, base.probes.probe_every // cost),
+            expansion_iterations=max(1, expansion // cost),
+            error_every=iterations // cost,
         )
-        for seed in range(base.seed, base.seed + seeds):
-            runs[f"{name}/seed-{seed}"] = dataclasses.replace(paced, seed=seed)
+        for seed in range(pace.seed, pace.seed + seeds):
+            runs[f"{name}/seed-{seed}"] = replace(paced, seed=seed)
     return runs
 
 
-def search_runs(base: DistillConfig, grid: Mapping[str, Sequence[Any]], seeds: int) -> dict[str, DistillConfig]:
+def search_runs(base: StudyConfig, grid: Mapping[str, Sequence[Any]], seeds: int) -> dict[str, StudyConfig]:
     """A run for every combination of the values in `grid` (by field) and every seed; it is judged on validation images.
 
     Raises:
         UserError: `base` never validates, so nothing would tell one setting from another.
     """
-    if base.validate_every == 0:
+    if base.distillation.validate_every == 0:
         raise UserError("validate_every is 0; a search needs validations to choose by.")
     runs = {}
     for values in itertools.product(*grid.values()):
         changes: dict[str, Any] = dict(zip(grid, values, strict=True))
         name = ",".join(f"{field}={value}" for field, value in changes.items())
-        for seed in range(base.seed, base.seed + seeds):
-            runs[f"{name}/seed-{seed}"] = dataclasses.replace(base, **changes, seed=seed)
+        first = base.distillation.seed
+        for seed in range(first, first + seeds):
+            runs[f"{name}/seed-{seed}"] = replace(base, **changes, seed=seed)
     return runs
 
 
@@ -175,26 +198,27 @@ def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
     return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
 
 
-def first_geometries(
-    base: DistillConfig, buffer: Buffer, *, root: Path | None = None, device: str = "auto"
+def first_similarities(
+    base: StudyConfig, buffer: Buffer, *, root: Path | None = None, device: str = "auto"
 ) -> list[dict[str, Any]]:
-    """What `Probes.geometry` says of the initial synthetic set, once an expert: its probes, and a seed of its own."""
-    dev, dataset = resolve_device(device), load(base.data, root)
-    found = []
+    """`Probes.gradient_similarity` of the initial synthetic set, once an expert: its probes, and a seed of its own."""
+    dev, config = resolve_device(device), base.distillation
+    dataset = load(config.data.data, root)
+    similarities = []
     for expert in range(len(buffer.experts)):
-        seed = base.seed + expert
-        synthetic = initialise(base, dataset, buffer, seed, dev)
-        probes = Probes(base, buffer, starts=base.probe_starts, expert=expert, seed=seed, device=dev)
-        found.append(probes.geometry(synthetic, base.rates(synthetic)))
-    return found
+        seed = config.seed + expert
+        synthetic = initialise(config.synthetic, dataset, buffer, seed, dev)
+        probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed, device=dev)
+        similarities.append(probes.gradient_similarity(synthetic, config.optimizer.rates(synthetic)))
+    return similarities
 
 
 # --- Running it -------------------------------------------------------------------------------------------------
 
 
 def run_study(
-    base: DistillConfig,
-    runs: Mapping[str, DistillConfig],
+    base: StudyConfig,
+    runs: Mapping[str, StudyConfig],
     buffer: Path,
     out: Path,
     *,
@@ -251,14 +275,15 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
     return {**description["config"], **unfolded, "runs": f"{len(description['runs'])} of {families}"}
 
 
-def _brings_baselines(name: str, runs: Mapping[str, DistillConfig]) -> bool:
+def _brings_baselines(name: str, runs: Mapping[str, StudyConfig]) -> bool:
     """Whether a run also tests random real images: the first one of its seed."""
-    return name == next(other for other, config in runs.items() if config.seed == runs[name].seed)
+    seed = runs[name].distillation.seed
+    return name == next(other for other, config in runs.items() if config.distillation.seed == seed)
 
 
 def _one(
     name: str,
-    config: DistillConfig,
+    config: StudyConfig,
     buffer: Path,
     out: Path,
     networks: int,
@@ -268,9 +293,10 @@ def _one(
 ) -> str | None:
     """Do one run; returns why it failed."""
     try:
-        distill(config, buffer, out, root=root, device=device)
+        distill(config.distillation, buffer, out, hooks=[config.probes], root=root, device=device)
         if networks:
-            evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=config.seed * networks)
+            seed = config.distillation.seed * networks
+            evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=seed)
     except Diverged as error:  # not what another command or machine would mend
         if (out / "config.json").exists():  # it began
             write_json(out / STOPPED, {"reason": str(error)})
@@ -329,8 +355,8 @@ def _ended(run: Path) -> bool:
 
 # --- The record -------------------------------------------------------------------------------------------------
 
-DENSE = ("iteration", "loss", "starts", "expert", "step_size", "seconds", "skipped", "replayed")
-SPARSE = ("validation_accuracy", "probe_losses", "geometry", "accumulated_error")
+DENSE = ("iteration", "loss", "matched", "step_size", "seconds", "skipped")
+SPARSE = ("validation_accuracy", "probe_losses", "gradient_similarity", "accumulated_error")
 
 
 def study_record(out: Path) -> dict[str, Any]:
@@ -364,10 +390,12 @@ def _gathered(out: Path, description: dict[str, Any]) -> dict[str, Any]:
         if not finished:
             runs[name] = {"changes": changes, "stopped": read_json(out / name / STOPPED)["reason"]}
             continue
+        result = read_json(out / name / "result.json")
+        del result["metrics_sha256"]  # of lines that the record does not keep
         runs[name] = {
             "changes": changes,
-            "metrics": _columns(Metrics.read(out / name / "metrics.jsonl", until=config["iterations"])),
-            "result": read_json(out / name / "result.json"),
+            "metrics": _columns(read_metrics(out / name)),
+            "result": result,
             "evaluations": [read_json(path)["accuracies"] for path in sorted((out / name).glob("evaluation-*.json"))],
         }
     return {**description, "runs": runs}

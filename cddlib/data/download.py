@@ -195,7 +195,7 @@ def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size:
     partial, record = path.with_suffix(".partial"), _record_of(path)
     partial.touch()
     ranks = Ranks()  # one, whose signals are heeded
-    with ranks.heeding_signals("the batch"), open(partial, "r+b") as file:
+    with ranks.graceful_stop("the batch"), open(partial, "r+b") as file:
         found = read_json(record) if record.exists() else {}
         done = found.get("images") if found.get("source") == source else 0
         if type(done) is not int or not 0 <= done <= len(files):

@@ -1,34 +1,57 @@
 """The configuration of a distillation, and whether a buffer fits it."""
 
 import dataclasses
+from typing import Any
 
 import torch
 
-from cddbook.probes import ProbeConfig
 from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig
 from cddlib.distillation.consolidation import ConsolidateConfig
-from cddlib.distillation.gradient import ConcurrentConfig
+from cddlib.distillation.optimizer import OptimizerConfig
 from cddlib.evaluate import EvaluateConfig
 from cddlib.experts.buffer import Buffer
+from cddlib.matching.combine import CombineConfig
+from cddlib.matching.segments import SegmentsConfig
+from cddlib.matching.student import MatchingConfig
 from cddlib.networks.convnet import NetworkConfig
+from cddlib.runtime.config import as_dict, replace
 from cddlib.runtime.errors import UserError
+from cddlib.synthetic import SyntheticConfig
 from cddlib.training.engine import worth_compiling
+from cddlib.training.step import ComputeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig(
-    EvaluateConfig,
-    ProbeConfig,
-    ConcurrentConfig,
-    ConsolidateConfig,
-    NetworkConfig,
-    DataConfig,
-):
-    """A complete distillation. `cddlib.methods.recipes` fills it in for a method, data set and IPC."""
+class DistillConfig:
+    """A complete distillation. `cddlib.methods` fills it in for a method, data set and IPC."""
 
     method: str = "contra"
     """Name of the recipe."""
+    seed: int = 0
+    """Seed of everything random."""
+    schedule: SegmentsConfig = SegmentsConfig()
+    """Iterations, and the segments that they match."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+    """The synthetic set before the first iteration."""
+    student: MatchingConfig = MatchingConfig()
+    """How students are trained on it, and matched."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How the synthetic set is stepped."""
+    combination: CombineConfig = CombineConfig()
+    """How K gradients become one."""
+    consolidation: ConsolidateConfig = ConsolidateConfig()
+    """Remedies of continual learning."""
+    evaluation: EvaluateConfig = EvaluateConfig()
+    """How networks are trained on the set, to test it."""
+    data: DataConfig = DataConfig()
+    """The data set."""
+    network: NetworkConfig = NetworkConfig()
+    """The network of experts, students and tests."""
+    augmentation: AugmentConfig = AugmentConfig()
+    """Augmentation of all their images."""
+    compute: ComputeConfig = ComputeConfig()
+    """How steps are computed."""
     loss_threshold: float | None = None
     """Skip an iteration whose loss is above this (DATM's guard); without it, never skip."""
     validate_every: int = 100
@@ -41,49 +64,38 @@ class DistillConfig(
     """Checkpoints that are kept, evenly spaced from the first iteration on, for `cddlib verify`; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        for base in DistillConfig.__mro__[1:]:
-            if "__post_init__" in vars(base):
-                base.__post_init__(self)  # type: ignore[attr-defined]
-        for name in ("validation_runs", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("validate_every", "milestones"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.ipc < self.subsets:
-            raise UserError(f"ipc is {self.ipc}; {self.subsets} subsets need at least {self.subsets} images a class.")
+        for name, least in (("validation_runs", 1), ("checkpoint_every", 1), ("validate_every", 0), ("milestones", 0)):
+            if getattr(self, name) < least:
+                allowed = "at least 1" if least else "0 or more"
+                raise UserError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
+        subsets, ipc = self.schedule.subsets, self.synthetic.ipc
+        if ipc < subsets:
+            raise UserError(f"ipc is {ipc}; {subsets} subsets need at least {subsets} images a class.")
+
+    def images_a_step(self, classes: int) -> int:
+        """Synthetic images in a student's step."""
+        subset = self.synthetic.ipc * classes // self.schedule.subsets
+        return min(self.student.student_batch or subset, subset)
 
 
-def _decided(config: DistillConfig, buffer: Buffer, device: torch.device) -> DistillConfig:
+def with_compilation(config: DistillConfig, buffer: Buffer, device: torch.device) -> DistillConfig:
     """`config`, with a decision whether to compile."""
-    subset = config.ipc * buffer.data["classes"] // config.subsets
-    batch = min(config.student_batch or subset, subset)
-    steps = config.iterations * config.segments_in_all * config.student_steps
-    images = 3 * steps * batch  # a student's step is worth three of training
-    compiled = worth_compiling(buffer.network, config, device, tuple(buffer.data["shape"]), images)
-    return dataclasses.replace(config, compiled=compiled)
+    steps = config.schedule.iterations * config.schedule.segments_in_all * config.student.student_steps
+    images = 3 * steps * config.images_a_step(buffer.data["classes"])  # a student's step is worth three of training
+    compiled = worth_compiling(buffer.network, config.compute, device, tuple(buffer.data["shape"]), images)
+    return replace(config, compiled=compiled)
 
 
-def _check_buffer(config: DistillConfig, buffer: Buffer) -> None:
-    """Refuse a buffer whose experts are not the ones that `config` wants to match."""
-    for base in (DataConfig, NetworkConfig, AugmentConfig):
-        for field in dataclasses.fields(base):
-            wanted, found = getattr(config, field.name), buffer.config.get(field.name)
-            if wanted != found:
-                raise UserError(
-                    f"{field.name} is {wanted!r}, but the experts in {buffer.folder} were trained with {found!r}."
-                )
-    config.check_epochs(buffer.epochs)
-    if config.concurrent_experts > len(buffer.experts):
-        raise UserError(
-            f"concurrent_experts is {config.concurrent_experts}, but {buffer.folder} holds {len(buffer.experts)}."
-        )
-    latest = buffer.epochs - config.expert_epochs
-    if config.probe_starts and config.probe_starts[-1] > latest:
-        raise UserError(
-            f"probe_starts is {config.probe_starts}, but the experts stop at epoch {buffer.epochs} and segments are "
-            f"{config.expert_epochs} epochs long; probes may start at epoch {latest} at the latest."
-        )
-    for name, expert in (("expert", config.expert), ("probe_expert", config.probe_expert)):
-        if expert is not None and expert >= len(buffer.experts):
-            raise UserError(f"{name} is {expert}, but {buffer.folder} holds experts 0 to {len(buffer.experts) - 1}.")
+def check_buffer(config: DistillConfig, buffer: Buffer) -> None:
+    """Raise `UserError` unless the experts in `buffer` are those that `config` wants to match."""
+    wanted: dict[str, Any] = as_dict(config.data) | as_dict(config.network) | as_dict(config.augmentation)
+    for name, value in wanted.items():
+        theirs = buffer.config.get(name)
+        if value != theirs:
+            raise UserError(f"{name} is {value!r}, but the experts in {buffer.folder} were trained with {theirs!r}.")
+    config.schedule.check_epochs(buffer.epochs)
+    count, expert = config.schedule.concurrent_experts, config.schedule.expert
+    if count > len(buffer.experts):
+        raise UserError(f"concurrent_experts is {count}, but {buffer.folder} holds {len(buffer.experts)}.")
+    if expert is not None:
+        buffer.check_expert("expert", expert)

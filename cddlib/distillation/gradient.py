@@ -1,105 +1,90 @@
-"""The heart: K segments into one gradient of the synthetic set, on one process or divided among several."""
+"""K segments into one gradient of the synthetic set, on one process or divided among several."""
 
-import dataclasses
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.data.augment import AugmentConfig
-from cddlib.distillation.optimizer import OptimizerConfig
+from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
-from cddlib.matching.combine import CombineConfig, fixed_weights, gramian, weighted_sum, weights
+from cddlib.matching.combine import fixed_weights, gramian, weighted_sum, weights
 from cddlib.matching.loss import matching_losses
-from cddlib.matching.segments import SegmentsConfig, active_subset, draw_earlier, draw_matched, draw_others
-from cddlib.matching.student import MatchingConfig, Step, plan_student, turns
+from cddlib.matching.segments import Segment, active_subset, draw_matched
+from cddlib.matching.student import Step, plan_student, turns
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.random import generator
-from cddlib.synthetic import SyntheticConfig, SyntheticSet
+from cddlib.synthetic import SyntheticSet
 from cddlib.training.epoch import predict
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConcurrentConfig(OptimizerConfig, SyntheticConfig, CombineConfig, MatchingConfig, SegmentsConfig, AugmentConfig):
-    """Everything that the gradient of an iteration depends on."""
-
-    seed: int = 0
-    """Seed of everything random."""
-
-
 def concurrent_gradient(
-    config: ConcurrentConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int, ranks: Ranks | None = None
+    config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int, ranks: Ranks | None = None
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """The combined gradient of K segments with respect to `synthetic.variables`, and what was matched.
 
     The segments share an expert, drawn uniformly; each has its own batches and augmentation. That is our choice: the
     paper's is not known. Nothing random depends on earlier iterations, or on how many ranks there are. Each rank
-    differentiates its share of the segments, side by side or one after the other, and keeps one gradient, or all where
-    the weights depend on them.
+    differentiates its portion of the segments, side by side or one after the other, and adds up one gradient, or keeps
+    all where the weights depend on them.
 
     Returns:
-        A gradient for each variable, in its shape; and the iteration's loss, losses, gradient norms, start epochs,
-        anchor and expert.
+        A gradient for each variable, in its shape; and the iteration's `loss`, and `losses`, `gradient_norms` and
+        `matched` (expert and start epoch) of all segments, and which of them is the `anchor`.
     """
     ranks = ranks or Ranks()
     rng = generator(config.seed, "iteration", iteration)
-    experts = len(buffer.experts)
-    expert, segments = draw_matched(config, experts, iteration, rng)
-    others = draw_others(config, config.seed, experts, iteration, expert)
-    replayed = draw_earlier(config, config.seed, experts, iteration)
-    matched = [(expert, start) for start in segments.starts] + others + replayed
-    rows = synthetic.subset(active_subset(config, iteration))
-    students = [plan_student(config, len(rows), config.augment, rng) for _ in matched]
+    matched, anchor = draw_matched(config.schedule, config.seed, len(buffer.experts), iteration, rng)
+    rows = synthetic.subset(active_subset(config.schedule, iteration))
+    students = [plan_student(config.student, len(rows), config.augmentation.augment, rng) for _ in matched]
     variables = synthetic.variables()
-    shares = fixed_weights(config, len(matched), segments.anchor)
-    kept = synthetic.images.new_zeros(1 if shares else len(matched), sum(variable.numel() for variable in variables))
-    losses, norms = kept.new_zeros(len(matched)), kept.new_zeros(len(matched))
-    mine = ranks.share(range(len(matched)))
-    for turn in turns(buffer.network, config, synthetic.images, len(students[0][0].indices), len(mine)):
+    fixed = fixed_weights(config.combination, len(matched), anchor)
+    sums = synthetic.images.new_zeros(1 if fixed else len(matched), sum(variable.numel() for variable in variables))
+    losses, norms = sums.new_zeros(len(matched)), sums.new_zeros(len(matched))
+    mine = ranks.portion(range(len(matched)))
+    batch = len(students[0][0].indices)
+    for turn in turns(buffer.network, config.student, synthetic.images, batch, len(mine)):
         here = [matched[k] for k in mine[turn]]
         differentiated = _segment_gradients(config, buffer, synthetic, rows, here, [students[k] for k in mine[turn]])
         for k, loss, gradient in zip(mine[turn], *differentiated, strict=True):
             losses[k], norms[k] = loss, gradient.norm()
-            kept[0 if shares else k] += shares[k] * gradient if shares else gradient
-    ranks.sum(kept, losses, norms)
+            sums[0 if fixed else k] += fixed[k] * gradient if fixed else gradient
+    ranks.sum(sums, losses, norms)
 
-    gradients = [_by_variable(row, variables) for row in kept]
-    found = losses.tolist()
-    if shares is None:
-        shares = weights(config, gramian(gradients, config.rates(synthetic)), found, segments.anchor, rng)
-        gradients = [weighted_sum(gradients, shares)]
-    averaged = shares if config.combine == "mean" else [1 / len(found)] * len(found)
+    gradients, each = [_by_variable(row, variables) for row in sums], losses.tolist()
+    used = fixed
+    if used is None:
+        products = gramian(gradients, config.optimizer.rates(synthetic))
+        used = weights(config.combination, products, each, anchor, rng)
+        gradients = [weighted_sum(gradients, used)]
+    averaged = used if config.combination.combine == "mean" else [1 / len(each)] * len(each)
     return gradients[0], {
-        "loss": sum(share * loss for share, loss in zip(averaged, found, strict=True)),
-        "losses": found,
+        "loss": sum(weight * loss for weight, loss in zip(averaged, each, strict=True)),
+        "losses": each,
         "gradient_norms": norms.tolist(),
-        "starts": segments.starts,
-        "anchor": segments.anchor,
-        "expert": expert,
-        **({"others": others} if others else {}),
-        **({"replayed": replayed} if config.replay else {}),
-        **({"weights": shares} if config.combine != "mean" else {}),
+        "matched": [list(segment) for segment in matched],
+        "anchor": anchor,
+        **({"weights": used} if config.combination.combine != "mean" else {}),
     }
 
 
 def _segment_gradients(
-    config: ConcurrentConfig,
+    config: DistillConfig,
     buffer: Buffer,
     synthetic: SyntheticSet,
     rows: Tensor,
-    matched: list[tuple[int, int | float]],
+    matched: list[Segment],
     students: list[list[Step]],
 ) -> tuple[Tensor, Tensor]:
-    """The losses of segments, each an expert and its start epoch, and their gradients, a row each for all variables.
+    """The losses of segments and their gradients, a row each for all variables.
 
     Every student has a copy of the set, so that gradients do not add up.
     """
-    device, later = synthetic.images.device, config.expert_epochs
+    device, later = synthetic.images.device, config.schedule.expert_epochs
     copies = synthetic.copies(len(matched))
-    taught = config.labels == "teacher"
+    taught = config.synthetic.labels == "teacher"
     if taught:
-        targets = torch.stack([teacher_logits(config, buffer, synthetic, *segment).softmax(1) for segment in matched])
+        targets = torch.stack([teacher_logits(buffer, synthetic, e, start + later).softmax(1) for e, start in matched])
     else:
         targets = synthetic.targets_of(copies)
     losses = matching_losses(
@@ -110,16 +95,11 @@ def _segment_gradients(
         targets,
         copies["step_size"],
         [[step._replace(indices=rows[step.indices]) for step in steps] for steps in students],
-        config,
+        config.student,
+        config.compute,
     )
     gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=taught, materialize_grads=taught)
     return losses.detach(), torch.cat([gradient.reshape(len(matched), -1) for gradient in gradients], 1)
-
-
-def matched_segments(record: dict[str, Any]) -> list[tuple[int, int | float]]:
-    """Expert and start epoch of every segment that an iteration matched, in the order of its losses."""
-    own = [(record["expert"], start) for start in record["starts"]]
-    return own + [(expert, start) for key in ("others", "replayed") for expert, start in record.get(key, [])]
 
 
 def _by_variable(vector: Tensor, variables: list[Tensor]) -> list[Tensor]:
@@ -129,9 +109,8 @@ def _by_variable(vector: Tensor, variables: list[Tensor]) -> list[Tensor]:
 
 
 def teacher_logits(
-    config: SegmentsConfig, buffer: Buffer, synthetic: SyntheticSet, expert: int, start: int | float
+    buffer: Buffer, synthetic: SyntheticSet, expert: int, epoch: int | float
 ) -> Float[Tensor, "n classes"]:
-    """What the network at the end of a segment says of the synthetic images (TESLA's labels for 1000 classes)."""
-    theta = buffer.parameters_on(synthetic.images.device, expert, start + config.expert_epochs)
-    images = synthetic.images.detach()
+    """What an expert at the end of a segment says of the synthetic images (TESLA's labels for 1000 classes)."""
+    theta, images = buffer.parameters_on(synthetic.images.device, expert, epoch), synthetic.images.detach()
     return predict(buffer.network, theta, lambda indices: (images[indices], synthetic.labels[indices]), len(images))

@@ -13,42 +13,43 @@ Under torchrun, the segments are divided among its processes, and one all-reduce
     torchrun --nproc-per-node 4 -m cddlib distill --segments 8 …
 """
 
-import contextlib
 import dataclasses
-import json
-import math
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cddbook.probes import Probes, accumulated_error
 from cddlib.data.dataset import Dataset, Images, load
 from cddlib.distillation.checkpoint import CHECKPOINT, State
-from cddlib.distillation.config import DistillConfig, _check_buffer, _decided
-from cddlib.distillation.gradient import concurrent_gradient, matched_segments, teacher_logits
+from cddlib.distillation.config import DistillConfig, check_buffer, with_compilation
+from cddlib.distillation.gradient import concurrent_gradient, teacher_logits
+from cddlib.distillation.guard import beyond_measure, check_finite, check_losses, check_set
+from cddlib.distillation.hooks import Hook, Run
 from cddlib.evaluate import accuracy_of_set
 from cddlib.experts.buffer import PREPROCESSING, Buffer
 from cddlib.matching.segments import active_subset
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.device import resolve_device
-from cddlib.runtime.distributed import Interrupted, Ranks
+from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.errors import Diverged, memory_advice
 from cddlib.runtime.files import link_or_copy, read_json, write_json
 from cddlib.runtime.provenance import Recorder
-from cddlib.runtime.run_folder import Metrics, locked, refuse_other_run
+from cddlib.runtime.run_folder import Metrics, at_work, parse_metrics, refuse_other_run
 from cddlib.synthetic import SyntheticSet, initialise
-
-MOST_ABOVE = 100  # iterations in a row whose loss may be above the guard before the run stops
-LARGEST_LOSS = 100.0  # the guard of a run that sets none: the student ends ten times as far from the target as it began
-LARGEST_STEP_SIZE = 100.0  # times its first value
 
 
 @memory_advice("--side-by-side, --student-batch, --evaluation-batch, --ipc or --width")
 def distill(
-    config: DistillConfig, buffer: Buffer | Path, out: Path, *, root: Path | None = None, device: str = "auto"
+    config: DistillConfig,
+    buffer: Buffer | Path,
+    out: Path,
+    *,
+    hooks: Sequence[Hook] = (),
+    root: Path | None = None,
+    device: str = "auto",
 ) -> SyntheticSet:
     """Run, resume, or return the finished result of a distillation in the folder `out`.
 
@@ -59,6 +60,7 @@ def distill(
         config: the whole configuration.
         buffer: trajectories of experts of the same network, data set and augmentation.
         out: run folder.
+        hooks: what watches the run; their fields are part of its identity.
         root: folder of the data sets.
         device: `auto`, `cpu`, `cuda` …
 
@@ -69,237 +71,194 @@ def distill(
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
     dev = resolve_device(device)
-    config = _decided(config, buffer, dev)
-    run = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
-    _refuse_other_run(out, run)
+    config = with_compilation(config, buffer, dev)
+    identity = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
+    for hook in hooks:
+        identity |= as_dict(hook)
+    _refuse_other_run(out, identity)
     if (out / "result.json").exists():
         return SyntheticSet.load(out / "synthetic.safetensors").to(dev)
-    _check_buffer(config, buffer)
-    dataset = load(config.data, root)
+    check_buffer(config, buffer)
+    dataset = load(config.data.data, root)
     buffer.check_data(dataset)
-    buffer = buffer.convexified() if config.convex else buffer
+    buffer = buffer.convexified() if config.schedule.convex else buffer
     state = initial_state(config, dataset, buffer, dev)
-    ranks = Ranks()
-    with locked(out / ".lock") if ranks.first else contextlib.nullcontext(), ranks.heeding_signals("the iteration"):
-        _refuse_other_run(out, run)  # another process may have begun it just now
-        return _distill(state, config, buffer, dataset, out, run, dev, ranks)
+    with at_work(out / ".lock", "the iteration") as ranks:
+        _refuse_other_run(out, identity)  # other work may have begun it just now
+        return Distillation(config, buffer, dataset, out, state, hooks, ranks).run(identity)
 
 
-def _refuse_other_run(out: Path, run: dict[str, Any]) -> None:
+def _refuse_other_run(out: Path, identity: dict[str, Any]) -> None:
     """Raise `UserError` if `out` holds another run."""
     if (out / "config.json").exists():
-        refuse_other_run(out, read_json(out / "config.json"), run)
-
-
-def _distill(
-    state: State,
-    config: DistillConfig,
-    buffer: Buffer,
-    dataset: Dataset,
-    out: Path,
-    run: dict[str, Any],
-    device: torch.device,
-    ranks: Ranks,
-) -> SyntheticSet:
-    """`distill`, in a folder that is this run's alone."""
-    state.restore(out)
-    ranks.agree(state.iteration, f"the iteration of the checkpoint in {out}")  # the first rank writes only now
-    validation = dataset.split[1].to(device)
-    probes = Probes(
-        config, buffer, starts=config.probe_starts, expert=config.probe_expert, seed=config.seed, device=device
-    )
-    metrics = None
-    if ranks.first:
-        write_json(out / "config.json", run)
-        metrics = Metrics(out / "metrics.jsonl", resume_at=state.iteration)
-        if state.iteration >= 0 and not (out / CHECKPOINT).exists():  # it goes on from a milestone
-            state.save(out, state.seconds)
-    recorder = Recorder(device, elapsed=state.seconds)
-
-    progress = ranks.progress(total=config.iterations, desc=f"{config.method} K={config.segments}", unit="it")
-    try:
-        if state.iteration < 0:
-            state.iteration = 0
-            measured = _measure(state, config, buffer, validation, probes, ranks)
-            if metrics:
-                metrics.write(iteration=0, **measured)
-                metrics.sync()
-                state.save(out, recorder.seconds(), milestone=config.milestones > 0)
-        progress.update(state.iteration)
-        while state.iteration < config.iterations:
-            record = iterate(state, config, buffer, ranks)
-            measured = _measure(state, config, buffer, validation, probes, ranks)
-            milestone = _is_milestone(config, state.iteration)
-            due = "validation_accuracy" in measured or _due(config.checkpoint_every, state.iteration, config)
-            if metrics:
-                metrics.write(**record, **measured)
-                if due or milestone or ranks.stopping:
-                    metrics.sync()
-                    state.save(out, recorder.seconds(), milestone=milestone)
-            progress.update()
-            progress.set_postfix(state.report(record["loss"]))
-            if ranks.stopping and state.iteration < config.iterations:
-                ranks.wait()  # torchrun ends all when one ends: the first has saved
-                raise Interrupted(f"stopped after iteration {state.iteration}, which is saved", ranks.asked)
-    except Diverged as error:
-        if not ranks.first or state.best is None:
-            raise
-        iteration = _save_selected(state, config, buffer, out)
-        raise Diverged(f"{error} The best set so far, of iteration {iteration}, can be evaluated.") from None
-    finally:
-        if metrics:
-            metrics.close()
-        progress.close()
-    if ranks.first:
-        _finish(state, config, buffer, out, recorder)
-    ranks.wait()
-    return SyntheticSet.load(out / "synthetic.safetensors").to(device)
+        refuse_other_run(out, read_json(out / "config.json"), identity)
 
 
 def initial_state(config: DistillConfig, dataset: Dataset, buffer: Buffer, device: torch.device) -> State:
     """The state before the first iteration."""
-    initial = initialise(config, dataset, buffer, config.seed, device)
-    return State(config, config, dataclasses.replace(initial, subsets=config.subsets))
+    initial = initialise(config.synthetic, dataset, buffer, config.seed, device)
+    return State(config, dataclasses.replace(initial, subsets=config.schedule.subsets))
 
 
-def _due(every: int, iteration: int, config: DistillConfig) -> bool:
-    """Whether it is time for what happens `every` so many iterations (0: never), at the start and at the end."""
-    return every > 0 and (iteration % every == 0 or iteration == config.iterations)
+class Distillation:
+    """A run at work in its folder."""
 
+    def __init__(
+        self,
+        config: DistillConfig,
+        buffer: Buffer,
+        dataset: Dataset,
+        folder: Path,
+        state: State,
+        hooks: Sequence[Hook],
+        ranks: Ranks,
+    ) -> None:
+        """Of a `state` before the first iteration; `run` goes on from the folder's checkpoint."""
+        self.config, self.buffer, self.folder, self.state = config, buffer, folder, state
+        self.hooks, self.ranks = hooks, ranks
+        self.device = state.synthetic.images.device
+        self.validation = dataset.split[1].to(self.device)
 
-def _is_milestone(config: DistillConfig, iteration: int) -> bool:
-    """Whether the checkpoint of an iteration is kept: of 0, and of as many more as make parts of equal length."""
-    return iteration in (part * config.iterations // config.milestones for part in range(config.milestones))
-
-
-def _measure(
-    state: State, config: DistillConfig, buffer: Buffer, validation: Images, probes: Probes, ranks: Ranks
-) -> dict[str, Any]:
-    """What is due of validation, the probes' losses and gradients, and the accumulated error, for the metrics.
-
-    Validation is divided among the ranks; the rest is for the first, which writes.
-    """
-    found: dict[str, Any] = {}
-    if _due(config.validate_every, state.iteration, config):
-        found["validation_accuracy"] = _validate(state, config, buffer, validation, ranks)
-    if not ranks.first:
-        return found
-    if probes.starts and _due(config.probe_every, state.iteration, config):
-        found["probe_losses"] = probes.losses(state.synthetic)
-    if _due(config.geometry_every, state.iteration, config):
-        found["geometry"] = probes.geometry(state.synthetic, config.rates(state.synthetic))
-    if _due(config.error_every, state.iteration, config):
-        found["accumulated_error"] = accumulated_error(
-            config, buffer, state.synthetic, expert=config.probe_expert, seed=config.seed
-        )
-    for name, value in found.items():
+    def run(self, identity: dict[str, Any]) -> SyntheticSet:
+        """Go on from the checkpoint to the end, and return the selected set."""
+        state, ranks, iterations = self.state, self.ranks, self.config.schedule.iterations
+        state.restore(self.folder)
+        ranks.agree(state.iteration, f"the iteration of the checkpoint in {self.folder}")  # nobody has written yet
+        metrics = self._open(identity) if ranks.first else None
+        recorder = Recorder(self.device, elapsed=state.progress.seconds)
+        name = f"{self.config.method} K={self.config.schedule.segments}"
+        bar = ranks.progress(total=iterations, initial=max(0, state.iteration), desc=name, unit="it")
         try:
-            json.dumps(value, allow_nan=False)
-        except ValueError:
-            raise _beyond_measure(state, f"{name} is not finite") from None
-    return found
+            if state.iteration < 0:
+                state.progress.iteration = 0
+                self._record({"iteration": 0}, metrics, recorder)
+            while state.iteration < iterations:
+                line = iterate(state, self.config, self.buffer, ranks)
+                self._record(line, metrics, recorder)
+                bar.update()
+                bar.set_postfix(state.report(line["loss"]))
+                if ranks.stopping and state.iteration < iterations:
+                    ranks.stop(f"stopped after iteration {state.iteration}, which is saved")
+        except Diverged as error:
+            if not ranks.first or state.best is None:
+                raise
+            iteration = self._save_selected()
+            raise Diverged(f"{error} The best set so far, of iteration {iteration}, can be evaluated.") from None
+        finally:
+            if metrics:
+                metrics.close()
+            bar.close()
+        if ranks.first:
+            self._finish(recorder)
+        ranks.wait()
+        return SyntheticSet.load(self.folder / "synthetic.safetensors").to(self.device)
+
+    def _open(self, identity: dict[str, Any]) -> Metrics:
+        """Have the folder's files agree with the state."""
+        write_json(self.folder / "config.json", identity)
+        progress = self.state.progress
+        metrics = Metrics(self.folder / "metrics.jsonl", resume_at=progress.iteration, digest=progress.metrics)
+        if progress.iteration >= 0 and not (self.folder / CHECKPOINT).exists():  # it goes on from a milestone
+            self.state.save(self.folder)
+        return metrics
+
+    def _record(self, line: dict[str, Any], metrics: Metrics | None, recorder: Recorder) -> None:
+        """Measure what is due after an iteration, write its line, and save a checkpoint where one is due."""
+        number, iterations, every = self.state.iteration, self.config.schedule.iterations, self.config.validate_every
+        if every and (number % every == 0 or number == iterations):
+            line["validation_accuracy"] = self._validate()
+        if metrics is None:
+            return
+        run = Run(self.config, self.buffer, self.folder, number, self.state.synthetic, line)
+        for hook in self.hooks:
+            measured = hook.after_iteration(run)
+            for name, value in measured.items():
+                check_finite(self.state, name, value)
+            line |= measured
+        metrics.write(line)
+        milestone = number in _milestones(self.config)
+        due = number % self.config.checkpoint_every == 0 or number == iterations or "validation_accuracy" in line
+        if due or milestone or self.ranks.stopping:
+            self.state.progress.metrics = metrics.sync()
+            self.state.progress.seconds = recorder.seconds()
+            self.state.save(self.folder, milestone=milestone)
+
+    def _validate(self) -> list[float]:
+        """Measure the set as it is now on the validation images; keep it if it is the best so far."""
+        candidate = self.state.optimizer.candidate()
+        accuracies = torch.zeros(self.config.validation_runs, dtype=torch.float64)
+        for number in self.ranks.portion(range(self.config.validation_runs)):
+            accuracies[number] = validation_accuracy(candidate, self.config, self.buffer, self.validation, number)
+        self.ranks.sum(accuracies)
+        if not bool(accuracies.isfinite().all()):
+            raise beyond_measure(self.state, "a network that was trained on the set for validation diverged")
+        self.state.consider(candidate, statistics.fmean(accuracies.tolist()))
+        return accuracies.tolist()
+
+    def _finish(self, recorder: Recorder) -> None:
+        """Write the selected set, then the result, which marks the run as finished."""
+        state, digest = self.state, self.state.progress.metrics
+        lines = parse_metrics(self.folder / "metrics.jsonl", digest)[1:]
+        result = {
+            "selected_iteration": self._save_selected(),
+            "selected_by": "validation accuracy" if state.best else "last iterate",
+            "validation_accuracy": state.progress.best_accuracy if state.best else None,
+            "validation_held_out_from_experts": self.buffer.config["holdout"],
+            "iterations_skipped": sum(line["skipped"] for line in lines),
+            "seconds_per_iteration": statistics.median(line["seconds"] for line in lines),
+            "metrics_sha256": digest,
+        }
+        write_json(self.folder / "result.json", {**result, **recorder.report()})
+
+    def _save_selected(self) -> int:
+        """Write the best set, or the last where nothing was validated; returns its iteration."""
+        state, buffer = self.state, self.buffer
+        selected, iteration = state.optimizer.candidate(), state.iteration
+        if state.best:
+            selected, iteration = state.best, state.progress.best_iteration
+        if buffer.config["zca"] and not (self.folder / PREPROCESSING).exists():
+            link_or_copy(buffer.folder / PREPROCESSING, self.folder / PREPROCESSING)
+        header = {"config": as_dict(self.config), "buffer_id": buffer.id, "iteration": iteration}
+        selected.save(self.folder / "synthetic.safetensors", **header)
+        return iteration
 
 
-def _beyond_measure(state: State, what: str) -> Diverged:
-    """What stops a run whose set can no longer be measured, or never could."""
-    kept = f"the checkpoint holds iteration {state.saved_at}; " if state.iteration else ""
-    return Diverged(
-        f"iteration {state.iteration}: {what}, at the step size {state.synthetic.step_size.item():g}; {kept}start "
-        f"again in another folder with a lower --step-size, --lr-step-size or --lr-images."
-    )
-
-
-def _validate(state: State, config: DistillConfig, buffer: Buffer, validation: Images, ranks: Ranks) -> list[float]:
-    """Measure the set as it is now on the validation images; keep it if it is the best so far."""
-    candidate = state.candidate()
-    accuracies = torch.zeros(config.validation_runs, dtype=torch.float64)
-    for run in ranks.share(range(config.validation_runs)):
-        accuracies[run] = validation_accuracy(candidate, config, buffer, validation, run)
-    ranks.sum(accuracies)
-    if not bool(accuracies.isfinite().all()):
-        raise _beyond_measure(state, "a network that was trained on the set for validation diverged")
-    state.consider(candidate, statistics.fmean(accuracies.tolist()))
-    return accuracies.tolist()
+def _milestones(config: DistillConfig) -> set[int]:
+    """Iterations whose checkpoint is kept: 0, and as many more as make parts of equal length."""
+    return {part * config.schedule.iterations // config.milestones for part in range(config.milestones)}
 
 
 def validation_accuracy(
-    synthetic: SyntheticSet, config: DistillConfig, buffer: Buffer, validation: Images, run: int
+    synthetic: SyntheticSet, config: DistillConfig, buffer: Buffer, validation: Images, number: int
 ) -> float:
     """Accuracy on the validation images of the network of that number, trained on `synthetic`."""
-    seed = config.seed + run
-    return accuracy_of_set(
-        synthetic, buffer.network, config, config.augment, validation, purpose="validation", seed=seed
-    )
+    training = (config.evaluation, config.augmentation.augment, config.compute)
+    seed = config.seed + number
+    return accuracy_of_set(synthetic, buffer.network, *training, validation, purpose="validation", seed=seed)
 
 
 def iterate(state: State, config: DistillConfig, buffer: Buffer, ranks: Ranks) -> dict[str, Any]:
     """One iteration: gradients, guard, optimiser step. Returns the line for the metrics."""
     began = time.monotonic()
     number = state.iteration + 1
-    kept = f"the checkpoint holds iteration {state.saved_at}; start again in another folder with a lower"
     try:
         gradients, record = concurrent_gradient(config, buffer, state.synthetic, state.iteration, ranks)
     except Diverged as error:  # of an expert
         raise Diverged(f"iteration {number}: {error} The checkpoint holds iteration {state.saved_at}.") from None
-    stopped = f"iteration {number}, segments from epochs {record['starts']} of expert {record['expert']}: "
-    for segment, loss, norm in zip(matched_segments(record), record["losses"], record["gradient_norms"], strict=True):
-        if not loss + norm < math.inf:
-            raise Diverged(
-                f"iteration {number}, the segment from epoch {segment[1]} of expert {segment[0]}: its loss is {loss:g} "
-                f"and its gradient's norm {norm:g}; {kept} --lr-images or --step-size."
-            )
-    guard = LARGEST_LOSS if config.loss_threshold is None else config.loss_threshold
-    above = record["loss"] > guard
-    state.above_in_a_row = state.above_in_a_row + 1 if above else 0
-    if state.above_in_a_row == MOST_ABOVE:
-        raise Diverged(
-            f"{stopped}the loss has been above {guard:g} for {MOST_ABOVE} iterations; {kept} --step-size or "
-            f"--lr-images, or with a higher --loss-threshold."
-        )
-    skipped = above and config.loss_threshold is not None
+    skipped = check_losses(state, config, record)
     if not skipped:
-        rows = state.synthetic.subset(active_subset(config, state.iteration))
-        if config.labels == "teacher":
-            anchor = record["starts"][record["anchor"]]
-            state.relabel(teacher_logits(config, buffer, state.synthetic, record["expert"], anchor), rows)
-        state.step(gradients, rows)
-    if not all(bool(variable.isfinite().all()) for variable in state.synthetic.variables()[:-1]):
-        raise Diverged(f"{stopped}images or label logits are no longer finite; {kept} --lr-images or --lr-labels.")
-    step_size = state.synthetic.step_size.item()
-    if not 0 < step_size < LARGEST_STEP_SIZE * config.step_size:
-        raise Diverged(
-            f"{stopped}the step size became {step_size:g}, from {config.step_size:g} at first; {kept} --lr-step-size "
-            f"({config.lr_step_size:g})."
-        )
-    state.iteration = number
+        rows = state.synthetic.subset(active_subset(config.schedule, state.iteration))
+        if config.synthetic.labels == "teacher":
+            expert, start = record["matched"][record["anchor"]]
+            target = start + config.schedule.expert_epochs
+            state.relabel(teacher_logits(buffer, state.synthetic, expert, target), rows)
+        state.optimizer.step(gradients, rows, number)
+    check_set(state, config, record)
+    state.progress.iteration = number
     return {
         "iteration": number,
         **record,
-        "step_size": step_size,
+        "step_size": state.synthetic.step_size.item(),
         "skipped": skipped,
         "seconds": round(time.monotonic() - began, 4),
     }
-
-
-def _finish(state: State, config: DistillConfig, buffer: Buffer, out: Path, recorder: Recorder) -> None:
-    """Write the selected set, then the record that marks the run as finished."""
-    iteration = _save_selected(state, config, buffer, out)
-    lines = Metrics.read(out / "metrics.jsonl", until=config.iterations)[1:]
-    result = {
-        "selected_iteration": iteration,
-        "selected_by": "validation accuracy" if state.best else "last iterate",
-        "validation_accuracy": state.best_accuracy if state.best else None,
-        "validation_held_out_from_experts": buffer.config["holdout"],
-        "iterations_skipped": sum(line["skipped"] for line in lines),
-        "seconds_per_iteration": statistics.median(line["seconds"] for line in lines),
-    }
-    write_json(out / "result.json", {**result, **recorder.report()})
-
-
-def _save_selected(state: State, config: DistillConfig, buffer: Buffer, out: Path) -> int:
-    """Write the best set, or the last where nothing was validated; returns its iteration."""
-    selected, iteration = (state.best, state.best_iteration) if state.best else (state.candidate(), state.iteration)
-    if buffer.config["zca"] and not (out / PREPROCESSING).exists():
-        link_or_copy(buffer.folder / PREPROCESSING, out / PREPROCESSING)
-    selected.save(out / "synthetic.safetensors", config=as_dict(config), buffer_id=buffer.id, iteration=iteration)
-    return iteration

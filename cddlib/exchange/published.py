@@ -7,7 +7,6 @@ written appears whole or not at all.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import math
 import os
@@ -26,10 +25,11 @@ from cddlib.data.dataset import DataConfig, Dataset, load
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.exchange.torch_files import read_torch_file
 from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, read_expert_record, write_trajectory
-from cddlib.experts.train import BufferConfig
-from cddlib.networks.convnet import Network, NetworkConfig, views
+from cddlib.experts.config import BufferConfig
+from cddlib.experts.train import describe
+from cddlib.networks.convnet import Network, views
 from cddlib.networks.zoo import build_network
-from cddlib.runtime.config import as_dict, config_hash, from_dict
+from cddlib.runtime.config import as_dict, config_hash, replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import Diverged, UserError
 from cddlib.runtime.files import file_digest, write_atomically, write_json, write_tensors
@@ -104,8 +104,8 @@ def import_buffer(
     dev = resolve_device(device)
     recorder = Recorder(dev)
     paths = _replay_files(files)
-    dataset = load(config.data, root)
-    network = build_network(from_dict(NetworkConfig, as_dict(config)), dataset.shape, len(dataset.classes))
+    dataset = load(config.data.data, root)
+    network = build_network(config.network, dataset.shape, len(dataset.classes))
     lengths = [
         (where, _check_trajectory(trajectory, where, network))
         for path in tqdm(paths, desc="checking", unit="file")
@@ -114,15 +114,10 @@ def import_buffer(
     for where, length in lengths:
         if length != lengths[0][1]:
             raise UserError(f"{where} has {length} epochs and {lengths[0][0]} has {lengths[0][1]}; all need the same.")
-    config = dataclasses.replace(config, experts=len(lengths), epochs=lengths[0][1] - 1, compiled=False)
+    config = replace(config, experts=len(lengths), epochs=lengths[0][1] - 1, compiled=False)
     manifest = {
         "config": {**as_dict(config), "imported": True},  # so that `train_buffer` does not add experts of its own
-        "data": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "shape": list(dataset.shape),
-            "classes": len(dataset.classes),
-        },
+        "data": describe(dataset),
     }
     with whole_folder(out) as folder:
         experts = _write_experts(paths, folder, config, dataset, network, dev, config_hash(manifest))
@@ -184,7 +179,7 @@ def _write_experts(
     identity: str,
 ) -> list[dict[str, Any]]:
     """Write preprocessing and trajectories; returns what `buffer.json` says of each expert."""
-    preprocessing = fit_preprocessing(dataset, zca=config.zca)
+    preprocessing = fit_preprocessing(dataset, zca=config.data.zca)
     write_tensors(folder / PREPROCESSING, preprocessing.tensors(), "preprocessing")
     validation, test = dataset.split[1].to(device), dataset.test.to(device)
     preprocessing = preprocessing.to(device)

@@ -142,6 +142,11 @@ class Buffer:
                 f"{self.data['fingerprint']}, this one's {dataset.fingerprint}."
             )
 
+    def check_expert(self, name: str, expert: int) -> None:
+        """Raise `UserError` unless there is an expert of the number that the field `name` gives."""
+        if not 0 <= expert < len(self.experts):
+            raise UserError(f"{name} is {expert}, but {self.folder} holds experts 0 to {len(self.experts) - 1}.")
+
     def convexified(self) -> "ConvexBuffer":
         """The same experts, each on a straight line from its first parameters to its last (MCT)."""
         return ConvexBuffer(self.folder)

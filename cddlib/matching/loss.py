@@ -26,7 +26,6 @@ The methods of the field change little here::
     PAD     keeps, in numerator and denominator, only the parameters that are furthest from the target
 """
 
-import dataclasses
 import functools
 import threading
 from collections.abc import Callable
@@ -42,7 +41,7 @@ from cddlib.networks.convnet import Network
 from cddlib.runtime.errors import UserError
 from cddlib.training.engine import room, steps_of
 from cddlib.training.graphs import Graph, branches
-from cddlib.training.step import Steps
+from cddlib.training.step import ComputeConfig, Steps
 
 
 def matching_loss(
@@ -54,6 +53,7 @@ def matching_loss(
     step_size: Float[Tensor, ""],
     steps: list[Step],
     config: MatchingConfig | None = None,
+    compute: ComputeConfig | None = None,
 ) -> Float[Tensor, ""]:
     """L for the segment from `start` = θ*_t to `target` = θ*_{t+M}.
 
@@ -66,7 +66,7 @@ def matching_loss(
         UserError: `start` equals `target`, so the loss has no scale.
     """
     losses = matching_losses(
-        network, start[None], target[None], images[None], targets[None], step_size[None], [steps], config
+        network, start[None], target[None], images[None], targets[None], step_size[None], [steps], config, compute
     )
     return losses[0]
 
@@ -80,6 +80,7 @@ def matching_losses(
     step_size: Float[Tensor, " s"],
     students: list[list[Step]],
     config: MatchingConfig | None = None,
+    compute: ComputeConfig | None = None,
 ) -> Float[Tensor, " s"]:
     """L of s segments, whose students take their steps side by side, each on images, targets and steps of its own.
 
@@ -94,12 +95,12 @@ def matching_losses(
     ends = (start.detach(), target.detach())
     held = (inputs.detach(), wanted.detach(), step_size.detach())
     derivatives = torch.is_grad_enabled()
-    own = MatchingConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MatchingConfig)})
-    if start.device.type != "cuda" or own.match_step == "nearest":
-        walk = _walk_for(network, own, start.device, sizes, derivatives, 1)
+    compute = compute or ComputeConfig()
+    if start.device.type != "cuda" or config.match_step == "nearest":
+        walk = _walk_for(network, config, compute, start.device, sizes, derivatives, 1)
     else:
         shape = (inputs.shape, threading.get_ident())
-        walk = _graph(network, own, start.device, sizes, derivatives, *shape)  # type: ignore[arg-type]  # it has a hash
+        walk = _graph(network, config, compute, start.device, sizes, derivatives, *shape)  # type: ignore[arg-type]  # it has a hash
     losses, *found = walk(*ends, *held)
     return _Scaled.apply(inputs, wanted, step_size, losses, *found) if derivatives else losses
 
@@ -107,13 +108,14 @@ def matching_losses(
 def _walk_for(
     network: Network,
     config: MatchingConfig,
+    compute: ComputeConfig,
     device: torch.device,
     sizes: tuple[int, ...],
     derivatives: bool,
     students: int,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The walk of `students` that share a device's memory, with all but its tensors given."""
-    engine, free = steps_of(network, config, device), room(device) // students if derivatives else 0
+    engine, free = steps_of(network, compute, device), room(device) // students if derivatives else 0
     return functools.partial(_walk, engine, sizes, config, most_at_once(network, device, free), free, derivatives)
 
 
@@ -121,6 +123,7 @@ def _walk_for(
 def _graph(
     network: Network,
     config: MatchingConfig,
+    compute: ComputeConfig,
     device: torch.device,
     sizes: tuple[int, ...],
     derivatives: bool,
@@ -128,7 +131,7 @@ def _graph(
     thread: int,
 ) -> Graph:
     """The walk of students with inputs of a `shape` as a graph, a branch for each of them; every thread has its own."""
-    walk = _walk_for(network, config, device, sizes, derivatives, shape[0])
+    walk = _walk_for(network, config, compute, device, sizes, derivatives, shape[0])
     return Graph(functools.partial(branches, walk, [torch.cuda.Stream(device) for _ in range(shape[0])]))
 
 

@@ -106,6 +106,10 @@ class SegmentsConfig:
             )
 
 
+Segment = tuple[int, int | float]
+"""An expert and a start epoch."""
+
+
 class Segments(NamedTuple):
     """The segments of one iteration."""
 
@@ -149,17 +153,28 @@ def draw_segments(config: SegmentsConfig, iteration: int, generator: torch.Gener
     return Segments([first + k * spacing for k in range(config.segments)], anchor)
 
 
-def draw_matched(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
-    """The expert and the segments of an iteration; `rng` is the iteration's generator."""
+def draw_matched(
+    config: SegmentsConfig, seed: int, experts: int, iteration: int, rng: torch.Generator
+) -> tuple[list[Segment], int]:
+    """Every segment that an iteration matches, and which of them is the anchor.
+
+    First the K of the drawn expert, then those of `concurrent_experts` more, then `replay` earlier anchors.
+    """
+    expert, segments = _draw(config, experts, iteration, rng)
+    matched = [(expert, start) for start in segments.starts]
+    matched += _draw_others(config, seed, experts, iteration, expert)
+    return matched + _draw_earlier(config, seed, experts, iteration), segments.anchor
+
+
+def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
+    """The expert of an iteration and its K segments."""
     expert = int(torch.randint(experts, (), generator=rng))
     segments = draw_segments(config, iteration, rng)
     return (expert if config.expert is None else config.expert), segments
 
 
-def draw_others(
-    config: SegmentsConfig, seed: int, experts: int, iteration: int, first: int
-) -> list[tuple[int, int | float]]:
-    """Start epochs of other experts than the `first`, K of each, with `concurrent_experts`."""
+def _draw_others(config: SegmentsConfig, seed: int, experts: int, iteration: int, first: int) -> list[Segment]:
+    """K segments of each of `concurrent_experts` but the `first`."""
     rng = generator(seed, "others", iteration)
     others = [expert for expert in torch.randperm(experts, generator=rng).tolist() if expert != first]
     return [
@@ -169,12 +184,11 @@ def draw_others(
     ]
 
 
-def draw_earlier(config: SegmentsConfig, seed: int, experts: int, iteration: int) -> list[tuple[int, int | float]]:
-    """Experts and start epochs of `replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
+def _draw_earlier(config: SegmentsConfig, seed: int, experts: int, iteration: int) -> list[Segment]:
+    """`replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
     rng = generator(seed, "replay", iteration)
-    chosen = torch.randperm(iteration, generator=rng)[: config.replay].tolist()
-    found = []
-    for earlier in chosen:
-        expert, segments = draw_matched(config, experts, earlier, generator(seed, "iteration", earlier))
-        found.append((expert, segments.starts[segments.anchor]))
-    return found
+    anchors = []
+    for earlier in torch.randperm(iteration, generator=rng)[: config.replay].tolist():
+        expert, segments = _draw(config, experts, earlier, generator(seed, "iteration", earlier))
+        anchors.append((expert, segments.starts[segments.anchor]))
+    return anchors

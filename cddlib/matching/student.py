@@ -27,7 +27,7 @@ FILLS_CPU, FILLS_GPU = 1e8, 4e9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MatchingConfig(ComputeConfig):
+class MatchingConfig:
     """How the student is trained on the synthetic set."""
 
     student_steps: int = 20
@@ -185,6 +185,6 @@ def roll_out(
     Arguments and their shapes are those of `matching_loss`.
     """
     inputs, wanted, sizes = _batches([steps], images[None], targets[None])
-    engine, most = steps_of(network, MatchingConfig(), start.device), most_at_once(network, start.device, 0)
+    engine, most = steps_of(network, ComputeConfig(), start.device), most_at_once(network, start.device, 0)
     path, _ = _roll_out(engine, sizes, most, 0, start[None], engine.prepared(inputs), wanted, step_size[None])
     return [thetas[0] for thetas in path]

@@ -10,7 +10,6 @@ is *derived*: from the row, of the method or its bases, whose IPC is nearest. `s
 in a window at least K wide.
 """
 
-import dataclasses
 import functools
 import types
 import typing
@@ -18,9 +17,9 @@ from typing import Any, NamedTuple
 
 from cddlib.data.dataset import check_data_name
 from cddlib.distillation.config import DistillConfig
-from cddlib.experts.train import BufferConfig
+from cddlib.experts.config import BufferConfig
 from cddlib.methods.catalogue import METHODS, Kind, Method
-from cddlib.runtime.config import check_types
+from cddlib.runtime.config import check_types, configure, field_types
 from cddlib.runtime.errors import UserError
 
 CELLS = {
@@ -79,7 +78,7 @@ def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, *
         for name in ("window_end", "window_end_initial"):
             if values.get(name) is not None:
                 values[name] = max(values[name], least)
-    return DistillConfig(**values)
+    return configure(DistillConfig, **values)
 
 
 def buffer_recipe(data: str, method: str = "mtt", ipc: int = 1, **overrides: Any) -> BufferConfig:
@@ -91,11 +90,14 @@ def buffer_recipe(data: str, method: str = "mtt", ipc: int = 1, **overrides: Any
         UserError: unknown method or data set, or values that do not fit together.
     """
     _refuse_types(BufferConfig, overrides)
-    return BufferConfig(**{**_values(method, data, ipc, BufferConfig), **overrides})
+    return configure(BufferConfig, **{**_values(method, data, ipc, BufferConfig), **overrides})
 
 
 def _refuse_types(config_type: type, values: dict[str, Any]) -> None:
-    """Raise `UserError` for a value of another type than its field's: a notebook's parameters can be anything."""
+    """Raise `UserError` for a name that is no field or a value of another type: a notebook's can be anything."""
+    unknown = sorted(values.keys() - field_types(config_type).keys())
+    if unknown:
+        raise UserError(f"{unknown[0]!r} is not a field of {config_type.__name__}.")
     try:
         check_types(config_type, values)
     except TypeError as error:
@@ -135,12 +137,15 @@ _HEADER += ["α", "ZCA", "experts", "values"]
 
 def _row(method: str, data: str, ipc: int) -> list[str]:
     c, experts = distill_recipe(method, data, ipc), buffer_recipe(data, method, ipc)
-    growing = "" if c.window_end_initial is None else f"{c.window_end_initial}→"
+    schedule, optimizer, labels = c.schedule, c.optimizer, c.synthetic.labels
+    growing = "" if schedule.window_end_initial is None else f"{schedule.window_end_initial}→"
     cells = (
-        *(method, data, ipc, c.segments, c.expert_epochs, c.student_steps, c.student_batch or "all"),
-        *(f"[{c.window_start}, {growing}{c.window_end})", c.iterations, f"{c.lr_images:g}"),
-        *(f"{c.lr_labels:g}" if c.labels == "learned" else c.labels, f"{c.lr_step_size:g}", f"{c.step_size:g}"),
-        *("yes" if c.zca else "no", f"{experts.experts} of {experts.epochs}", ": ".join(source(method, data, ipc))),
+        *(method, data, ipc, schedule.segments, schedule.expert_epochs, c.student.student_steps),
+        c.student.student_batch or "all",
+        *(f"[{schedule.window_start}, {growing}{schedule.window_end})", schedule.iterations),
+        *(f"{optimizer.lr_images:g}", f"{optimizer.lr_labels:g}" if labels == "learned" else labels),
+        *(f"{optimizer.lr_step_size:g}", f"{c.synthetic.step_size:g}", "yes" if c.data.zca else "no"),
+        *(f"{experts.experts} of {experts.epochs}", ": ".join(source(method, data, ipc))),
     )
     return [str(cell) for cell in cells]
 
@@ -155,8 +160,7 @@ def _values(method: str, data: str, ipc: int, config_type: type) -> dict[str, An
     """The recipe's values for the fields of `config_type`."""
     check_data_name(data)
     values = {"data": data, **_DATA.get(data, {}), **_resolve(_method(method), data, ipc)[0]}
-    names = {field.name for field in dataclasses.fields(config_type)}
-    return {name: value for name, value in values.items() if name in names}
+    return {name: value for name, value in values.items() if name in field_types(config_type)}
 
 
 def _resolve(method: Method, data: str, ipc: int) -> tuple[dict[str, Any], Source]:
@@ -196,15 +200,9 @@ def _rows(method: Method, data: str) -> dict[int, tuple[dict[str, Any], Kind]]:
     return found
 
 
-@functools.cache
-def _types() -> dict[str, Any]:
-    """The type of every field that a recipe can set."""
-    return typing.get_type_hints(BufferConfig) | typing.get_type_hints(DistillConfig)
-
-
 def _parse(field: str, token: str) -> Any:
     """The value that `token` stands for in the column `field`."""
-    kind = _types()[field]
+    kind = (field_types(BufferConfig) | field_types(DistillConfig))[field]
     if isinstance(kind, types.UnionType):
         if token == "none":
             return None

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -117,7 +117,7 @@ class Ranks:
         """Whether this is the rank that writes."""
         return self.rank == 0
 
-    def share(self, work: Sequence[T]) -> Sequence[T]:
+    def portion(self, work: Sequence[T]) -> Sequence[T]:
         """This rank's part of `work`."""
         return work[self.rank :: self.count]
 
@@ -149,6 +149,11 @@ class Ranks:
         """Go on when all ranks have come here."""
         self.sum(torch.zeros(1))
 
+    def stop(self, message: str) -> NoReturn:
+        """Raise `Interrupted` when all ranks have come here, for torchrun ends all when one ends."""
+        self.wait()
+        raise Interrupted(message, self.asked)
+
     def agree(self, found: int, what: str) -> None:
         """Go on when all ranks have come here and found the same number in the folder of the run.
 
@@ -166,7 +171,7 @@ class Ranks:
             )
 
     @contextlib.contextmanager
-    def heeding_signals(self, what: str) -> Iterator[None]:
+    def graceful_stop(self, what: str) -> Iterator[None]:
         """Within, the first SIGINT or SIGTERM only sets `asked`. `what` says what is finished before stopping.
 
         The system tells only the main thread: other threads hear of it while that one heeds signals.

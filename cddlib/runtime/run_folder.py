@@ -1,44 +1,60 @@
-"""Run folders: one process at a time, resuming, interruption, metrics, provenance, seeds.
+"""Run folders: the life of every long piece of work, and the lines that it writes on its way.
 
-A run folder belongs to one configuration. Asked for the same run again, it resumes or returns the finished
-result; asked for another, it refuses; and so it does while another process works in it.
+A run folder belongs to one configuration. Asked for the same run again, it resumes or returns the finished result;
+asked for another, it refuses; and so it does while the same run is at work in it elsewhere.
 """
 
 import contextlib
-import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from cddlib.runtime.errors import UserError
-from cddlib.runtime.files import seal, unseal, write_atomically, writing
+import filelock
 
-# --- Run folders ------------------------------------------------------------------------------------------------
+from cddlib.runtime.distributed import Ranks
+from cddlib.runtime.errors import UserError, expecting
+from cddlib.runtime.files import parse_json, read_json, write_atomically, writing
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for this process alone, as long as the context lasts; the system unlocks it if the process dies.
+def at_work(lock: Path, unit: str) -> Iterator[Ranks]:
+    """Within, the folder of `lock` is this work's alone, and the first signal lets it finish the `unit` that it is at.
+
+    Yields:
+        The processes that share the work; the first of them holds the lock, and writes.
 
     Raises:
-        UserError: another process has it.
+        UserError: the folder is in use.
+        Interrupted: see `Ranks.graceful_stop`.
+    """
+    ranks = Ranks()
+    with locked(lock) if ranks.first else contextlib.nullcontext(), ranks.graceful_stop(unit):
+        yield ranks
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within, nothing else can lock `path`, in this process or in another; the system unlocks it if the process dies.
+
+    Raises:
+        UserError: it is locked.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    with open(descriptor, "r+b") as file:
+        lock = filelock.FileLock(path, timeout=0)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, its locks do not outlive us in children
-        except (BlockingIOError, PermissionError):
+            lock.acquire()
+        except filelock.Timeout:
             raise UserError(
-                f"{path.parent} is in use by another process, which holds {path.name}; wait until it ends, or choose "
-                f"another folder."
+                f"{path.parent} is in use: other work holds {path.name}; wait until it ends, or choose another folder."
             ) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield file
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -53,47 +69,57 @@ def refuse_other_run(folder: Path, found: dict[str, Any], wanted: dict[str, Any]
 
 
 class Metrics:
-    """Append-only `metrics.jsonl`: a line for every iteration from 0 on, JSON with a checksum."""
+    """Append-only `metrics.jsonl`: a line of JSON for every iteration from 0 on.
 
-    def __init__(self, path: Path, *, resume_at: int) -> None:
-        """Keep the lines up to `resume_at`, the iteration of the checkpoint, and drop what a killed run added.
+    Whoever relies on the lines so far, a checkpoint or a result, keeps their `digest`.
+    """
+
+    def __init__(self, path: Path, *, resume_at: int, digest: str = "") -> None:
+        """Go on after the line of iteration `resume_at` (-1: before the first), and drop what a killed run added.
 
         Raises:
-            UserError: one of the kept lines is damaged or missing.
+            UserError: the lines up to there do not have the `digest`.
         """
-        kept = _lines(path, resume_at) if resume_at >= 0 else []
-        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(kept)))
-        self._path = path
+        lines = _lines(path, resume_at + 1, digest) if resume_at >= 0 else []
+        write_atomically(path, lambda temporary: temporary.write_bytes(b"".join(lines)))
+        self._path, self._hash = path, hashlib.sha256(b"".join(lines))
         self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
 
-    def write(self, **values: Any) -> None:
+    def write(self, values: dict[str, Any]) -> None:
         """Append one line."""
+        line = json.dumps(values) + "\n"
         with writing(self._path):
-            self._file.write(json.dumps(seal(values)) + "\n")
+            self._file.write(line)
             self._file.flush()
+        self._hash.update(line.encode())
 
-    def sync(self) -> None:
-        """Have the lines on the disk before a checkpoint that relies on them."""
+    def sync(self) -> str:
+        """Have the lines on the disk before a file that relies on them; returns their digest."""
         with writing(self._path):
             os.fsync(self._file.fileno())
+        return self._hash.hexdigest()
 
     def close(self) -> None:
         """Close the file."""
         with contextlib.suppress(OSError):  # of a full disk, which the write has reported
             self._file.close()
 
-    @staticmethod
-    def read(path: Path, *, until: int) -> list[dict[str, Any]]:
-        """The lines of iterations 0 … `until`; raises `UserError` if one of them is damaged or missing."""
-        return [unseal(line, f"{path}, line {number},") for number, line in enumerate(_lines(path, until), start=1)]
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a finished run; raises `UserError` unless they are those that its result knows."""
+    with expecting(folder / "result.json", "the result of a distillation"):
+        digest = read_json(folder / "result.json")["metrics_sha256"]
+    return parse_metrics(folder / "metrics.jsonl", digest)
 
 
-def _lines(path: Path, until: int) -> list[bytes]:
-    """The lines of iterations 0 … `until`, all of them checked."""
-    lines = path.read_bytes().splitlines(keepends=True)[: until + 1] if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if unseal(line, f"{path}, line {number},").get("iteration") != number - 1:
-            raise UserError(f"{path} is damaged: line {number} is not that of iteration {number - 1}.")
-    if len(lines) <= until or not lines[until].endswith(b"\n"):
-        raise UserError(f"{path} is damaged: it ends before iteration {until}.")
+def parse_metrics(path: Path, digest: str) -> list[dict[str, Any]]:
+    """The lines of a file of metrics; raises `UserError` unless they have the `digest`."""
+    return [parse_json(line, str(path)) for line in _lines(path, None, digest)]
+
+
+def _lines(path: Path, number: int | None, digest: str) -> list[bytes]:
+    """The first lines of a file, or all, checked."""
+    lines = path.read_bytes().splitlines(keepends=True)[:number] if path.is_file() else []
+    if hashlib.sha256(b"".join(lines)).hexdigest() != digest:
+        raise UserError(f"{path} is damaged or missing: its lines are not those that were written.")
     return lines

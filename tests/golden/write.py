@@ -22,7 +22,7 @@ from conftest import TINY
 
 import cddlib
 from cddbook.records import write_record
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 
 GOLDEN = Path(__file__).with_name("digits.json")
 BUFFER: dict[str, Any] = {**TINY, "activation": "sigmoid"}
@@ -49,8 +49,8 @@ def experts(folder: Path) -> cddlib.Buffer:
 def distillation(buffer: cddlib.Buffer, name: str, folder: Path) -> dict[str, list[Any]]:
     """What each iteration of the run `name` matched, its losses, and the step size that it learned."""
     cddlib.distill(cddlib.distill_recipe(data="digits", **RUNS[name], **SHARED), buffer, folder, device="cpu")
-    lines = [line for line in Metrics.read(folder / "metrics.jsonl", until=SHARED["iterations"]) if "loss" in line]
-    return {key: [line[key] for line in lines] for key in ("expert", "starts", "anchor", "losses", "step_size")}
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    return {key: [line[key] for line in lines] for key in ("matched", "anchor", "losses", "step_size")}
 
 
 def golden(folder: Path) -> dict[str, Any]:

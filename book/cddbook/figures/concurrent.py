@@ -12,16 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from cddbook.figures.style import MARKERS, _as_percent
-from cddlib.runtime.files import read_json
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 
 
 def read_runs(folders: Mapping[tuple[int, int], Path]) -> pd.DataFrame:
     """Metrics of runs keyed by (segments, seed): a row an iteration, with the segments matched until then."""
     tables = []
     for (segments, seed), folder in folders.items():
-        iterations = read_json(folder / "config.json")["iterations"]
-        table = pd.DataFrame(Metrics.read(folder / "metrics.jsonl", until=iterations))
+        table = pd.DataFrame(read_metrics(folder))
         table["segments"], table["seed"] = segments, seed
         table["variant"] = f"K = {segments}"
         table["matched"] = table["iteration"] * segments

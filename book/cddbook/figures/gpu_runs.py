@@ -158,7 +158,7 @@ def stopped_sentence(distil: Record, experts: Record) -> str:
         f"MTT on {config['data']} with IPC {config['ipc']}, width {config['width']}, N = {config['student_steps']}, "
         f"M = {config['expert_epochs']}, window [{config['window_start']}, {config['window_end']}). The time limit "
         f"stopped {stopped} of {len(runs)} runs; after {seconds:.0f} seconds they had {min(reached)} to {max(reached)} "
-        f"iterations. The published cell has {cell.iterations:,} iterations, and {published.experts} experts of "
+        f"iterations. The published cell has {cell.schedule.iterations:,} iterations, and {published.experts} experts of "
         f"{published.epochs} epochs; these runs had {len(own['experts'])} experts of {own['config']['epochs']} epochs."
     )
 

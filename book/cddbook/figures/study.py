@@ -74,12 +74,12 @@ def transfer_prediction(study: Correlations, rates: Mapping[str, float]) -> Figu
     for axis, when, title in zip(axes, (0, -1), ("on the first images", "on the last images"), strict=True):
         for kind, marker in (("the same segment", "s"), ("another segment", "o")):
             predicted, measured = [], []
-            for repeated in study.geometry["sequential"]:
-                geometry = repeated[when]
+            for repeated in study.similarity["sequential"]:
+                similarity = repeated[when]
                 mask = np.eye(len(study.starts), dtype=bool)
                 mask = mask if kind == "the same segment" else ~mask
-                predicted += correlation.predicted_transfer(geometry, dict(rates))[mask].tolist()
-                measured += correlation.transfer(np.asarray(geometry["losses"]), np.asarray(geometry["after"]))[
+                predicted += correlation.predicted_transfer(similarity, dict(rates))[mask].tolist()
+                measured += correlation.transfer(np.asarray(similarity["losses"]), np.asarray(similarity["after"]))[
                     mask
                 ].tolist()
             axis.plot(predicted, measured, marker, alpha=0.6, markersize=4, label=kind)
@@ -97,7 +97,7 @@ def sign_agreement(study: Correlations, rates: Mapping[str, float]) -> str:
     parts = []
     for when, name in ((0, "first"), (-1, "last")):
         signs, negative = [], []
-        for repeated in study.geometry["sequential"]:
+        for repeated in study.similarity["sequential"]:
             predicted = correlation.off_diagonal(correlation.predicted_transfer(repeated[when], dict(rates)))
             measured = correlation.off_diagonal(
                 correlation.transfer(np.asarray(repeated[when]["losses"]), np.asarray(repeated[when]["after"]))

@@ -1,0 +1,55 @@
+"""The configuration of a buffer: how experts are trained."""
+
+import dataclasses
+
+from cddlib.data.augment import AugmentConfig
+from cddlib.data.dataset import DataConfig
+from cddlib.experts.curriculum import CurriculumConfig
+from cddlib.networks.convnet import NetworkConfig
+from cddlib.runtime.errors import UserError
+from cddlib.training.epoch import SharpnessConfig
+from cddlib.training.step import ComputeConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BufferConfig:
+    """How experts are trained: SGD at a constant learning rate, on all images, unless told otherwise."""
+
+    experts: int = 100
+    """Number of experts. A finished buffer grows when asked for more, and keeps what it has when asked for fewer."""
+    epochs: int = 50
+    """Epochs T of each expert; the buffer keeps T + 1 parameter vectors."""
+    learning_rate: float = 0.01
+    """Learning rate."""
+    momentum: float = 0.0
+    """Momentum."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    batch_size: int = 256
+    """Real images a step."""
+    holdout: bool = True
+    """Keep the validation images out of training. The published codes train on all images (--no-holdout)."""
+    seed: int = 0
+    """Seed of the first expert; expert i has seed + i, so independent buffers have seeds at least `experts` apart."""
+    sharpness: SharpnessConfig = SharpnessConfig()
+    """Whether experts avoid sharp minima."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Which images an expert sees in which epoch."""
+    data: DataConfig = DataConfig()
+    """The data set."""
+    network: NetworkConfig = NetworkConfig()
+    """The network."""
+    augmentation: AugmentConfig = AugmentConfig()
+    """Augmentation of all images."""
+    compute: ComputeConfig = ComputeConfig()
+    """How steps are computed."""
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
+        for name, limit in (("momentum", 1.0), ("weight_decay", float("inf"))):
+            if not 0 <= getattr(self, name) < limit:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below {limit}.")

@@ -21,7 +21,7 @@ from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.config import field_types
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Interrupted, Ranks, joined
-from cddlib.runtime.errors import UserError, memory_advice, needing
+from cddlib.runtime.errors import UserError, needing, out_of_memory_hint
 
 DISTILLS = ("distill", "plan", "import-set")
 """Commands whose defaults are a recipe of a distillation."""
@@ -58,7 +58,7 @@ def run(
     tqdm.monitor_interval = 0  # no thread that watches the bars: where memory is short, its start may never return
     try:
         with (
-            memory_advice("the batches, --ipc or --width"),
+            out_of_memory_hint("the batches, --ipc or --width"),
             joined(),
             contextlib.redirect_stdout(None) if Ranks().rank else contextlib.nullcontext(),
         ):

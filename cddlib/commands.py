@@ -22,7 +22,7 @@ from cddlib.methods.recipes import recipes_table
 from cddlib.networks.convnet import Architecture, NetworkConfig, Norm, parameter_count
 from cddlib.plan import buffer_of, costs_table, plan
 from cddlib.runtime.config import as_dict, from_dict, replace
-from cddlib.runtime.errors import UserError, expecting
+from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import read_json, write_json
 from cddlib.synthetic import SyntheticSet
 from cddlib.verify import TOLERANCE, checks_table, verify
@@ -165,7 +165,7 @@ def verify_run(
 
 def _network_of(run: Path) -> NetworkConfig:
     """The network that a distillation used."""
-    with expecting(run / "config.json", "a distillation's configuration"):
+    with as_user_error(run / "config.json", "a distillation's configuration"):
         return from_dict(NetworkConfig, read_json(run / "config.json"))
 
 

@@ -33,7 +33,7 @@ from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, config_hash, from_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError, expecting, memory_advice
+from cddlib.runtime.errors import UserError, as_user_error, out_of_memory_hint
 from cddlib.runtime.files import file_digest, read_json, write_json
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
@@ -147,7 +147,7 @@ def summarise(accuracies: list[float]) -> dict[str, float | int | None]:
     return {"mean": statistics.fmean(accuracies), "std": std, "runs": len(accuracies)}
 
 
-@memory_advice("the distillation's --evaluation-batch")
+@out_of_memory_hint("the distillation's --evaluation-batch")
 def evaluate_run(
     run: Path,
     *,
@@ -222,7 +222,7 @@ def _recorded(path: Path) -> _Record:
     if not path.exists():
         return _Record()
     record = read_json(path)
-    with expecting(path, "a record of an evaluation"):
+    with as_user_error(path, "a record of an evaluation"):
         return from_dict(_Record, {"diverged": [], **record, **record["accuracies"]})
 
 
@@ -286,7 +286,7 @@ class Trainer:
         self.device = resolve_device(device)
         settings = read_json(run / "config.json")
         self.synthetic = SyntheticSet.load(path).to(self.device)
-        with expecting(run / "config.json", "a distillation's configuration"):
+        with as_user_error(run / "config.json", "a distillation's configuration"):
             self.own = from_dict(NetworkConfig, settings)
             self.config, self.compute = from_dict(EvaluateConfig, settings), from_dict(ComputeConfig, settings)
             self.strategy = from_dict(AugmentConfig, settings).augment

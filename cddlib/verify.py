@@ -33,7 +33,7 @@ from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.config import from_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError, expecting
+from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import file_digest, read_json, read_tensors
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import read_metrics
@@ -148,7 +148,7 @@ def _verify_distillation(
     if settings.get("imported"):
         raise UserError(f"{run} was imported from files of another program; it holds nothing that can be recomputed.")
     trainer = Trainer(run, None, root=root, device=str(device))
-    with expecting(run / "config.json", "a distillation's configuration"):
+    with as_user_error(run / "config.json", "a distillation's configuration"):
         config = from_dict(DistillConfig, settings)
     if settings.get("buffer_id") != buffer.id:
         raise UserError(f"{run} matched the buffer {settings.get('buffer_id')}, but {buffer.folder} is {buffer.id}.")

@@ -241,7 +241,7 @@ def test_a_correlation_study_from_the_command_to_its_record(buffer: Buffer, tmp_
         assert metrics["expert"] == [replicate] * 2
         assert [iteration for iteration, _ in metrics["probe_losses"]] == [0, 1, 2]
         assert all(len(losses) == 2 for _, losses in metrics["probe_losses"])
-        assert ("geometry" in metrics) == ("matched" not in name)
+        assert ("gradient_similarity" in metrics) == ("matched" not in name)
         if "matched" in name:
             assert metrics["starts"] == [[int(name[-2:])]] * 2
         assert entry["evaluations"] == []

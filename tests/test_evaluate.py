@@ -142,7 +142,7 @@ def test_networks_are_tested_on_the_test_images(run: Path) -> None:
     network = ConvNet(NetworkConfig(width=8, depth=2), (1, 8, 8), 10)
     test = data.load("digits").test
     wanted = [
-        accuracy_of_set(synthetic, network, config, config.augment, test, purpose="evaluation", seed=seed)
+        accuracy_of_set(synthetic, network, config, config.augmentation.augment, test, purpose="evaluation", seed=seed)
         for seed in (4, 5)
     ]
     assert evaluate_run(run, runs=2, baselines=False, seed=4)["accuracies"]["synthetic"] == wanted
@@ -228,7 +228,7 @@ def test_another_network_is_trained_instead(run: Path, name: str) -> None:
     digits = data.load("digits")
     network = build_network(other, (1, 8, 8), 10)
     arguments = {"purpose": "evaluation", "seed": 0}
-    wanted = accuracy_of_set(synthetic, network, config, config.augment, digits.test, **arguments)
+    wanted = accuracy_of_set(synthetic, network, config, config.augmentation.augment, digits.test, **arguments)
     record = evaluate_run(run, runs=1, baselines=False, network=other)
     assert record["accuracies"]["synthetic"] == [wanted]
     assert record["network"] == configs.as_dict(other)

@@ -202,7 +202,7 @@ def test_subsets_are_saved(buffer: Buffer, tmp_path: Path, subsets: int) -> None
     saved.save(path)
     found = SyntheticSet.load(path)
     for other in (found, saved.copy(), saved.to(CPU)):
-        assert other.subsets == subsets
+        assert other.schedule.subsets == subsets
         assert torch.equal(other.subset(subsets - 1), saved.subset(subsets - 1))
 
 

@@ -1,6 +1,5 @@
 """Verification finds nothing in an honest run, and every number that was changed with its checksum."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -14,8 +13,9 @@ import cddlib
 from cddlib import cli
 from cddlib.distillation.checkpoint import milestone_path, milestones
 from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
+from cddlib.runtime.config import replace
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.files import file_digest, read_json, read_tensors, seal, write_json, write_tensors
+from cddlib.runtime.files import add_checksum, file_digest, read_json, read_tensors, write_json, write_tensors
 from cddlib.verify import Check, _numbers, _tensors, checks_table, verify
 
 
@@ -78,7 +78,7 @@ def tamper_line(path: Path, number: int, change: Callable[[dict[str, Any]], obje
     value = json.loads(lines[number])
     value.pop("checksum")
     change(value)
-    lines[number] = json.dumps(seal(value))
+    lines[number] = json.dumps(add_checksum(value))
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_verified_is_said(run: Path, buffer: Buffer, tmp_path: Pa
 
 def test_a_run_without_milestones_still_tests_its_set(buffer: Buffer, quick: dict[str, Any], tmp_path: Path):
     config = cddlib.distill_recipe("mtt", "digits", ipc=1, **quick)
-    cddlib.distill(dataclasses.replace(config, milestones=0), buffer, tmp_path, device="cpu")
+    cddlib.distill(replace(config, milestones=0), buffer, tmp_path, device="cpu")
     assert milestones(tmp_path) == []
     counted = {check.what: check.numbers for check in verify(tmp_path, buffer.folder, device="cpu")}
     assert counted["step sizes"] == 0 and counted["accuracies of networks trained on the set"] == 1

@@ -33,7 +33,7 @@ from cddlib.experts.buffer import Buffer
 from cddlib.methods.recipes import _parse, distill_recipe
 from cddlib.runtime.config import as_dict, configure, field_types, replace
 from cddlib.runtime.device import end_with_parent, keep_freed_memory, resolve_device
-from cddlib.runtime.errors import Diverged, UserError, expecting
+from cddlib.runtime.errors import Diverged, UserError, as_user_error
 from cddlib.runtime.files import read_json, write_json
 from cddlib.runtime.run_folder import locked, read_metrics, refuse_other_run
 from cddlib.synthetic import initialise
@@ -254,7 +254,7 @@ def run_study(
     description |= {"keep_stopped": True} if keep_stopped else {}
     with locked(out / ".lock"):
         if (out / "study.json").exists():
-            with expecting(out / "study.json", "a study's description"):
+            with as_user_error(out / "study.json", "a study's description"):
                 found = _identity(read_json(out / "study.json"))
             refuse_other_run(out, found, _identity(description))
         write_json(out / "study.json", description)
@@ -370,7 +370,7 @@ def study_record(out: Path) -> dict[str, Any]:
     Raises:
         UserError: `out` holds no study, or one that is not finished.
     """
-    with expecting(out / "study.json", "the description of a finished study"):
+    with as_user_error(out / "study.json", "the description of a finished study"):
         return _gathered(out, read_json(out / "study.json"))
 
 

@@ -36,8 +36,8 @@ from tqdm.auto import tqdm
 from cddlib.data.dataset import Images, check_data_name, default_root, fingerprint, load, map_images
 from cddlib.runtime.device import end_with_parent
 from cddlib.runtime.distributed import Interrupted, Ranks
-from cddlib.runtime.errors import UserError, is_want_of_memory, memory_advice
-from cddlib.runtime.files import read_json, seal, write_json, write_tensors, writing
+from cddlib.runtime.errors import UserError, is_out_of_memory, out_of_memory_hint
+from cddlib.runtime.files import add_checksum, read_json, write_json, write_tensors, writing
 from cddlib.runtime.run_folder import locked
 
 _DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
@@ -63,7 +63,7 @@ Samples = list[tuple[str, int]]
 """Image files and their classes."""
 
 
-@memory_advice("--size")
+@out_of_memory_hint("--size")
 def prepare(name: str, root: Path | None = None, *, source: Path | None = None, size: int = _SIZE) -> Path:
     """Write `<root>/<name>.safetensors` and return its path; a file already there is checked and kept.
 
@@ -254,7 +254,7 @@ def _head(test: Samples, train: Samples, classes: list[str], size: int, fingerpr
     """
     labels = [np.array([label for _, label in samples], dtype="<i8") for samples in (test, train)]
     header: dict[str, Any] = {
-        "__metadata__": {"dataset": json.dumps(seal({"classes": classes, "fingerprint": fingerprint}))}
+        "__metadata__": {"dataset": json.dumps(add_checksum({"classes": classes, "fingerprint": fingerprint}))}
     }
     end = 0
     for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):
@@ -324,7 +324,7 @@ class _Decoder(torch.utils.data.Dataset[Tensor | UserError]):
         try:
             return self.resize(_read_image(file, self.size))
         except Exception as error:  # what Pillow raises for a broken file depends on the format
-            if is_want_of_memory(error):
+            if is_out_of_memory(error):
                 return UserError(f"there is not enough memory to read {file}; lower --size, or close other programs.")
             return UserError(f"{file} is not a readable image ({' '.join(str(error).split())}).")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.optimizer import SetOptimizer
 from cddlib.runtime.config import from_dict
-from cddlib.runtime.errors import UserError, expecting
+from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import read_tensors, write_tensors
 from cddlib.synthetic import SyntheticSet
 
@@ -109,7 +109,7 @@ class State:
     def read(self, path: Path) -> None:
         """Continue from the state in a checkpoint or milestone; raises `UserError` if it is damaged or foreign."""
         tensors, header = read_tensors(path, "state")
-        with expecting(path, "a checkpoint"):
+        with as_user_error(path, "a checkpoint"):
             self.progress = from_dict(Progress, header)
         variables = self.synthetic.variable_tensors()
         best = {f"best.{name}": variable for name, variable in variables.items() if f"best.{name}" in tensors}

@@ -34,14 +34,14 @@ from cddlib.matching.segments import active_subset
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import Diverged, memory_advice
+from cddlib.runtime.errors import Diverged, out_of_memory_hint
 from cddlib.runtime.files import link_or_copy, read_json, write_json
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.run_folder import Metrics, at_work, parse_metrics, refuse_other_run
 from cddlib.synthetic import SyntheticSet, initialise
 
 
-@memory_advice("--side-by-side, --student-batch, --evaluation-batch, --ipc or --width")
+@out_of_memory_hint("--side-by-side, --student-batch, --evaluation-batch, --ipc or --width")
 def distill(
     config: DistillConfig,
     buffer: Buffer | Path,

@@ -24,7 +24,7 @@ from cddlib.data.preprocessing import Preprocessing, preprocessing_from
 from cddlib.networks.convnet import Network, NetworkConfig, views
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import config_hash, from_dict
-from cddlib.runtime.errors import Diverged, UserError, expecting
+from cddlib.runtime.errors import Diverged, UserError, as_user_error
 from cddlib.runtime.files import open_tensors, read_header, read_json, read_tensors, tensor_digest, write_tensors
 
 PREPROCESSING = "preprocessing.safetensors"
@@ -65,7 +65,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Network]:
     """
     path = folder / "buffer.json"
     manifest = read_json(path)
-    with expecting(path, "a buffer's description"):
+    with as_user_error(path, "a buffer's description"):
         experts = manifest["experts"]
         if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
             raise TypeError("experts is not a list of records")

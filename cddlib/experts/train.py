@@ -34,14 +34,14 @@ from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, config_hash, replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import memory_advice
+from cddlib.runtime.errors import out_of_memory_hint
 from cddlib.runtime.files import file_digest, write_json, write_tensors
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.run_folder import at_work, refuse_other_run
 from cddlib.training.engine import worth_compiling
 
 
-@memory_advice("--batch-size or --width")
+@out_of_memory_hint("--batch-size or --width")
 def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, device: str = "auto") -> Buffer:
     """Train the experts that `out` lacks, then open it.
 

@@ -31,19 +31,19 @@ def needing(what: str, package: str) -> Iterator[None]:
         raise UserError(f'{what} needs the package {name}; install it with `pip install "{package}"`.') from None
 
 
-_WANT_OF_MEMORY = re.compile(
+_OUT_OF_MEMORY = re.compile(
     "an.t allocate memory|annot allocate memory|bad_alloc|could not create a primitive$|is killed by signal: Killed"
 )
 """How the system, PyTorch, C++, oneDNN and a worker process that the system ended say that memory ran out."""
 
 
-def is_want_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_WANT_OF_MEMORY.search(str(error)))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 @contextlib.contextmanager
-def expecting(source: Path, what: str) -> Iterator[None]:
+def as_user_error(source: Path, what: str) -> Iterator[None]:
     """Within, a value of `source` that is missing or of another type ends in a `UserError`: it is not `what`."""
     try:
         yield
@@ -52,12 +52,12 @@ def expecting(source: Path, what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_advice(settings: str) -> Iterator[None]:
+def out_of_memory_hint(settings: str) -> Iterator[None]:
     """Turn a want of memory inside into a `UserError` that names the `settings` to lower; also a decorator."""
     try:
         yield
     except (MemoryError, OSError, RuntimeError) as error:
-        if not is_want_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(

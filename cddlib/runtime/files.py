@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cddlib.runtime.errors import UserError, is_want_of_memory
+from cddlib.runtime.errors import UserError, is_out_of_memory
 
 LARGEST_JSON = 2**26
 """Bytes of the longest JSON file that is read, which may take twenty times as much memory."""
@@ -92,7 +92,7 @@ def signature(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} {tensor_digest(tensor)}"
 
 
-def seal(value: dict[str, Any]) -> dict[str, Any]:
+def add_checksum(value: dict[str, Any]) -> dict[str, Any]:
     """`value` with the checksum of its JSON added."""
     text = json.dumps(value, sort_keys=True)
     return {**value, CHECKSUM: hashlib.sha256(text.encode()).hexdigest()[:16]}
@@ -106,14 +106,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise UserError(f"{where} cannot be read as JSON: {error}.") from None
 
 
-def unseal(text: str | bytes, where: str) -> dict[str, Any]:
-    """The value that `seal` was given, from its JSON; raises `UserError` if it is damaged. `where` names the source."""
+def verify_checksum(text: str | bytes, where: str) -> dict[str, Any]:
+    """The value that `add_checksum` was given, from its JSON; raises `UserError` if it is damaged. `where` names the source."""
     value = parse_json(text, where)
     found = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
     if found is None:
         raise UserError(f"{where} has no checksum: it is damaged, or another program wrote it.")
     try:
-        whole = seal(value)[CHECKSUM] == found
+        whole = add_checksum(value)[CHECKSUM] == found
     except RecursionError:  # lists that are nested just not too deeply to be parsed
         whole = False
     if not whole:
@@ -126,13 +126,13 @@ def unseal(text: str | bytes, where: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` as JSON with its checksum, atomically."""
-    text = json.dumps(seal(value), indent=1) + "\n"
+    text = json.dumps(add_checksum(value), indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote to `path`; raises `UserError` naming the file if it is missing or damaged."""
-    return unseal(read_bytes(path), str(path))
+    return verify_checksum(read_bytes(path), str(path))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -176,7 +176,7 @@ def write_tensors(
     """
     contents = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     found = {"digests": {name: signature(tensor) for name, tensor in contents.items()}} if digests else {}
-    metadata = {kind: json.dumps(seal({**(header or {}), **found}))}
+    metadata = {kind: json.dumps(add_checksum({**(header or {}), **found}))}
     write_atomically(path, lambda temporary: save_file(contents, temporary, metadata=metadata))
 
 
@@ -192,7 +192,7 @@ def open_tensors(path: Path, framework: str = "pt") -> Any:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (SafetensorError, OSError) as error:
-        if is_want_of_memory(error):
+        if is_out_of_memory(error):
             raise MemoryError(f"{path}: {error}") from None
         raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
 
@@ -202,7 +202,7 @@ def read_header(file: Any, path: Path, kind: str) -> dict[str, Any]:
     metadata = file.metadata() or {}
     if kind not in metadata:
         raise UserError(f"{path} has no {kind!r} in its header: it is damaged, or another program wrote it.")
-    return unseal(metadata[kind], f"the header of {path}")
+    return verify_checksum(metadata[kind], f"the header of {path}")
 
 
 def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -213,7 +213,7 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
     try:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as error:  # types that torch does not have, shapes that no tensor can have
-        if is_want_of_memory(error):
+        if is_out_of_memory(error):
             raise
         raise UserError(f"{path} holds a tensor that cannot be read ({' '.join(str(error).split())[:200]}).") from None
     if not isinstance(digests, dict) or tensors.keys() != digests.keys():

@@ -15,7 +15,7 @@ from typing import Any
 import filelock
 
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError, expecting
+from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import parse_json, read_json, write_atomically, writing
 
 
@@ -107,7 +107,7 @@ class Metrics:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All lines of a finished run; raises `UserError` unless they are those that its result knows."""
-    with expecting(folder / "result.json", "the result of a distillation"):
+    with as_user_error(folder / "result.json", "the result of a distillation"):
         digest = read_json(folder / "result.json")["metrics_sha256"]
     return parse_metrics(folder / "metrics.jsonl", digest)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cddlib.networks.convnet import ConvNet, apart, beside, views
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError, is_want_of_memory
+from cddlib.runtime.errors import UserError, is_out_of_memory
 from cddlib.training.step import Along, Memory
 
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "split_reductions": False}
@@ -279,7 +279,7 @@ def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
             try:
                 result = faster(*arguments)
             except Exception as error:
-                if is_want_of_memory(error):
+                if is_out_of_memory(error):
                     raise
                 reason = f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})"
                 if arguments[0].is_cuda:  # a GPU is too dear for steps that take much longer

@@ -42,7 +42,7 @@ from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import MatchingConfig, turns
 from cddlib.runtime.device import keep_freed_memory, resolve_device
-from cddlib.runtime.errors import is_want_of_memory
+from cddlib.runtime.errors import is_out_of_memory
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.convnet_step import not_compiled
@@ -308,7 +308,7 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
             return {"left_out": "cannot be compiled here"}
         seconds = timed(lambda: run(point, device), device, point.least_seconds, MOST_REPEATS)
     except (MemoryError, RuntimeError) as error:
-        if not is_want_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return {"left_out": "not enough memory"}
     return {

@@ -32,7 +32,7 @@ from cddbook.records import write_record
 from cddlib.data.dataset import fingerprint
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.runtime.device import resolve_device
-from cddlib.runtime.files import file_digest, read_json, seal
+from cddlib.runtime.files import add_checksum, file_digest, read_json
 from cddlib.runtime.provenance import Recorder
 from cddlib.training.epoch import fetch_real
 
@@ -154,7 +154,7 @@ def write_cache(path: Path, options: Options) -> int:
     """A data set in ImageNet's shape of `mapped_gb` random bytes, one image of ten for testing; returns its images."""
     n = int(options.mapped_gb * 1e9) // (3 * 64**2)
     labels = {"test": np.arange(n // 10) % 1000, "train": np.arange(n - n // 10) % 1000}
-    about = seal({"classes": [str(i) for i in range(1000)], "fingerprint": "0" * 16})
+    about = add_checksum({"classes": [str(i) for i in range(1000)], "fingerprint": "0" * 16})
     header: dict[str, Any] = {"__metadata__": {"dataset": json.dumps(about)}}
     end = 0
     for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * 64**2, [3, 64, 64])):

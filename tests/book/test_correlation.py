@@ -357,7 +357,7 @@ def test_probes_are_the_same_side_by_side_and_one_by_one(problem: Callable[..., 
         usual = problem(side_by_side=side_by_side)
         turns = list(usual.probes.in_turns(usual.synthetic))
         assert len(turns) == {1: 3, 2: 2, None: 1}[side_by_side]
-        found.append(usual.probes.geometry(usual.synthetic, rates))
+        found.append(usual.probes.gradient_similarity(usual.synthetic, rates))
     for other in found[1:]:
         for name in ("losses", "after"):
             np.testing.assert_allclose(other[name], found[0][name], rtol=1e-9)
@@ -384,14 +384,14 @@ def test_geometry_leaves_the_synthetic_set_alone(problem: Callable[..., Problem]
     for variable in usual.synthetic.variables():
         variable.requires_grad_(needs_gradients)
     before = usual.synthetic.copy().variables()
-    usual.probes.geometry(usual.synthetic, [30.0, 2.0, 1e-5])
+    usual.probes.gradient_similarity(usual.synthetic, [30.0, 2.0, 1e-5])
     assert all(map(torch.equal, before, usual.synthetic.variables()))
     assert all(v.requires_grad == needs_gradients and v.grad is None for v in usual.synthetic.variables())
 
 
 def test_geometry_s_products_are_those_of_autograd(problem: Callable[..., Problem]) -> None:
     usual = problem()
-    found = usual.probes.geometry(usual.synthetic, [30.0, 2.0, 1e-5])
+    found = usual.probes.gradient_similarity(usual.synthetic, [30.0, 2.0, 1e-5])
     plans = usual.plans[:6]  # first students of the three probes, then second ones
     for variable in usual.synthetic.variables():
         variable.requires_grad_()
@@ -411,7 +411,7 @@ def test_after_is_the_first_real_step_of_sgd(problem: Callable[..., Problem], la
     usual = problem(labels=labels, lr_images=20.0, lr_labels=3.0, lr_step_size=1e-3)
     rates = {"images": 20.0, "label_logits": 3.0, "step_size": 1e-3}
     momenta = {"images": 0.5, "label_logits": 0.9, "step_size": 0.5}
-    found = usual.probes.geometry(usual.synthetic, usual.config.rates(usual.synthetic))["after"]
+    found = usual.probes.gradient_similarity(usual.synthetic, usual.config.rates(usual.synthetic))["after"]
     before = usual.probes.losses(usual.synthetic)
     for probe in range(3):
         stepped = usual.synthetic.copy()
@@ -431,7 +431,7 @@ def test_small_steps_transfer_as_predicted(problem: Callable[..., Problem], alon
     usual = problem()
     tiny = {"images": 1e-3, "label_logits": 1e-3, "step_size": 1e-9}
     rates = {name: rate if alone in (name, None) else 0.0 for name, rate in tiny.items()}
-    geometry = usual.probes.geometry(usual.synthetic, list(rates.values()))
+    geometry = usual.probes.gradient_similarity(usual.synthetic, list(rates.values()))
     found = correlation.transfer(np.array(geometry["losses"]), np.array(geometry["after"]))
     predicted = correlation.predicted_transfer(geometry, rates)
     np.testing.assert_allclose(found, predicted, rtol=1e-3, atol=1e-3 * np.abs(predicted).max())
@@ -460,7 +460,7 @@ def test_segments_that_lead_opposite_ways_conflict(
     usual = problem(augment="none", student_batch=None, expert_epochs=1)
     usual.buffer = Made(usual.buffer.folder)
     monkeypatch.setattr(Made, "back", back)
-    found = usual.probes_of((0, 2)).geometry(usual.synthetic, [1e-3, 1e-3, 1e-9])
+    found = usual.probes_of((0, 2)).gradient_similarity(usual.synthetic, [1e-3, 1e-3, 1e-9])
     for products in found["products"].values():
         np.testing.assert_allclose(correlation.cosines(np.array(products))[0, 1], wanted, atol=0.01)
     transfer = correlation.transfer(np.array(found["losses"]), np.array(found["after"]))
@@ -478,9 +478,9 @@ def test_segments_that_lead_opposite_ways_conflict(
         ({"probe_starts": (1, 1)}, "probe_starts is (1, 1); epochs must be 0 or more, ascending, each once."),
         ({"probe_expert": -1}, "probe_expert is -1; it must be 0 or more."),
         ({"probe_every": 0}, "probe_every is 0; it must be at least 1."),
-        ({"geometry_every": -1}, "geometry_every is -1; it must be at least 0."),
+        ({"similarity_every": -1}, "similarity_every is -1; it must be at least 0."),
         ({"error_every": -1}, "error_every is -1; it must be at least 0."),
-        ({"geometry_every": 5}, "geometry_every is 5, but probe_starts names no segments."),
+        ({"similarity_every": 5}, "similarity_every is 5, but probe_starts names no segments."),
     ],
 )
 def test_impossible_probes_are_refused(fields: dict[str, Any], sentence: str) -> None:
@@ -491,4 +491,4 @@ def test_impossible_probes_are_refused(fields: dict[str, Any], sentence: str) ->
 
 def test_possible_probes_are_not_refused() -> None:
     assert ProbeConfig(error_every=3).probe_starts == ()
-    assert ProbeConfig(probe_starts=(0, 3, 9), probe_expert=0, probe_every=1, geometry_every=1).geometry_every == 1
+    assert ProbeConfig(probe_starts=(0, 3, 9), probe_expert=0, probe_every=1, similarity_every=1).similarity_every == 1

@@ -1,6 +1,5 @@
 """Studies: what is run, that it resumes, that one failing run spares the others, and the record's numbers."""
 
-import dataclasses
 import importlib
 import itertools
 import json
@@ -21,6 +20,7 @@ from cddlib.distillation.config import DistillConfig
 from cddlib.matching.combine import Combine
 from cddlib.runtime import config as configs
 from cddlib.runtime import files, run_folder
+from cddlib.runtime.config import replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
 
@@ -59,20 +59,24 @@ def test_a_correlation_study_has_a_run_for_each_probe_and_two_controls(recipe: R
         for name, config in own.items():
             changed = differences(config, base)
             assert config.seed == 5 + replicate
-            assert config.expert == config.probe_expert == replicate % 2
+            assert config.schedule.expert == config.probe_expert == replicate % 2
             assert config.validate_every == 0
-            allowed = {"seed", "expert", "probe_expert", "validate_every", "segments", "geometry_every"}
+            allowed = {"seed", "expert", "probe_expert", "validate_every", "segments", "similarity_every"}
             alone = {"window_start", "window_end", "window_end_initial"} if name.startswith("matched") else set()
             assert changed.keys() <= allowed | alone
         for start in (0, 1, 3):
             config = own[f"matched-{start:02}"]
-            assert (config.segments, config.geometry_every) == (1, 0)
-            assert (config.window_start, config.window_end, config.window_end_initial) == (start, start + 1, None)
+            assert (config.schedule.segments, config.similarity_every) == (1, 0)
+            assert (config.schedule.window_start, config.schedule.window_end, config.schedule.window_end_initial) == (
+                start,
+                start + 1,
+                None,
+            )
             for iteration in range(4):
                 segments = cddlib.draw_segments(config, iteration, cddlib.generator("any", iteration))
                 assert segments.starts == [start]
         assert (own["sequential"].segments, own["concurrent"].segments) == (1, 3)
-        assert own["sequential"].geometry_every == own["concurrent"].geometry_every == base.iterations
+        assert own["sequential"].similarity_every == own["concurrent"].similarity_every == base.schedule.iterations
 
 
 def test_a_correlation_study_needs_probes(recipe: Recipe) -> None:
@@ -92,11 +96,11 @@ def test_variants_are_compared_at_equal_compute(recipe: Recipe) -> None:
         variant, seed = name.split("/seed-")
         cost = COSTS[variant]
         assert config.seed == int(seed)
-        assert 26 - cost < config.iterations * cost <= 26
+        assert 26 - cost < config.schedule.iterations * cost <= 26
         assert 7 <= config.validate_every * cost < 7 + cost
         assert 5 - cost < config.probe_every * cost <= max(5, cost)
-        assert config.error_every == config.iterations
-        assert config.expansion_iterations == base.expansion_iterations // cost
+        assert config.error_every == config.schedule.iterations
+        assert config.schedule.expansion_iterations == base.schedule.expansion_iterations // cost
         paced = {"seed", "iterations", "validate_every", "probe_every", "error_every", "expansion_iterations"}
         assert differences(config, base).keys() - paced <= variants[variant].keys()
         assert {key: getattr(config, key) for key in variants[variant]} == variants[variant]
@@ -117,12 +121,12 @@ def test_a_study_without_runs_is_refused(recipe: Recipe, buffer: cddlib.Buffer, 
 
 def test_what_is_never_measured_stays_so(recipe: Recipe) -> None:
     for config in comparison_runs(recipe(validate_every=0), segment_counts([1, 2]), 1).values():
-        assert (config.validate_every, config.geometry_every) == (0, 0)
+        assert (config.validate_every, config.similarity_every) == (0, 0)
 
 
 def test_more_is_never_measured_less_often_than_every_iteration(recipe: Recipe) -> None:
     (config,) = comparison_runs(recipe(validate_every=1, probe_every=1), segment_counts([4]), 1).values()
-    assert (config.iterations, config.validate_every, config.probe_every) == (1, 1, 1)
+    assert (config.schedule.iterations, config.validate_every, config.probe_every) == (1, 1, 1)
 
 
 def test_one_variant_alone_is_the_base(recipe: Recipe) -> None:
@@ -150,33 +154,36 @@ def test_a_count_of_zero_is_refused_in_a_sentence(recipe: Recipe) -> None:
 
 def test_what_the_base_replays_counts_as_compute(recipe: Recipe) -> None:
     (config,) = comparison_runs(recipe(iterations=12, replay=2), segment_counts([1]), 1).values()
-    assert config.iterations == 4
+    assert config.schedule.iterations == 4
 
 
 @pytest.mark.parametrize("segments", [1, 2, 4])
 def test_every_remedy_is_a_configuration_of_the_same_compute(recipe: Recipe, segments: int) -> None:
-    found = {name: dataclasses.replace(recipe(), **changes) for name, changes in remedies(segments).items()}
-    costs = {name: config.segments + config.replay for name, config in found.items()}
+    found = {name: replace(recipe(), **changes) for name, changes in remedies(segments).items()}
+    costs = {name: config.schedule.segments + config.schedule.replay for name, config in found.items()}
     assert {name: cost for name, cost in costs.items() if cost != segments} == (
         {} if segments == 1 else {"sequential": 1, "ewc": 1, "si": 1}
     )
-    assert {config.consolidation for config in found.values()} == {"none", "ewc", "si"}
-    assert {config.combine for config in found.values()} == set(typing.get_args(Combine))
+    assert {config.consolidation.consolidation for config in found.values()} == {"none", "ewc", "si"}
+    assert {config.combination.combine for config in found.values()} == set(typing.get_args(Combine))
     assert found["gem"].replay == found["replay"].replay == segments - 1
     assert found["balance"].balance == 1
     assert found["concurrent"] == recipe(segments=segments)
 
 
-def test_first_geometries_are_those_of_runs_with_that_seed_and_expert(
+def test_first_similarities_are_those_of_runs_with_that_seed_and_expert(
     recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path
 ) -> None:
     base = recipe(probe_starts=(0, 3), seed=4, iterations=1, validate_every=0)
-    found = study.first_geometries(base, buffer, device="cpu")
+    found = study.first_similarities(base, buffer, device="cpu")
     assert len(found) == len(buffer.experts) == 2
     for expert, geometry in enumerate(found):
-        own = dataclasses.replace(base, seed=4 + expert, probe_expert=expert, geometry_every=1)
+        own = replace(base, seed=4 + expert, probe_expert=expert, similarity_every=1)
         cddlib.distill(own, buffer, tmp_path / f"{expert}", device="cpu")
-        assert run_folder.Metrics.read(tmp_path / f"{expert}" / "metrics.jsonl", until=1)[0]["geometry"] == geometry
+        assert (
+            run_folder.Metrics.read(tmp_path / f"{expert}" / "metrics.jsonl", until=1)[0]["gradient_similarity"]
+            == geometry
+        )
 
 
 # --- Running it -------------------------------------------------------------------------------------------------
@@ -348,7 +355,7 @@ def timeless_record(record: dict[str, Any]) -> dict[str, Any]:
 def test_processes_give_the_same_numbers(recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path) -> None:
     base, planned = plan(recipe)
     name = "K=1/seed-0"
-    two = {"bad": dataclasses.replace(base, lr_images=1e30, seed=9), name: planned[name]}
+    two = {"bad": replace(base, lr_images=1e30, seed=9), name: planned[name]}
     with pytest.raises(UserError) as refused:
         run_study(base, two, buffer.folder, tmp_path, networks=2, jobs=2, device="cpu")
     assert str(refused.value).startswith("1 of 2 runs failed, the others are finished: bad: iteration 2, ")
@@ -375,10 +382,10 @@ def test_a_negative_number_of_processes_is_refused(recipe: Recipe, buffer: cddli
 def test_a_failing_run_is_named_and_the_others_finish(recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path) -> None:
     base = recipe(validate_every=0)
     planned = {
-        "bad": dataclasses.replace(base, lr_images=1e30),
+        "bad": replace(base, lr_images=1e30),
         "good": base,
-        "wide": dataclasses.replace(base, width=16),
-        "also good": dataclasses.replace(base, seed=1),
+        "wide": replace(base, width=16),
+        "also good": replace(base, seed=1),
     }
     with pytest.raises(UserError) as refused:
         run_study(base, planned, buffer.folder, tmp_path, device="cpu")
@@ -409,7 +416,7 @@ def test_another_study_in_the_folder_is_refused(
     base, planned = plan(recipe)
     before = contents(whole)
     if other == "base":
-        base = dataclasses.replace(base, lr_images=1.0)
+        base = replace(base, lr_images=1.0)
     elif other == "runs":
         planned.pop("K=1/seed-1")
     networks = 3 if other == "networks" else 2

@@ -353,7 +353,7 @@ def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) 
 def write_sparse(path: Path, train: int, size: int) -> None:
     """A data set of `train` black images and one of each class for testing, which takes no room on disk."""
     labels = {part: np.arange(n, dtype=np.int64) % 3 for part, n in (("test", 3), ("train", train))}
-    about = files.seal({"classes": CLASSES, "fingerprint": "0" * 16})
+    about = files.add_checksum({"classes": CLASSES, "fingerprint": "0" * 16})
     header: dict[str, object] = {"__metadata__": {"dataset": json.dumps(about)}}
     end = 0
     for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):

@@ -47,16 +47,18 @@ def reference(config: ConsolidateConfig, iterations: int) -> list[list[float]]:
         step = (0.1 * draw("step", iteration)).flatten().tolist()
         g = draw("gradient", iteration).flatten().tolist()
         for p in pixels:
-            gathered[p] += g[p] ** 2 if config.consolidation == "ewc" else -g[p] * step[p]
+            gathered[p] += g[p] ** 2 if config.consolidation.consolidation == "ewc" else -g[p] * step[p]
             x[p] += step[p]
         average = sum(omega) / len(omega)
         for p in pixels:
             if average > 0:
-                x[p] = anchor[p] + (x[p] - anchor[p]) / (1 + config.consolidation_strength * omega[p] / average)
-        if iteration % config.consolidate_every == 0:
+                x[p] = anchor[p] + (x[p] - anchor[p]) / (
+                    1 + config.consolidation.consolidation_strength * omega[p] / average
+                )
+        if iteration % config.consolidation.consolidate_every == 0:
             squares = [(x[p] - anchor[p]) ** 2 for p in pixels]
             for p in pixels:
-                if config.consolidation == "ewc":
+                if config.consolidation.consolidation == "ewc":
                     omega[p] += gathered[p]
                 else:
                     omega[p] += max(gathered[p], 0) / (squares[p] + sum(squares) / len(squares))

@@ -34,6 +34,7 @@ from cddlib.matching.segments import draw_segments
 from cddlib.runtime import config as configs
 from cddlib.runtime import files, run_folder
 from cddlib.runtime import random as random_streams
+from cddlib.runtime.config import replace
 from cddlib.runtime.errors import UserError
 from cddlib.synthetic import SyntheticSet, initialise
 
@@ -255,7 +256,7 @@ def test_another_run_in_the_folder_is_refused(buffer: Buffer, recipe, tmp_path: 
 )
 def test_a_buffer_that_does_not_fit_is_refused(buffer: Buffer, recipe, tmp_path: Path, wrong, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        distill(dataclasses.replace(recipe(), **wrong), buffer, tmp_path / "run")
+        distill(replace(recipe(), **wrong), buffer, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -279,14 +280,14 @@ def test_the_guard_skips_iterations_of_high_loss(buffer: Buffer, recipe, tmp_pat
         return gradients, {**record, "loss": (0.5, 1.5, 1.0, 2.0)[iteration]}
 
     monkeypatch.setattr(module, "concurrent_gradient", told)
-    distill(dataclasses.replace(config, loss_threshold=1.0), buffer, tmp_path / "some")
+    distill(replace(config, loss_threshold=1.0), buffer, tmp_path / "some")
     lines = metrics(tmp_path / "some")
     assert [line["skipped"] for line in lines[1:]] == [False, True, False, True]
     assert lines[2]["step_size"] == lines[1]["step_size"] != lines[3]["step_size"]
     assert files.read_json(tmp_path / "some" / "result.json")["iterations_skipped"] == 2
-    never = distill(dataclasses.replace(config, loss_threshold=0.1), buffer, tmp_path / "none")
+    never = distill(replace(config, loss_threshold=0.1), buffer, tmp_path / "none")
     assert torch.equal(never.images, first(config, buffer).images)
-    assert never.step_size == torch.tensor(config.step_size)
+    assert never.step_size == torch.tensor(config.synthetic.step_size)
 
 
 def iterates(config: DistillConfig, buffer: Buffer, steps: int) -> list[dict[str, torch.Tensor]]:
@@ -304,8 +305,8 @@ def iterates(config: DistillConfig, buffer: Buffer, steps: int) -> list[dict[str
             for (name, x), gradient in zip(synthetic.variable_tensors().items(), gradients, strict=True):
                 velocity[name] = getattr(config, f"momentum_{kinds[name]}") * velocity[name] + gradient
                 x -= getattr(config, f"lr_{kinds[name]}") * velocity[name]
-        if config.ema is not None:
-            average = config.ema * average + (1 - config.ema) * synthetic.images.detach()
+        if config.optimizer.ema is not None:
+            average = config.optimizer.ema * average + (1 - config.optimizer.ema) * synthetic.images.detach()
         found.append({**synthetic.copy().variable_tensors(), "average": average})
     return found
 
@@ -499,7 +500,7 @@ def test_the_best_iterate_on_the_validation_images_is_selected(
     validation = data.load("digits").split[1]
     for _, (_network, _config, strategy, real, streams) in seen:
         assert torch.equal(real.images, validation.images)
-        assert (strategy, streams) == (config.augment, {"purpose": "validation", "seed": config.seed})
+        assert (strategy, streams) == (config.augmentation.augment, {"purpose": "validation", "seed": config.seed})
     result = files.read_json(tmp_path / "result.json")
     assert result["selected_iteration"] == best
     assert result["selected_by"] == "validation accuracy"
@@ -568,7 +569,7 @@ def test_milestones_are_evenly_spaced_checkpoints(
     distill(config, buffer, tmp_path / "run")
     assert milestones(tmp_path / "run") == kept
     for iteration in kept:
-        often = dataclasses.replace(config, checkpoint_every=1, milestones=0)
+        often = replace(config, checkpoint_every=1, milestones=0)
         stop_at(iteration, often, buffer, tmp_path / str(iteration)) if iteration else None
         state, header = files.read_tensors(milestone_path(tmp_path / "run", iteration), "state")
         assert header["iteration"] == iteration
@@ -661,11 +662,11 @@ def segment_gradients(
     draw_segments(config, iteration, rng)
     found = []
     for expert, start in matched:
-        steps = cddlib.plan_student(config, len(synthetic.labels), config.augment, rng)
+        steps = cddlib.plan_student(config, len(synthetic.labels), config.augmentation.augment, rng)
         loss = cddlib.matching_loss(
             buffer.network,
             buffer.parameters(expert, start),
-            buffer.parameters(expert, start + config.expert_epochs),
+            buffer.parameters(expert, start + config.schedule.expert_epochs),
             synthetic.images,
             synthetic.targets(),
             synthetic.step_size,
@@ -779,7 +780,7 @@ def test_every_rule_runs_in_the_loop_and_records_its_weights(buffer: Buffer, rec
     assert record["weights"] == lines[0]["weights"]
     parts = segment_gradients(config, buffer, synthetic, 0, [(record["expert"], start) for start in record["starts"]])
     gradients = [gradient for _, gradient in parts]
-    products = combine.gramian(gradients, config.rates(synthetic))
+    products = combine.gramian(gradients, config.optimizer.rates(synthetic))
     wanted = combine.weights(config, products, record["losses"], record["anchor"], stream_after(config, buffer, 0))
     assert record["weights"] == pytest.approx(wanted, rel=1e-4)
     for v, gradient in enumerate(found):
@@ -792,8 +793,8 @@ def stream_after(config: DistillConfig, buffer: Buffer, iteration: int) -> torch
     rng = random_streams.generator(config.seed, "iteration", iteration)
     torch.randint(len(buffer.experts), (), generator=rng)
     draw_segments(config, iteration, rng)
-    for _ in range(config.segments):
-        cddlib.plan_student(config, len(first(config, buffer).labels), config.augment, rng)
+    for _ in range(config.schedule.segments):
+        cddlib.plan_student(config, len(first(config, buffer).labels), config.augmentation.augment, rng)
     return rng
 
 
@@ -822,12 +823,12 @@ def test_images_are_held_after_the_optimisers_step(buffer: Buffer, recipe, tmp_p
     velocity, anchor, average = torch.zeros_like(x), x.clone(), x.clone()
     omega, gathered = torch.zeros_like(x), torch.zeros_like(x)
     rate = {"lr_images": 0.0, "lr_labels": 0.0}
-    state = State(dataclasses.replace(config, **rate), ConsolidateConfig(), synthetic)
+    state = State(replace(config, **rate), ConsolidateConfig(), synthetic)
     for iteration in range(5):
         gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
         state.step(gradients, torch.arange(len(x)))  # the step size alone
-        velocity = config.momentum_images * velocity + gradients[0]
-        step = -config.lr_images * velocity
+        velocity = config.optimizer.momentum_images * velocity + gradients[0]
+        step = -config.optimizer.lr_images * velocity
         x += step
         gathered += gradients[0] ** 2 if kind == "ewc" else -gradients[0] * step
         if iteration >= 2:
@@ -843,7 +844,7 @@ def test_images_are_held_after_the_optimisers_step(buffer: Buffer, recipe, tmp_p
     assert (found.images - free.images).abs().max() > 0.02 * moved
 
 
-PROBES = {"probe_starts": (0, 2, 4), "probe_expert": 1, "probe_every": 2, "geometry_every": 3, "error_every": 5}
+PROBES = {"probe_starts": (0, 2, 4), "probe_expert": 1, "probe_every": 2, "similarity_every": 3, "error_every": 5}
 
 
 @pytest.mark.parametrize(
@@ -877,12 +878,12 @@ def test_probes_are_measured_on_time(buffer: Buffer, recipe, tmp_path: Path) -> 
     lines = metrics(tmp_path)
     measured = {name: [line["iteration"] for line in lines if name in line] for name in lines[0]}
     assert measured["probe_losses"] == [0, 2, 4, 6, 7]
-    assert measured["geometry"] == [0, 3, 6, 7]
+    assert measured["gradient_similarity"] == [0, 3, 6, 7]
     assert measured["accumulated_error"] == [0, 5, 7]
     for line in lines:
         assert len(line.get("probe_losses", [0, 0, 0])) == 3
-        if "geometry" in line and "probe_losses" in line:
-            assert line["geometry"]["losses"] == line["probe_losses"]
+        if "gradient_similarity" in line and "probe_losses" in line:
+            assert line["gradient_similarity"]["losses"] == line["probe_losses"]
     assert lines[0]["probe_losses"] != lines[2]["probe_losses"]
 
 
@@ -891,7 +892,7 @@ def test_probes_are_measured_on_time(buffer: Buffer, recipe, tmp_path: Path) -> 
 )
 def test_each_is_measured_without_the_others(buffer: Buffer, recipe, tmp_path: Path, overrides, measured) -> None:
     distill(recipe(iterations=2, validate_every=0, **overrides), buffer, tmp_path)
-    names = {"probe_losses", "geometry", "accumulated_error", "validation_accuracy"}
+    names = {"probe_losses", "gradient_similarity", "accumulated_error", "validation_accuracy"}
     assert [line.keys() & names for line in metrics(tmp_path)] == [measured] * 3
 
 
@@ -958,7 +959,7 @@ def test_the_anchor_s_target_labels_the_images(buffer: Buffer, recipe, tmp_path:
     for before, after, record in seen:
         start = record["starts"][record["anchor"]]
         anchors.add(record["anchor"])
-        target = buffer.parameters(record["expert"], start + config.expert_epochs)
+        target = buffer.parameters(record["expert"], start + config.schedule.expert_epochs)
         torch.testing.assert_close(after["label_logits"], buffer.network(target, before["images"]))
         assert not torch.equal(after["images"], before["images"])
     assert len(anchors) > 1
@@ -1000,9 +1001,17 @@ def test_segments_of_the_convexified_trajectory_are_matched(
 
 def rows_of(config: DistillConfig, iteration: int) -> list[int]:
     """Which images an iteration optimises: of every class those whose place is in the active share."""
-    turn = next(k for k in range(config.subsets) if iteration < config.iterations * (k + 1) / config.subsets)
-    places = [place for place in range(config.ipc) if turn <= place * config.subsets / config.ipc < turn + 1]
-    return [label * config.ipc + place for label in range(10) for place in places]
+    turn = next(
+        k
+        for k in range(config.schedule.subsets)
+        if iteration < config.schedule.iterations * (k + 1) / config.schedule.subsets
+    )
+    places = [
+        place
+        for place in range(config.synthetic.ipc)
+        if turn <= place * config.schedule.subsets / config.synthetic.ipc < turn + 1
+    ]
+    return [label * config.synthetic.ipc + place for label in range(10) for place in places]
 
 
 @pytest.mark.parametrize("labels", ["hard", "learned", "teacher"])
@@ -1049,8 +1058,12 @@ def test_each_subset_has_sgd_of_its_own(buffer: Buffer, recipe, tmp_path: Path) 
     found = distill(config, buffer, tmp_path)
     synthetic = dataclasses.replace(ready(config, buffer), subsets=2)
     start = synthetic.copy()
-    rates = {"images": config.lr_images, "label_logits": config.lr_labels, "step_size": config.lr_step_size}
-    momenta = {"images": 0.9, "label_logits": 0.9, "step_size": config.momentum_step_size}
+    rates = {
+        "images": config.optimizer.lr_images,
+        "label_logits": config.optimizer.lr_labels,
+        "step_size": config.optimizer.lr_step_size,
+    }
+    momenta = {"images": 0.9, "label_logits": 0.9, "step_size": config.optimizer.momentum_step_size}
     velocity: dict[tuple[str, int], torch.Tensor] = {}
     for iteration in range(6):
         rows = rows_of(config, iteration)
@@ -1087,7 +1100,7 @@ def test_each_subset_has_sgd_of_its_own(buffer: Buffer, recipe, tmp_path: Path) 
 )
 def test_impossible_distillations_are_refused(recipe, wrong: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as refused:
-        dataclasses.replace(recipe(), **wrong)
+        replace(recipe(), **wrong)
     assert str(refused.value) == message
 
 

@@ -310,7 +310,7 @@ def test_missing_and_damaged_descriptions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no buffer; train one with `cddlib buffer --out "):
         Buffer(tmp_path)
     damaged = ("{", "cannot be read as JSON"), ("{}", "has no checksum"), ("[]", "has no checksum")
-    for text, message in (*damaged, (json.dumps(files.seal({})), "is not a buffer's")):
+    for text, message in (*damaged, (json.dumps(files.add_checksum({})), "is not a buffer's")):
         (tmp_path / "buffer.json").write_text(text)
         for call in (Buffer, partial(train, recipe())):
             with pytest.raises(UserError, match=rf"buffer\.json {message}"):
@@ -467,7 +467,7 @@ def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, h
         opened.preprocessing,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
-        strategy=config.augment,
+        strategy=config.augmentation.augment,
     )
     assert torch.equal(scores, scored)
 

@@ -545,7 +545,7 @@ def distil(bench: Bench) -> Iterator[dict[str, Any]]:
     reserve = 2 + 0.8 * bench.sizes.networks * sets if bench.gpu else 0
     with (
         contextlib.suppress(Interrupted),
-        Ranks().heeding_signals("the iterations"),
+        Ranks().graceful_stop("the iterations"),
         stopping_after(bench.left - reserve),
     ):
         in_threads([functools.partial(run, *name) for name in names], bench)

@@ -377,14 +377,14 @@ def test_asked_to_stop_at_once(works: Works, kind: str, notes: dict[str, Any]) -
 def test_a_second_signal_that_a_library_hides() -> None:
     """Compiled code may turn the interruption into an error of its own; that is no reason to show its traceback."""
     ranks = Ranks()
-    with pytest.raises(Interrupted, match="stopped at once") as stop, ranks.heeding_signals("the test"):
+    with pytest.raises(Interrupted, match="stopped at once") as stop, ranks.graceful_stop("the test"):
         interrupt()
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except Interrupted:
             raise ValueError("could not determine the shape") from None
     assert stop.value.number == signal.SIGTERM
-    with pytest.raises(ValueError, match="of its own"), ranks.heeding_signals("the test"):
+    with pytest.raises(ValueError, match="of its own"), ranks.graceful_stop("the test"):
         raise ValueError("of its own")
 
 
@@ -424,7 +424,7 @@ def test_a_signal_while_something_is_printed(monkeypatch: pytest.MonkeyPatch) ->
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(terminal)))
     ranks = Ranks()
-    with pytest.raises(Interrupted, match="when all was finished"), ranks.heeding_signals("the test"):
+    with pytest.raises(Interrupted, match="when all was finished"), ranks.graceful_stop("the test"):
         print("half of the work", file=sys.stderr, flush=True)
         assert ranks.asked == signal.SIGINT
         print("is done", file=sys.stderr, flush=True)

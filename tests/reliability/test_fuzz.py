@@ -48,7 +48,15 @@ from cddlib.methods.recipes import METHODS
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.files import read_json, seal, signature, tensor_digest, unseal, write_json, write_tensors
+from cddlib.runtime.files import (
+    add_checksum,
+    read_json,
+    signature,
+    tensor_digest,
+    verify_checksum,
+    write_json,
+    write_tensors,
+)
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import Metrics
 from cddlib.synthetic import SyntheticSet
@@ -458,7 +466,7 @@ def lie_in_tensors(tensors: dict[str, Tensor], choice: bytes) -> dict[str, Tenso
 
 
 def sealed(value: Any) -> str:
-    return json.dumps(seal(value) if isinstance(value, dict) else value)
+    return json.dumps(add_checksum(value) if isinstance(value, dict) else value)
 
 
 def test_lies_in_a_manifest(memory: Path, notes: dict[str, Any]) -> None:
@@ -483,7 +491,7 @@ def test_lies_in_tensors_and_headers(memory: Path, notes: dict[str, Any], name: 
     tensors = load(whole)
     length = int.from_bytes(whole[:8], "little")
     ((kind, text),) = json.loads(whole[8 : 8 + length])["__metadata__"].items()
-    header = unseal(text, "the valid file")
+    header = verify_checksum(text, "the valid file")
     known = {id(tensor): signature(tensor) for tensor in tensors.values()}
     order = list(build_network(cddlib.buffer_recipe("digits", **RECIPE), (1, 8, 8), 10).shapes)
 

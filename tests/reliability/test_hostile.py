@@ -47,7 +47,7 @@ from cddlib.experts import train as buffering
 from cddlib.experts.buffer import DIFFICULTY, Buffer
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.files import read_json, read_tensors, seal, unseal, write_json, write_tensors
+from cddlib.runtime.files import read_json, read_tensors, verify_checksum, write_json, write_tensors
 from cddlib.runtime.run_folder import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -379,7 +379,7 @@ def test_lists_nested_almost_too_deeply(bounded: None) -> None:
     """Where Python parses a value that it can no longer print."""
     for depth in range(700, 1100):
         with pytest.raises(UserError):
-            unseal('{"a": ' + "[" * depth + "]" * depth + ', "checksum": "0123456789abcdef"}', "it")
+            verify_checksum('{"a": ' + "[" * depth + "]" * depth + ', "checksum": "0123456789abcdef"}', "it")
 
 
 PARAMETERS = torch.zeros(5)

@@ -168,7 +168,7 @@ def test_ranks_end_where_one_process_ends(
     """Three segments on two ranks, and on four, one of which has none."""
     config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "validation_runs": 2, **CASES[case]})
     cddlib.distill(config, buffer, tmp_path / "1", device="cpu")
-    alone = metrics(tmp_path / "1", config.iterations)
+    alone = metrics(tmp_path / "1", config.schedule.iterations)
     for count in (2, 4):
         out = tmp_path / str(count)
         first, *others = together(count, distil, config, buffer.folder, out)
@@ -181,10 +181,10 @@ def test_ranks_end_where_one_process_ends(
         between = [after - before for before, after in zip(first.reduced, first.reduced[1:], strict=False)]
         assert between == [1 + validation for validation in validated[1:-1]]
 
-        lines = metrics(out, config.iterations)
+        lines = metrics(out, config.schedule.iterations)
         assert [line.keys() for line in lines] == [line.keys() for line in alone]
         apart = difference(tmp_path / "1", out)
-        if config.side_by_side == 1:  # and, by this rule, no gradient is added to another
+        if config.student.side_by_side == 1:  # and, by this rule, no gradient is added to another
             assert lines == alone and apart == 0
         for line, wanted in zip(lines, alone, strict=True):
             for name in ("starts", "others", "replayed", "validation_accuracy"):
@@ -311,7 +311,7 @@ def test_a_second_signal_is_the_first_again(buffer: Buffer, quick: dict[str, Any
 def heed_two_signals() -> int:
     """Which signal this rank heeds of two."""
     ranks = Ranks()
-    with ranks.heeding_signals("the test"):
+    with ranks.graceful_stop("the test"):
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         ranks.wait()

@@ -81,19 +81,19 @@ values = st.dictionaries(
 
 @hypothesis.given(value=values)
 def test_what_is_sealed_comes_back(value: dict[str, Any]) -> None:
-    sealed = files.seal(value)
+    sealed = files.add_checksum(value)
     assert sealed.keys() - value.keys() == {"checksum"}
     shuffled = dict(reversed(sealed.items()))
     for text in (json.dumps(sealed), json.dumps(shuffled, indent=3), json.dumps(sealed).encode()):
-        assert files.unseal(text, "it") == value
+        assert files.verify_checksum(text, "it") == value
 
 
 @hypothesis.given(value=values, position=st.integers(0, 2**20), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_noticed_or_changes_nothing(value: dict[str, Any], position: int, bit: int) -> None:
-    text = bytearray(json.dumps(files.seal(value)).encode())
+    text = bytearray(json.dumps(files.add_checksum(value)).encode())
     text[position % len(text)] ^= 1 << bit
     try:
-        found = files.unseal(bytes(text), "it")
+        found = files.verify_checksum(bytes(text), "it")
     except UserError as error:
         assert str(error).startswith(("it is damaged: ", "it has no checksum: ", "it cannot be read as JSON: "))
     else:  # 1e5 is 1E5, and a space is a tab
@@ -114,7 +114,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(value: dict[str, Any], posi
 )
 def test_what_was_never_sealed_is_refused(text: str | bytes, message: str) -> None:
     with pytest.raises(UserError) as refused:
-        files.unseal(text, "it")
+        files.verify_checksum(text, "it")
     assert str(refused.value).startswith(message)
 
 
@@ -224,7 +224,7 @@ def test_another_kind_of_file_is_named(written: Path) -> None:
     )
 
 
-HEADER = files.seal({"digests": {"a": files.signature(MATRIX)}})
+HEADER = files.add_checksum({"digests": {"a": files.signature(MATRIX)}})
 
 
 @pytest.mark.parametrize(
@@ -232,16 +232,16 @@ HEADER = files.seal({"digests": {"a": files.signature(MATRIX)}})
     [
         ({**HEADER, "more": 1}, "the header of PATH is damaged: its contents do not have the checksum that it names."),
         ({"digests": {}}, "the header of PATH has no checksum: it is damaged, or another program wrote it."),
-        (files.seal({}), "PATH is damaged: it does not hold the tensors that its header names."),
-        (files.seal({"digests": 1}), "PATH is damaged: it does not hold the tensors that its header names."),
-        (files.seal({"digests": {}}), "PATH is damaged: it does not hold the tensors that its header names."),
+        (files.add_checksum({}), "PATH is damaged: it does not hold the tensors that its header names."),
+        (files.add_checksum({"digests": 1}), "PATH is damaged: it does not hold the tensors that its header names."),
+        (files.add_checksum({"digests": {}}), "PATH is damaged: it does not hold the tensors that its header names."),
         (
-            files.seal({"digests": {"a": "0" * 16, "b": ""}}),
+            files.add_checksum({"digests": {"a": "0" * 16, "b": ""}}),
             "PATH is damaged: it does not hold the tensors that its header names.",
         ),
         *(
             (
-                files.seal({"digests": {"a": digest}}),
+                files.add_checksum({"digests": {"a": digest}}),
                 "PATH is damaged: a does not have the digest that the header names.",
             )
             for digest in map(files.signature, (MATRIX + 1, MATRIX.reshape(3, 2), MATRIX.view(torch.int32)))

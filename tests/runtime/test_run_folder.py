@@ -160,7 +160,7 @@ def test_file_systems_without_locks_are_used_without(tmp_path: Path, monkeypatch
     ids=["python", "GPU", "CPU", "mmap", "C++", "system"],
 )
 def test_a_want_of_memory_says_what_to_lower(error: Exception) -> None:
-    @errors.memory_advice("--width or --ipc")
+    @errors.out_of_memory_hint("--width or --ipc")
     def work() -> None:
         raise error
 
@@ -177,14 +177,14 @@ def test_a_want_of_memory_says_what_to_lower(error: Exception) -> None:
     "error", [RuntimeError("shapes differ"), OSError(errno.ENOSPC, "No space left on device"), UserError("ipc is 0.")]
 )
 def test_other_errors_are_not_taken_for_a_want_of_memory(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, errors.memory_advice("--width"):
+    with pytest.raises(type(error)) as caught, errors.out_of_memory_hint("--width"):
         raise error
     assert caught.value is error
 
 
 def test_an_allocation_that_fails_is_a_want_of_memory() -> None:
     sentence = r"^there is not enough memory \(.*; lower --width, "
-    with pytest.raises(UserError, match=sentence), errors.memory_advice("--width"):
+    with pytest.raises(UserError, match=sentence), errors.out_of_memory_hint("--width"):
         torch.empty(2**60)
 
 

@@ -97,7 +97,8 @@ def distill_data(
     print(
         f"{config.method}, K = {config.schedule.segments}, {config.synthetic.ipc} images per class: iteration "
         f"{result['selected_iteration']} of {config.schedule.iterations} selected{measured}, "
-        f"{result['iterations_skipped']} skipped, {result['seconds']:.0f} s; the synthetic set is {out / 'synthetic.safetensors'}"
+        f"{result['iterations_skipped']} skipped, {result['seconds']:.0f} s; the "
+        f"synthetic set is {out / 'synthetic.safetensors'}"
     )
 
 

@@ -107,7 +107,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def verify_checksum(text: str | bytes, where: str) -> dict[str, Any]:
-    """The value that `add_checksum` was given, from its JSON; raises `UserError` if it is damaged. `where` names the source."""
+    """The value that `add_checksum` was given, from its JSON; raises `UserError` naming its source, `where`, if not."""
     value = parse_json(text, where)
     found = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
     if found is None:

@@ -5,11 +5,8 @@ They keep experts in ``replay_buffer_0.pt`` … and a synthetic set in ``images_
 them has to say so. No code in a file is ever run, and what is written appears whole or not at all.
 """
 
-import contextlib
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,38 +22,15 @@ from cddlib.exchange.torch_files import check_tensor, describe_value, read_torch
 from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, write_trajectory
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.train import describe
-from cddlib.networks.convnet import Network, views
+from cddlib.networks.convnet import Network, unflatten
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import Diverged, UserError
-from cddlib.runtime.files import file_digest, write_atomically, write_json, write_tensors
+from cddlib.runtime.files import file_digest, refuse_filled, whole_folder, write_atomically, write_json, write_tensors
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.epoch import accuracy
-
-# --- Writing ----------------------------------------------------------------------------------------------------
-
-
-def _refuse_filled(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder; choose another.")
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that gets the name `folder` when all is written; raises `UserError` if that is not empty."""
-    _refuse_filled(folder)
-    folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
 
 # --- Buffers ----------------------------------------------------------------------------------------------------
 
@@ -82,7 +56,7 @@ def import_buffer(
         UserError: a file is missing, damaged, holds more than lists of tensors, does not fit the network, or two
             epochs of an expert are the same; `out` is not empty; the data set or the device is missing.
     """
-    _refuse_filled(out)
+    refuse_filled(out)
     dev = resolve_device(device)
     recorder = Recorder(dev)
     paths = _replay_files(files)
@@ -204,7 +178,7 @@ def export_buffer(buffer: Buffer, folder: Path, *, experts_per_file: int = 10) -
             # cloned: who loads a view holds its whole vector
             trajectories = [
                 [
-                    [tensor.clone() for tensor in views(buffer.network, buffer.parameters(expert, epoch)).values()]
+                    [tensor.clone() for tensor in unflatten(buffer.network, buffer.parameters(expert, epoch)).values()]
                     for epoch in range(buffer.epochs + 1)
                 ]
                 for expert in range(start, min(start + experts_per_file, len(buffer.experts)))

@@ -40,13 +40,13 @@ from cddlib.data.dataset import Images
 from cddlib.data.preprocessing import Normalisation
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching.loss import matching_losses
-from cddlib.matching.student import MatchingConfig, turns
+from cddlib.matching.student import MatchingConfig, segment_chunks
 from cddlib.runtime.device import keep_freed_memory, resolve_device
 from cddlib.runtime.errors import is_out_of_memory
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.convnet_step import not_compiled
-from cddlib.training.engine import room
+from cddlib.training.engine import residual_budget
 from cddlib.training.epoch import fetch_real, train_epoch
 from cddlib.training.step import ComputeConfig
 
@@ -159,7 +159,7 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
                 sum_ += gradient
             del loss  # and its graph, before the next
         return total
-    for turn in turns(network, student, images, len(plans[0][0].indices), len(plans)):
+    for turn in segment_chunks(network, student, images, len(plans[0][0].indices), len(plans)):
         count = len(plans[turn])
         held_by_each = [torch.stack([x] * count) for x in (start, target, images, targets, step_size)]
         variables = [held_by_each[2].requires_grad_(), held_by_each[4].requires_grad_()]
@@ -293,7 +293,7 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
         torch.cuda.empty_cache()
         os.environ.pop("CDDLIB_KEPT_MB", None)
         os.environ.update(WAYS[point.implementation][1])
-        room.cache_clear()
+        residual_budget.cache_clear()
     before = recorder.report()["peak_memory_mb"]
     rate, count = convolution_rate(point, device), point.operations
     if count / rate > most_seconds:  # nothing is faster than that rate
@@ -351,7 +351,9 @@ def points(options: argparse.Namespace) -> list[Point]:
         names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
         found += [Point(**shared, **work, implementation=name) for name in names if name not in apart]
         if work.get("segments") == 4 and (work["ipc"] == 1 or (gpu and work["ipc"] == 10)):
-            found += [Point(**shared, **work, implementation=name) for name in apart if gpu == ("compiled" in name)]
+            found += [
+                Point(**shared, **work, implementation=name) for name in apart if gpu == ("compiled" in name)
+            ]
     for segments, name in itertools.product(SEGMENTS, ways):
         if name.startswith("textbook") or (name in apart and "compiled" not in name):
             found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))

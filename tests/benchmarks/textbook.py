@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib.data import augment
-from cddlib.matching.student import Step
+from cddlib.matching.student import StudentStep
 from cddlib.networks.convnet import Network
 
 
@@ -17,7 +17,7 @@ def matching_loss(
     images: Tensor,
     targets: Tensor,
     step_size: Tensor,
-    steps: list[Step],
+    steps: list[StudentStep],
 ) -> Tensor:
     """The matching loss with the graph of all steps, as MTT's code has it."""
     theta = start.clone().requires_grad_()

@@ -195,7 +195,7 @@ def machine(bench: Bench) -> Iterator[dict[str, Any]]:
 
 # --- Gradients --------------------------------------------------------------------------------------------------
 
-Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[students.Step]]
+Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[students.StudentStep]]
 """Start, target, images, targets, step size and steps of a student."""
 
 
@@ -271,7 +271,7 @@ def gradients(bench: Bench) -> Iterator[dict[str, Any]]:
         row(name, several[0], engine(network, several[:1], config)[0])
         yield {"walks": rows}
     plain = losses._walk_for(network, exact, bench.device, (CLASSES,) * few, True, 1)
-    inputs, wanted, _ = students._batches([several[0][5]], several[0][2][None], several[0][3][None])
+    inputs, wanted, _ = students.student_batches([several[0][5]], several[0][2][None], several[0][3][None])
     loss, *_ = plain(several[0][0][None], several[0][1][None], inputs, wanted, several[0][4][None])
     yield {
         "walks": rows,
@@ -370,7 +370,7 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
 def without_graph(bench: Bench, config: MatchingConfig) -> Callable[[], object]:
     """A walk whose compiled steps are launched one after the other."""
     start, target, images, targets, step_size, plan = random_walk(bench, 0, bench.sizes.steps)
-    inputs, wanted, sizes = students._batches([plan], images[None], targets[None])
+    inputs, wanted, sizes = students.student_batches([plan], images[None], targets[None])
     walk = losses._walk_for(bench.network, config, bench.device, sizes, True, 1)
     return lambda: walk(start[None], target[None], inputs, wanted, step_size[None])
 

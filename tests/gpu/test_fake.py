@@ -28,7 +28,7 @@ from cddlib.matching.student import MatchingConfig
 from cddlib.networks.convnet import parameter_count
 from cddlib.runtime.distributed import Ranks
 from cddlib.training import epoch as training
-from cddlib.training.convnet_step import Derived
+from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.graphs import Graph
 
 CUDA = torch.device("cuda:0")
@@ -161,7 +161,7 @@ def test_a_walk_asks_for_nothing_and_its_convolutions_are_channels_last(side: in
         counts = []
         for steps in (2, 3):
             before = gpu.launches.copy()
-            walk = (Derived(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
+            walk = (ConvNetStep(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
             losses._walk(*walk, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size)
             counts.append(gpu.launches - before)
     step = counts[1] - counts[0]

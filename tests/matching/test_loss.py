@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import cddlib
 from cddlib.data import augment
 from cddlib.matching.loss import kept_parameters, matching_losses, nearest_step
-from cddlib.matching.student import MatchingConfig, Step, at_a_time, roll_out, turns
+from cddlib.matching.student import MatchingConfig, StudentStep, chunk_size, roll_out, segment_chunks
 from cddlib.networks.convnet import Network
 from cddlib.synthetic import initialise
-from cddlib.training.convnet_step import Derived
-from cddlib.training.engine import steps_of
+from cddlib.training.convnet_step import ConvNetStep
+from cddlib.training.engine import make_step
 
 CLASSES = 3
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -34,7 +34,7 @@ def unrolled(
     images: Tensor,
     targets: Tensor,
     step_size: Tensor,
-    steps: list[Step],
+    steps: list[StudentStep],
     config: MatchingConfig | None = None,
 ) -> Tensor:
     """The matching loss with the graph of all steps, or with TESLA's, in which no step sees where the last one led."""
@@ -117,14 +117,14 @@ def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypa
     monkeypatch.setattr("cddlib.matching.student.PART", 3)
     monkeypatch.setattr("cddlib.matching.loss.room", lambda device: int(kept) * 2**20)
     problem = Problem(dsa=DSA, norm=norm)
-    engine, sizes = steps_of(problem.network, MatchingConfig(), torch.device("cpu")), []
-    take = engine.take
+    engine, sizes = make_step(problem.network, MatchingConfig(), torch.device("cpu")), []
+    take = engine.forward
 
     def seen(theta: Tensor, inputs: Tensor, targets: Tensor) -> Any:
         sizes.append(inputs.shape[1])
         return take(theta, inputs, targets)
 
-    monkeypatch.setattr(engine, "take", seen)
+    monkeypatch.setattr(engine, "forward", seen)
     problem.check()
     assert set(sizes) == ({2, 3} if largest == 3 else {7})
     assert sum(sizes) == 5 * 7 * (2 if kept == "0" else 1)
@@ -176,7 +176,7 @@ def tesla(
     images: Tensor,
     targets: Tensor,
     step_size: Tensor,
-    steps: list[Step],
+    steps: list[StudentStep],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """TESLA's loss and its gradients of images, targets and step size, as the paper writes them (Cui et al. 2023)."""
     b, x, y = step_size.detach(), images.detach(), targets.detach()
@@ -381,9 +381,9 @@ def test_derived_students_side_by_side_are_students_one_by_one(
 ) -> None:
     """In parts, of which memory is kept for none, some or all."""
     problem = Problem(n=5, batch=5, dsa=DSA)
-    engine = Derived(problem.network, "float32", False)
+    engine = ConvNetStep(problem.network, "float32", False)
     network, start, target, images, targets, _, steps = problem.arguments()
-    size = engine.take(start[None], images[None, :3].detach(), targets[None, :3].detach())[1].size
+    size = engine.forward(start[None], images[None, :3].detach(), targets[None, :3].detach())[1].size
     monkeypatch.setattr("cddlib.matching.student.PART", 3)
     monkeypatch.setattr("cddlib.matching.loss.steps_of", lambda *given: engine)
     monkeypatch.setattr("cddlib.matching.loss.room", lambda device: steps_kept * size)
@@ -431,10 +431,10 @@ def test_small_steps_of_convnets_are_taken_side_by_side(
     network: dict[str, Any], config: dict[str, Any], batch: int, wanted: list[int]
 ) -> None:
     built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
-    taken = turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 5)
+    taken = segment_chunks(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 5)
     assert [len(range(5)[turn]) for turn in taken] == wanted
     assert [k for turn in taken for k in range(5)[turn]] == list(range(5))
-    assert turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 0) == []
+    assert segment_chunks(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 0) == []
 
 
 @pytest.mark.parametrize(("device", "fills"), [("cpu", 1e8), ("cuda", 4e9)])
@@ -444,7 +444,7 @@ def test_so_many_students_go_side_by_side_as_fill_the_processor(device: str, fil
     for students in (2, 7):
         most = int(fills / (a_pass * students))
         for batch, wanted in ((most, students), (most + 1, students - 1)):
-            assert at_a_time(network, MatchingConfig(), device, (2, 8, 8), batch) == wanted
+            assert chunk_size(network, MatchingConfig(), device, (2, 8, 8), batch) == wanted
 
 
 def test_students_that_end_at_different_steps_are_not_taken_side_by_side() -> None:
@@ -572,9 +572,9 @@ class Doubles(cddlib.Buffer):
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[StudentStep]]:
     """The plans of the segments that `concurrent_gradient` matches, overheard."""
-    found: list[list[Step]] = []
+    found: list[list[StudentStep]] = []
 
     def overhear(*arguments: Any) -> Tensor:
         found.extend(arguments[6])
@@ -598,7 +598,7 @@ def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib
 def test_concurrent_gradient_is_the_weighted_sum(
     buffer: cddlib.Buffer,
     quick: dict[str, Any],
-    plans: list[list[Step]],
+    plans: list[list[StudentStep]],
     balance: float | None,
     shares: list[float],
     side_by_side: int | None,
@@ -629,7 +629,7 @@ def test_concurrent_gradient_is_the_weighted_sum(
     "overrides", [{"gradient": "truncated"}, {"match_step": "nearest", "step_size": 1.0}, {"dropped_fraction": 0.3}]
 )
 def test_concurrent_gradient_is_the_one_asked_for(
-    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]], overrides: dict[str, Any]
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[StudentStep]], overrides: dict[str, Any]
 ) -> None:
     config = cddlib.distill_recipe("mtt", "digits", **{**quick, "labels": "learned", **overrides})
     synthetic = synthetic_set(config, buffer)
@@ -648,7 +648,7 @@ def test_concurrent_gradient_is_the_one_asked_for(
 
 
 def test_teacher_labels_are_what_each_segment_s_target_says(
-    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]]
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[StudentStep]]
 ) -> None:
     config = cddlib.distill_recipe("contra", "digits", **{**quick, "segments": 3, "labels": "teacher", "ipc": 2})
     synthetic = synthetic_set(config, buffer)

@@ -24,7 +24,7 @@ import cddlib
 from cddbook.records import write_record
 from cddlib.runtime.files import file_digest
 from cddlib.runtime.provenance import Recorder
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 
 VARIANTS = {
     "the machine": {},
@@ -63,12 +63,12 @@ def runs(variant: str, folder: Path, buffer: Path | None) -> None:
 
 def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The length of the difference, relative to what was wanted."""
-    return float((found - wanted).norm() / wanted.norm())
+    return float((found - wanted).norm() / wanted.network.norm())
 
 
 def compared(folder: Path, first: Path) -> dict[str, Any]:
     """How far the run in `folder` is from the one in `first`, which matched the same experts."""
-    metrics = [Metrics.read(path / "run" / "metrics.jsonl", until=ITERATIONS) for path in (folder, first)]
+    metrics = [read_metrics(path / "run") for path in (folder, first)]
     sets = [cddlib.SyntheticSet.load(path / "run" / "synthetic.safetensors") for path in (folder, first)]
     records = [json.loads(next((path / "run").glob("evaluation-*.json")).read_text()) for path in (folder, first)]
     losses = {

@@ -147,7 +147,6 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
         student_steps=steps or point.student_steps,
         student_batch=point.student_batch,
         side_by_side={"one by one": 1, "side by side": point.segments}.get(point.implementation.split(", ")[-1]),
-        **dataclasses.asdict(compute or ComputeConfig()),
     )
     plans = [cddlib.plan_student(student, size, STRATEGY, rng) for _ in range(point.segments)]
     total = [torch.zeros_like(images), torch.zeros_like(step_size)]
@@ -163,7 +162,7 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
         count = len(plans[turn])
         held_by_each = [torch.stack([x] * count) for x in (start, target, images, targets, step_size)]
         variables = [held_by_each[2].requires_grad_(), held_by_each[4].requires_grad_()]
-        losses = matching_losses(network, *held_by_each, plans[turn], student)
+        losses = matching_losses(network, *held_by_each, plans[turn], student, compute)
         for sum_, gradient in zip(total, torch.autograd.grad(losses.sum(), variables), strict=True):
             sum_ += gradient.sum(0)
     return total
@@ -351,9 +350,7 @@ def points(options: argparse.Namespace) -> list[Point]:
         names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
         found += [Point(**shared, **work, implementation=name) for name in names if name not in apart]
         if work.get("segments") == 4 and (work["ipc"] == 1 or (gpu and work["ipc"] == 10)):
-            found += [
-                Point(**shared, **work, implementation=name) for name in apart if gpu == ("compiled" in name)
-            ]
+            found += [Point(**shared, **work, implementation=name) for name in apart if gpu == ("compiled" in name)]
     for segments, name in itertools.product(SEGMENTS, ways):
         if name.startswith("textbook") or (name in apart and "compiled" not in name):
             found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))

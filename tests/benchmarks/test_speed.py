@@ -133,10 +133,7 @@ def test_a_record_s_parts_are_for_two_tables() -> None:
     rows += [{"name": "alone", "implementation": name, "side": 32} for name in names[:2]]
     rows += [{"name": "small", "implementation": name, "side": 8} for name in (names[0], *names[2:])]
     usual, apart = (
-        [
-            rows.index(row)
-            for row in speed_figures.part({"measurements": rows}, apart=apart)["measurements"]
-        ]
+        [rows.index(row) for row in speed_figures.part({"measurements": rows}, apart=apart)["measurements"]]
         for apart in (False, True)
     )
     assert usual == [0, 1, 4, 5]

@@ -34,7 +34,10 @@ def convnet(config: cddlib.NetworkConfig, shape: tuple[int, int, int], classes: 
     channels, side, _ = shape
     layers: list[nn.Module] = []
     for _ in range(config.depth):
-        layers += [nn.Conv2d(channels, config.width, 3, padding=1), nn.GroupNorm(config.width, config.width)]
+        layers += [
+            nn.Conv2d(channels, config.width, 3, padding=1),
+            nn.GroupNorm(config.width, config.width),
+        ]
         layers += [nn.ReLU(), nn.AvgPool2d(2)]
         channels, side = config.width, side // 2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, classes))

@@ -18,6 +18,7 @@ from cddlib.networks.convnet import Network
 from cddlib.synthetic import initialise
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.engine import make_step
+from cddlib.training.step import ComputeConfig
 
 CLASSES = 3
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -115,9 +116,9 @@ def test_gradient_is_exact_with_mini_batches(batch: int | None, soft: bool) -> N
 def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where images do not depend on their batch, a step takes `PART` of them at a time."""
     monkeypatch.setattr("cddlib.matching.student.PART", 3)
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: int(kept) * 2**20)
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: int(kept) * 2**20)
     problem = Problem(dsa=DSA, norm=norm)
-    engine, sizes = make_step(problem.network, MatchingConfig(), torch.device("cpu")), []
+    engine, sizes = make_step(problem.network, ComputeConfig(), torch.device("cpu")), []
     take = engine.forward
 
     def seen(theta: Tensor, inputs: Tensor, targets: Tensor) -> Any:
@@ -354,7 +355,7 @@ def test_students_side_by_side_are_students_one_by_one(
 ) -> None:
     """Each with parameters, images, labels, step size, batches and augmentation of its own."""
     monkeypatch.setattr("cddlib.matching.student.PART", 4)
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: int(kept) * 2**20)
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: int(kept) * 2**20)
     asked, rng = MatchingConfig(student_steps=4, **config), cddlib.generator("side by side")
     built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
     start = torch.stack([built.init(rng) for _ in range(3)]).double()
@@ -385,8 +386,8 @@ def test_derived_students_side_by_side_are_students_one_by_one(
     network, start, target, images, targets, _, steps = problem.arguments()
     size = engine.forward(start[None], images[None, :3].detach(), targets[None, :3].detach())[1].size
     monkeypatch.setattr("cddlib.matching.student.PART", 3)
-    monkeypatch.setattr("cddlib.matching.loss.steps_of", lambda *given: engine)
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: steps_kept * size)
+    monkeypatch.setattr("cddlib.matching.loss.make_step", lambda *given: engine)
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: steps_kept * size)
     other = cddlib.plan_student(MatchingConfig(student_steps=5, student_batch=5), 7, DSA, cddlib.generator("other"))
     rates = torch.tensor([0.3, 0.1]).double()
     two = [torch.stack([x.detach(), x.detach().roll(1, 0)]) for x in (start, target, images, targets)]
@@ -586,7 +587,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[StudentStep]]:
 
 def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib.SyntheticSet:
     """The initial set in float64, with variables that need gradients."""
-    found = initialise(config, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
+    found = initialise(config.synthetic, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
     doubles = {name: tensor.double().requires_grad_() for name, tensor in found.variable_tensors().items()}
     return dataclasses.replace(found, **doubles)
 
@@ -609,12 +610,12 @@ def test_concurrent_gradient_is_the_weighted_sum(
     synthetic = synthetic_set(config, buffer)
     found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
 
-    assert len(plans) == len(record["starts"]) == len(set(record["starts"])) == 3
+    assert len(plans) == len(record["matched"]) == len(set(map(tuple, record["matched"]))) == 3
     assert not torch.equal(plans[0][0].indices, plans[1][0].indices)  # each segment has batches of its own
     wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]
     total = 0.0
-    for k, (start, plan) in enumerate(zip(record["starts"], plans, strict=True)):
-        ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    for k, ((expert, start), plan) in enumerate(zip(record["matched"], plans, strict=True)):
+        ends = [buffer.parameters(expert, epoch).double() for epoch in (start, start + config.schedule.expert_epochs)]
         loss = unrolled(buffer.network, *ends, synthetic.images, synthetic.targets(), synthetic.step_size, plan)
         assert record["losses"][k] == pytest.approx(loss.item(), rel=1e-9)
         share = shares[0] if k == record["anchor"] else shares[1]
@@ -634,10 +635,10 @@ def test_concurrent_gradient_is_the_one_asked_for(
     config = cddlib.distill_recipe("mtt", "digits", **{**quick, "labels": "learned", **overrides})
     synthetic = synthetic_set(config, buffer)
     found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
-    (start,) = record["starts"]
-    ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    ((expert, start),) = record["matched"]
+    ends = [buffer.parameters(expert, epoch).double() for epoch in (start, start + config.schedule.expert_epochs)]
     losses, gradients = [], []
-    for asked in (config, None):
+    for asked in (config.student, None):
         targets = synthetic.targets()
         loss = unrolled(buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plans[0], asked)
         gradients.append(torch.autograd.grad(loss, synthetic.variables()))
@@ -656,8 +657,8 @@ def test_teacher_labels_are_what_each_segment_s_target_says(
     names = ["images", "label_logits", "step_size"]
     assert list(synthetic.variable_tensors()) == names
     wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]  # the labels' stays 0
-    for start, plan, loss in zip(record["starts"], plans, record["losses"], strict=True):
-        ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    for (expert, start), plan, loss in zip(record["matched"], plans, record["losses"], strict=True):
+        ends = [buffer.parameters(expert, epoch).double() for epoch in (start, start + config.schedule.expert_epochs)]
         logits = buffer.network(ends[1], synthetic.images.detach())  # not augmented, and constant
         targets = logits.exp() / logits.exp().sum(1, keepdim=True)
         arguments = (buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plan)
@@ -682,9 +683,9 @@ def test_one_segment_is_mtt(buffer: cddlib.Buffer, quick: dict[str, Any]) -> Non
         return [nn.Conv2d(channels, 8, 3, padding=1), nn.GroupNorm(8, 8), nn.ReLU(), nn.AvgPool2d(2)]
 
     model = nn.Sequential(*block(1), *block(8), nn.Flatten(), nn.Linear(8 * 2 * 2, 10))
-    (start,) = record["starts"]
-    first = buffer.parameters(record["expert"], start).double()
-    target = buffer.parameters(record["expert"], start + 2).double()
+    ((expert, start),) = record["matched"]
+    first = buffer.parameters(expert, start).double()
+    target = buffer.parameters(expert, start + 2).double()
     student, read = {}, 0
     for name, parameter in model.named_parameters():
         piece = first[read : read + parameter.numel()]

@@ -17,7 +17,7 @@ from cddlib.matching.loss import matching_loss
 from cddlib.matching.student import MatchingConfig, plan_student
 from cddlib.networks.convnet import Architecture, ConvNet, Network, NetworkConfig, Norm, parameter_count, unflatten
 from cddlib.networks.zoo import TorchNetwork, build_network
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 from cddlib.synthetic import SyntheticSet
 
 NORMS = get_args(Norm)
@@ -481,7 +481,7 @@ def test_a_resnet_is_distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         **network,
     }
     cddlib.distill(cddlib.distill_recipe("contra", "digits", **overrides), buffer, tmp_path / "run", device="cpu")
-    losses = [line["losses"] for line in Metrics.read(tmp_path / "run" / "metrics.jsonl", until=2) if "losses" in line]
+    losses = [line["losses"] for line in read_metrics(tmp_path / "run") if "losses" in line]
     assert np.shape(losses) == (2, 2)
     assert np.isfinite(losses).all()
     synthetic = SyntheticSet.load(tmp_path / "run" / "synthetic.safetensors")

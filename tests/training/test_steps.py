@@ -141,7 +141,7 @@ def test_only_the_usual_convnet_is_derived() -> None:
     assert isinstance(make_step(usual, ComputeConfig(), CUDA), ConvNetStep)
     assert isinstance(make_step(usual, ComputeConfig(precision="bfloat16"), CPU), ConvNetStep)
     assert isinstance(make_step(usual, ComputeConfig(compiled=True), CPU), ConvNetStep)
-    assert make_step(usual, fast, CPU) is make_step(usual, MatchingConfig(precision="bfloat16", compiled=True), CPU)
+    assert make_step(usual, fast, CPU) is make_step(usual, ComputeConfig(precision="bfloat16", compiled=True), CPU)
     odd = build_network(USUAL, (3, 10, 10), 5)  # its second pooling leaves out the last pixel
     others = [build_network(config, (3, 8, 8), 5) for config in (*UNUSUAL, NetworkConfig(network="mlp"))]
     for network in (odd, *others):
@@ -208,7 +208,7 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
     images = torch.randn(10, 2, 8, 8, generator=rng).requires_grad_()
     targets = F.one_hot(torch.arange(10) % 5, 5).float()
     step_size = torch.tensor(0.05, requires_grad=True)
-    config = MatchingConfig(student_steps=7, student_batch=4, precision=compute.precision)
+    config = MatchingConfig(student_steps=7, student_batch=4)
     plan = plan_student(config, 10, AugmentConfig().augment, rng)
     engine, taken = make_step(network, compute, CPU), 0
     take = engine.forward
@@ -221,12 +221,10 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
     monkeypatch.setattr(engine, "forward", counted)
     one = take(*alone(start, images[:4].detach(), targets[:4]))[1].size
     results = []
-    for residual_budget, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
-        monkeypatch.setattr(
-            "cddlib.matching.loss.room", lambda device, residual_budget=residual_budget: residual_budget
-        )
+    for budget, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
+        monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device, budget=budget: budget)
         taken = 0
-        loss = matching_loss(network, start, target, images, targets, step_size, plan, config)
+        loss = matching_loss(network, start, target, images, targets, step_size, plan, config, compute)
         gradients = torch.autograd.grad(loss, (images, step_size))
         assert taken == 7 + more
         results.append([loss.detach(), *gradients])
@@ -235,7 +233,7 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: pytest.fail("asked for room"))
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: pytest.fail("asked for room"))
     network, theta, inputs, targets, direction = problem((2, 8, 8))
     plan = plan_student(MatchingConfig(student_steps=2), 4, "none", cddlib.generator(0))
     with torch.no_grad():
@@ -339,7 +337,7 @@ COMPILED = """
 import torch, cddlib
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.networks.zoo import build_network
-from cddlib.training.engine import steps_of
+from cddlib.training.engine import make_step
 from cddlib.training.step import ComputeConfig
 torch.set_num_threads(1)
 rng = cddlib.generator("compiled")
@@ -349,11 +347,11 @@ inputs, targets = torch.randn(2, 3, 1, 8, 8, generator=rng), torch.rand(2, 3, 3,
 results = []
 for compiled in (True, True, False):
     compute = ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled)
-    engine = steps_of(network, compute, torch.device("cpu"))
+    engine = make_step(network, compute, torch.device("cpu"))
     if not compiled:
         engine = type(engine)(network, "float32", False)
-    gradient, memory = engine.take(theta, inputs, targets)
-    results.append([gradient, *engine.gradient(theta, inputs, targets), *engine.along(memory, direction)])
+    gradient, memory = engine.forward(theta, inputs, targets)
+    results.append([gradient, *engine.gradient(theta, inputs, targets), *engine.vjp(memory, direction)])
 for twice, once, plain in zip(*results):
     assert torch.equal(twice, once)
     torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)

@@ -445,7 +445,7 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
     buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], repeats: Repeats
 ) -> None:
     """Again and again, at a random moment, a random one of two."""
-    kills = repeats(2, 10)
+    kills = repeats(1, 10)
     config = {**quick, **LONG}
     together(2, distil, cddlib.distill_recipe("contra", **config), buffer.folder, tmp_path / "whole")
     out, rng = tmp_path / "killed", generator("kill a rank")
@@ -499,7 +499,7 @@ def listens(port: int) -> bool:
 
 
 def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, notes: dict[str, Any]) -> None:
-    config = {"width": 4, "epochs": 40, "experts": 3}
+    config = {"width": 4, "epochs": 12, "experts": 3}
     cddlib.train_buffer(cddlib.buffer_recipe("digits", **config), tmp_path / "1", device="cpu")
     out = tmp_path / "buffer"
     options = [word for name, value in config.items() for word in (f"--{name}", value)]

@@ -135,7 +135,7 @@ def test_an_iteration_keeps_to_its_device(
     with gpu:
         state = State(config, start.synthetic.copy().to(CUDA))
         state.synthetic = dataclasses.replace(state.synthetic, subsets=config.schedule.subsets)
-        for state.iteration in (1, 2):  # so that something can be replayed
+        for state.progress.iteration in (1, 2):  # so that something can be replayed
             before = gpu.uploads, gpu.waits
             iterate(state, config, experts, Ranks())
     uploads, waits = gpu.uploads - before[0], gpu.waits - before[1]

@@ -23,7 +23,7 @@ import torch
 from cddbook.records import write_record
 from cddlib.runtime.files import file_digest
 from cddlib.runtime.provenance import Recorder
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 
 VARIANTS = {
     "the machine": {},
@@ -61,7 +61,7 @@ def runs(variant: str, folder: Path, buffer: Path | None) -> None:
 
 def compared(folder: Path, first: Path) -> dict[str, Any]:
     """How far the run in `folder` is from the one in `first`, which matched the same experts."""
-    metrics = [Metrics.read(path / "run" / "metrics.jsonl", until=ITERATIONS) for path in (folder, first)]
+    metrics = [read_metrics(path / "run") for path in (folder, first)]
     records = [json.loads(next((path / "run").glob("evaluation-*.json")).read_text()) for path in (folder, first)]
     losses = {
         str(number): max(abs(a / b - 1) for a, b in zip(*(lines[number]["losses"] for lines in metrics), strict=True))

@@ -42,13 +42,13 @@ from cddbook.records import read_record
 from cddbook.study import study_record
 from cddlib.data.download import prepare
 from cddlib.evaluate import Trainer
-from cddlib.exchange.torch_files import LARGEST_DIRECTORY, LARGEST_PROGRAM, read_torch_file
+from cddlib.exchange.torch_files import LARGEST_PICKLE, read_torch_file
 from cddlib.experts import train as buffering
 from cddlib.experts.buffer import DIFFICULTY, Buffer
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.files import read_json, read_tensors, verify_checksum, write_json, write_tensors
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.files import add_checksum, read_json, read_tensors, verify_checksum, write_json, write_tensors
+from cddlib.runtime.run_folder import parse_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PREPARE = sys.modules["cddlib.data.download"]  # whose function hides it
@@ -272,7 +272,7 @@ def read_image(path: Path) -> None:
         read_torch_file,
         read_image,
         lambda path: read_tensors(path, "synthetic"),
-        lambda path: Metrics.read(path, until=0),
+        lambda path: parse_metrics(path, ""),
     ],
     ids=["json", "record", "pt", "image", "tensors", "metrics"],
 )
@@ -370,7 +370,7 @@ def test_a_set_without_images(tmp_path: Path) -> None:
 
 def test_nesting_in_a_sealed_file(tmp_path: Path) -> None:
     path = tmp_path / "buffer.json"
-    path.write_text('{"config":' + "[" * 100_000 + "]" * 100_000 + f', "checksum": "{seal({})["checksum"]}"}}')
+    path.write_text('{"config":' + "[" * 100_000 + "]" * 100_000 + f', "checksum": "{add_checksum({})["checksum"]}"}}')
     with pytest.raises(UserError, match=r"buffer\.json"):
         Buffer(tmp_path)
 

@@ -39,7 +39,7 @@ from cddlib.runtime.distributed import Interrupted, Ranks
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json, read_tensors, tensor_digest
 from cddlib.runtime.random import generator
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 
 # The sigmoid has no kinks: with ReLU, a difference in the last digit can grow by a factor of 1e5 in an iteration.
 
@@ -140,7 +140,7 @@ def moved(run: Path) -> float:
 
 def metrics(run: Path, iterations: int) -> list[dict[str, Any]]:
     """The lines of the metrics, without seconds."""
-    lines = Metrics.read(run / "metrics.jsonl", until=iterations)
+    lines = read_metrics(run)
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
@@ -183,7 +183,7 @@ def test_ranks_end_where_one_process_ends(
         if config.side_by_side == 1:  # and, by this rule, no gradient is added to another
             assert lines == alone and apart == 0
         for line, wanted in zip(lines, alone, strict=True):
-            for name in ("starts", "others", "replayed", "validation_accuracy"):
+            for name in ("matched", "validation_accuracy"):
                 assert line.get(name) == wanted.get(name)
             assert line.get("losses", []) == pytest.approx(wanted.get("losses", []), rel=1e-5)
         assert apart < 1e-6 and moved(out) > 1e-3
@@ -482,7 +482,7 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
         assert "another process of this run is gone" in staying.end()
     found, wanted = metrics(out, 60), metrics(tmp_path / "1", 60)
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
-    assert [line["starts"] for line in found[1:]] == [line["starts"] for line in wanted[1:]]
+    assert [line["matched"] for line in found[1:]] == [line["matched"] for line in wanted[1:]]
     apart = difference(tmp_path / "1", out)
     assert apart < 1e-4 and moved(out) > 1e-3
     notes.setdefault("agreement", []).append(

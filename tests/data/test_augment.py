@@ -122,39 +122,6 @@ def test_the_ends_of_the_draw_are_safe(change: str) -> None:
         np.testing.assert_allclose(found.double(), wanted, atol=1e-3 if dtype == torch.float else 1e-10)
 
 
-# --- Published strengths, seen from outside ---------------------------------------------------------------------
-
-
-def test_crop_shifts_by_up_to_four_pixels_of_32_equally_often() -> None:
-    point = torch.zeros(1, 1, 32, 32)
-    point[0, 0, 16, 16] = 1
-    grid = [(k + 0.5) / 90 for k in range(90)]
-    for axis in (0, 1):
-        landed: Counter[int] = Counter()
-        for u in grid:
-            numbers = (u, 0.5) if axis == 0 else (0.5, u)
-            where = torch.nonzero(apply(one("crop", *numbers), point)[0, 0]).tolist()
-            assert len(where) == 1
-            assert where[0][1 - axis] == 16
-            landed[where[0][axis] - 16] += 1
-        assert landed == dict.fromkeys(range(-4, 5), 10)
-
-
-def test_cutout_erases_half_a_side_centred_anywhere() -> None:
-    ones = torch.ones(1, 1, 32, 32)
-    for axis in (0, 1):
-        erased = set()
-        for k in range(33):
-            u = (k + 0.5) / 33
-            numbers = (u, 0.5) if axis == 0 else (0.5, u)
-            gone = torch.nonzero(apply(one("cutout", *numbers), ones)[0, 0] == 0)
-            along, across = gone[:, axis].unique().tolist(), gone[:, 1 - axis].unique().tolist()
-            assert along == list(range(max(0, k - 8), min(32, k + 8)))  # 16 pixels, clipped at the border
-            assert across == list(range(8, 24))
-            erased.update(along)
-        assert erased == set(range(32))
-
-
 # --- What all changes share -------------------------------------------------------------------------------------
 
 

@@ -97,11 +97,6 @@ def test_split_is_disjoint_covering_stratified(labels: torch.Tensor, fraction: f
     assert torch.equal(held_out, again[1])
 
 
-def test_split_is_random_within_a_class() -> None:
-    _, held_out = data.stratified_split(torch.zeros(1000, dtype=torch.long), 0.1)
-    assert 300 < held_out.float().mean() < 700  # neither the first nor the last images
-
-
 def test_fingerprint_is_the_hash_of_all_bytes(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "CHUNK", 7)
     keep, held_out = dataset.split
@@ -265,10 +260,9 @@ def test_a_cached_file_of_another_kind_is_refused(tmp_path: Path, case: str) -> 
         data.load("cifar10", tmp_path)
 
 
-def test_a_cached_file_that_lacks_tensors_or_classes_is_refused(tmp_path: Path) -> None:
+def test_a_cached_file_that_lacks_tensors_or_a_header_is_refused(tmp_path: Path) -> None:
     arrays = random_arrays()
-    images = {key: value for key, value in arrays.items() if key.endswith("images")}
-    path = write_cache(tmp_path, images, fingerprint="0" * 16)
+    path = write_cache(tmp_path, {key: arrays[key] for key in ("train_images", "test_images")}, fingerprint="0" * 16)
     with pytest.raises(UserError, match=r"cifar10\.safetensors lacks the tensors test_labels, train_labels: "):
         data.load("cifar10", tmp_path)
     safetensors.numpy.save_file(arrays, path)
@@ -295,23 +289,19 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage) -> None:
 @pytest.mark.parametrize("place", ["first label", "an image", "last byte"])
 def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) -> None:
     path = write_cache(tmp_path, random_arrays())
-    cddlib.load("cifar10", tmp_path)
     content = bytearray(path.read_bytes())
     labels = 8 + int.from_bytes(content[:8], "little")
     content[{"first label": labels, "an image": len(content) // 2, "last byte": -1}[place]] ^= 1
     path.write_bytes(content)
-    dataset = data.load("cifar10", tmp_path)
-    with pytest.raises(UserError) as refused:
-        assert dataset.fingerprint
-    wanted = fingerprint_of(random_arrays())
-    found = data.fingerprint(dataset.train, dataset.test)
-    assert str(refused.value) == (
-        f"{path} is damaged: its images and labels have the fingerprint {found}, not {wanted}, which it names; delete "
-        f"it and run `cddlib data cifar10` again."
-    )
     recipe = cddlib.buffer_recipe("cifar10", "mtt", width=4, depth=1, experts=1, epochs=1)
-    with pytest.raises(UserError, match=r"cifar10\.safetensors is damaged: "):
+    with pytest.raises(UserError) as refused:
         cddlib.train_buffer(recipe, tmp_path / "buffer", root=tmp_path, device="cpu")
+    damaged = data.load("cifar10", tmp_path)
+    found = data.fingerprint(damaged.train, damaged.test)
+    assert str(refused.value) == (
+        f"{path} is damaged: its images and labels have the fingerprint {found}, not "
+        f"{fingerprint_of(random_arrays())}, which it names; delete it and run `cddlib data cifar10` again."
+    )
     assert not (tmp_path / "buffer").exists()
 
 

@@ -52,37 +52,14 @@ def test_mtt_has_the_published_numbers(data: str, ipc: int) -> None:
     assert (e.momentum, e.weight_decay, e.sharpness_radius) == (0, 0, 0)
 
 
-# N, M, window, images a step, images' rate, labels' rate, step size's rate, threshold, initial images
-DATM = {
-    ("cifar10", 1): (80, 2, (0, None, 4), 10, 100, 5, 1e-7, 1.1, "correct"),
-    ("cifar10", 50): (80, 2, (0, 20, 40), 500, 1000, 2, 1e-5, 1, "correct"),
-    ("cifar10", 1000): (100, 2, (40, None, 60), 1000, 50, 10, 1e-5, 1, "correct"),
-    ("cifar100", 1): (40, 3, (0, 10, 20), 1000, 1000, 10, 1e-5, 1, "correct"),
-    ("cifar100", 10): (80, 2, (0, 30, 50), 1000, 1000, 10, 1e-5, 1, "correct"),
-    ("cifar100", 50): (80, 2, (20, None, 70), 1000, 1000, 10, 1e-5, 1, "real"),
-    ("tiny_imagenet", 10): (40, 2, (10, None, 50), 500, 100, 10, 1e-4, 1, "correct"),
-}
-
-
-@pytest.mark.parametrize(("data", "ipc"), DATM)
-def test_datm_has_the_published_numbers(data: str, ipc: int) -> None:
-    c = distill_recipe("datm", data, ipc)
-    found = (
-        *(c.student_steps, c.expert_epochs, (c.window_start, c.window_end_initial, c.window_end), c.student_batch),
-        *(c.lr_images, c.lr_labels, c.lr_step_size, c.loss_threshold, c.init),
-    )
-    assert found == DATM[data, ipc]
-    assert (c.labels, c.momentum_labels, c.iterations, c.step_size, c.zca) == ("learned", 0.9, 10000, 0.01, True)
-    assert (c.ema, c.evaluation_batch, c.evaluation_epochs) == (None, 128, 1000)
-    e = buffer_recipe(data, "datm", ipc)
-    assert (e.experts, e.epochs, e.sharpness_radius, e.sharpness_weight, e.zca) == (100, 100, 0.01, 0.3, True)
-    assert (e.learning_rate, e.batch_size, e.momentum, e.easiest_fraction) == (0.01, 256, 0, 1)
-
-
 @pytest.mark.parametrize(
     ("method", "data", "ipc", "student", "experts"),
     [
-        ("datm", "cifar10", 10, {"expansion_iterations": 1000}, {}),
+        ("datm", "cifar10", 1, {"window_end": 4, "student_batch": 10, "lr_labels": 5, "loss_threshold": 1.1}, {}),
+        ("datm", "cifar10", 10, {"labels": "learned", "expansion_iterations": 1000}, {"sharpness_radius": 0.01}),
+        ("datm", "cifar100", 10, {"window_end_initial": 30, "window_end": 50, "iterations": 10000}, {"epochs": 100}),
+        ("datm", "cifar100", 50, {"init": "real", "lr_images": 1000, "zca": True}, {"sharpness_weight": 0.3}),
+        ("datm", "tiny_imagenet", 10, {"window_start": 10, "ema": None, "evaluation_batch": 128}, {"experts": 100}),
         ("ftd", "cifar10", 1, {"ema": 0.9999, "step_size": 0.01}, {"sharpness_weight": 0.3, "sharpness_radius": 0.01}),
         ("ftd", "cifar10", 10, {"ema": 0.9995, "step_size": 0.001}, {"sharpness_weight": 0.3, "epochs": 50}),
         ("ftd", "cifar10", 50, {"ema": 0.999}, {"sharpness_weight": 1, "sharpness_adaptive": True}),

@@ -97,18 +97,14 @@ def test_init_has_the_ranges_of_pytorch(norm: Any) -> None:
         theirs = module(config, (3, 16, 16), 10).parameters()
     fan_in = {"conv0": 3 * 9, "conv1": 32 * 9, "classifier": 32 * 4 * 4}
     for (name, mine), torchs in zip(ours.items(), theirs, strict=True):
-        layer, kind = name.split(".")
+        layer = name.split(".")[0]
         if layer.startswith("norm"):
             assert torch.equal(mine, torchs)
             continue
         bound = 1 / math.sqrt(fan_in[layer])
-        assert max(mine.abs().max(), torchs.abs().max()) <= bound
-        if kind == "weight":
-            assert min(mine.max(), -mine.min()) > 0.98 * bound
-            assert abs(mine.mean()) < 0.1 * bound
+        assert 0.5 * bound < mine.abs().max() <= bound and torchs.abs().max() <= bound
+        if name.endswith("weight"):
             assert mine.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)  # uniform
-        else:
-            assert mine.abs().max() > 0.5 * bound
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------
@@ -263,50 +259,13 @@ def resnet18(p: dict[str, Tensor], x: Tensor) -> Tensor:
     return F.linear(x.mean((2, 3)), p["fc.weight"], p["fc.bias"])
 
 
-def densenet121(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    def norm(name: str, x: Tensor) -> Tensor:
-        return F.relu(F.group_norm(x, x.shape[1], p[f"features.{name}.weight"], p[f"features.{name}.bias"]))
-
-    pooled = {8: 1, 28: 2, 32: 3}[x.shape[-1]]
-    x = norm("norm0", F.conv2d(x, p["features.conv0.weight"], padding=1))
-    for block, layers in enumerate((6, 12, 24, 16), start=1):
-        for layer in range(1, layers + 1):
-            name = f"denseblock{block}.denselayer{layer}"
-            new = F.conv2d(norm(f"{name}.norm1", x), p[f"features.{name}.conv1.weight"])
-            new = F.conv2d(norm(f"{name}.norm2", new), p[f"features.{name}.conv2.weight"], padding=1)
-            x = torch.cat([x, new], 1)
-        if block < 4:
-            name = f"transition{block}"
-            x = F.conv2d(norm(f"{name}.norm", x), p[f"features.{name}.conv.weight"])
-            x = F.avg_pool2d(x, 2) if block <= pooled else x
-    return F.linear(norm("norm5", x).mean((2, 3)), p["classifier.weight"], p["classifier.bias"])
-
-
-def vit(p: dict[str, Tensor], x: Tensor) -> Tensor:
-    patch = {8: 1, 28: 4, 32: 4}[x.shape[-1]]
-    x = F.conv2d(x, p["conv_proj.weight"], p["conv_proj.bias"], stride=patch).flatten(2).transpose(1, 2)
-    x = torch.cat([p["class_token"].expand(len(x), 1, 192), x], 1) + p["encoder.pos_embedding"]
-    for layer in range(6):
-        q = {name.split(f"encoder_layer_{layer}.")[-1]: value for name, value in p.items()}
-        y = F.layer_norm(x, (192,), q["ln_1.weight"], q["ln_1.bias"], 1e-6)
-        y = F.linear(y, q["self_attention.in_proj_weight"], q["self_attention.in_proj_bias"])
-        query, key, value = (part.unflatten(2, (3, 64)).transpose(1, 2) for part in y.chunk(3, 2))
-        y = ((query @ key.mT / 8).softmax(3) @ value).transpose(1, 2).flatten(2)
-        x = x + F.linear(y, q["self_attention.out_proj.weight"], q["self_attention.out_proj.bias"])
-        y = F.layer_norm(x, (192,), q["ln_2.weight"], q["ln_2.bias"], 1e-6)
-        y = F.gelu(F.linear(y, q["mlp.0.weight"], q["mlp.0.bias"]))
-        x = x + F.linear(y, q["mlp.3.weight"], q["mlp.3.bias"])
-    x = F.layer_norm(x, (192,), p["encoder.ln.weight"], p["encoder.ln.bias"], 1e-6)
-    return F.linear(x[:, 0], p["heads.head.weight"], p["heads.head.bias"])
-
-
 def mlp(p: dict[str, Tensor], x: Tensor) -> Tensor:
     w1, b1, w2, b2, w3, b3 = p.values()
     assert len(b1) == len(b2) == 128
     return F.linear(F.relu(F.linear(F.relu(F.linear(x.flatten(1), w1, b1)), w2, b2)), w3, b3)
 
 
-@pytest.mark.parametrize("reference", [alexnet, vgg11, resnet18, densenet121, vit, mlp])
+@pytest.mark.parametrize("reference", [alexnet, vgg11, resnet18, mlp])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_equal_to_the_network_written_out(reference: Any, shape: tuple[int, int, int]) -> None:
     network = build_network(NetworkConfig(network=reference.__name__), shape, 5)
@@ -331,24 +290,6 @@ def test_init_of_every_architecture_depends_on_its_generator_alone(name: Any) ->
     assert theta.dtype == torch.float
     assert theta.shape == (parameter_count(network),)
     assert bool(theta.isfinite().all())
-
-
-@pytest.mark.parametrize(
-    ("name", "weight", "std"),
-    [
-        ("resnet18", "conv1.weight", math.sqrt(2 / (64 * 9))),  # He et al. 2015, over the outputs
-        ("densenet121", "features.conv0.weight", math.sqrt(2 / (3 * 9))),  # over the inputs
-        ("vit", "conv_proj.weight", 1 / math.sqrt(3 * 16)),
-        ("alexnet", "0.weight", 1 / math.sqrt(3 * 3 * 25)),  # uniform within 1 / sqrt(inputs)
-        ("vgg11", "0.weight", 1 / math.sqrt(3 * 3 * 9)),
-    ],
-)
-def test_the_first_convolution_starts_as_in_torchvision(name: Any, weight: str, std: float) -> None:
-    network = build_network(NetworkConfig(network=name), (3, 32, 32), 10)
-    named = views(network, network.init(cddlib.generator("init")))
-    assert next(value for key, value in named.items() if key.endswith("weight") or value.ndim == 4).ndim == 4
-    assert named[weight].std().item() == pytest.approx(std, rel=0.05)
-    assert abs(named[weight].mean()) < 0.1 * std
 
 
 # --- Matching with them -----------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ On the command line::
     cddlib recipes --data cifar10                                       # all of them, with where the values are from
     cddlib distill --method datm --data cifar100 --ipc 10 --segments 4 --buffer runs/buffer --out runs/datm
 
-A recipe is the base's recipe, then the method's settings, then its row of `cells.csv` for the (data set, IPC). Where it
-has no row, the values are *derived*: taken from the row, of the method or its bases, whose IPC is nearest. `segments=K`
-makes any method concurrent, in a window at least K wide.
+A recipe begins with the data set's line of `data_sets.csv`. Then come the base's recipe, the method's settings, and its
+row of `cells.csv` for the (data set, IPC). Where it has no row, the values are *derived*: taken from the row, of the
+method or its bases, whose IPC is nearest. `segments=K` makes any method concurrent, in a window at least K wide.
 """
 
 import csv
@@ -35,24 +35,6 @@ CELLS = {
     "imagenet": (1, 10, 50),
 }
 """Images per class in the tables of the field, and for the two small data sets."""
-
-_DATA: dict[str, dict[str, Any]] = {  # what experts and students of a data set have in common, and its experts
-    "digits": {
-        "depth": 2,
-        "width": 32,
-        "augment": "crop_scale_rotate",
-        "experts": 5,
-        "epochs": 20,
-        "learning_rate": 0.1,
-        "batch_size": 64,
-    },
-    "cifar10": {"zca": True},
-    "cifar100": {"zca": True},
-    "tiny_imagenet": {"depth": 4},
-    "imagefolder": {"depth": 4},
-    "imagenet": {"depth": 4},
-}
-
 
 _STAND_IN = {"imagefolder": "tiny_imagenet", "imagenet": "tiny_imagenet"}
 """Data sets whose values a method takes for one that neither it nor its bases have rows for; without their ZCA."""
@@ -210,9 +192,12 @@ def read_rows(lines: Iterable[str]) -> dict[tuple[str, str, int], Row]:
     rows = {}
     for line in csv.DictReader(lines):
         method, data, ipc, kind = (line.pop(column) for column in ("method", "data", "ipc", "kind"))
-        values = {field: _parse(field, token) for field, token in line.items() if token}
-        rows[method, data, int(ipc)] = Row(typing.cast(Kind, kind), values)
+        rows[method, data, int(ipc)] = Row(typing.cast(Kind, kind), _parse_line(line))
     return rows
+
+
+def _parse_line(line: dict[str, str]) -> dict[str, Any]:
+    return {field: _parse(field, token) for field, token in line.items() if token}
 
 
 def _parse(field: str, token: str) -> Any:
@@ -228,5 +213,8 @@ def _parse(field: str, token: str) -> Any:
 
 
 _TYPES = typing.get_type_hints(BufferConfig) | typing.get_type_hints(DistillConfig)
-ROWS = read_rows(Path(__file__).with_name("cells.csv").read_text().splitlines())
+_TABLES = {name: Path(__file__).with_name(f"{name}.csv").read_text().splitlines() for name in ("cells", "data_sets")}
+ROWS = read_rows(_TABLES["cells"])
 """The values of every (method, data set, IPC) that has some of its own."""
+_DATA = {line.pop("data"): _parse_line(line) for line in csv.DictReader(_TABLES["data_sets"])}
+"""What experts and students of a data set have in common, and its experts, where no method says otherwise."""

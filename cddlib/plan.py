@@ -4,46 +4,44 @@ On the command line::
 
     cddlib plan --method datm --data cifar100 --ipc 10 --segments 4
 
-Operations and memory are counted on tensors without data, for one step of each kind, and scaled to the run. Time is
-measured: a few steps of each kind run on this machine, uncompiled, on random images of the right shape, so it holds as
-far as the machine will be as busy as it is now; a compiled run takes less. Memory is what a run cannot do without where
-a student takes its batch whole, as on a GPU; what `cddlib.training.step` keeps where there is room comes on top.
+A run takes steps of a few kinds: an expert's, a student's, those of a network that is trained to evaluate a set, and
+tests. One step of each kind is counted, on tensors that have shapes but no data, and timed, on random images on this
+machine; the rest is one sum. The time holds as far as the machine will be as busy as it is now, and for runs that are
+not compiled. The memory is what a run cannot do without if a student takes its batch whole, as on a GPU; what
+`cddlib.training.step` remembers where memory allows comes on top.
 """
 
-import dataclasses
 import functools
+import math
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from cddlib.data.dataset import VALIDATION_FRACTION, Images, load
-from cddlib.data.preprocessing import Normalisation, Preprocessing, Whitening
+from cddlib.data.dataset import VALIDATION_FRACTION, load
 from cddlib.distillation.config import DistillConfig
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import chunk_size, plan_student
 from cddlib.methods.recipes import buffer_recipe
-from cddlib.networks.convnet import Network, NetworkConfig, parameter_count
+from cddlib.networks.convnet import parameter_count
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import flat, replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
-from cddlib.training.epoch import SharpnessConfig, fetch_real, predict, train_epoch
-from cddlib.training.step import AutogradStep
+from cddlib.training import counting
+from cddlib.training.epoch import SharpnessConfig, predict, train_epoch
 
-MEASURED_SECONDS = 2.0
-"""How long each kind of step is measured, at least; the first one is not counted."""
+MEASURED_SECONDS = 0.5
+"""How long each kind of step is repeated, at least; the first one is not counted."""
+LONGEST_SECONDS = 0.3
+"""How long one step may take: if it would take longer, fewer images are timed."""
+MOST_IMAGES = 500
+"""The largest batch that is timed."""
 
 
 class Sizes(NamedTuple):
@@ -69,21 +67,30 @@ class Cost(NamedTuple):
 
     stage: str
     flops: float
-    """Floating-point operations, a multiply-add counted as two."""
-    memory: float
+    """Floating-point operations on all devices, a multiply-add counted as two."""
+    memory: int
     """Peak bytes of tensors on one device."""
-    disk: float
+    disk: int
     """Bytes that it leaves on disk."""
     seconds: float | None
     """Wall time, or None if nothing was measured."""
+    devices: int
+    """Number of equal devices that divide it among them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Unit:
-    """What one image costs in one kind of step."""
+class _Step(NamedTuple):
+    """What a step of one kind takes."""
 
     flops: float
-    seconds: float | None
+    """Operations for one image."""
+    memory: int
+    """Peak bytes of the whole step."""
+    seconds: float
+    """Time for one image; 0 if it was not measured."""
+
+
+_Work = Sequence[tuple[_Step, int | float]]
+"""Kinds of step, each with the number of images that take part."""
 
 
 def sizes_of(name: str, root: Path | None) -> Sizes:
@@ -97,8 +104,8 @@ def sizes_of(name: str, root: Path | None) -> Sizes:
 def buffer_of(config: DistillConfig, **overrides: Any) -> BufferConfig:
     """How the experts that `config` matches are trained: by its method, on its network, pixels and augmentation."""
     experts = buffer_recipe(config.data.data, config.method, config.synthetic.ipc)
-    own = {**flat(config.data), **flat(config.network), **flat(config.augmentation), **flat(config.compute)}
-    return replace(experts, seed=config.seed, **own, **overrides)
+    shared = flat(config.data) | flat(config.network) | flat(config.augmentation) | flat(config.compute)
+    return replace(experts, seed=config.seed, **shared, **overrides)
 
 
 def plan(
@@ -128,276 +135,179 @@ def plan(
     for name, value in (("devices", devices), ("networks", networks)):
         if value < 1:
             raise UserError(f"{name} is {value}; it must be at least 1.")
-    sizes = sizes_of(config.data.data, root)
-    steps = _Steps(experts, config, sizes, device, measure, devices)
-    return [
-        _buffering(experts, sizes, steps, devices),
-        _distillation(config, sizes, steps, devices),
-        _evaluation(config, sizes, steps, networks, devices),
-    ]
+    meter = _Meter(config, sizes_of(config.data.data, root), devices, resolve_device(device) if measure else None)
+    kind = resolve_device(device).type if device == "auto" else device.split(":")[0]
+    return [_buffering(experts, meter), _distillation(config, meter, kind), _evaluation(config, networks, meter)]
 
 
-def _buffering(experts: BufferConfig, sizes: Sizes, steps: "_Steps", devices: int) -> Cost:
+def _buffering(experts: BufferConfig, meter: "_Meter") -> Cost:
+    sizes, test = meter.sizes, meter.test()
     validation = round(VALIDATION_FRACTION * sizes.train)
     train = sizes.train - validation * experts.holdout
     seen = sum(b - a for a, b in map(experts.curriculum.bounds, range(experts.epochs))) * train
-    work = [(steps.expert, seen), (steps.test, validation * (experts.epochs + 1) + sizes.test)]
-    ranking = [(steps.train, SCORERS * SCORER_EPOCHS * train)] if experts.curriculum.ranks_images else []
-    share = -(-experts.experts // devices)
-    vectors = 4 * parameter_count(steps.network) * (experts.epochs + 1)
-    return Cost(
-        "experts",
-        experts.experts * _flops(work) + _flops(ranking),
-        steps.expert_memory + vectors + _data_bytes(sizes, sizes.train + sizes.test),
-        experts.experts * vectors,
-        _seconds(work, share, ranking),
+    step = meter.training(experts.batch_size, experts.sharpness)
+    expert = [(step, seen), (test, validation * (experts.epochs + 1) + sizes.test)]
+    ranking = (
+        [(meter.training(experts.batch_size), SCORERS * SCORER_EPOCHS * train)]
+        if experts.curriculum.ranks_images
+        else []
     )
+    trajectory = 4 * meter.parameters * (experts.epochs + 1)
+    memory = step.memory + trajectory + math.prod(sizes.shape) * (sizes.train + sizes.test)
+    return meter.cost("experts", experts.experts, expert, ranking, memory, experts.experts * trajectory)
 
 
-def _distillation(config: DistillConfig, sizes: Sizes, steps: "_Steps", devices: int) -> Cost:
+def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> Cost:
+    sizes, test = meter.sizes, meter.test()
     images = config.synthetic.ipc * sizes.classes
     subset = images // config.schedule.subsets
-    in_a_step = min(config.student.student_batch or subset, subset)
-    labelled = [(steps.test, config.schedule.iterations * images)] if config.synthetic.labels == "teacher" else []
-    student = [(steps.student, config.schedule.iterations * config.student.student_steps * in_a_step), *labelled]
+    batch = min(config.student.student_batch or subset, subset)
+    most = chunk_size(meter.network, config.student, device_type, sizes.shape, batch)
+    students = min(most, -(-config.schedule.segments_in_all // meter.devices))  # who take their steps side by side
+    step = meter.student(batch, students)
+    labelled = [(test, config.schedule.iterations * images)] if config.synthetic.labels == "teacher" else []
+    student = [(step, config.schedule.iterations * config.student.student_steps * batch), *labelled]
+
     times = 0 if config.validate_every == 0 else 1 + -(-config.schedule.iterations // config.validate_every)
     validation = round(VALIDATION_FRACTION * sizes.train)
     trained = images * config.evaluation.evaluation_epochs * (config.schedule.subsets + 1) // 2
-    checks = [(steps.train, times * config.validation_runs * trained)]
-    checks += [(steps.test, times * config.validation_runs * validation), *labelled]
-    set_bytes = 4 * images * (sizes.shape[0] * sizes.shape[1] * sizes.shape[2] + sizes.classes)
-    vectors = 4 * parameter_count(steps.network) * (config.student.student_steps + 3)
-    kept = 1 if config.combination.combine == "mean" else config.schedule.segments_in_all
-    return Cost(
-        "distillation",
-        config.schedule.segments_in_all * _flops(student) + _flops(checks),
-        steps.students * (steps.student_memory + vectors)
-        + (kept + 3 + 2 * steps.students) * set_bytes
-        + _data_bytes(sizes, validation),
-        4 * set_bytes,  # the set; and the checkpoint: variables, momentum, best
-        _seconds(student, -(-config.schedule.segments_in_all // devices), checks),
-    )
+    network = meter.training(min(config.evaluation.evaluation_batch, images))
+    checks = [(network, times * config.validation_runs * trained)]
+    checks += [(test, times * config.validation_runs * validation), *labelled]
+
+    set_bytes = 4 * images * (math.prod(sizes.shape) + sizes.classes)
+    sets = (
+        3 + 2 * students + (1 if config.combination.combine == "mean" else config.schedule.segments_in_all)
+    )  # and gradients
+    path = 4 * meter.parameters * (config.student.student_steps + 3)
+    memory = students * (step.memory + path) + sets * set_bytes + math.prod(sizes.shape) * validation
+    disk = 4 * set_bytes  # the set; and the checkpoint: variables, momentum, best
+    return meter.cost("distillation", config.schedule.segments_in_all, student, checks, memory, disk)
 
 
-def _evaluation(config: DistillConfig, sizes: Sizes, steps: "_Steps", networks: int, devices: int) -> Cost:
-    images = config.synthetic.ipc * sizes.classes
-    trained = images * config.evaluation.evaluation_epochs
+def _evaluation(config: DistillConfig, networks: int, meter: "_Meter") -> Cost:
+    sizes, images = meter.sizes, config.synthetic.ipc * meter.sizes.classes
     batches = config.evaluation.evaluation_epochs * -(-images // config.evaluation.evaluation_batch)
     epochs = max(1, round(batches / -(-sizes.train // config.evaluation.evaluation_batch)))
-    on_sets = trained * (config.schedule.subsets + 1) // 2 + trained
-    work = [(steps.train, on_sets), (steps.real, epochs * sizes.train), (steps.test, 3 * sizes.test)]
-    memory = steps.train_memory + _data_bytes(sizes, sizes.train + sizes.test)
-    return Cost("evaluation", networks * _flops(work), memory, 0, _seconds(work, -(-networks // devices), []))
+    on_set, on_real = map(
+        meter.training, (min(config.evaluation.evaluation_batch, images), config.evaluation.evaluation_batch)
+    )
+    trained = (
+        images * config.evaluation.evaluation_epochs * (config.schedule.subsets + 3) // 2
+    )  # on the set, and on random real images
+    network = [(on_set, trained), (on_real, epochs * sizes.train), (meter.test(), 3 * sizes.test)]
+    memory = on_real.memory + math.prod(sizes.shape) * (sizes.train + sizes.test)
+    return meter.cost("evaluation", networks, network, [], memory, 0)
 
 
-def _flops(work: Sequence[tuple[_Unit, int | float]]) -> float:
-    return sum((unit.flops * images for unit, images in work), 0.0)
-
-
-def _seconds(
-    work: Sequence[tuple[_Unit, int | float]], share: int, once: Sequence[tuple[_Unit, int | float]]
-) -> float | None:
-    """Seconds of `share` times `work`, and of what is not divided; None if nothing was measured."""
-    if any(unit.seconds is None for unit, _ in work):
-        return None
-    total = [(unit.seconds or 0) * images for unit, images in work]
-    return share * sum(total, 0.0) + sum((unit.seconds or 0) * images for unit, images in once)
-
-
-def _data_bytes(sizes: Sizes, images: int) -> int:
-    return images * sizes.shape[0] * sizes.shape[1] * sizes.shape[2]
-
-
-def costs_table(costs: list[Cost]) -> str:
-    """The costs as lines of text, with their sum."""
-    total = sum(cost.seconds for cost in costs if cost.seconds is not None)
-    lines = [f"{'':14}{'operations':>12}{'memory':>10}{'disk':>10}{'time':>12}"]
+def costs_table(costs: Sequence[Cost]) -> str:
+    """The costs as a sentence, and below it a table, a line a stage."""
+    known = [cost.seconds for cost in costs if cost.seconds is not None]
+    devices = costs[0].devices
+    where = "on this machine" if devices == 1 else f"on {devices} devices like this machine's"
+    duration = f"About {_duration(sum(known))} {where}" if known else "No time was measured"
+    memory = f"{_bytes(max(cost.memory for cost in costs))} of memory{' on each' if devices > 1 else ''}"
+    lines = [f"{duration}; {memory}.", f"{'':14}{'operations':>12}{'memory':>10}{'disk':>10}{'time':>14}"]
     for cost in costs:
         seconds = "-" if cost.seconds is None else _duration(cost.seconds)
-        lines.append(
-            f"{cost.stage:14}{cost.flops:>12.1e}{cost.memory / 1e6:>7,.0f} MB{cost.disk / 1e6:>7,.0f} MB{seconds:>12}"
-        )
-    if total:
-        lines.append(f"{'':44}{_duration(total):>14}")
+        sizes = f"{_bytes(cost.memory):>10}{_bytes(cost.disk):>10}"
+        lines.append(f"{cost.stage:14}{cost.flops:>12.1e}{sizes}{seconds:>14}")
     return "\n".join(lines)
 
 
 def _duration(seconds: float) -> str:
     """A time in the unit in which it is easiest to read."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} s"
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
+    length, unit = next((length, unit) for length, unit in units if seconds >= 2 * length or length == 1)
+    return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}"
 
 
-# --- One step of each kind --------------------------------------------------------------------------------------
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
 
 
-class _Steps:
-    """The cost of one image in an expert's step, a student's step, a network's step, and a test."""
+class _Meter:
+    """Counts a step of each kind, and times it if it has a device."""
 
-    def __init__(
-        self, experts: BufferConfig, config: DistillConfig, sizes: Sizes, device: str, measure: bool, devices: int
-    ) -> None:
+    def __init__(self, config: DistillConfig, sizes: Sizes, devices: int, device: torch.device | None) -> None:
+        self.config, self.sizes, self.devices, self.device = config, sizes, devices, device
         self.network = build_network(config.network, sizes.shape, sizes.classes)
-        self.config, self.sizes = config, sizes
-        subset = config.synthetic.ipc * sizes.classes // config.schedule.subsets
-        student_batch = min(config.student.student_batch or subset, subset)
-        train_batch = min(config.evaluation.evaluation_batch, config.synthetic.ipc * sizes.classes)
-        network = config.network
-        sharp = experts.sharpness
-        expert, self.expert_memory = _training(network, sizes, experts.batch_size)
-        train, self.train_memory = _training(network, sizes, train_batch)
-        student, self.student_memory = _student(network, sizes, student_batch)
-        kind = resolve_device(device).type if measure or device == "auto" else device.split(":")[0]
-        most = chunk_size(self.network, config.student, kind, sizes.shape, student_batch)
-        self.students = min(most, -(-config.schedule.segments_in_all // devices))
-        """How many take their steps side by side."""
-        seconds: dict[str, float | None] = dict.fromkeys(("expert", "train", "real", "test", "student"))
-        if measure:
-            seconds |= self._measure(experts.batch_size, train_batch, student_batch, sharp, resolve_device(device))
-        self.expert = _Unit(expert * (2 if sharp.sharpness_radius else 1), seconds["expert"])
-        self.train, self.real = _Unit(train, seconds["train"]), _Unit(train, seconds["real"])
-        self.test = _Unit(_test(network, sizes), seconds["test"])
-        self.student = _Unit(student, seconds["student"])
+        self.parameters = parameter_count(self.network)
+        what = {"config": config.network, "shape": sizes.shape, "classes": sizes.classes}
+        self.count = functools.partial(counting.count, **what)
+        self.training, self.test = functools.cache(self._training), functools.cache(self._test)
+        if device:
+            self.rng = generator("plan")
+            self.theta = self.network.init(self.rng).to(device).requires_grad_()
+            self.images = torch.randn(MOST_IMAGES, *sizes.shape, generator=self.rng).to(device)
+            self.targets = torch.eye(sizes.classes)[torch.arange(MOST_IMAGES) % sizes.classes].to(device)
+            self.fetch = lambda indices: (self.images[indices], self.targets[indices])
 
-    def _measure(
-        self, expert_batch: int, train_batch: int, student_batch: int, sharp: SharpnessConfig, device: torch.device
-    ) -> dict[str, float]:
-        """Seconds for one image in each kind of step."""
-        rng = generator("plan")
-        network, c, sizes = self.network, self.config, self.sizes
-        theta = network.init(rng).to(device).requires_grad_()
-        optimizer = torch.optim.SGD([theta], lr=0.0)
-        many = max(expert_batch, train_batch, 500)
-        pixels = torch.randint(256, (many, *sizes.shape), generator=rng, dtype=torch.uint8).to(device)
-        real = Images(pixels, torch.randint(sizes.classes, (many,), generator=rng).to(device))
-        fetch = fetch_real(real, _any_preprocessing(c.data.zca, sizes, device))
-        images = torch.randn(max(student_batch, train_batch), *sizes.shape, generator=rng).to(device)
-        targets = torch.eye(sizes.classes)[torch.arange(len(images)) % sizes.classes].to(device)
+    def cost(self, stage: str, times: int, each: _Work, once: _Work, memory: int, disk: int) -> Cost:
+        """The sum: `times` times the steps of `each`, divided among the devices, and the steps of `once`."""
+        divided = -(-times // self.devices)
+        flops = sum(times * step.flops * images for step, images in each)
+        flops += sum(step.flops * images for step, images in once)
+        seconds = sum(divided * step.seconds * images for step, images in each)
+        seconds += sum(step.seconds * images for step, images in once)
+        return Cost(stage, flops, memory, disk, seconds if self.device else None, self.devices)
 
-        def held(indices: Tensor) -> tuple[Tensor, Tensor]:
-            return images[indices], targets[indices]
+    def _training(self, batch: int, sharpness: SharpnessConfig | None = None) -> _Step:
+        """A step of SGD; of an expert, with a second gradient if its minima shall be flat."""
+        gradients = 2 if sharpness and sharpness.sharpness_radius > 0 else 1
 
-        def epoch(of: Any, batch: int, sharpness: SharpnessConfig | None = None) -> Callable[[], object]:
-            return lambda: train_epoch(
-                network,
-                theta,
-                optimizer,
-                of,
-                batch,
-                batch_size=batch,
-                strategy=c.augmentation.augment,
-                generator=rng,
-                sharpness=sharpness,
+        def run(size: int) -> None:
+            network = self.network, self.theta, torch.optim.SGD([self.theta], lr=0.0)
+            options: dict[str, Any] = {
+                "strategy": self.config.augmentation.augment,
+                "generator": self.rng,
+                "sharpness": sharpness,
+            }
+            train_epoch(*network, self.fetch, size, batch_size=size, **options)
+
+        flops, memory = self.count(counting.descend, batch=batch)
+        return _Step(gradients * flops, memory, self._time(run, batch))
+
+    def _test(self) -> _Step:
+        """The classification of images."""
+        seconds = self._time(lambda size: predict(self.network, self.theta, self.fetch, size), MOST_IMAGES)
+        return _Step(*self.count(counting.classify, batch=2), seconds)
+
+    def student(self, batch: int, students: int) -> _Step:
+        """A step of a student, forward and back, of so many side by side."""
+        config = replace(self.config, student_steps=2, student_batch=None)
+
+        def run(size: int) -> None:
+            rate = torch.tensor(config.synthetic.step_size, device=self.device)
+            start, images, targets, rates = (
+                tensor.detach().expand(students, *tensor.shape).contiguous()
+                for tensor in (self.theta, self.images[:size], self.targets[:size], rate)
             )
-
-        few = replace(c.student, student_steps=2, student_batch=None)
-        step_size = torch.tensor(c.synthetic.step_size, device=device)
-        start, learned, wanted, rates = (
-            tensor.expand(self.students, *tensor.shape).contiguous()
-            for tensor in (theta.detach(), images[:student_batch], targets[:student_batch], step_size)
-        )
-        variables = [learned.requires_grad_(), rates.requires_grad_()]
-
-        def student() -> None:
-            steps = [plan_student(few, student_batch, c.augmentation.augment, rng) for _ in range(self.students)]
-            losses = matching_losses(network, start, start + 1, learned, wanted, rates, steps, few)
+            variables = [images.requires_grad_(), rates.requires_grad_()]
+            steps = [plan_student(config.student, size, config.augmentation.augment, self.rng) for _ in range(students)]
+            losses = matching_losses(self.network, start, start + 1, images, targets, rates, steps, config.student)
             torch.autograd.grad(losses.sum(), variables)
 
-        return {
-            "expert": _time(epoch(fetch, expert_batch, sharp), device) / expert_batch,
-            "train": _time(epoch(held, train_batch), device) / train_batch,
-            "real": _time(epoch(fetch, c.evaluation.evaluation_batch), device) / c.evaluation.evaluation_batch,
-            "test": _time(lambda: predict(network, theta, fetch, 500), device) / 500,
-            "student": _time(student, device) / (2 * student_batch * self.students),
-        }
+        back, memory = self.count(counting.walk_back, batch=batch)
+        forward, _ = self.count(counting.descend, batch=batch)
+        return _Step(forward + back, memory, self._time(run, batch) / (2 * students))
+
+    def _time(self, run: Callable[[int], object], batch: int) -> float:
+        """Seconds for one image of `run` on a batch: of all its images, or of as many as can be timed in passing."""
+        if self.device is None:
+            return 0.0
+        few = min(batch, 4)
+        many = max(few, int(LONGEST_SECONDS / _seconds(run, few, 0.0, self.device)))
+        return _seconds(run, min(batch, many, MOST_IMAGES), MEASURED_SECONDS, self.device)
 
 
-def _any_preprocessing(zca: bool, sizes: Sizes, device: torch.device) -> Preprocessing:
-    """A map that costs what the data set's own will."""
-    c, h, w = sizes.shape
-    if not zca:
-        return Normalisation(torch.zeros(c), torch.ones(c)).to(device)
-    return Whitening(torch.zeros(c * h * w), torch.eye(c * h * w), torch.ones(c * h * w)).to(device)
-
-
-def _time(run: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds of `run`, after one that is not counted."""
-
-    def now() -> float:
+def _seconds(run: Callable[[int], object], images: int, at_least: float, device: torch.device) -> float:
+    """Mean seconds for one image of `run`, repeated for `at_least` so long; the first one is not counted."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times[1:]) < at_least:
+        began = time.perf_counter()
+        run(images)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    run()
-    began, count = now(), 0
-    while count < 3 or now() - began < MEASURED_SECONDS:
-        run()
-        count += 1
-    return (now() - began) / count
-
-
-# Steps on tensors that have shapes but no data. Recipes share networks and batches, so each is counted once.
-
-
-def _blank(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[Network, Tensor, Tensor, Tensor]:
-    """A network, its parameters, images, and targets."""
-    network = build_network(config, sizes.shape, sizes.classes)
-    theta = torch.empty(parameter_count(network), device="meta", requires_grad=True)
-    images = torch.empty(batch, *sizes.shape, device="meta")
-    return network, theta, images, torch.empty(batch, sizes.classes, device="meta")
-
-
-@functools.cache
-def _test(config: NetworkConfig, sizes: Sizes) -> float:
-    """Operations to classify one image."""
-    network, theta, images, _ = _blank(config, sizes, 2)
-    with torch.no_grad():
-        return _count(lambda: network(theta, images))[0] / 2
-
-
-@functools.cache
-def _training(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, float]:
-    """Operations for one image of a step of SGD, and the step's peak memory."""
-    network, theta, images, targets = _blank(config, sizes, batch)
-    flops, memory = _count(lambda: torch.autograd.grad(F.cross_entropy(network(theta, images), targets), theta))
-    return flops / batch, memory
-
-
-@functools.cache
-def _student(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, float]:
-    """Operations for one image of a student's step, forward and back, and its peak memory."""
-    network, theta, images, targets = _blank(config, sizes, batch)
-    engine, step = AutogradStep(network), (theta[None], images[None], targets[None])
-    flops, memory = _count(lambda: engine.vjp(engine.forward(*step)[1], theta.detach()[None]))
-    return flops / batch + _training(config, sizes, batch)[0], memory
-
-
-def _count(run: Callable[[], object]) -> tuple[float, float]:
-    """Operations and peak bytes of `run`."""
-    with FlopCounterMode(display=False) as counter, _PeakMemory() as memory:
-        run()
-    return float(counter.get_total_flops()), float(memory.peak)
-
-
-class _PeakMemory(TorchDispatchMode):
-    """The most bytes that the results of operations held at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(results):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen.add(storage)
-                weakref.finalize(storage, self._free, storage.nbytes())
-                self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        return results
-
-    def _free(self, size: int) -> None:
-        self.now -= size
+        times.append(time.perf_counter() - began)
+    return sum(times[1:]) / len(times[1:]) / images

@@ -51,10 +51,10 @@ def test_plan_says_what_each_stage_takes(capsys) -> None:
     for segments in (1, 4):
         assert run("plan", *options, "--segments", segments, "--experts", 3) == 0
         found.append(capsys.readouterr().out.splitlines())
-        assert [line.split()[0] for line in found[-1][1:]] == ["experts", "distillation", "evaluation"]
-    one, four = (float(lines[2].split()[1]) for lines in found)
+        assert [line.split()[0] for line in found[-1][2:]] == ["experts", "distillation", "evaluation"]
+    one, four = (float(lines[3].split()[1]) for lines in found)
     assert 3.5 < four / one < 4.1
-    assert "611 MB" in found[0][1]  # 3 experts x 101 vectors x 504,420 numbers x 4 bytes
+    assert "611 MB" in found[0][2]  # 3 experts x 101 vectors x 504,420 numbers x 4 bytes
     assert run("plan", *options, "--devices", 0) == 1
     assert capsys.readouterr().err == "cddlib: devices is 0; it must be at least 1.\n"
 
@@ -63,7 +63,7 @@ def test_plan_measures(capsys, monkeypatch) -> None:
     monkeypatch.setattr("cddlib.plan.MEASURED_SECONDS", 0.05)
     options = ["--iterations", "2", "--width", "4", "--evaluation-epochs", "2", "--experts", "1", "--epochs", "14"]
     assert run("plan", *options, "--device", "cpu") == 0
-    assert len(re.findall(r"\d (?:s|min|hours|days)$", capsys.readouterr().out, re.MULTILINE)) == 4
+    assert len(re.findall(r"\d (?:seconds|minutes|hours|days)(?:$| on )", capsys.readouterr().out, re.MULTILINE)) == 4
 
 
 def test_search_ranks_settings_by_validation_accuracy(buffer: Buffer, tmp_path: Path, capsys) -> None:

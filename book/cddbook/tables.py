@@ -1,7 +1,6 @@
 """The book's tables of methods, made from `cddlib.methods.catalogue` and from records while the book is built."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,8 @@ from cddbook import correlation
 from cddbook.findings import Correlations, Record, effect
 from cddbook.records import read_record
 from cddlib.data.dataset import DATA_NAMES
-from cddlib.methods.catalogue import METHODS, REFERENCES, Method
-from cddlib.methods.recipes import CELLS, _method, recipes_table
+from cddlib.methods.catalogue import METHODS, Method
+from cddlib.methods.recipes import CELLS, ROWS, recipes_table
 
 
 class Accuracy(NamedTuple):
@@ -28,17 +27,10 @@ class Accuracy(NamedTuple):
 
 
 def accuracies(method: str) -> list[Accuracy]:
-    """The accuracies that were published for a method."""
-    return read_accuracies(_method(method).accuracies)
-
-
-def read_accuracies(table: str) -> list[Accuracy]:
-    """The accuracies in a table of `cddlib.methods.catalogue`."""
-    found = []
-    for data, cells, origin in re.findall(r"^ *(\S+) +((?:\d+:\S+ +)+)(.+)$", table, re.MULTILINE):
-        for ipc, mean, std in re.findall(r"(\d+):([\d.]+)(?:±([\d.]+))?", cells):
-            found.append(Accuracy(data, int(ipc), float(mean), float(std) if std else None, origin))
-    return found
+    """The accuracies that were published for a method, or for `random_real`: real images under the same protocol."""
+    published = pd.read_csv(Path(__file__).with_name("published.csv")).replace({np.nan: None})
+    mine = published[published["method"] == method].drop(columns="method")
+    return [Accuracy(*row) for row in mine.itertuples(index=False)]
 
 
 def negative_table(studies: Mapping[str, Correlations]) -> str:
@@ -96,16 +88,15 @@ def _settings(method: Method) -> str:
 
 
 def _columns(method: Method) -> list[str]:
-    """The fields that the method's rows set."""
-    return method.cells.strip().splitlines()[0].split()[2:]
+    """The fields that the method's rows set, except those found by search."""
+    rows = [row for (name, _, _), row in ROWS.items() if name == method.name and row.kind != "searched"]
+    return list(dict.fromkeys(field for row in rows for field in row.values))
 
 
 def published_table(data: str) -> str:
     """Published test accuracies on a data set, in percent; their sources below."""
-    found = {name: [a for a in accuracies(name) if a.data == data] for name in METHODS}
-    for line in REFERENCES.strip().splitlines():
-        name, _, rest = line.strip().partition(" ")
-        found[TITLES[name]] = [*found.get(TITLES[name], []), *(a for a in read_accuracies(rest) if a.data == data)]
+    names = {**{name: name for name in METHODS}, **TITLES}
+    found = {title: [a for a in accuracies(name) if a.data == data] for name, title in names.items()}
     found = {name: values for name, values in found.items() if values}
     sources = sorted({a.source for values in found.values() for a in values})
     rows = [

@@ -14,6 +14,7 @@ import reprlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,17 +66,15 @@ class Images:
     @property
     def images(self) -> UInt8[Tensor, "n c h w"]:
         """The images as one tensor: for a selection a copy in memory, meant for small ones."""
-        return self.store if self.rows is None else self.store[self.rows]
+        return self.take(slice(None))
 
-    def take(self, indices: Int64[Tensor, " m"]) -> UInt8[Tensor, "m c h w"]:
-        """The images at `indices`, a copy."""
-        return self.store[indices if self.rows is None else self.rows[indices]]
+    def take(self, where: Int64[Tensor, " m"] | slice) -> UInt8[Tensor, "m c h w"]:
+        """The images at some indices; a copy, except for a slice of a whole store."""
+        return self.store[where if self.rows is None else self.rows[where]]
 
     def chunks(self) -> Iterator[UInt8[Tensor, "m c h w"]]:
         """All images in order, `CHUNK` at a time."""
-        for start in range(0, len(self.labels), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            yield self.store[chunk if self.rows is None else self.rows[chunk]]
+        return (self.take(slice(start, start + CHUNK)) for start in range(0, len(self.labels), CHUNK))
 
     def select(self, indices: Int64[Tensor, " m"]) -> "Images":
         """The same images and labels at `indices`, without a copy of the images."""
@@ -201,36 +200,37 @@ def _read(name: str, path: Path) -> Dataset:
         header = {"classes": parse_json(metadata["classes"], f"the header of {path}")}
     else:
         header = read_header(file, path, "dataset")
-    classes = check_classes(header.get("classes"), path)
-    dtypes = {key: file.get_slice(key).get_dtype() for key in TENSORS}
-    shapes = {key: file.get_slice(key).get_shape() for key in TENSORS}
+    classes, recorded = check_classes(header.get("classes"), path), header.get("fingerprint")
+    with open(path, "rb") as stored:
+        length = int.from_bytes(stored.read(8), "little")
+        layout = json.loads(stored.read(length))  # what `open_tensors` has checked
+    shape = layout["train_images"]["shape"]
     parts = {}
     for part in ("train", "test"):
-        images, labels = f"{part}_images", f"{part}_labels"
-        n = shapes[images][:1]
-        wrong = (
-            f"{images} is {dtypes[images]}{shapes[images]}, not U8[n, c, h, w]"
-            if dtypes[images] != "U8" or len(shapes[images]) != 4 or shapes[images][1:] != shapes["train_images"][1:]
-            else f"{labels} is {dtypes[labels]}{shapes[labels]}, not I64{n}"
-            if dtypes[labels] != "I64" or shapes[labels] != n
-            else f"{part} has no images"
-            if 0 in shapes[images]
-            else None
-        )
-        if not wrong:
-            found = torch.from_numpy(file.get_tensor(labels))
-            if found.min() < 0 or found.max() >= len(classes):
-                wrong = f"{labels} reach from {found.min()} to {found.max()}, with {len(classes)} classes named"
+        labels = file.get_tensor(f"{part}_labels")
+        wrong = _wrong(part, layout, shape, labels, len(classes))
         if wrong:
             raise UserError(f"{path} is not a cddlib data set: {wrong:.300}.")
-        with open(path, "rb") as stored:
-            length = int.from_bytes(stored.read(8), "little")
-            begin = json.loads(stored.read(length))[images]["data_offsets"][0]
-        parts[part] = Images(map_images(path, 8 + length + begin, tuple(shapes[images])), found)
-    recorded = header.get("fingerprint")
+        images = layout[f"{part}_images"]
+        mapped = map_images(path, 8 + length + images["data_offsets"][0], tuple(images["shape"]))
+        parts[part] = Images(mapped, torch.from_numpy(labels))
     if recorded is not None and not (isinstance(recorded, str) and re.fullmatch("[0-9a-f]{16}", recorded)):
         raise UserError(f"{path} is not a cddlib data set: its fingerprint is {reprlib.repr(recorded)}.")
     return Dataset(name, parts["train"], parts["test"], classes, recorded, path)
+
+
+def _wrong(part: str, layout: dict[str, Any], shape: list[int], labels: np.ndarray, classes: int) -> str | None:
+    """What is wrong with the training or test images of a file, or with their labels."""
+    images, answers = layout[f"{part}_images"], layout[f"{part}_labels"]
+    if images["dtype"] != "U8" or len(images["shape"]) != 4 or images["shape"][1:] != shape[1:]:
+        return f"{part}_images is {images['dtype']}{images['shape']}, not U8[n, c, h, w]"
+    if answers["dtype"] != "I64" or answers["shape"] != images["shape"][:1]:
+        return f"{part}_labels is {answers['dtype']}{answers['shape']}, not I64{images['shape'][:1]}"
+    if 0 in images["shape"]:
+        return f"{part} has no images"
+    if labels.min() < 0 or labels.max() >= classes:
+        return f"{part}_labels reach from {labels.min()} to {labels.max()}, with {classes} classes named"
+    return None
 
 
 def map_images(path: Path, offset: int, shape: tuple[int, ...]) -> UInt8[Tensor, "n c h w"]:

@@ -4,12 +4,13 @@ Normalisation of each channel, or ZCA whitening as MTT and DATM use it on CIFAR.
 space carries its map with it.
 """
 
+import abc
 import dataclasses
 import functools
 import math
 import weakref
 from collections.abc import Iterator
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -24,71 +25,69 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _PUBLISHED = {"cifar10": _CIFAR, "cifar100": _CIFAR, **dict.fromkeys(FROM_FOLDER, _IMAGENET)}
 
 
-@runtime_checkable
-class Preprocessing(Protocol):
+@dataclasses.dataclass(frozen=True)
+class Preprocessing(abc.ABC):
     """An invertible map from pixels to what a network sees. It is saved with whatever was made in its space."""
 
+    mean: Float[Tensor, " d"]
+
+    @abc.abstractmethod
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Pixels to network input, float32."""
 
+    @abc.abstractmethod
     def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Network input to pixels, where 0 is black and 1 is white; not clipped."""
 
     def tensors(self) -> dict[str, Tensor]:
         """What defines the map, for a file."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def to(self, device: torch.device) -> "Preprocessing":
         """The same map on `device`."""
+        return type(self)(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 @dataclasses.dataclass(frozen=True)
-class Normalisation:
+class Normalisation(Preprocessing):
     """Subtract a mean and divide by a standard deviation, per channel."""
 
-    mean: Float[Tensor, " c"]
-    std: Float[Tensor, " c"]
+    std: Float[Tensor, " d"]
 
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
 
     def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Pixels, 0 black and 1 white."""
+        """See `Preprocessing`."""
         return images * self.std[:, None, None] + self.mean[:, None, None]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Mean and standard deviation."""
-        return {"mean": self.mean, "std": self.std}
-
-    def to(self, device: torch.device) -> "Normalisation":
-        """The same map on `device`."""
-        return Normalisation(self.mean.to(device), self.std.to(device))
 
 
 @dataclasses.dataclass(frozen=True)
-class Whitening:
+class Whitening(Preprocessing):
     """ZCA whitening W = U diag(s^-1/2) U^T of centred pixels in [0, 1], with its exact inverse U diag(s^1/2) U^T.
 
     s are the eigenvalues of the training set's pixel covariance (unbiased) plus 0.1, as MTT and DATM set it.
     """
 
-    mean: Float[Tensor, " d"]
     eigenvectors: Float[Tensor, "d d"]
     eigenvalues: Float[Tensor, " d"]
 
     @functools.cached_property
     def _matrices(self) -> tuple[Tensor, Tensor]:
-        root = self.eigenvalues.sqrt()
-        u = self.eigenvectors
+        root, u = self.eigenvalues.sqrt(), self.eigenvectors
         return (u / root) @ u.T, (u * root) @ u.T
 
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return ((images.flatten(1).float() / 255 - self.mean) @ self._matrices[0]).view(images.shape)
 
+    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """See `Preprocessing`."""
+        return (images.flatten(1) @ self._matrices[1] + self.mean).view(images.shape)
+
     def whitened(self, data: Images) -> Float[Tensor, "n c h w"] | None:
         """All of `data` whitened, as long as it lives; None where that takes more than a quarter of the free memory."""
         if data not in self._whitened:
-            device, shape = data.labels.device, (len(data.labels), *data.store.shape[1:])
-            if 4 * math.prod(shape) > free_memory(device) // 4:
+            if 4 * len(data.labels) * len(self.mean) > free_memory(data.labels.device) // 4:
                 return None
             self._whitened[data] = torch.cat([self(chunk) for chunk in data.chunks()])
         return self._whitened[data]
@@ -96,18 +95,6 @@ class Whitening:
     @functools.cached_property
     def _whitened(self) -> weakref.WeakKeyDictionary[Images, Tensor]:
         return weakref.WeakKeyDictionary()
-
-    def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """Pixels, 0 black and 1 white."""
-        return (images.flatten(1) @ self._matrices[1] + self.mean).view(images.shape)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Mean, eigenvectors and eigenvalues."""
-        return {"mean": self.mean, "eigenvectors": self.eigenvectors, "eigenvalues": self.eigenvalues}
-
-    def to(self, device: torch.device) -> "Whitening":
-        """The same map on `device`."""
-        return Whitening(self.mean.to(device), self.eigenvectors.to(device), self.eigenvalues.to(device))
 
 
 def fit_preprocessing(dataset: Dataset, *, zca: bool, device: torch.device | None = None) -> Preprocessing:

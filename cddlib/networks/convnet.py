@@ -5,7 +5,6 @@ trajectory is a sequence of points. `unflatten` gives the tensors inside it thei
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Literal, Protocol, runtime_checkable
@@ -13,15 +12,15 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from cddlib.runtime.errors import UserError
 
 Architecture = Literal["convnet", "alexnet", "vgg11", "resnet18", "densenet121", "vit", "mlp"]
 Norm = Literal["instance", "batch", "group", "layer", "none"]
 
-LARGEST = {"depth": 64, "width": 4096}
-"""The deepest and the widest ConvNet: a file that asks for more is not believed."""
+LIMITS = {"depth": 64, "width": 4096, "channels": 1024, "pixels a side": 4096, "classes": 2**20}
+"""The largest network that is built, and the largest images: a file that asks for more is not believed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,12 +42,12 @@ class NetworkConfig:
     """Pooling over 2x2 pixels at the end of each block; of the ConvNet, others ignore it."""
 
     def __post_init__(self) -> None:
-        for name, most in LARGEST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}.")
+        for name in ("depth", "width"):
+            if not 1 <= getattr(self, name) <= LIMITS[name]:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {LIMITS[name]}.")
         if self.network == "convnet" and self.norm == "group" and self.width % 4:
             raise UserError(f"width is {self.width}; with norm 'group' it must be a multiple of 4.")
-        if self.network in ("vgg11", "resnet18", "densenet121") and self.norm not in NORMS:
+        if self.network in ("vgg11", "resnet18", "densenet121") and self.norm not in ("instance", "batch"):
             raise UserError(f"norm is {self.norm!r}; {self.network} takes 'instance' or 'batch'.")
 
 
@@ -169,9 +168,3 @@ def fold_networks(x: Float[Tensor, "s b c h w"]) -> Float[Tensor, "b sc h w"]:
 def unfold_networks(x: Float[Tensor, "b sc h w"], count: int) -> Float[Tensor, "s b c h w"]:
     """The channels of `count` networks, which lie side by side, each network's for itself."""
     return x.unflatten(1, (count, -1)).transpose(0, 1)
-
-
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "instance": lambda channels: nn.GroupNorm(channels, channels),
-    "batch": functools.partial(nn.BatchNorm2d, track_running_stats=False),
-}

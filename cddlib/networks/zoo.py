@@ -10,11 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cddlib.networks.convnet import NORMS, ConvNet, Network, NetworkConfig, unflatten
+from cddlib.networks.convnet import LIMITS, ConvNet, Network, NetworkConfig, unflatten
 from cddlib.runtime.errors import UserError
-
-MOST_CHANNELS, LONGEST_SIDE, MOST_CLASSES = 1024, 4096, 2**20
-"""Of the images that a network is built for, for the same reason."""
 
 
 def build_network(config: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> Network:
@@ -26,13 +23,9 @@ def build_network(config: NetworkConfig, image_shape: tuple[int, int, int], clas
     """
     if image_shape[1] != image_shape[2]:
         raise UserError(f"images are {image_shape[1]} by {image_shape[2]} pixels; they must be square.")
-    for value, most, what in (
-        (image_shape[0], MOST_CHANNELS, "channels"),
-        (image_shape[1], LONGEST_SIDE, "pixels a side"),
-        (classes, MOST_CLASSES, "classes"),
-    ):
-        if not 1 <= value <= most:
-            raise UserError(f"the images have {value} {what}; networks are built for 1 to {most}.")
+    for what, value in {"channels": image_shape[0], "pixels a side": image_shape[1], "classes": classes}.items():
+        if not 1 <= value <= LIMITS[what]:
+            raise UserError(f"the images have {value} {what}; networks are built for 1 to {LIMITS[what]}.")
     if config.network == "convnet":
         return _convnet(config, image_shape, classes)
     builder = _BUILDERS[config.network]
@@ -83,7 +76,15 @@ class TorchNetwork:
             return cast(Tensor, torch.func.functional_call(self._module, unflatten(self, theta), (images,)))
 
 
+NORM_LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    "instance": lambda channels: nn.GroupNorm(channels, channels),
+    "batch": functools.partial(nn.BatchNorm2d, track_running_stats=False),
+}
+"""The norms that an architecture other than the ConvNet can have, made for a number of channels."""
+
+
 def _too_small(image_side: int, side: int) -> bool:
+    """Whether a map is too small to be pooled to: images below 32 pixels keep maps of 4."""
     return image_side < 32 and side < 4
 
 
@@ -96,7 +97,7 @@ def _stages(
     for stage, (kernel, widths) in enumerate(zip(kernels, stages, strict=True), start=1):
         for width in widths:
             layers += [nn.Conv2d(channels, width, kernel, padding="same")]
-            layers += [NORMS[norm](width)] if norm != "none" else []
+            layers += [NORM_LAYERS[norm](width)] if norm != "none" else []
             layers += [nn.ReLU()]
             channels = width
         if stage == len(stages) or not _too_small(image_side, side // 2):
@@ -129,7 +130,7 @@ def _resnet18(config: NetworkConfig, channels: int, side: int, classes: int) -> 
     from torchvision.models import ResNet
     from torchvision.models.resnet import BasicBlock
 
-    net = ResNet(BasicBlock, [2, 2, 2, 2], classes, norm_layer=NORMS[config.norm])
+    net = ResNet(BasicBlock, [2, 2, 2, 2], classes, norm_layer=NORM_LAYERS[config.norm])
     net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     net.maxpool = nn.Identity()
@@ -147,7 +148,7 @@ def _densenet121(config: NetworkConfig, channels: int, side: int, classes: int) 
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, NORMS[config.norm](child.num_features))
+                setattr(module, name, NORM_LAYERS[config.norm](child.num_features))
     net.features.conv0 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.features.conv0.weight)  # as torchvision's
     net.features.pool0 = nn.Identity()

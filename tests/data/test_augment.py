@@ -122,79 +122,6 @@ def test_the_ends_of_the_draw_are_safe(change: str) -> None:
         np.testing.assert_allclose(found.double(), wanted, atol=1e-3 if dtype == torch.float else 1e-10)
 
 
-# --- Published strengths, seen from outside ---------------------------------------------------------------------
-
-
-def test_color_strengths() -> None:
-    x = some_images(1, 3, 6, 6)
-    grey, mean = x.mean(1, keepdim=True), x.mean()
-    torch.testing.assert_close(apply(one("color", 0, 0.5, 0.5), x), x - 0.5)
-    torch.testing.assert_close(apply(one("color", ALMOST_1, 0.5, 0.5), x), x + 0.5)
-    torch.testing.assert_close(apply(one("color", 0.5, 0, 0.5), x), grey.expand_as(x))
-    torch.testing.assert_close(apply(one("color", 0.5, ALMOST_1, 0.5), x), grey + 2 * (x - grey))
-    torch.testing.assert_close(apply(one("color", 0.5, 0.5, 0), x), mean + 0.5 * (x - mean))
-    torch.testing.assert_close(apply(one("color", 0.5, 0.5, ALMOST_1), x), mean + 1.5 * (x - mean))
-
-
-def test_crop_shifts_by_up_to_four_pixels_of_32_equally_often() -> None:
-    point = torch.zeros(1, 1, 32, 32)
-    point[0, 0, 16, 16] = 1
-    grid = [(k + 0.5) / 90 for k in range(90)]
-    for axis in (0, 1):
-        landed: Counter[int] = Counter()
-        for u in grid:
-            numbers = (u, 0.5) if axis == 0 else (0.5, u)
-            where = torch.nonzero(apply(one("crop", *numbers), point)[0, 0]).tolist()
-            assert len(where) == 1
-            assert where[0][1 - axis] == 16
-            landed[where[0][axis] - 16] += 1
-        assert landed == dict.fromkeys(range(-4, 5), 10)
-
-
-def test_cutout_erases_half_a_side_centred_anywhere() -> None:
-    ones = torch.ones(1, 1, 32, 32)
-    for axis in (0, 1):
-        erased = set()
-        for k in range(33):
-            u = (k + 0.5) / 33
-            numbers = (u, 0.5) if axis == 0 else (0.5, u)
-            gone = torch.nonzero(apply(one("cutout", *numbers), ones)[0, 0] == 0)
-            along, across = gone[:, axis].unique().tolist(), gone[:, 1 - axis].unique().tolist()
-            assert along == list(range(max(0, k - 8), min(32, k + 8)))  # 16 pixels, clipped at the border
-            assert across == list(range(8, 24))
-            erased.update(along)
-        assert erased == set(range(32))
-
-
-def test_half_of_the_images_are_flipped() -> None:
-    numbers = torch.zeros(100, 3)
-    numbers[:, 0] = (torch.arange(100) + 0.5) / 100
-    images = some_images(1, 2, 4, 4).expand(100, -1, -1, -1)
-    flipped = [torch.equal(image, images[0].flip(2)) for image in apply(Draw("flip", numbers), images)]
-    assert sum(flipped) == 50
-
-
-def ramps(drawn: Draw) -> tuple[float, float, float, float]:
-    """How fast the coordinates that are sampled change across and down: the matrix of a scale or rotation."""
-    line = torch.linspace(-1, 1, 33, dtype=torch.double)
-    across, down = line.expand(33, 33), line[:, None].expand(33, 33)
-    a, b = apply(drawn, torch.stack([across, down])[None])[0]
-    step = line[1].item() - line[0].item()
-    return tuple(((v[i, j] - v[16, 16]) / step).item() for v in (a, b) for i, j in ((16, 17), (17, 16)))  # type: ignore
-
-
-def test_scale_lies_between_1_over_1_2_and_1_2_for_each_axis() -> None:
-    assert ramps(one("scale", 0, ALMOST_1)) == pytest.approx((1 / 1.2, 0, 0, 1.2), abs=1e-6)
-    assert ramps(one("scale", ALMOST_1, 0)) == pytest.approx((1.2, 0, 0, 1 / 1.2), abs=1e-6)
-
-
-def test_rotation_lies_between_minus_15_and_15_degrees() -> None:
-    cos, sin = math.cos(math.radians(15)), math.sin(math.radians(15))
-    assert ramps(one("rotate", 0)) == pytest.approx((cos, sin, -sin, cos), abs=1e-6)
-    assert ramps(one("rotate", ALMOST_1)) == pytest.approx((cos, -sin, sin, cos), abs=1e-6)
-    assert ramps(one("rotate", 0.5)) == pytest.approx((1, 0, 0, 1), abs=1e-12)
-
-
 # --- What all changes share -------------------------------------------------------------------------------------
 
 
@@ -218,22 +145,15 @@ def test_gradients_reach_the_images(change: str) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_the_same_draw_changes_another_time_alike(change: str) -> None:
-    images = some_images(4, 3, 8, 8)
-    before = images.clone()
-    drawn = draw(change, 4, cddlib.generator("again"))
-    assert torch.equal(apply(drawn, images), apply(drawn, images))
-    assert torch.equal(images, before)
-
-
-@pytest.mark.parametrize("change", CHANGES)
 def test_changes_are_linear_and_color_is_affine(change: str) -> None:
     x, y = some_images(4, 3, 8, 8), some_images(4, 3, 8, 8).flip(0)
+    before = x.clone()
     drawn = draw(change, 4, cddlib.generator("linear"))
     zero = apply(drawn, torch.zeros_like(x))
     assert bool((zero == 0).all()) == (change != "color")
     mixed = apply(drawn, 2 * x - 3 * y)
     torch.testing.assert_close(mixed - zero, 2 * (apply(drawn, x) - zero) - 3 * (apply(drawn, y) - zero))
+    assert torch.equal(x, before)
 
 
 # --- Draws ------------------------------------------------------------------------------------------------------
@@ -241,7 +161,6 @@ def test_changes_are_linear_and_color_is_affine(change: str) -> None:
 
 def test_one_change_a_step_all_equally_likely() -> None:
     rng = cddlib.generator("changes")
-    images = some_images(2, 3, 8, 8)
     counts: Counter[str] = Counter()
     for _ in range(1200):
         drawn = draw(ALL, 2, rng)
@@ -249,8 +168,6 @@ def test_one_change_a_step_all_equally_likely() -> None:
         counts[drawn.change] += 1
     assert counts.keys() == CHANGES.keys()
     assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 20.5  # chi-square, 5 degrees, p = 0.001
-    for change in CHANGES:
-        assert torch.equal(apply(Draw(change, drawn.numbers), images), CHANGES[change](images, drawn.numbers.double()))
     assert {found.change for found in (draw("crop_flip", 1, rng) for _ in range(50)) if found} == {"crop", "flip"}
 
 
@@ -263,16 +180,6 @@ def test_numbers_are_uniform_with_three_for_each_image() -> None:
         assert counts.sum() == 4000
         assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
     assert abs(torch.corrcoef(drawn.numbers.T) - torch.eye(3)).max() < 0.06
-
-
-def test_the_draw_depends_on_its_generator_alone() -> None:
-    state = torch.get_rng_state()
-    first, second, other = (draw(ALL, 5, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first and second and other
-    assert first.change == second.change
-    assert torch.equal(first.numbers, second.numbers)
-    assert not torch.equal(first.numbers, other.numbers)
 
 
 def test_none_changes_nothing() -> None:

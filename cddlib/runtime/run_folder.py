@@ -54,10 +54,8 @@ def locked(path: Path) -> Iterator[None]:
             raise UserError(
                 f"{path.parent} is in use: other work holds {path.name}; wait until it ends, or choose another folder."
             ) from None
-        except NotImplementedError:  # as filelock reports ENOSYS
-            pass
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
     try:
         yield

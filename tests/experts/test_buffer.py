@@ -25,7 +25,7 @@ EPOCHS = 5
 def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
     """A buffer of these trajectories of a small network."""
     config = cddlib.buffer_recipe("digits", depth=1, width=2, experts=len(experts), epochs=len(experts[0]) - 1)
-    network = build_network(config, (1, 8, 8), 10)
+    network = build_network(config.network, (1, 8, 8), 10)
     for expert, snapshots in enumerate(experts):
         write_trajectory(expert_path(folder, expert), network, snapshots, {})
     data = {"name": "digits", "fingerprint": "", "shape": [1, 8, 8], "classes": 10}
@@ -36,7 +36,7 @@ def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
 
 def first_parameters(key: object) -> Tensor:
     config = cddlib.buffer_recipe("digits", depth=1, width=2)
-    return build_network(config, (1, 8, 8), 10).init(cddlib.generator("trajectory", str(key)))
+    return build_network(config.network, (1, 8, 8), 10).init(cddlib.generator("trajectory", str(key)))
 
 
 def wandering(key: object, epochs: int = EPOCHS) -> list[Tensor]:

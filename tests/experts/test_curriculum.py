@@ -35,11 +35,11 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 def wanted_bounds(config: CurriculumConfig, epoch: int) -> tuple[float, float]:
     """PAD's schedule, epoch by epoch as its code has it."""
-    if epoch <= config.curriculum.all_from_epoch:
-        p = config.curriculum.easiest_fraction
-        return 0.0, p + (1 - p) * epoch / config.curriculum.all_from_epoch
+    if epoch <= config.all_from_epoch:
+        p = config.easiest_fraction
+        return 0.0, p + (1 - p) * epoch / config.all_from_epoch
     dropped = 0.0
-    for last, fraction in zip(config.curriculum.drop_epochs, config.curriculum.drop_fractions, strict=True):
+    for last, fraction in zip(config.drop_epochs, config.drop_fractions, strict=True):
         if epoch > last:
             dropped = fraction
     return dropped, 1.0
@@ -51,7 +51,7 @@ def wanted_bounds(config: CurriculumConfig, epoch: int) -> tuple[float, float]:
 @hypothesis.given(values=configurations(), epoch=st.integers(0, 40))
 def test_the_schedule_is_pad_s(values: dict[str, Any], epoch: int) -> None:
     config = CurriculumConfig(**values)
-    assert config.curriculum.bounds(epoch) == pytest.approx(wanted_bounds(config, epoch))
+    assert config.bounds(epoch) == pytest.approx(wanted_bounds(config, epoch))
 
 
 def test_the_schedule_by_hand() -> None:
@@ -82,7 +82,7 @@ def test_the_schedule_by_hand() -> None:
 )
 def test_images_are_ranked_only_where_some_are_left_out(values: dict[str, Any], ranks: bool) -> None:
     config = CurriculumConfig(**values)
-    assert config.curriculum.ranks_images is ranks
+    assert config.ranks_images is ranks
     labels = torch.arange(40) % 2
     ranked = rank_in_class(torch.rand(40, generator=cddlib.generator("ranks")), labels)
     assert ranks == any(len(select(config, ranked, epoch)) < 40 for epoch in range(60))

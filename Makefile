@@ -9,7 +9,7 @@ TO ?= gpu-records
 override export PROFILE := $(value PROFILE)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format book bench gpu lock audit clean
+.PHONY: help install test soak lint format book bench gpu lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +25,9 @@ $(READY): requirements.lock pyproject.toml
 
 test: $(READY) lint ## set up, lint, and run all tests on two processes
 	$(BIN)/python -m pytest -n 2
+
+soak: $(READY) ## kill, starve, damage and fuzz for half an hour (RECORDS=folder of the records)
+	$(BIN)/python -m pytest -m soak -n 2 --dist loadfile $(if $(RECORDS),--records "$(RECORDS)")
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff format --check .

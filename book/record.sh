@@ -34,7 +34,7 @@ study() { # NAME COMMAND OPTIONS…
     local name=$1 command=$2
     shift 2
     # shellcheck disable=SC2068 # the options are words
-    cddlib "$command" $@ --out "$runs/$name"
+    python -m cddbook "$command" $@ --out "$runs/$name"
     python -m cddbook record "$runs/$name" --to "$results/$name.json"
 }
 

@@ -17,6 +17,7 @@ from cddlib.data.dataset import Dataset, load
 from cddlib.data.download import prepare
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.gradient import concurrent_gradient
+from cddlib.distillation.hooks import TensorBoard
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
@@ -28,6 +29,7 @@ from cddlib.matching.student import plan_student
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
 from cddlib.networks.convnet import ConvNet, NetworkConfig
 from cddlib.networks.zoo import build_network
+from cddlib.runtime.config import replace
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
 from cddlib.synthetic import SyntheticSet
@@ -41,6 +43,7 @@ __all__ = [
     "NetworkConfig",
     "SegmentsConfig",
     "SyntheticSet",
+    "TensorBoard",
     "UserError",
     "buffer_recipe",
     "build_network",
@@ -54,5 +57,6 @@ __all__ = [
     "matching_loss",
     "plan_student",
     "prepare",
+    "replace",
     "train_buffer",
 ]

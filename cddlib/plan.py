@@ -31,7 +31,7 @@ from cddlib.distillation.config import DistillConfig
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.matching.loss import matching_losses
-from cddlib.matching.student import at_a_time, plan_student
+from cddlib.matching.student import chunk_size, plan_student
 from cddlib.methods.recipes import buffer_recipe
 from cddlib.networks.convnet import Network, NetworkConfig, parameter_count
 from cddlib.networks.zoo import build_network
@@ -40,7 +40,7 @@ from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
 from cddlib.training.epoch import SharpnessConfig, fetch_real, predict, train_epoch
-from cddlib.training.step import Autograd
+from cddlib.training.step import AutogradStep
 
 MEASURED_SECONDS = 2.0
 """How long each kind of step is measured, at least; the first one is not counted."""
@@ -250,7 +250,7 @@ class _Steps:
         train, self.train_memory = _training(network, sizes, train_batch)
         student, self.student_memory = _student(network, sizes, student_batch)
         kind = resolve_device(device).type if measure or device == "auto" else device.split(":")[0]
-        most = at_a_time(self.network, config.student, kind, sizes.shape, student_batch)
+        most = chunk_size(self.network, config.student, kind, sizes.shape, student_batch)
         self.students = min(most, -(-config.schedule.segments_in_all // devices))
         """How many take their steps side by side."""
         seconds: dict[str, float | None] = dict.fromkeys(("expert", "train", "real", "test", "student"))
@@ -369,8 +369,8 @@ def _training(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, f
 def _student(config: NetworkConfig, sizes: Sizes, batch: int) -> tuple[float, float]:
     """Operations for one image of a student's step, forward and back, and its peak memory."""
     network, theta, images, targets = _blank(config, sizes, batch)
-    engine, step = Autograd(network), (theta[None], images[None], targets[None])
-    flops, memory = _count(lambda: engine.along(engine.take(*step)[1], theta.detach()[None]))
+    engine, step = AutogradStep(network), (theta[None], images[None], targets[None])
+    flops, memory = _count(lambda: engine.vjp(engine.forward(*step)[1], theta.detach()[None]))
     return flops / batch + _training(config, sizes, batch)[0], memory
 
 

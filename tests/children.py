@@ -5,12 +5,13 @@ line of cddlib and exits with its code. A *setting* is a function that a child c
 """
 
 import importlib
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _main(arguments: list[str], log: Path, settings: tuple[Setting, ...]) -> Non
 # --- Settings ---------------------------------------------------------------------------------------------------
 
 
-def patch(values: dict[str, Any]) -> None:
+def patch(values: Mapping[str, Any]) -> None:
     """Give attributes, named as `module.attribute`, other values."""
     for name, value in values.items():
         module, attribute = name.rsplit(".", 1)
@@ -112,18 +113,17 @@ def patch(values: dict[str, Any]) -> None:
 def before(name: str, action: Callable[[], object], number: int = 1) -> None:
     """Do something before the `number`-th call of a function, named as `module.function`."""
     module, attribute = name.rsplit(".", 1)
-    function, left = getattr(importlib.import_module(module), attribute), [number]
+    function, calls = getattr(importlib.import_module(module), attribute), itertools.count(1)
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == number:
             action()
         return function(*arguments, **options)
 
     patch({name: wrapped})
 
 
-def operations(folder: Path, then: Callable[[str], object]) -> None:
+def on_operations(folder: Path, then: Callable[[str], object]) -> None:
     """Call `then` before each operation on a file in `folder`, with the name of that file."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -135,24 +135,18 @@ def operations(folder: Path, then: Callable[[str], object]) -> None:
     sys.addaudithook(hook)
 
 
-def die() -> None:
-    """End as if there had never been a process."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at(folder: Path, number: int) -> None:
-    """Kill this process before its `number`-th operation on files in `folder`."""
-    left = [number]
-
-    def count(_name: str) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            die()
-
-    operations(folder, count)
+def at_operation(folder: Path, number: int, action: Callable[[], object]) -> None:
+    """Do something before the `number`-th operation on files in `folder`."""
+    numbers = itertools.count(1)
+    on_operations(folder, lambda _name: action() if next(numbers) == number else None)
 
 
 def note_operations(folder: Path, notes: Path) -> None:
     """Write a line for each operation on files in `folder`."""
     file = os.open(notes, os.O_WRONLY | os.O_CREAT)
-    operations(folder, lambda name: os.write(file, f"{name}\n".encode()))
+    on_operations(folder, lambda name: os.write(file, f"{name}\n".encode()))
+
+
+def die() -> None:
+    """End as if there had never been a process."""
+    os.kill(os.getpid(), signal.SIGKILL)

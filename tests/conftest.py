@@ -5,7 +5,7 @@ import os
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the notebooks' kernels too: threads that wait for a core are slow
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +47,25 @@ def quick() -> dict[str, object]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--records book/results` keeps what tests measured as the book's records; run such a test file on its own."""
+    """`--records book/results` keeps what tests measured as the book's records; `make soak` says how."""
     parser.addoption("--records", type=Path, default=None, help="folder for the records of tests that measure")
 
 
+Repeats = Callable[[Any, Any], Any]
+
+
+@pytest.fixture(scope="module", params=["quick", pytest.param("soak", marks=pytest.mark.soak)])
+def repeats(request: pytest.FixtureRequest) -> Repeats:
+    """`repeats(2, 15)` is 2 in `make test` and 15 in `make soak`: every test that uses it belongs to both."""
+    return lambda quick, soak: soak if request.param == "soak" else quick
+
+
 @pytest.fixture(scope="module")
-def notes(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+def notes(request: pytest.FixtureRequest, repeats: Repeats) -> Iterator[dict[str, Any]]:
     """What the tests of a module find out, JSON values by name; `tests/test_x.py` writes the record `x.json`."""
     recorder = Recorder(torch.device("cpu"))
-    found: dict[str, Any] = {}
-    yield found
+    noted: dict[str, Any] = {}
+    yield noted
     folder = request.config.getoption("--records")
     if folder is not None:
-        write_record(folder / f"{request.path.stem.removeprefix('test_')}.json", {**found, **recorder.report()})
+        write_record(folder / f"{request.path.stem.removeprefix('test_')}.json", {**noted, **recorder.report()})

@@ -14,7 +14,7 @@ from cddlib.distillation.hooks import Run
 from cddlib.experts.buffer import Buffer
 from cddlib.matching.combine import gramian
 from cddlib.matching.loss import matching_losses
-from cddlib.matching.student import MatchingConfig, plan_student, roll_out, turns
+from cddlib.matching.student import MatchingConfig, plan_student, roll_out, segment_chunks
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
 from cddlib.synthetic import SyntheticSet
@@ -121,7 +121,7 @@ class Probes:
             stream = generator(self.seed, "probe", start, draw)
             students.append(plan_student(student, len(synthetic.labels), self.config.augmentation.augment, stream))
         plain = MatchingConfig(side_by_side=student.side_by_side)
-        for turn in turns(self.network, plain, synthetic.images, len(students[0][0].indices), len(students)):
+        for turn in segment_chunks(self.network, plain, synthetic.images, len(students[0][0].indices), len(students)):
             starts, targets = (torch.stack(ends) for ends in zip(*self.ends[turn], strict=True))
             copies = synthetic.copies(len(starts))
             held_by_each = (copies["images"], synthetic.targets_of(copies), copies["step_size"])

@@ -11,7 +11,7 @@ from cddlib.experts.buffer import Buffer
 from cddlib.matching.combine import fixed_weights, gramian, weighted_sum, weights
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.segments import Segment, active_subset, draw_matched
-from cddlib.matching.student import Step, plan_student, turns
+from cddlib.matching.student import StudentStep, plan_student, segment_chunks
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.random import generator
 from cddlib.synthetic import SyntheticSet
@@ -43,7 +43,7 @@ def concurrent_gradient(
     losses, norms = sums.new_zeros(len(matched)), sums.new_zeros(len(matched))
     mine = ranks.portion(range(len(matched)))
     batch = len(students[0][0].indices)
-    for turn in turns(buffer.network, config.student, synthetic.images, batch, len(mine)):
+    for turn in segment_chunks(buffer.network, config.student, synthetic.images, batch, len(mine)):
         here = [matched[k] for k in mine[turn]]
         differentiated = _segment_gradients(config, buffer, synthetic, rows, here, [students[k] for k in mine[turn]])
         for k, loss, gradient in zip(mine[turn], *differentiated, strict=True):
@@ -74,7 +74,7 @@ def _segment_gradients(
     synthetic: SyntheticSet,
     rows: Tensor,
     matched: list[Segment],
-    students: list[list[Step]],
+    students: list[list[StudentStep]],
 ) -> tuple[Tensor, Tensor]:
     """The losses of segments and their gradients, a row each for all variables.
 

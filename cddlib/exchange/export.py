@@ -10,9 +10,9 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from cddlib.exchange.published import plain, whole_folder
+from cddlib.exchange.published import plain
 from cddlib.runtime.errors import UserError, needing
-from cddlib.runtime.files import write_atomically
+from cddlib.runtime.files import whole_folder, write_atomically
 from cddlib.synthetic import SyntheticSet
 
 

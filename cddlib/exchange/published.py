@@ -2,19 +2,14 @@
 
 They keep experts in ``replay_buffer_0.pt`` … and a synthetic set in ``images_best.pt``, ``labels_best.pt`` and (DATM)
 ``lr_best.pt``. Nothing in these files says which network, data set or preprocessing they belong to: whoever imports
-them has to say so. No code in a file is ever run. Everything is checked before anything is written, and what is
-written appears whole or not at all.
+them has to say so. No code in a file is ever run, and what is written appears whole or not at all.
 """
 
-import contextlib
-import hashlib
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,58 +18,19 @@ from tqdm.auto import tqdm
 
 from cddlib.data.dataset import DataConfig, Dataset, load
 from cddlib.data.preprocessing import fit_preprocessing
-from cddlib.exchange.torch_files import read_torch_file
-from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, read_expert_record, write_trajectory
+from cddlib.exchange.torch_files import check_tensor, describe_value, read_torch_file
+from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, write_trajectory
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.train import describe
-from cddlib.networks.convnet import Network, views
+from cddlib.networks.convnet import Network, unflatten
 from cddlib.networks.zoo import build_network
-from cddlib.runtime.config import as_dict, config_hash, replace
+from cddlib.runtime.config import as_dict, replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import Diverged, UserError
-from cddlib.runtime.files import file_digest, write_atomically, write_json, write_tensors
+from cddlib.runtime.files import file_digest, refuse_filled, whole_folder, write_atomically, write_json, write_tensors
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.epoch import accuracy
-
-# --- Reading and writing files of the published codes -----------------------------------------------------------
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
-
-
-def _check_tensor(value: object, what: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """`value` itself, if it is a tensor of that type and shape with finite numbers."""
-    if not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != (dtype, shape):
-        wanted = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-        raise UserError(f"{what} is {_describe(value)}; it must be {wanted}.")
-    if not bool(value.isfinite().all()):
-        raise UserError(f"{what} holds numbers that are not finite.")
-    return value
-
-
-def _refuse_filled(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder; choose another.")
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that gets the name `folder` when all is written; raises `UserError` if that is not empty."""
-    _refuse_filled(folder)
-    folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
 
 # --- Buffers ----------------------------------------------------------------------------------------------------
 
@@ -100,28 +56,18 @@ def import_buffer(
         UserError: a file is missing, damaged, holds more than lists of tensors, does not fit the network, or two
             epochs of an expert are the same; `out` is not empty; the data set or the device is missing.
     """
-    _refuse_filled(out)
+    refuse_filled(out)
     dev = resolve_device(device)
     recorder = Recorder(dev)
     paths = _replay_files(files)
     dataset = load(config.data.data, root)
     network = build_network(config.network, dataset.shape, len(dataset.classes))
-    lengths = [
-        (where, _check_trajectory(trajectory, where, network))
-        for path in tqdm(paths, desc="checking", unit="file")
-        for where, trajectory in _trajectories(path)
-    ]
-    for where, length in lengths:
-        if length != lengths[0][1]:
-            raise UserError(f"{where} has {length} epochs and {lengths[0][0]} has {lengths[0][1]}; all need the same.")
-    config = replace(config, experts=len(lengths), epochs=lengths[0][1] - 1, compiled=False)
-    manifest = {
-        "config": {**as_dict(config), "imported": True},  # so that `train_buffer` does not add experts of its own
-        "data": describe(dataset),
-    }
     with whole_folder(out) as folder:
-        experts = _write_experts(paths, folder, config, dataset, network, dev, config_hash(manifest))
-        write_json(folder / "buffer.json", {**manifest, "experts": experts})
+        experts = _write_experts(paths, folder, config, dataset, network, dev)
+        epochs = len(experts[0]["validation_accuracy"]) - 1
+        counted = replace(config, experts=len(experts), epochs=epochs, compiled=False)
+        described = {**as_dict(counted), "imported": True}  # so that `train_buffer` does not add experts of its own
+        write_json(folder / "buffer.json", {"config": described, "data": describe(dataset), "experts": experts})
         write_json(folder / "result.json", {"experts_imported": len(experts), **recorder.report()})
     return Buffer(out)
 
@@ -140,43 +86,41 @@ def _trajectories(path: Path) -> Iterator[tuple[str, object]]:
     """What stands for each expert in the file, with words that say where it is."""
     content = read_torch_file(path)
     if not isinstance(content, list) or not content:
-        raise UserError(f"{path} is {_describe(content)}; it must be a list of trajectories.")
+        raise UserError(f"{path} is {describe_value(content)}; it must be a list of trajectories.")
     for index, trajectory in enumerate(content):
         yield f"{path}, expert {index},", trajectory
 
 
-def _check_trajectory(trajectory: object, where: str, network: Network) -> int:
-    """Number of parameter vectors, all of them checked."""
+def _snapshots(trajectory: object, where: str, network: Network) -> list[Tensor]:
+    """The parameter vectors of an expert, all of them checked."""
     if not isinstance(trajectory, list) or len(trajectory) < 2:
-        raise UserError(f"{where} is {_describe(trajectory)}; it must be a list of the initialisation and the epochs.")
-    seen: dict[bytes, int] = {}
+        raise UserError(
+            f"{where} is {describe_value(trajectory)}; it must be a list of the initialisation and the epochs."
+        )
+    snapshots: list[Tensor] = []
     for epoch, tensors in enumerate(trajectory):
         if not isinstance(tensors, list) or len(tensors) != len(network.shapes):
             raise UserError(
-                f"{where} epoch {epoch}, is {_describe(tensors)}; it must be a list of the {len(network.shapes)} "
+                f"{where} epoch {epoch}, is {describe_value(tensors)}; it must be a list of the {len(network.shapes)} "
                 f"parameters of the network that the configuration describes."
             )
-        digest = hashlib.sha256()
-        for value, (name, shape) in zip(tensors, network.shapes.items(), strict=True):
-            checked = _check_tensor(value, f"{where} epoch {epoch}, parameter {name}", torch.float32, shape)
-            digest.update(checked.contiguous().numpy().data)
-        earlier = seen.setdefault(digest.digest(), epoch)
-        if earlier != epoch:
+        parameters = [
+            check_tensor(value, f"{where} epoch {epoch}, parameter {name}", torch.float32, shape).flatten()
+            for value, (name, shape) in zip(tensors, network.shapes.items(), strict=True)
+        ]
+        theta = torch.cat(parameters)
+        earlier = next((number for number, other in enumerate(snapshots) if torch.equal(other, theta)), None)
+        if earlier is not None:
             raise UserError(
                 f"{where} has the same parameters at epochs {earlier} and {epoch}: they were saved without being "
                 f"copied, as the published codes do on a CPU, and the expert cannot be recovered."
             )
-    return len(trajectory)
+        snapshots.append(theta)
+    return snapshots
 
 
 def _write_experts(
-    paths: list[Path],
-    folder: Path,
-    config: BufferConfig,
-    dataset: Dataset,
-    network: Network,
-    device: torch.device,
-    identity: str,
+    paths: list[Path], folder: Path, config: BufferConfig, dataset: Dataset, network: Network, device: torch.device
 ) -> list[dict[str, Any]]:
     """Write preprocessing and trajectories; returns what `buffer.json` says of each expert."""
     preprocessing = fit_preprocessing(dataset, zca=config.data.zca)
@@ -184,30 +128,31 @@ def _write_experts(
     validation, test = dataset.split[1].to(device), dataset.test.to(device)
     preprocessing = preprocessing.to(device)
     experts: list[dict[str, Any]] = []
-    progress = tqdm(total=config.experts, desc="importing", unit="expert")
-    for path in paths:
+    lengths: dict[str, int] = {}
+    for path in tqdm(paths, desc="importing", unit="file"):
+        trajectories = list(_trajectories(path))
         source = file_digest(path)
-        for index, (_, trajectory) in enumerate(_trajectories(path)):
-            snapshots = [
-                torch.cat([value.flatten() for value in tensors]) for tensors in cast(list[list[Tensor]], trajectory)
-            ]
+        for index, (where, trajectory) in enumerate(trajectories):
+            snapshots = _snapshots(trajectory, where, network)
+            lengths[where] = len(snapshots)
+            first, length = next(iter(lengths.items()))
+            if len(snapshots) != length:
+                raise UserError(f"{where} has {len(snapshots)} epochs and {first} has {length}; all need the same.")
             last = snapshots[-1].to(device)
             held_out, tested = (accuracy(network, last, part, preprocessing) for part in (validation, test))
             if math.isnan(held_out + tested):
                 raise Diverged(f"{path}, expert {index}: it diverged, its output at the last epoch is not finite.")
             record = {
-                "buffer": identity,
+                "buffer": "imported",
                 "seed": None,
                 "train_loss": [],
-                "validation_accuracy": [None] * config.epochs + [held_out],
+                "validation_accuracy": [None] * (length - 1) + [held_out],
                 "test_accuracy": tested,
                 "source": {"file": path.name, "sha256": source, "expert": index},
             }
             written = expert_path(folder, len(experts))
             write_trajectory(written, network, snapshots, record)
-            experts.append({"file": written.name, "sha256": file_digest(written), **read_expert_record(written)})
-            progress.update()
-    progress.close()
+            experts.append({"file": written.name, "sha256": file_digest(written), **record})
     return experts
 
 
@@ -233,7 +178,7 @@ def export_buffer(buffer: Buffer, folder: Path, *, experts_per_file: int = 10) -
             # cloned: who loads a view holds its whole vector
             trajectories = [
                 [
-                    [tensor.clone() for tensor in views(buffer.network, buffer.parameters(expert, epoch)).values()]
+                    [tensor.clone() for tensor in unflatten(buffer.network, buffer.parameters(expert, epoch)).values()]
                     for epoch in range(buffer.epochs + 1)
                 ]
                 for expert in range(start, min(start + experts_per_file, len(buffer.experts)))
@@ -288,24 +233,25 @@ def import_set(
         raise UserError(f"the step size{f' in {lr}' if lr else ''} is {step.item():g}; it must be positive.")
     dataset = load(config.data, root)
     classes = len(dataset.classes)
-    pixels = read_torch_file(images)
-    n = len(pixels) if isinstance(pixels, Tensor) and pixels.ndim else 0
+    content = read_torch_file(images)
+    n = len(content) if isinstance(content, Tensor) and content.ndim else 0
     if n == 0 or n % classes:
         raise UserError(
-            f"{images} is {_describe(pixels)}; {dataset.name} needs a tensor of images, as many for each of its "
+            f"{images} is {describe_value(content)}; {dataset.name} needs a tensor of images, as many for each of its "
             f"{classes} classes."
         )
-    pixels = _check_tensor(pixels, str(images), torch.float32, (n, *dataset.shape))
-    found = read_torch_file(labels)
+    pixels = check_tensor(content, str(images), torch.float32, (n, *dataset.shape))
     by_place = torch.arange(classes).repeat_interleave(n // classes)
-    soft = isinstance(found, Tensor) and found.is_floating_point()
-    logits = _check_tensor(found, str(labels), torch.float32, (n, classes)) if soft else None
+    marks = read_torch_file(labels)
+    soft = isinstance(marks, Tensor) and marks.is_floating_point()
+    logits = check_tensor(marks, str(labels), torch.float32, (n, classes)) if soft else None
     if logits is None:
-        wrong = torch.nonzero(_check_tensor(found, str(labels), torch.int64, (n,)) != by_place).flatten()
+        hard = check_tensor(marks, str(labels), torch.int64, (n,))
+        wrong = torch.nonzero(hard != by_place).flatten()
         if len(wrong):
             place = int(wrong[0])
             raise UserError(
-                f"{labels} is not class-major: image {place} of {n} has label {int(cast(Tensor, found)[place])}, not "
+                f"{labels} is not class-major: image {place} of {n} has label {int(hard[place])}, not "
                 f"{int(by_place[place])}."
             )
     return SyntheticSet(
@@ -325,8 +271,8 @@ def _whitened_name(images: Path) -> str:
 def _read_step_size(path: Path) -> Float[Tensor, ""]:
     value = read_torch_file(path)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise UserError(f"{path} is {_describe(value)}; it must be a step size, one number.")
-    return _check_tensor(value, str(path), torch.float32, tuple(value.shape)).reshape(())
+        raise UserError(f"{path} is {describe_value(value)}; it must be a step size, one number.")
+    return check_tensor(value, str(path), torch.float32, tuple(value.shape)).reshape(())
 
 
 def export_set(synthetic: SyntheticSet, folder: Path) -> list[Path]:

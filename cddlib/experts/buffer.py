@@ -21,7 +21,7 @@ from torch import Tensor
 from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig, Dataset
 from cddlib.data.preprocessing import Preprocessing, preprocessing_from
-from cddlib.networks.convnet import Network, NetworkConfig, views
+from cddlib.networks.convnet import Network, NetworkConfig, unflatten
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import config_hash, from_dict
 from cddlib.runtime.errors import Diverged, UserError, as_user_error
@@ -95,7 +95,7 @@ def write_trajectory(
 
     The header holds `record` and a digest of each vector, which whoever reads it checks.
     """
-    stacked = {name: torch.stack([views(network, theta)[name] for theta in snapshots]) for name in network.shapes}
+    stacked = {name: torch.stack([unflatten(network, theta)[name] for theta in snapshots]) for name in network.shapes}
     vectors = [tensor_digest(theta) for theta in snapshots]
     write_tensors(path, stacked, "expert", {"record": record, "vectors": vectors}, digests=False)
 
@@ -228,7 +228,7 @@ class ConvexBuffer(Buffer):
         steps = torch.zeros(self.epochs + 1, len(self.network.shapes))
         for epoch in range(1, self.epochs + 1):
             there = Buffer.parameters(self, expert, epoch)
-            steps[epoch] = torch.stack([piece.norm() for piece in views(self.network, there - here).values()])
+            steps[epoch] = torch.stack([piece.norm() for piece in unflatten(self.network, there - here).values()])
             here = there
         total = steps.sum(0)
         return torch.where(total > 0, steps.cumsum(0) / total, 1.0)

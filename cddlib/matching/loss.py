@@ -36,12 +36,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cddlib.matching.student import MatchingConfig, Step, _batches, _over_parts, _parts, _roll_out, most_at_once
+from cddlib.matching.student import (
+    MatchingConfig,
+    StudentStep,
+    most_at_once,
+    over_parts,
+    step_parts,
+    student_batches,
+    walk_forward,
+)
 from cddlib.networks.convnet import Network
 from cddlib.runtime.errors import UserError
-from cddlib.training.engine import room, steps_of
+from cddlib.training.engine import make_step, residual_budget
 from cddlib.training.graphs import Graph, branches
-from cddlib.training.step import ComputeConfig, Steps
+from cddlib.training.step import ComputeConfig, TrainingStep
 
 
 def matching_loss(
@@ -51,7 +59,7 @@ def matching_loss(
     images: Float[Tensor, "n c h w"],
     targets: Float[Tensor, "n classes"],
     step_size: Float[Tensor, ""],
-    steps: list[Step],
+    steps: list[StudentStep],
     config: MatchingConfig | None = None,
     compute: ComputeConfig | None = None,
 ) -> Float[Tensor, ""]:
@@ -59,7 +67,7 @@ def matching_loss(
 
     Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
     asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, of at most `PART`
-    images for a ConvNet on a CPU, the images and the parameter vector of each step, and `cddlib.training.engine.room`,
+    images for a ConvNet on a CPU, the images and the parameter vector of each step, and `cddlib.training.engine.residual_budget`,
     which changes no bit of the result.
 
     Raises:
@@ -78,20 +86,20 @@ def matching_losses(
     images: Float[Tensor, "s n c h w"],
     targets: Float[Tensor, "s n classes"],
     step_size: Float[Tensor, " s"],
-    students: list[list[Step]],
+    students: list[list[StudentStep]],
     config: MatchingConfig | None = None,
     compute: ComputeConfig | None = None,
 ) -> Float[Tensor, " s"]:
     """L of s segments, whose students take their steps side by side, each on images, targets and steps of its own.
 
     The students have batches of equal sizes. See `matching_loss`; memory is s times its own. In exchange, the small
-    steps of ConvNets take less time: see `at_a_time`.
+    steps of ConvNets take less time: see `chunk_size`.
     """
     if bool(((start - target).square().sum(1) == 0).any()):
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
     config = config or MatchingConfig()
     config.check_students(len(students))
-    inputs, wanted, sizes = _batches(students, images, targets)
+    inputs, wanted, sizes = student_batches(students, images, targets)
     ends = (start.detach(), target.detach())
     held = (inputs.detach(), wanted.detach(), step_size.detach())
     derivatives = torch.is_grad_enabled()
@@ -115,7 +123,7 @@ def _walk_for(
     students: int,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The walk of `students` that share a device's memory, with all but its tensors given."""
-    engine, free = steps_of(network, compute, device), room(device) // students if derivatives else 0
+    engine, free = make_step(network, compute, device), residual_budget(device) // students if derivatives else 0
     return functools.partial(_walk, engine, sizes, config, most_at_once(network, device, free), free, derivatives)
 
 
@@ -153,11 +161,11 @@ class _Scaled(torch.autograd.Function):
 
 
 def _walk(
-    engine: Steps,
+    engine: TrainingStep,
     sizes: tuple[int, ...],
     config: MatchingConfig,
     parts: int,
-    room: int,
+    residual_budget: int,
     derivatives: bool,
     start: Tensor,
     target: Tensor,
@@ -167,11 +175,11 @@ def _walk(
 ) -> tuple[Tensor, ...]:
     """Losses of students that see `inputs` [s m c h w] and `targets`; on request, their derivatives by the last three.
 
-    Forward it keeps the parameters, and what steps remember as long as there is `room`; then it walks back. A step
+    Forward it keeps the parameters, and what steps remember as long as there is `residual_budget`; then it walks back. A step
     takes at most `parts` images at a time.
     """
     seen = engine.prepared(inputs)
-    path, memories = _roll_out(engine, sizes, parts, room, start, seen, targets, step_size)
+    path, memories = walk_forward(engine, sizes, parts, residual_budget, start, seen, targets, step_size)
     if config.match_step == "nearest":
         path = path[: nearest_step([theta[0] for theta in path], target[0]) + 1]
         del memories[len(path) - 1 :]
@@ -185,18 +193,18 @@ def _walk(
     adjoint = (path[-1] - target) * kept * (2 / scale)[:, None]
     for i in reversed(range(len(path) - 1)):
         by_theta = []
-        for number, (part, share) in enumerate(_parts(sizes, i, parts)):
+        for number, (part, share) in enumerate(step_parts(sizes, i, parts)):
             memory, memories[i][number] = memories[i][number], None
             if memory is None:
-                _, memory = engine.take(path[i], seen[:, part], targets[:, part])
-            along = engine.along(memory, adjoint)
+                _, memory = engine.forward(path[i], seen[:, part], targets[:, part])
+            along = engine.vjp(memory, adjoint)
             del memory
             torch.mul(along.by_inputs, share, out=by_inputs[:, part])
             torch.mul(along.by_targets, share, out=by_targets[:, part])
             by_step_size.sub_(along.inner, alpha=share)
             by_theta.append((along.by_theta, share))
         if config.gradient == "exact":
-            adjoint = torch.addcmul(adjoint, rate, _over_parts(by_theta), value=-1)
+            adjoint = torch.addcmul(adjoint, rate, over_parts(by_theta), value=-1)
     half = 2 if config.gradient == "halved" else 1
     return losses, by_inputs * (-step_size / half)[:, None, None, None, None], by_targets * -rate[:, None], by_step_size
 

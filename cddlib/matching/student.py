@@ -13,8 +13,8 @@ from cddlib.data import augment
 from cddlib.networks.convnet import ConvNet, Network
 from cddlib.runtime.device import upload
 from cddlib.runtime.errors import UserError
-from cddlib.training.engine import operations, steps_of
-from cddlib.training.step import ComputeConfig, Memory, Steps
+from cddlib.training.engine import make_step, operations
+from cddlib.training.step import ComputeConfig, Residuals, TrainingStep
 
 PART = 64
 """Most images of a student that a CPU takes at a time; more are no faster. A GPU takes as many as its memory holds."""
@@ -61,7 +61,7 @@ class MatchingConfig:
             )
 
 
-class Step(NamedTuple):
+class StudentStep(NamedTuple):
     """The randomness of one student step."""
 
     indices: Int64[Tensor, " b"]
@@ -70,17 +70,18 @@ class Step(NamedTuple):
     """How they are augmented."""
 
 
-def plan_student(config: MatchingConfig, size: int, strategy: str, generator: torch.Generator) -> list[Step]:
+def plan_student(config: MatchingConfig, size: int, strategy: str, generator: torch.Generator) -> list[StudentStep]:
     """Draw the N steps of a student on `size` synthetic images: shuffled passes, cut into batches."""
     batches: list[Tensor] = []
     while len(batches) < config.student_steps:
         batches += torch.randperm(size, generator=generator).split(config.student_batch or size)
     return [
-        Step(indices, augment.draw(strategy, len(indices), generator)) for indices in batches[: config.student_steps]
+        StudentStep(indices, augment.draw(strategy, len(indices), generator))
+        for indices in batches[: config.student_steps]
     ]
 
 
-def at_a_time(
+def chunk_size(
     network: Network, config: MatchingConfig, device_type: str, image_shape: tuple[int, ...], batch: int
 ) -> int:
     """How many students take their steps, of `batch` images, side by side; by default ConvNets, as fill the device."""
@@ -90,13 +91,15 @@ def at_a_time(
     return max(1, int(fills / (batch * operations(network, image_shape))))
 
 
-def turns(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
+def segment_chunks(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
     """Which of the students, who train on `images`, take their steps side by side, one turn after the other."""
-    number = at_a_time(network, config, images.device.type, tuple(images.shape[1:]), batch)
+    number = chunk_size(network, config, images.device.type, tuple(images.shape[1:]), batch)
     return [slice(first, min(first + number, students)) for first in range(0, students, number)]
 
 
-def _batches(students: list[list[Step]], images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+def student_batches(
+    students: list[list[StudentStep]], images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """What the students see: augmented images [s m c h w], targets [s m classes], step after step; the steps' sizes.
 
     Each of the six changes is made at once to all the images that have drawn it.
@@ -123,7 +126,7 @@ def _batches(students: list[list[Step]], images: Tensor, targets: Tensor) -> tup
     return inputs, wanted, tuple(sizes[: len(students[0])])
 
 
-def _over_parts(parts: list[tuple[Tensor, float]]) -> Tensor:
+def over_parts(parts: list[tuple[Tensor, float]]) -> Tensor:
     """The batch's value, from those of its parts and each part's share of the batch."""
     first, share = parts[0]
     total = first if share == 1 else share * first
@@ -132,33 +135,33 @@ def _over_parts(parts: list[tuple[Tensor, float]]) -> Tensor:
     return total
 
 
-def _roll_out(
-    engine: Steps,
+def walk_forward(
+    engine: TrainingStep,
     sizes: tuple[int, ...],
     parts: int,
-    room: int,
+    residual_budget: int,
     start: Tensor,
     inputs: Tensor,
     targets: Tensor,
     step_size: Tensor,
-) -> tuple[list[Tensor], list[list[Memory | None]]]:
+) -> tuple[list[Tensor], list[list[Residuals | None]]]:
     """The students' parameters; and the memory of each step, part by part, as long as there is room."""
     path: list[Tensor] = [start]
-    memories: list[list[Memory | None]] = []
+    memories: list[list[Residuals | None]] = []
     for i in range(len(sizes)):
         gradients = []
         memories.append([])
-        for part, share in _parts(sizes, i, parts):
-            by_part, memory = engine.take(path[-1], inputs[:, part], targets[:, part])
+        for part, share in step_parts(sizes, i, parts):
+            by_part, memory = engine.forward(path[-1], inputs[:, part], targets[:, part])
             gradients.append((by_part, share))
-            room -= memory.size
-            memories[-1].append(memory if room >= 0 else None)
+            residual_budget -= memory.size
+            memories[-1].append(memory if residual_budget >= 0 else None)
             del memory
-        path.append(torch.addcmul(path[-1], step_size[:, None], _over_parts(gradients), value=-1))
+        path.append(torch.addcmul(path[-1], step_size[:, None], over_parts(gradients), value=-1))
     return path, memories
 
 
-def _parts(sizes: tuple[int, ...], step: int, most: int) -> list[tuple[slice, float]]:
+def step_parts(sizes: tuple[int, ...], step: int, most: int) -> list[tuple[slice, float]]:
     """Where a step's images lie among all, cut into even parts of at most `most`; and each part's share of the step."""
     first, size = sum(sizes[:step]), sizes[step]
     number = -(-size // most)
@@ -166,25 +169,25 @@ def _parts(sizes: tuple[int, ...], step: int, most: int) -> list[tuple[slice, fl
     return [(slice(*edge), (edge[1] - edge[0]) / size) for edge in itertools.pairwise(edges)]
 
 
-def most_at_once(network: Network, device: torch.device, room: int) -> int:
+def most_at_once(network: Network, device: torch.device, residual_budget: int) -> int:
     """Images of a step that are taken at a time; all where the network mixes them, as batch norm does."""
     if not isinstance(network, ConvNet) or network.config.norm == "batch":
         return sys.maxsize
     if device.type != "cuda":
         return PART
     maps = sum(4 * network.config.width * (network.side // 2**block) ** 2 for block in range(network.config.depth))
-    return max(PART, room // (MAPS_OF_A_STEP * maps))
+    return max(PART, residual_budget // (MAPS_OF_A_STEP * maps))
 
 
 @torch.no_grad()
 def roll_out(
-    network: Network, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[Step]
+    network: Network, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[StudentStep]
 ) -> list[Tensor]:
     """The student's parameters θ_0 … θ_N, N + 1 vectors of length p, without any graph.
 
     Arguments and their shapes are those of `matching_loss`.
     """
-    inputs, wanted, sizes = _batches([steps], images[None], targets[None])
-    engine, most = steps_of(network, ComputeConfig(), start.device), most_at_once(network, start.device, 0)
-    path, _ = _roll_out(engine, sizes, most, 0, start[None], engine.prepared(inputs), wanted, step_size[None])
+    inputs, wanted, sizes = student_batches([steps], images[None], targets[None])
+    engine, most = make_step(network, ComputeConfig(), start.device), most_at_once(network, start.device, 0)
+    path, _ = walk_forward(engine, sizes, most, 0, start[None], engine.prepared(inputs), wanted, step_size[None])
     return [thetas[0] for thetas in path]

@@ -1,7 +1,7 @@
 """Networks as pure functions of (parameters, images).
 
 The parameters are one flat vector: an expert's epoch is a vector, a student's step is vector arithmetic, and a
-trajectory is a sequence of points. `views` gives the tensors inside it their names and shapes.
+trajectory is a sequence of points. `unflatten` gives the tensors inside it their names and shapes.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ class NetworkConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {most}.")
         if self.network == "convnet" and self.norm == "group" and self.width % 4:
             raise UserError(f"width is {self.width}; with norm 'group' it must be a multiple of 4.")
-        if self.network in ("vgg11", "resnet18", "densenet121") and self.norm not in _NORMS:
+        if self.network in ("vgg11", "resnet18", "densenet121") and self.norm not in NORMS:
             raise UserError(f"norm is {self.norm!r}; {self.network} takes 'instance' or 'batch'.")
 
 
@@ -71,7 +71,7 @@ def parameter_count(network: Network) -> int:
     return sum(math.prod(shape) for shape in network.shapes.values())
 
 
-def views(network: Network, theta: Float[Tensor, "*s p"]) -> dict[str, Tensor]:
+def unflatten(network: Network, theta: Float[Tensor, "*s p"]) -> dict[str, Tensor]:
     """The parameter vector, or several, as named tensors that share its memory."""
     pieces = theta.split([math.prod(shape) for shape in network.shapes.values()], dim=-1)
     return {
@@ -140,10 +140,10 @@ class ConvNet:
         self, thetas: Float[Tensor, "s p"], images: Float[Tensor, "s b c h w"]
     ) -> Float[Tensor, "s b classes"]:
         """Logits of s networks. Their channels lie side by side, and each convolution sees those of its own network."""
-        count, p = len(thetas), views(self, thetas)
+        count, p = len(thetas), unflatten(self, thetas)
         weight, bias = p.pop("classifier.weight"), p.pop("classifier.bias")
         p = {name: tensor.flatten(0, 1) for name, tensor in p.items()}
-        x = beside(images)
+        x = fold_networks(images)
         for block in range(self.config.depth):
             x = F.conv2d(x, p[f"conv{block}.weight"], p[f"conv{block}.bias"], 1, self.paddings[block], groups=count)
             if self.config.norm != "none":
@@ -151,7 +151,7 @@ class ConvNet:
             x = _ACTIVATIONS[self.config.activation](x)
             if self.config.pooling != "none":
                 x = _POOLINGS[self.config.pooling](x, 2)
-        return torch.baddbmm(bias[:, None], apart(x, count).flatten(2), weight.mT)
+        return torch.baddbmm(bias[:, None], unfold_networks(x, count).flatten(2), weight.mT)
 
     def _normalise(self, x: Tensor, weight: Tensor, bias: Tensor, count: int) -> Tensor:
         if self.config.norm == "layer":
@@ -161,17 +161,17 @@ class ConvNet:
         return F.group_norm(x, 4 * count if self.config.norm == "group" else x.shape[1], weight, bias)
 
 
-def beside(x: Float[Tensor, "s b c h w"]) -> Float[Tensor, "b sc h w"]:
+def fold_networks(x: Float[Tensor, "s b c h w"]) -> Float[Tensor, "b sc h w"]:
     """The channels of several networks side by side."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def apart(x: Float[Tensor, "b sc h w"], count: int) -> Float[Tensor, "s b c h w"]:
+def unfold_networks(x: Float[Tensor, "b sc h w"], count: int) -> Float[Tensor, "s b c h w"]:
     """The channels of `count` networks, which lie side by side, each network's for itself."""
     return x.unflatten(1, (count, -1)).transpose(0, 1)
 
 
-_NORMS: dict[str, Callable[[int], nn.Module]] = {
+NORMS: dict[str, Callable[[int], nn.Module]] = {
     "instance": lambda channels: nn.GroupNorm(channels, channels),
     "batch": functools.partial(nn.BatchNorm2d, track_running_stats=False),
 }

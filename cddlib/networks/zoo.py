@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cddlib.networks.convnet import _NORMS, ConvNet, Network, NetworkConfig, views
+from cddlib.networks.convnet import NORMS, ConvNet, Network, NetworkConfig, unflatten
 from cddlib.runtime.errors import UserError
 
 MOST_CHANNELS, LONGEST_SIDE, MOST_CLASSES = 1024, 4096, 2**20
@@ -80,7 +80,7 @@ class TorchNetwork:
 
     def __call__(self, theta: Float[Tensor, " p"], images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels of attention cannot be differentiated twice
-            return cast(Tensor, torch.func.functional_call(self._module, views(self, theta), (images,)))
+            return cast(Tensor, torch.func.functional_call(self._module, unflatten(self, theta), (images,)))
 
 
 def _too_small(image_side: int, side: int) -> bool:
@@ -96,7 +96,7 @@ def _stages(
     for stage, (kernel, widths) in enumerate(zip(kernels, stages, strict=True), start=1):
         for width in widths:
             layers += [nn.Conv2d(channels, width, kernel, padding="same")]
-            layers += [_NORMS[norm](width)] if norm != "none" else []
+            layers += [NORMS[norm](width)] if norm != "none" else []
             layers += [nn.ReLU()]
             channels = width
         if stage == len(stages) or not _too_small(image_side, side // 2):
@@ -129,7 +129,7 @@ def _resnet18(config: NetworkConfig, channels: int, side: int, classes: int) -> 
     from torchvision.models import ResNet
     from torchvision.models.resnet import BasicBlock
 
-    net = ResNet(BasicBlock, [2, 2, 2, 2], classes, norm_layer=_NORMS[config.norm])
+    net = ResNet(BasicBlock, [2, 2, 2, 2], classes, norm_layer=NORMS[config.norm])
     net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
     net.maxpool = nn.Identity()
@@ -147,7 +147,7 @@ def _densenet121(config: NetworkConfig, channels: int, side: int, classes: int) 
     for module in list(net.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                setattr(module, name, _NORMS[config.norm](child.num_features))
+                setattr(module, name, NORMS[config.norm](child.num_features))
     net.features.conv0 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(net.features.conv0.weight)  # as torchvision's
     net.features.pool0 = nn.Identity()

@@ -68,6 +68,27 @@ def link_or_copy(source: Path, goal: Path) -> None:
             write_atomically(goal, lambda temporary: shutil.copyfile(source, temporary))
 
 
+def refuse_filled(folder: Path) -> None:
+    """Raise `UserError` unless `folder` is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; choose another.")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that gets the name `folder` when all is written; raises `UserError` if that is not empty."""
+    refuse_filled(folder)
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 # --- Checksums --------------------------------------------------------------------------------------------------
 
 

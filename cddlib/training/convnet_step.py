@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cddlib.networks.convnet import ConvNet, apart, beside, views
+from cddlib.networks.convnet import ConvNet, fold_networks, unflatten, unfold_networks
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.errors import UserError, is_out_of_memory
-from cddlib.training.step import Along, Memory
+from cddlib.training.step import Residuals, StepVJP
 
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "split_reductions": False}
 """Of the compiler: fewer and larger kernels, for on a GPU small steps take as long as their kernels are many."""
@@ -28,14 +28,14 @@ EPSILON = 1e-5
 """Of the norm, as PyTorch has it."""
 
 
-def fits(network: ConvNet) -> bool:
-    """Whether `Derived` computes this ConvNet: instance norm, ReLU, average pooling that leaves no pixel out."""
+def is_standard_convnet(network: ConvNet) -> bool:
+    """Whether `ConvNetStep` computes this ConvNet: instance norm, ReLU, average pooling that leaves no pixel out."""
     config = network.config
     usual = (config.norm, config.activation, config.pooling) == ("instance", "relu", "avg")
     return usual and network.side % 2**config.depth == 0
 
 
-class Derived:
+class ConvNetStep:
     """Steps of the ConvNet with instance norm, ReLU and average pooling, by its derivatives.
 
     A block maps x to pool(relu(γ n + β)), where n is conv(x; w) less its mean, times r, the inverse of its standard
@@ -45,48 +45,48 @@ class Derived:
     """
 
     def __init__(self, network: ConvNet, precision: str, compiled: bool) -> None:
-        """Steps of `network`; see `fits`."""
+        """Steps of `network`; see `is_standard_convnet`."""
         self._network = network
         self._precision = precision
         self._low = torch.bfloat16 if precision == "bfloat16" else None
         self._paddings = network.paddings
         self._channels = network.shapes["conv0.weight"][1]
-        self._gradient, self._take, self._along = self._step, self._remembered, self._derivatives
+        self._gradient, self._forward, self._vjp = self._step, self._remembered, self._derivatives
         if compiled and not can_compile():
             not_compiled("there is no C++ compiler")
         elif compiled:
             self._gradient = _compiled(self._step, "training steps")
-            self._take = _compiled(self._remembered, "a student's steps")
-            self._along = _compiled(self._derivatives, "their derivatives")
+            self._forward = _compiled(self._remembered, "a student's steps")
+            self._vjp = _compiled(self._derivatives, "their derivatives")
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Steps`."""
+        """See `TrainingStep`."""
         if targets.dtype == torch.int64:
             targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
         with torch.no_grad(), _multiplying(self._precision, theta.device):
-            return self._gradient(theta.detach(), _channels_last(beside(self.prepared(inputs))), targets)
+            return self._gradient(theta.detach(), _channels_last(fold_networks(self.prepared(inputs))), targets)
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """See `Steps`: a GPU's get channels of zeros, up to a multiple of four, as its convolutions like them."""
+        """See `TrainingStep`: a GPU's get channels of zeros, up to a multiple of four, as its convolutions like them."""
         missing = -inputs.shape[2] % 4 if inputs.is_cuda else 0
         if missing:
             inputs = F.pad(inputs, (0, 0, 0, 0, 0, missing))
         return _channels_last(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
 
-    def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
-        """See `Steps`."""
+    def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
+        """See `TrainingStep`."""
         with torch.no_grad(), _multiplying(self._precision, theta.device):
-            x = _channels_last(beside(self.prepared(inputs)))
-            _, gradient, blocks, head = self._take(theta.detach(), x, targets.detach())
+            x = _channels_last(fold_networks(self.prepared(inputs)))
+            _, gradient, blocks, head = self._forward(theta.detach(), x, targets.detach())
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
-        return gradient, Memory((theta.detach(), blocks, head), size)
+        return gradient, Residuals((theta.detach(), blocks, head), size)
 
-    def along(self, memory: Memory, direction: Tensor) -> Along:
-        """See `Steps`."""
+    def vjp(self, memory: Residuals, direction: Tensor) -> StepVJP:
+        """See `TrainingStep`."""
         theta, blocks, head = memory.content
         with torch.no_grad(), _multiplying(self._precision, theta.device):
-            inner, by_theta, by_inputs, by_targets = self._along(theta, blocks, head, direction)
-        return Along(inner, by_theta, apart(by_inputs, len(theta))[:, :, : self._channels], by_targets)
+            inner, by_theta, by_inputs, by_targets = self._vjp(theta, blocks, head, direction)
+        return StepVJP(inner, by_theta, unfold_networks(by_inputs, len(theta))[:, :, : self._channels], by_targets)
 
     def _step(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self._remembered(theta, x, targets)[:2]
@@ -105,13 +105,13 @@ class Derived:
             n = a * r
             blocks.append([x, n, r])
             x = F.avg_pool2d(F.relu(self._scaled(n, w, block)), 2)
-        maps = apart(x, len(theta))
+        maps = unfold_networks(x, len(theta))
         features = maps.flatten(2)
         log_p = torch.baddbmm(w["classifier.bias"][:, None], features, w["classifier.weight"].mT).log_softmax(2)
         p, loss = log_p.exp(), -(y * log_p).sum(2).mean(1)
         u_logits = (p * y.sum(2, keepdim=True) - y) / y.shape[1]
         gradient = {"classifier.weight": u_logits.mT @ features, "classifier.bias": u_logits.sum(1)}
-        u_x = _channels_last(beside((u_logits @ w["classifier.weight"]).view_as(maps)))
+        u_x = _channels_last(fold_networks((u_logits @ w["classifier.weight"]).view_as(maps)))
         for block, padding in reversed(list(enumerate(self._paddings))):
             x, n, r = blocks[block]
             weight = w[f"conv{block}.weight"]
@@ -149,7 +149,7 @@ class Derived:
             d_x = F.avg_pool2d(torch.where(self._scaled(n, w, block) > 0, d_z, 0), 2)
         features, p, u_logits, y = head
         assert d_x is not None  # there is at least one block
-        d_maps = apart(d_x, len(theta))
+        d_maps = unfold_networks(d_x, len(theta))
         d_features = d_maps.flatten(2)
         top, d_top = w["classifier.weight"], d_w["classifier.weight"]
         d_logits = torch.baddbmm(d_w["classifier.bias"][:, None], features, d_top.mT) + d_features @ top.mT
@@ -159,7 +159,7 @@ class Derived:
             "classifier.weight": d_u_logits.mT @ features + u_logits.mT @ d_features,
             "classifier.bias": d_u_logits.sum(1),
         }
-        d_u_x = _channels_last(beside((d_u_logits @ top + u_logits @ d_top).view_as(d_maps)))
+        d_u_x = _channels_last(fold_networks((d_u_logits @ top + u_logits @ d_top).view_as(d_maps)))
         for block, padding in reversed(list(enumerate(self._paddings))):
             x, n, r, u_x, u_a = blocks[block]
             d_n, d_r, *d_xs = moved[block]
@@ -187,7 +187,7 @@ class Derived:
 
     def _views(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
         """The parameters by name, with weights of zeros for the channels of zeros that inputs x have more."""
-        w = views(self._network, theta)
+        w = unflatten(self._network, theta)
         missing = x.shape[1] // len(theta) - self._channels
         if missing:
             w["conv0.weight"] = F.pad(w["conv0.weight"], (0, 0, 0, 0, 0, missing))

@@ -9,15 +9,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from cddlib.networks.convnet import ConvNet, Network, parameter_count
 from cddlib.runtime.device import free_memory
 from cddlib.runtime.errors import UserError
-from cddlib.training.convnet_step import Derived, can_compile, fits
-from cddlib.training.step import Autograd, ComputeConfig, Steps
+from cddlib.training.convnet_step import ConvNetStep, can_compile, is_standard_convnet
+from cddlib.training.step import AutogradStep, ComputeConfig, TrainingStep
 
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 4e13}
 """Floating-point operations of a run from which on compiling saves more time than it takes: about a minute on two
 cores, a quarter of that on an NVIDIA H200."""
 
 
-def steps_of(network: Network, config: ComputeConfig, device: torch.device) -> Steps:
+def make_step(network: Network, config: ComputeConfig, device: torch.device) -> TrainingStep:
     """The steps of networks of one kind on a device; not compiled unless `config` says so.
 
     The usual ConvNet's derived steps need compiling to be fast on a CPU. A GPU differentiates convolutions twice so
@@ -28,10 +28,10 @@ def steps_of(network: Network, config: ComputeConfig, device: torch.device) -> S
 
 
 @functools.lru_cache(maxsize=16)
-def _steps(network: Network, precision: str, compiled: bool, derived: bool) -> Steps:
-    if derived and isinstance(network, ConvNet) and fits(network):
-        return Derived(network, precision, compiled)
-    return Autograd(network)
+def _steps(network: Network, precision: str, compiled: bool, derived: bool) -> TrainingStep:
+    if derived and isinstance(network, ConvNet) and is_standard_convnet(network):
+        return ConvNetStep(network, precision, compiled)
+    return AutogradStep(network)
 
 
 def worth_compiling(
@@ -46,7 +46,7 @@ def worth_compiling(
         raise UserError("compiled is True, but there is no C++ compiler here; install one, or leave the choice open.")
     if config.compiled is not None:
         return config.compiled
-    if not (isinstance(network, ConvNet) and fits(network)):
+    if not (isinstance(network, ConvNet) and is_standard_convnet(network)):
         return False
     enough = (
         3 * operations(network, image_shape) * images >= WORTH_COMPILING["cuda" if device.type == "cuda" else "cpu"]
@@ -62,7 +62,7 @@ def operations(network: Network, image_shape: tuple[int, ...]) -> float:
     return float(counter.get_total_flops())
 
 
-def room(device: torch.device) -> int:
+def residual_budget(device: torch.device) -> int:
     """Bytes that memories may take: CDDLIB_KEPT_MB, or a part of what is free.
 
     It is half of what is free on a GPU now, and an eighth of what was free on the machine when a process first asked.
@@ -71,11 +71,11 @@ def room(device: torch.device) -> int:
         return _kept_mb(os.environ["CDDLIB_KEPT_MB"]) * 2**20
     if device.type == "cuda":
         return free_memory(device) // 2
-    return _room_of_machine()
+    return _budget_of_machine()
 
 
 @functools.cache
-def _room_of_machine() -> int:
+def _budget_of_machine() -> int:
     return free_memory(torch.device("cpu")) // (8 * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

@@ -19,10 +19,10 @@ from cddlib.data.preprocessing import Preprocessing, Whitening
 from cddlib.networks.convnet import Network
 from cddlib.runtime.device import upload
 from cddlib.runtime.errors import UserError
-from cddlib.training.convnet_step import Derived
-from cddlib.training.engine import steps_of
+from cddlib.training.convnet_step import ConvNetStep
+from cddlib.training.engine import make_step
 from cddlib.training.graphs import Graph
-from cddlib.training.step import ComputeConfig, Steps
+from cddlib.training.step import ComputeConfig, TrainingStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ def train_epoch(
     compute: ComputeConfig | None = None,
 ) -> float:
     """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss."""
-    steps = steps_of(network, compute or ComputeConfig(), theta.device)
-    captured = theta.is_cuda and isinstance(steps, Derived)
+    steps = make_step(network, compute or ComputeConfig(), theta.device)
+    captured = theta.is_cuda and isinstance(steps, ConvNetStep)
     total = torch.zeros((), device=theta.device)
     for indices in upload(torch.randperm(size, generator=generator), theta.device).split(batch_size):
         inputs, targets = fetch(indices)
@@ -83,7 +83,7 @@ def train_epoch(
 
 
 @functools.lru_cache(maxsize=16)
-def _graph(steps: Steps, shape: torch.Size, targets: torch.dtype, thread: int) -> Graph:
+def _graph(steps: TrainingStep, shape: torch.Size, targets: torch.dtype, thread: int) -> Graph:
     """A step's gradient as a graph, for inputs of a `shape` and targets of a type; every thread has its own."""
     return Graph(steps.gradient)
 

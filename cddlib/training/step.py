@@ -6,7 +6,7 @@ its derivatives with respect to θ, X and Y. They are the derivatives of ℓ and
 
     ⟨g, λ⟩ = d/dε ℓ      (∂g/∂θ)ᵀ λ = d/dε ∇_θ ℓ      (∂g/∂X)ᵀ λ = d/dε ∇_X ℓ      at θ + ελ, ε = 0
 
-`Autograd` finds them for every network, by differentiating ⟨g, λ⟩; `convnet_step` has them written out for the field's
+`AutogradStep` finds them for every network, by differentiating ⟨g, λ⟩; `convnet_step` has them written out for the field's
 usual ConvNet, and `engine` chooses. What a step must remember for its derivatives, its memory, can be kept or computed
 again: to the same bits.
 
@@ -37,7 +37,7 @@ class ComputeConfig:
     precision is bfloat16, which is slow otherwise."""
 
 
-class Along(NamedTuple):
+class StepVJP(NamedTuple):
     """⟨g, λ⟩ and its derivatives, of each network."""
 
     inner: Float[Tensor, " s"]
@@ -46,7 +46,7 @@ class Along(NamedTuple):
     by_targets: Float[Tensor, "s b classes"]
 
 
-class Memory(NamedTuple):
+class Residuals(NamedTuple):
     """What a step remembers for its derivatives."""
 
     content: Any
@@ -55,23 +55,23 @@ class Memory(NamedTuple):
 
 
 @runtime_checkable
-class Steps(Protocol):
+class TrainingStep(Protocol):
     """Steps of s networks, on parameters θ [s p], inputs X [s b c h w] and class probabilities Y [s b classes]."""
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ [s] and g [s p]. `targets` may be classes [s b]."""
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """Inputs as steps take them fastest, those of many steps at once; `take` accepts others too."""
+        """Inputs as steps take them fastest, those of many steps at once; `forward` accepts others too."""
 
-    def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
-        """g, and what `along` needs."""
+    def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
+        """g, and what `vjp` needs."""
 
-    def along(self, memory: Memory, direction: Tensor) -> Along:
+    def vjp(self, memory: Residuals, direction: Tensor) -> StepVJP:
         """⟨g, λ⟩ for a `direction` λ, and its derivatives; a memory serves once."""
 
 
-class Autograd:
+class AutogradStep:
     """Steps by differentiating twice; the memory is the graph."""
 
     def __init__(self, network: Network) -> None:
@@ -80,7 +80,7 @@ class Autograd:
         self._sizes: dict[torch.Size, int] = {}
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Steps`."""
+        """See `TrainingStep`."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
             logits = side_by_side(self._network, theta, inputs)
@@ -89,13 +89,13 @@ class Autograd:
             return loss.detach(), torch.autograd.grad(loss.sum(), theta)[0]
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """See `Steps`."""
+        """See `TrainingStep`."""
         return inputs
 
-    def take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
-        """See `Steps`."""
+    def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
+        """See `TrainingStep`."""
         if inputs.shape in self._sizes:
-            return self._take(theta, inputs, targets)
+            return self._forward(theta, inputs, targets)
         storages: dict[int, int] = {}
 
         def count(saved: Tensor) -> Tensor:
@@ -103,22 +103,22 @@ class Autograd:
             return saved.detach()  # the graph would hold itself otherwise
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
-            gradient, memory = self._take(theta, inputs, targets)
+            gradient, memory = self._forward(theta, inputs, targets)
         self._sizes[inputs.shape] = sum(storages.values())
         return gradient, memory._replace(size=self._sizes[inputs.shape])
 
-    def _take(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Memory]:
+    def _forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (theta, inputs, targets)]
             log_p = side_by_side(self._network, leaves[0], leaves[1]).log_softmax(2)
             loss = -(leaves[2] * log_p).sum(2).mean(1)
             (gradient,) = torch.autograd.grad(loss.sum(), leaves[0], create_graph=True)
-        return gradient.detach(), Memory((gradient, leaves), self._sizes.get(inputs.shape, 0))
+        return gradient.detach(), Residuals((gradient, leaves), self._sizes.get(inputs.shape, 0))
 
-    def along(self, memory: Memory, direction: Tensor) -> Along:
-        """See `Steps`."""
+    def vjp(self, memory: Residuals, direction: Tensor) -> StepVJP:
+        """See `TrainingStep`."""
         gradient, leaves = memory.content
         with torch.enable_grad():
             inner = torch.linalg.vecdot(gradient, direction)
             derivatives = torch.autograd.grad(inner.sum(), leaves)
-        return Along(inner.detach(), *derivatives)
+        return StepVJP(inner.detach(), *derivatives)

@@ -56,13 +56,13 @@ def gradients(
     synthetic = initialise(config, load(buffer.data["name"], root), buffer, seed, device)
     latest = buffer.epochs - EXPERT_EPOCHS
     start = {"early": 0, "middle": latest // 2, "late": latest}[where]
-    matching = MatchingConfig(student_steps=student_steps, precision=compute.precision, compiled=compute.compiled)
+    matching = MatchingConfig(student_steps=student_steps)
     rng = cddlib.generator(seed, "precision", ipc, student_steps, where)
     steps = plan_student(matching, len(synthetic.labels), AugmentConfig().augment, rng)
     images, step_size = (x.detach().to(dtype).requires_grad_() for x in (synthetic.images, synthetic.step_size))
     theta, target = (buffer.parameters(0, epoch).to(device, dtype) for epoch in (start, start + EXPERT_EPOCHS))
     targets = synthetic.targets().detach().to(dtype)
-    loss = matching_loss(buffer.network, theta, target, images, targets, step_size, steps, matching)
+    loss = matching_loss(buffer.network, theta, target, images, targets, step_size, steps, matching, compute)
     by_images, by_step_size = torch.autograd.grad(loss, (images, step_size))
     return loss.item(), by_images.double().cpu(), by_step_size.item()
 

@@ -16,12 +16,12 @@ Nothing is measured on a GPU: the curves rest on the assumptions that the record
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
 import itertools
 import multiprocessing
-import queue
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +37,6 @@ from scaling_model import (
     Link,
     Scaling,
     Work,
-    all_reduce,
     fit_link,
     gradient_bytes,
     iteration,
@@ -51,7 +50,6 @@ from cddlib.data.dataset import load
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import initial_state, iterate
 from cddlib.matching.student import plan_student
-from cddlib.methods.recipes import source
 from cddlib.plan import sizes_of
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Ranks
@@ -130,8 +128,8 @@ def timed(repeats: int, *runs: Callable[[], object]) -> list[list[float]]:
     return found
 
 
-def process(rank: int, count: int, store: Path, works: list[Case], results: Any) -> None:
-    """Measure everything as one of `count` processes; the results are seconds by what they are of."""
+def process(rank: int, *, count: int, store: Path, works: list[Case]) -> dict[Any, list[float]]:
+    """Measure everything as one of `count` processes; returns seconds by what they are of."""
     torch.set_num_threads(1)
     keep_freed_memory()
     if count > 1:
@@ -151,7 +149,7 @@ def process(rank: int, count: int, store: Path, works: list[Case], results: Any)
         for size in SIZES:
             (found["all-reduce", size],) = timed(10, functools.partial(Ranks().sum, torch.zeros(size // 4)))
         dist.destroy_process_group()
-    results.put((rank, found))
+    return found
 
 
 # --- In the parent ----------------------------------------------------------------------------------------------
@@ -159,22 +157,9 @@ def process(rank: int, count: int, store: Path, works: list[Case], results: Any)
 
 def together(count: int, works: list[Case], store: Path) -> list[dict[Any, list[float]]]:
     """What each of `count` processes measured in a round; they find each other at `store`, a new file."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    started = [context.Process(target=process, args=(rank, count, store, works, results)) for rank in range(count)]
-    for one in started:
-        one.start()
-    found: dict[int, dict[Any, list[float]]] = {}
-    while len(found) < count:
-        try:
-            rank, measured = results.get(timeout=5)
-            found[rank] = measured
-        except queue.Empty:
-            if any(one.exitcode for one in started):
-                raise RuntimeError("a process failed; its error is above") from None
-    for one in started:
-        one.join()
-    return [found[rank] for rank in range(count)]
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
+        return list(pool.map(functools.partial(process, count=count, store=store, works=works), range(count)))
 
 
 def spread(values: Sequence[float]) -> float:
@@ -185,8 +170,8 @@ def spread(values: Sequence[float]) -> float:
 
 def work_measured(every: list[dict[Any, list[float]]], case: Case, segments: int) -> Work:
     """The work, from what the processes measured while each worked by itself."""
-    nothing = [float(np.median(found[case.name, segments, "nothing"])) for found in every]
-    one = [found[case.name, segments, "one"] for found in every]
+    nothing = [float(np.median(measured[case.name, segments, "nothing"])) for measured in every]
+    one = [measured[case.name, segments, "one"] for measured in every]
     means = [float(np.median(times)) - beside for times, beside in zip(one, nothing, strict=True)]
     segment = float(np.mean(means))
     return Work(
@@ -199,29 +184,17 @@ def work_measured(every: list[dict[Any, list[float]]], case: Case, segments: int
     )
 
 
-def compared(works: list[Case], by_count: dict[int, list[dict[Any, list[float]]]], link: Link) -> list[dict[str, Any]]:
+def compared(works: list[Case], by_count: dict[int, list[dict[Any, list[float]]]]) -> list[dict[str, Any]]:
     """Measured iterations beside predicted ones."""
+    reduced = [(size, count) for size in SIZES for count in PROCESSES[1:]]
+    link = fit_link([(*one, float(np.median(by_count[one[1]][0]["all-reduce", one[0]]))) for one in reduced])
     rows = []
     for case, segments, count in itertools.product(works, SEGMENTS, PROCESSES):
         seconds = float(np.median(by_count[count][0][case.name, segments, "iteration"]))
-        work = work_measured(by_count[count], case, segments)
-        parts = iteration(work, count, link)
-        alone = float(np.median(by_count[1][0][case.name, segments, "iteration"]))
-        rows.append(
-            {
-                "work": case.name,
-                "segments": segments,
-                "processes": count,
-                "seconds": seconds,
-                "predicted": parts.seconds,
-                "error": parts.seconds / seconds - 1,
-                "efficiency": alone / (count * seconds),
-                "parts": parts._asdict(),
-                "segment_seconds": work.segment,
-                "segment_spread": work.segment_spread,
-                "device_spread": work.device_spread,
-            }
-        )
+        predicted = iteration(work_measured(by_count[count], case, segments), count, link).seconds
+        row = {"work": case.name, "segments": segments, "processes": count}
+        rows.append({**row, "seconds": seconds, "predicted": predicted, "error": predicted / seconds - 1})
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -246,48 +219,32 @@ CURVES: tuple[tuple[Scaling, int], ...] = (("strong", 1), ("strong", 8), ("weak"
 """The kind of scaling, and the experts that are matched at once: by all devices, or for each of them."""
 
 
-def model(segments: int = 8) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The curves of `SETS`, and what they rest on."""
+def model(draws: dict[str, float], segments: int = 8) -> list[dict[str, Any]]:
+    """The curves of `SETS`; `draws` says how many seconds each takes to draw a segment's student."""
     a = {name: value for name, (value, _) in ASSUMED.items()}
     inside, between = (Link(a[f"{where}_latency"], a[f"{where}_bandwidth"]) for where in ("inside", "between"))
     cluster = Cluster(inside, between, int(a["node"]))
-    rows, works = [], {}
-    for name, method, data, ipc in SETS:
-        config = cddlib.distill_recipe(method, data, ipc, segments=segments)
-        draw = drawing_seconds(config)
-        for scaling, experts in CURVES:
-            work = work_of(
-                dataclasses.replace(config, concurrent_experts=experts),
-                a["operations_per_second"],
-                memory=a["memory_bytes_per_second"],
-                draw=draw,
-                segment_spread=a["segment_spread"],
-                device_spread=a["device_spread"],
-            )
-            for devices in DEVICES:
-                parts, efficiency = scaled(work, devices, cluster, scaling)
-                rows.append(
-                    {
-                        "set": name,
-                        "scaling": scaling,
-                        "segments": segments,
-                        "concurrent_experts": experts * (devices if scaling == "weak" else 1),
-                        "devices": devices,
-                        "seconds": parts.seconds,
-                        "efficiency": efficiency,
-                        "binds": parts.binds,
-                        "parts": parts._asdict(),
-                    }
-                )
-        works[name] = {
-            "method": method,
-            "source": source(method, data, ipc)._asdict(),
-            "segment_seconds": work.segment,
-            "all_reduced_bytes": work.size,
-            "seconds_beside": work.alone,
-            "draw_seconds": draw,
-        }
-    return rows, works
+    rows = []
+    for (name, config), (scaling, experts) in itertools.product(configurations(segments).items(), CURVES):
+        work = work_of(
+            dataclasses.replace(config, concurrent_experts=experts),
+            a["operations_per_second"],
+            memory=a["memory_bytes_per_second"],
+            draw=draws[name],
+            segment_spread=a["segment_spread"],
+            device_spread=a["device_spread"],
+        )
+        for devices in DEVICES:
+            parts, efficiency = scaled(work, devices, cluster, scaling)
+            at_once = experts * (devices if scaling == "weak" else 1)
+            row = {"set": name, "scaling": scaling, "segments": segments, "concurrent_experts": at_once}
+            rows.append({**row, "devices": devices, "efficiency": efficiency, "binds": parts.binds})
+    return rows
+
+
+def configurations(segments: int) -> dict[str, DistillConfig]:
+    """The recipes of `SETS`."""
+    return {name: cddlib.distill_recipe(*recipe, segments=segments) for name, *recipe in SETS}
 
 
 def drawing_seconds(config: DistillConfig) -> float:
@@ -315,32 +272,11 @@ def main() -> None:
             for pooled, once in zip(by_count[count], found, strict=True):
                 for what, seconds in once.items():
                     pooled[what] += seconds
-        reduced = [
-            {"processes": count, "bytes": size, "seconds": float(np.median(by_count[count][0]["all-reduce", size]))}
-            for count, size in itertools.product(PROCESSES[1:], SIZES)
-        ]
-        link = fit_link([(row["bytes"], row["processes"], row["seconds"]) for row in reduced])
-        for row in reduced:
-            row["fitted"] = all_reduce(row["bytes"], row["processes"], link)
-        measured = compared(works, by_count, link)
-    for row in measured:
-        numbers = f"{row['seconds']:9.4f}{row['predicted']:9.4f}{row['error']:+7.0%}"
-        print(f"{row['work']:36}{row['segments']:3}{row['processes']:3}{numbers}", flush=True)
-    rows, on = model()
+        measured = compared(works, by_count)
+    draws = {name: drawing_seconds(config) for name, config in configurations(8).items()}
     assumptions = {name: {"value": value, "source": where} for name, (value, where) in ASSUMED.items()}
-    assumptions["draw_seconds"] = {
-        "value": {name: work["draw_seconds"] for name, work in on.items()},
-        "source": "measured here: students are drawn on the CPU",
-    }
-    record = {
-        "measured": measured,
-        "all_reduce": reduced,
-        "link": link._asdict(),
-        "assumptions": assumptions,
-        "works": on,
-        "model": rows,
-        **recorder.report(),
-    }
+    assumptions["draw_seconds"] = {"value": draws, "source": "measured here: students are drawn on the CPU"}
+    record = {"measured": measured, "assumptions": assumptions, "model": model(draws), **recorder.report()}
     write_record(options.to, record)
 
 

@@ -69,8 +69,7 @@ class Work:
     draw: float = 0.0
     """Seconds in which every device draws one segment's student."""
     alone: float = 0.0
-    """Seconds of all else that every device does, the optimiser's step above all; and, if they are to be counted,
-    validation and checkpoints, spread over the iterations."""
+    """Seconds of all else that every device does, the optimiser's step above all."""
     segment_spread: float = 0.0
     """Standard deviation of a segment's time over its mean, each segment for itself."""
     device_spread: float = 0.0
@@ -161,18 +160,14 @@ def fit_link(measured: Sequence[tuple[int, int, float]]) -> Link:
 # --- The work of a configuration --------------------------------------------------------------------------------
 
 
-def work_of(config: DistillConfig, rate: float, *, memory: float = float("inf"), **others: float) -> Work:
-    """The work of an iteration of `config`.
+def work_of(config: DistillConfig, rate: float, *, memory: float, **others: float) -> Work:
+    """The work of an iteration of `config` on devices of `rate` operations and `memory` bytes a second.
 
-    Args:
-        config: a distillation of a data set whose size is known.
-        rate: operations a second of a device.
-        memory: bytes a second that a device reads or writes. An iteration passes over the gradient about ten times.
-        others: further fields of `Work`; `alone` is added to what follows from `rate` and `memory`.
+    Beside its segments, an iteration passes over the gradient about ten times. `others` are further fields of `Work`.
     """
     segment, beside = operations(config)
     size = gradient_bytes(config)
-    alone = others.pop("alone", 0.0) + beside / rate + 10 * size / memory
+    alone = beside / rate + 10 * size / memory
     return Work(segments=config.segments_in_all, segment=segment / rate, size=size, alone=alone, **others)
 
 
@@ -189,12 +184,7 @@ def operations(config: DistillConfig) -> tuple[float, float]:
 
 
 def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
-    """What one all-reduce adds up: a gradient of the synthetic set, or one for each segment where weights need them.
-
-    Args:
-        config: a distillation.
-        root: folder of the data sets, for one of no fixed size.
-    """
+    """What one all-reduce adds up: a gradient of the synthetic set, or one for each segment where weights need them."""
     sizes = sizes_of(config.data, root)
     logits = 0 if config.labels == "hard" else sizes.classes
     numbers = config.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1

@@ -40,13 +40,13 @@ from cddlib.data.dataset import Images
 from cddlib.data.preprocessing import Normalisation
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching.loss import matching_losses
-from cddlib.matching.student import MatchingConfig, turns
+from cddlib.matching.student import MatchingConfig, segment_chunks
 from cddlib.runtime.device import keep_freed_memory, resolve_device
 from cddlib.runtime.errors import is_out_of_memory
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.convnet_step import not_compiled
-from cddlib.training.engine import room
+from cddlib.training.engine import residual_budget
 from cddlib.training.epoch import fetch_real, train_epoch
 from cddlib.training.step import ComputeConfig
 
@@ -147,7 +147,6 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
         student_steps=steps or point.student_steps,
         student_batch=point.student_batch,
         side_by_side={"one by one": 1, "side by side": point.segments}.get(point.implementation.split(", ")[-1]),
-        **dataclasses.asdict(compute or ComputeConfig()),
     )
     plans = [cddlib.plan_student(student, size, STRATEGY, rng) for _ in range(point.segments)]
     total = [torch.zeros_like(images), torch.zeros_like(step_size)]
@@ -159,11 +158,11 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
                 sum_ += gradient
             del loss  # and its graph, before the next
         return total
-    for turn in turns(network, student, images, len(plans[0][0].indices), len(plans)):
+    for turn in segment_chunks(network, student, images, len(plans[0][0].indices), len(plans)):
         count = len(plans[turn])
         held_by_each = [torch.stack([x] * count) for x in (start, target, images, targets, step_size)]
         variables = [held_by_each[2].requires_grad_(), held_by_each[4].requires_grad_()]
-        losses = matching_losses(network, *held_by_each, plans[turn], student)
+        losses = matching_losses(network, *held_by_each, plans[turn], student, compute)
         for sum_, gradient in zip(total, torch.autograd.grad(losses.sum(), variables), strict=True):
             sum_ += gradient.sum(0)
     return total
@@ -293,7 +292,7 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
         torch.cuda.empty_cache()
         os.environ.pop("CDDLIB_KEPT_MB", None)
         os.environ.update(WAYS[point.implementation][1])
-        room.cache_clear()
+        residual_budget.cache_clear()
     before = recorder.report()["peak_memory_mb"]
     rate, count = convolution_rate(point, device), point.operations
     if count / rate > most_seconds:  # nothing is faster than that rate

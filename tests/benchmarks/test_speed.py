@@ -121,7 +121,7 @@ def test_side_by_side_is_measured_where_steps_are_small_and_where_not(
     large = [point for point in apart if point not in small]
     assert {(point.width, "compiled" in point.implementation) for point in large} == {(128, compiled)}
     taken = []
-    monkeypatch.setattr(speed, "turns", lambda *given: taken.append(given[1].side_by_side) or [])
+    monkeypatch.setattr(speed, "segment_chunks", lambda *given: taken.append(given[1].side_by_side) or [])
     for point in [p for p in small if p.segments == 4] + [p for p in points if p.segments == 4 and p.curve]:
         speed.match(dataclasses.replace(point, width=4), torch.device("cpu"))
     assert taken == [1, 4, None, None]

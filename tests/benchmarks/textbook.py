@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib.data import augment
-from cddlib.matching.student import Step
+from cddlib.matching.student import StudentStep
 from cddlib.networks.convnet import Network
 
 
@@ -17,7 +17,7 @@ def matching_loss(
     images: Tensor,
     targets: Tensor,
     step_size: Tensor,
-    steps: list[Step],
+    steps: list[StudentStep],
 ) -> Tensor:
     """The matching loss with the graph of all steps, as MTT's code has it."""
     theta = start.clone().requires_grad_()
@@ -34,7 +34,10 @@ def convnet(config: cddlib.NetworkConfig, shape: tuple[int, int, int], classes: 
     channels, side, _ = shape
     layers: list[nn.Module] = []
     for _ in range(config.depth):
-        layers += [nn.Conv2d(channels, config.width, 3, padding=1), nn.GroupNorm(config.width, config.width)]
+        layers += [
+            nn.Conv2d(channels, config.width, 3, padding=1),
+            nn.GroupNorm(config.width, config.width),
+        ]
         layers += [nn.ReLU(), nn.AvgPool2d(2)]
         channels, side = config.width, side // 2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, classes))

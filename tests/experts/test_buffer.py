@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cddlib
 from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
-from cddlib.networks.convnet import views
+from cddlib.networks.convnet import unflatten
 from cddlib.networks.zoo import build_network
 from cddlib.runtime import config as configs
 from cddlib.runtime import files
@@ -55,7 +55,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Buffer:
 
 def straightened(buffer: Buffer, expert: int, epoch: float) -> dict[str, np.ndarray[Any, Any]]:
     """MCT's formula for each tensor, with numpy in float64."""
-    named = [views(buffer.network, buffer.parameters(expert, e)) for e in range(buffer.epochs + 1)]
+    named = [unflatten(buffer.network, buffer.parameters(expert, e)) for e in range(buffer.epochs + 1)]
     found = {}
     for name in buffer.network.shapes:
         points = [tensors[name].double().numpy() for tensors in named]
@@ -68,7 +68,7 @@ def straightened(buffer: Buffer, expert: int, epoch: float) -> dict[str, np.ndar
 
 @hypothesis.given(expert=st.integers(0, 1), epoch=st.floats(0, EPOCHS) | st.integers(0, EPOCHS))
 def test_the_convexified_trajectory_is_mct_s(written: Buffer, expert: int, epoch: float) -> None:
-    found = views(written.network, written.convexified().parameters(expert, epoch))
+    found = unflatten(written.network, written.convexified().parameters(expert, epoch))
     for name, wanted in straightened(written, expert, epoch).items():
         np.testing.assert_allclose(found[name].numpy(), wanted, atol=2e-6)
 
@@ -88,9 +88,9 @@ def test_it_keeps_the_ends_and_little_else(written: Buffer) -> None:
 
 def test_every_tensor_goes_straight_on(written: Buffer) -> None:
     convex = written.convexified()
-    first, last = (views(written.network, written.parameters(1, end)) for end in (0, EPOCHS))
+    first, last = (unflatten(written.network, written.parameters(1, end)) for end in (0, EPOCHS))
     times = torch.linspace(0, EPOCHS, 41).tolist()
-    points = [views(written.network, convex.parameters(1, time)) for time in times]
+    points = [unflatten(written.network, convex.parameters(1, time)) for time in times]
     fractions = {}
     for name, begin in first.items():
         way = (last[name] - begin).flatten()
@@ -115,14 +115,14 @@ def test_tensors_that_stand_still_or_come_back_do_not_move(tmp_path: Path) -> No
     path = wandering("still", 4)
     network = write(tmp_path, [path]).network
     for epoch, theta in enumerate(path):
-        tensors = views(network, theta)
+        tensors = unflatten(network, theta)
         tensors["norm0.weight"].fill_(1.0)
         tensors["norm0.bias"].fill_([0.0, 1.0, 2.0, 1.0, 0.0][epoch])
     convex = write(tmp_path, [path]).convexified()
     for epoch in (0, 1, 1.5, 3.9, 4):
         theta = convex.parameters(0, epoch)
         assert theta.isfinite().all()
-        tensors = views(convex.network, theta)
+        tensors = unflatten(convex.network, theta)
         assert torch.equal(tensors["norm0.weight"], torch.ones(2))
         assert torch.equal(tensors["norm0.bias"], torch.zeros(2))
 

@@ -19,7 +19,7 @@ from cddlib.experts import expert as one_expert
 from cddlib.experts import train as training
 from cddlib.experts.buffer import Buffer, expert_path, read_expert_record, write_trajectory
 from cddlib.experts.expert import ExpertTraining
-from cddlib.networks.convnet import ConvNet, NetworkConfig, views
+from cddlib.networks.convnet import ConvNet, NetworkConfig, unflatten
 from cddlib.runtime import config as configs
 from cddlib.runtime import files
 from cddlib.runtime.errors import UserError
@@ -77,7 +77,7 @@ def test_trajectories_begin_at_the_initialisation(buffer: Buffer) -> None:
 
 def test_parameters_are_the_stored_tensors_in_the_networks_order(buffer: Buffer) -> None:
     stored = load_file(expert_path(buffer.folder, 1))
-    found = views(buffer.network, buffer.parameters(1, 4))
+    found = unflatten(buffer.network, buffer.parameters(1, 4))
     assert all(torch.equal(found[name], stored[name][4]) for name in stored)
 
 

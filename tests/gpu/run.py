@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import signal
@@ -53,11 +54,11 @@ from cddlib.matching import loss as losses  # noqa: E402
 from cddlib.matching import student as students  # noqa: E402
 from cddlib.matching.loss import matching_losses  # noqa: E402
 from cddlib.matching.student import MatchingConfig  # noqa: E402
+from cddlib.runtime.config import replace  # noqa: E402
 from cddlib.runtime.device import resolve_device  # noqa: E402
 from cddlib.runtime.distributed import Interrupted, Ranks  # noqa: E402
 from cddlib.runtime.files import read_json, read_tensors  # noqa: E402
 from cddlib.runtime.provenance import Recorder  # noqa: E402
-from cddlib.runtime.run_folder import Metrics  # noqa: E402
 from cddlib.training import convnet_step  # noqa: E402
 from cddlib.training.epoch import fetch_real, train_epoch  # noqa: E402
 from cddlib.training.step import ComputeConfig  # noqa: E402
@@ -195,7 +196,7 @@ def machine(bench: Bench) -> Iterator[dict[str, Any]]:
 
 # --- Gradients --------------------------------------------------------------------------------------------------
 
-Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[students.Step]]
+Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[students.StudentStep]]
 """Start, target, images, targets, step size and steps of a student."""
 
 
@@ -220,12 +221,12 @@ def reference(network: cddlib.ConvNet, walk: Walk) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, variables)]
 
 
-def engine(network: cddlib.ConvNet, walks: Sequence[Walk], config: MatchingConfig) -> list[list[Tensor]]:
+def engine(network: cddlib.ConvNet, walks: Sequence[Walk], compute: ComputeConfig) -> list[list[Tensor]]:
     """The same, of each of the students, which walk at once."""
     start, target, *variables = (torch.stack(tensors) for tensors in list(zip(*walks, strict=True))[:5])
     for variable in variables:
         variable.requires_grad_()
-    losses = matching_losses(network, start, target, *variables, [walk[5] for walk in walks], config)
+    losses = matching_losses(network, start, target, *variables, [walk[5] for walk in walks], compute=compute)
     found = torch.autograd.grad(losses.sum(), variables)
     return [[losses[k].detach(), *(gradient[k] for gradient in found)] for k in range(len(walks))]
 
@@ -246,7 +247,7 @@ def compare(found: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
 def gradients(bench: Bench) -> Iterator[dict[str, Any]]:
     """Walks on random images: with every augmentation, with unequal batches, several at once, twice."""
     network, few = bench.network, bench.sizes.few_steps
-    exact, rows = MatchingConfig(precision="ieee"), []
+    exact, rows = ComputeConfig(precision="ieee"), []
 
     def row(name: str, walk: Walk, found: list[Tensor]) -> None:
         rows.append({"what": name, **compare(found, reference(network, walk))})
@@ -267,11 +268,11 @@ def gradients(bench: Bench) -> Iterator[dict[str, Any]]:
     for name, precision, compiled in (
         ("float32", "float32", False), ("ieee, compiled", "ieee", True), ("float32, compiled", "float32", True),
     ):  # fmt: skip
-        config = MatchingConfig(precision=precision, compiled=compiled and bench.gpu)  # type: ignore[arg-type]
+        config = ComputeConfig(precision=precision, compiled=compiled and bench.gpu)  # type: ignore[arg-type]
         row(name, several[0], engine(network, several[:1], config)[0])
         yield {"walks": rows}
-    plain = losses._walk_for(network, exact, bench.device, (CLASSES,) * few, True, 1)
-    inputs, wanted, _ = students._batches([several[0][5]], several[0][2][None], several[0][3][None])
+    plain = losses._walk_for(network, MatchingConfig(), exact, bench.device, (CLASSES,) * few, True, 1)
+    inputs, wanted, _ = students.student_batches([several[0][5]], several[0][2][None], several[0][3][None])
     loss, *_ = plain(several[0][0][None], several[0][1][None], inputs, wanted, several[0][4][None])
     yield {
         "walks": rows,
@@ -294,7 +295,7 @@ def synchronisations(bench: Bench, walk: Walk) -> int | None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        engine(bench.network, [walk], MatchingConfig(precision="ieee"))
+        engine(bench.network, [walk], ComputeConfig(precision="ieee"))
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in said)
 
@@ -302,7 +303,7 @@ def synchronisations(bench: Bench, walk: Walk) -> int | None:
 # --- Speed ------------------------------------------------------------------------------------------------------
 
 
-def iteration(bench: Bench, ipc: int, steps: int, count: int, config: MatchingConfig | None) -> Callable[[], object]:
+def iteration(bench: Bench, ipc: int, steps: int, count: int, config: ComputeConfig | None) -> Callable[[], object]:
     """An iteration's gradients on random images, in one of cddlib's ways; without a configuration in the textbook's."""
     rng, size = cddlib.generator("speed", count), ipc * CLASSES
     network, device = bench.network, bench.device
@@ -334,9 +335,9 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
         return {"rows": rows}
 
     ways = {
-        "cddlib": MatchingConfig(compiled=compiled),
-        "cddlib, uncompiled": MatchingConfig(compiled=False),
-        "cddlib, bfloat16": MatchingConfig(compiled=compiled, precision="bfloat16"),
+        "cddlib": ComputeConfig(compiled=compiled),
+        "cddlib, uncompiled": ComputeConfig(compiled=False),
+        "cddlib, bfloat16": ComputeConfig(compiled=compiled, precision="bfloat16"),
         "textbook": None,
     }
 
@@ -367,11 +368,11 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {"rows": rows, "kernels": kernels(iteration(bench, 1, bench.sizes.steps, 1, ways["cddlib"]))}
 
 
-def without_graph(bench: Bench, config: MatchingConfig) -> Callable[[], object]:
+def without_graph(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
     """A walk whose compiled steps are launched one after the other."""
     start, target, images, targets, step_size, plan = random_walk(bench, 0, bench.sizes.steps)
-    inputs, wanted, sizes = students._batches([plan], images[None], targets[None])
-    walk = losses._walk_for(bench.network, config, bench.device, sizes, True, 1)
+    inputs, wanted, sizes = students.student_batches([plan], images[None], targets[None])
+    walk = losses._walk_for(bench.network, MatchingConfig(), compute, bench.device, sizes, True, 1)
     return lambda: walk(start[None], target[None], inputs, wanted, step_size[None])
 
 
@@ -420,7 +421,7 @@ def at_once(bench: Bench) -> Iterator[dict[str, Any]]:
     """Iterations of one, two, four and eight runs in threads: how many segments a second all of them match."""
     rows = []
     for segments, count in ((1, 1), (1, 2), (1, 4), (1, 8), (2, 4)):
-        config, times = MatchingConfig(compiled=bench.gpu), 12 if bench.gpu else 2
+        config, times = ComputeConfig(compiled=bench.gpu), 12 if bench.gpu else 2
         runs = [iteration(bench, 1, bench.sizes.steps, segments, config) for _ in range(count)]
         barrier = threading.Barrier(count, timeout=60)
         spans: list[tuple[float, float]] = []
@@ -508,16 +509,19 @@ def precision(bench: Bench) -> Iterator[dict[str, Any]]:
     config = run_config(bench, 1, 0)
     rows = []
     for number in range(bench.sizes.walks):
-        seeded = dataclasses.replace(config, seed=1000 + number)
-        found = cddlib.synthetic.initialise(seeded, dataset, buffer, seeded.seed, bench.device)
+        seeded = replace(config, seed=1000 + number)
+        found = cddlib.synthetic.initialise(seeded.synthetic, dataset, buffer, seeded.seed, bench.device)
         rng = cddlib.generator("precision", number)
-        expert, start = number % len(buffer.experts), number % config.window_end
-        ends = (buffer.parameters(expert, epoch).to(bench.device) for epoch in (start, start + config.expert_epochs))
-        plan = cddlib.plan_student(config, len(found.labels), config.augment, rng)
+        expert, start = number % len(buffer.experts), number % config.schedule.window_end
+        ends = (
+            buffer.parameters(expert, epoch).to(bench.device)
+            for epoch in (start, start + config.schedule.expert_epochs)
+        )
+        plan = cddlib.plan_student(config.student, len(found.labels), config.augmentation.augment, rng)
         walk: Walk = (*ends, found.images, found.targets(), found.step_size, plan)  # type: ignore[assignment]
         wanted = reference(buffer.network, walk)
         for name, compiled in (("ieee", False), ("float32", bench.gpu), ("bfloat16", False)):
-            way = MatchingConfig(precision=name, compiled=compiled)  # type: ignore[arg-type]
+            way = ComputeConfig(precision=name, compiled=compiled)  # type: ignore[arg-type]
             rows.append({"precision": name, **compare(engine(buffer.network, [walk], way)[0], wanted)})
         yield {"rows": rows}
 
@@ -561,12 +565,12 @@ def run_record(bench: Bench, count: int, seed: int) -> dict[str, Any]:
     """What a run, finished or not, has written."""
     here = folder(bench, count, seed)
     lines = [line for line in (here / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    metrics = Metrics.read(here / "metrics.jsonl", until=len(lines) - 1)
+    metrics = [json.loads(line) for line in lines]
     return {
         "segments": count, "seed": seed, "finished": (here / "result.json").exists(), "iterations": len(metrics) - 1,
         "config": read_json(here / "config.json"),
         "losses": [line["losses"] for line in metrics[1:]],
-        "starts": [line["starts"] for line in metrics[1:]],
+        "starts": [[start for _, start in line["matched"]] for line in metrics[1:]],
         "step_size": [line["step_size"] for line in metrics[1:]],
         "seconds": [line["seconds"] for line in metrics[1:]],
     }  # fmt: skip
@@ -584,7 +588,16 @@ def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
             images=images, labels=torch.arange(CLASSES), label_logits=None, step_size=step_size,
             preprocessing=preprocessing, classes=dataset.classes,
         ).to(bench.device)  # fmt: skip
-        return accuracy_of_set(found, network, config, config.augment, test, purpose="evaluation", seed=seed)
+        return accuracy_of_set(
+            found,
+            network,
+            config.evaluation,
+            config.augmentation.augment,
+            config.compute,
+            test,
+            purpose="evaluation",
+            seed=seed,
+        )
 
     for number in range(bench.sizes.networks):
         real = cddlib.synthetic.random_real(dataset.train, CLASSES, 1, cddlib.generator("random real", number))

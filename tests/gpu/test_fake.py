@@ -28,8 +28,9 @@ from cddlib.matching.student import MatchingConfig
 from cddlib.networks.convnet import parameter_count
 from cddlib.runtime.distributed import Ranks
 from cddlib.training import epoch as training
-from cddlib.training.convnet_step import Derived
+from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.graphs import Graph
+from cddlib.training.step import ComputeConfig
 
 CUDA = torch.device("cuda:0")
 STRATEGY = AugmentConfig().augment
@@ -129,20 +130,20 @@ def test_an_iteration_keeps_to_its_device(
 ) -> None:
     own = {"student_steps": 4, "augment": STRATEGY, "window_end": 3, **changes}
     config = cddlib.distill_recipe("mtt", "digits", **{**quick, **own})
-    experts = buffer.convexified() if config.convex else cddlib.Buffer(buffer.folder)
+    experts = buffer.convexified() if config.schedule.convex else cddlib.Buffer(buffer.folder)
     start = initial_state(config, cddlib.load("digits"), experts, torch.device("cpu"))
     with gpu:
-        state = State(config, config, start.synthetic.copy().to(CUDA))
-        state.synthetic = dataclasses.replace(state.synthetic, subsets=config.subsets)
-        for state.iteration in (1, 2):  # so that something can be replayed
+        state = State(config, start.synthetic.copy().to(CUDA))
+        state.synthetic = dataclasses.replace(state.synthetic, subsets=config.schedule.subsets)
+        for state.progress.iteration in (1, 2):  # so that something can be replayed
             before = gpu.uploads, gpu.waits
             iterate(state, config, experts, Ranks())
     uploads, waits = gpu.uploads - before[0], gpu.waits - before[1]
     assert all(variable.is_cuda for variable in state.synthetic.variables())
-    segments = config.segments_in_all
+    segments = config.schedule.segments_in_all
     assert uploads <= 4 + len(CHANGES) + 4 * segments, "more copies to the GPU than indices, draws and parameters"
     assert waits <= 6 + 2 * segments, "more waits for the GPU than losses, norms and checks"
-    assert config.labels == "teacher" or not gpu.unordered
+    assert config.synthetic.labels == "teacher" or not gpu.unordered
 
 
 WALK = {"convolution": 8, "convolution_backward": 9}
@@ -161,7 +162,7 @@ def test_a_walk_asks_for_nothing_and_its_convolutions_are_channels_last(side: in
         counts = []
         for steps in (2, 3):
             before = gpu.launches.copy()
-            walk = (Derived(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
+            walk = (ConvNetStep(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
             losses._walk(*walk, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size)
             counts.append(gpu.launches - before)
     step = counts[1] - counts[0]
@@ -182,7 +183,8 @@ def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU,
     with gpu:
         on_gpu, how = synthetic.to(CUDA), EvaluateConfig(evaluation_epochs=3)
         uploads = gpu.uploads
-        found = accuracy_of_set(on_gpu, network, how, STRATEGY, dataset.test.to(CUDA), purpose="evaluation", seed=0)
+        test = dataset.test.to(CUDA)
+        found = accuracy_of_set(on_gpu, network, how, STRATEGY, ComputeConfig(), test, purpose="evaluation", seed=0)
     assert found == 1.0
     assert gpu.uploads - uploads <= 8 + 2 * how.evaluation_epochs, "more copies than a permutation and a draw an epoch"
 

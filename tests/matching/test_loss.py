@@ -13,11 +13,12 @@ from torch import Tensor, nn
 import cddlib
 from cddlib.data import augment
 from cddlib.matching.loss import kept_parameters, matching_losses, nearest_step
-from cddlib.matching.student import MatchingConfig, Step, at_a_time, roll_out, turns
+from cddlib.matching.student import MatchingConfig, StudentStep, chunk_size, roll_out, segment_chunks
 from cddlib.networks.convnet import Network
 from cddlib.synthetic import initialise
-from cddlib.training.convnet_step import Derived
-from cddlib.training.engine import steps_of
+from cddlib.training.convnet_step import ConvNetStep
+from cddlib.training.engine import make_step
+from cddlib.training.step import ComputeConfig
 
 CLASSES = 3
 DSA = "color_crop_cutout_flip_scale_rotate"
@@ -34,7 +35,7 @@ def unrolled(
     images: Tensor,
     targets: Tensor,
     step_size: Tensor,
-    steps: list[Step],
+    steps: list[StudentStep],
     config: MatchingConfig | None = None,
 ) -> Tensor:
     """The matching loss with the graph of all steps, or with TESLA's, in which no step sees where the last one led."""
@@ -115,16 +116,16 @@ def test_gradient_is_exact_with_mini_batches(batch: int | None, soft: bool) -> N
 def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where images do not depend on their batch, a step takes `PART` of them at a time."""
     monkeypatch.setattr("cddlib.matching.student.PART", 3)
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: int(kept) * 2**20)
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: int(kept) * 2**20)
     problem = Problem(dsa=DSA, norm=norm)
-    engine, sizes = steps_of(problem.network, MatchingConfig(), torch.device("cpu")), []
-    take = engine.take
+    engine, sizes = make_step(problem.network, ComputeConfig(), torch.device("cpu")), []
+    take = engine.forward
 
     def seen(theta: Tensor, inputs: Tensor, targets: Tensor) -> Any:
         sizes.append(inputs.shape[1])
         return take(theta, inputs, targets)
 
-    monkeypatch.setattr(engine, "take", seen)
+    monkeypatch.setattr(engine, "forward", seen)
     problem.check()
     assert set(sizes) == ({2, 3} if largest == 3 else {7})
     assert sum(sizes) == 5 * 7 * (2 if kept == "0" else 1)
@@ -176,7 +177,7 @@ def tesla(
     images: Tensor,
     targets: Tensor,
     step_size: Tensor,
-    steps: list[Step],
+    steps: list[StudentStep],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """TESLA's loss and its gradients of images, targets and step size, as the paper writes them (Cui et al. 2023)."""
     b, x, y = step_size.detach(), images.detach(), targets.detach()
@@ -354,7 +355,7 @@ def test_students_side_by_side_are_students_one_by_one(
 ) -> None:
     """Each with parameters, images, labels, step size, batches and augmentation of its own."""
     monkeypatch.setattr("cddlib.matching.student.PART", 4)
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: int(kept) * 2**20)
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: int(kept) * 2**20)
     asked, rng = MatchingConfig(student_steps=4, **config), cddlib.generator("side by side")
     built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
     start = torch.stack([built.init(rng) for _ in range(3)]).double()
@@ -381,12 +382,12 @@ def test_derived_students_side_by_side_are_students_one_by_one(
 ) -> None:
     """In parts, of which memory is kept for none, some or all."""
     problem = Problem(n=5, batch=5, dsa=DSA)
-    engine = Derived(problem.network, "float32", False)
+    engine = ConvNetStep(problem.network, "float32", False)
     network, start, target, images, targets, _, steps = problem.arguments()
-    size = engine.take(start[None], images[None, :3].detach(), targets[None, :3].detach())[1].size
+    size = engine.forward(start[None], images[None, :3].detach(), targets[None, :3].detach())[1].size
     monkeypatch.setattr("cddlib.matching.student.PART", 3)
-    monkeypatch.setattr("cddlib.matching.loss.steps_of", lambda *given: engine)
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: steps_kept * size)
+    monkeypatch.setattr("cddlib.matching.loss.make_step", lambda *given: engine)
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: steps_kept * size)
     other = cddlib.plan_student(MatchingConfig(student_steps=5, student_batch=5), 7, DSA, cddlib.generator("other"))
     rates = torch.tensor([0.3, 0.1]).double()
     two = [torch.stack([x.detach(), x.detach().roll(1, 0)]) for x in (start, target, images, targets)]
@@ -431,10 +432,10 @@ def test_small_steps_of_convnets_are_taken_side_by_side(
     network: dict[str, Any], config: dict[str, Any], batch: int, wanted: list[int]
 ) -> None:
     built = cddlib.build_network(cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network}), (2, 8, 8), CLASSES)
-    taken = turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 5)
+    taken = segment_chunks(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 5)
     assert [len(range(5)[turn]) for turn in taken] == wanted
     assert [k for turn in taken for k in range(5)[turn]] == list(range(5))
-    assert turns(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 0) == []
+    assert segment_chunks(built, MatchingConfig(**config), torch.zeros(1, 2, 8, 8), batch, 0) == []
 
 
 @pytest.mark.parametrize(("device", "fills"), [("cpu", 1e8), ("cuda", 4e9)])
@@ -444,7 +445,7 @@ def test_so_many_students_go_side_by_side_as_fill_the_processor(device: str, fil
     for students in (2, 7):
         most = int(fills / (a_pass * students))
         for batch, wanted in ((most, students), (most + 1, students - 1)):
-            assert at_a_time(network, MatchingConfig(), device, (2, 8, 8), batch) == wanted
+            assert chunk_size(network, MatchingConfig(), device, (2, 8, 8), batch) == wanted
 
 
 def test_students_that_end_at_different_steps_are_not_taken_side_by_side() -> None:
@@ -572,9 +573,9 @@ class Doubles(cddlib.Buffer):
 
 
 @pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[StudentStep]]:
     """The plans of the segments that `concurrent_gradient` matches, overheard."""
-    found: list[list[Step]] = []
+    found: list[list[StudentStep]] = []
 
     def overhear(*arguments: Any) -> Tensor:
         found.extend(arguments[6])
@@ -586,7 +587,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[Step]]:
 
 def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib.SyntheticSet:
     """The initial set in float64, with variables that need gradients."""
-    found = initialise(config, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
+    found = initialise(config.synthetic, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
     doubles = {name: tensor.double().requires_grad_() for name, tensor in found.variable_tensors().items()}
     return dataclasses.replace(found, **doubles)
 
@@ -598,7 +599,7 @@ def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib
 def test_concurrent_gradient_is_the_weighted_sum(
     buffer: cddlib.Buffer,
     quick: dict[str, Any],
-    plans: list[list[Step]],
+    plans: list[list[StudentStep]],
     balance: float | None,
     shares: list[float],
     side_by_side: int | None,
@@ -609,12 +610,12 @@ def test_concurrent_gradient_is_the_weighted_sum(
     synthetic = synthetic_set(config, buffer)
     found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
 
-    assert len(plans) == len(record["starts"]) == len(set(record["starts"])) == 3
+    assert len(plans) == len(record["matched"]) == len(set(map(tuple, record["matched"]))) == 3
     assert not torch.equal(plans[0][0].indices, plans[1][0].indices)  # each segment has batches of its own
     wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]
     total = 0.0
-    for k, (start, plan) in enumerate(zip(record["starts"], plans, strict=True)):
-        ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    for k, ((expert, start), plan) in enumerate(zip(record["matched"], plans, strict=True)):
+        ends = [buffer.parameters(expert, epoch).double() for epoch in (start, start + config.schedule.expert_epochs)]
         loss = unrolled(buffer.network, *ends, synthetic.images, synthetic.targets(), synthetic.step_size, plan)
         assert record["losses"][k] == pytest.approx(loss.item(), rel=1e-9)
         share = shares[0] if k == record["anchor"] else shares[1]
@@ -629,15 +630,15 @@ def test_concurrent_gradient_is_the_weighted_sum(
     "overrides", [{"gradient": "truncated"}, {"match_step": "nearest", "step_size": 1.0}, {"dropped_fraction": 0.3}]
 )
 def test_concurrent_gradient_is_the_one_asked_for(
-    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]], overrides: dict[str, Any]
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[StudentStep]], overrides: dict[str, Any]
 ) -> None:
     config = cddlib.distill_recipe("mtt", "digits", **{**quick, "labels": "learned", **overrides})
     synthetic = synthetic_set(config, buffer)
     found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
-    (start,) = record["starts"]
-    ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    ((expert, start),) = record["matched"]
+    ends = [buffer.parameters(expert, epoch).double() for epoch in (start, start + config.schedule.expert_epochs)]
     losses, gradients = [], []
-    for asked in (config, None):
+    for asked in (config.student, None):
         targets = synthetic.targets()
         loss = unrolled(buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plans[0], asked)
         gradients.append(torch.autograd.grad(loss, synthetic.variables()))
@@ -648,7 +649,7 @@ def test_concurrent_gradient_is_the_one_asked_for(
 
 
 def test_teacher_labels_are_what_each_segment_s_target_says(
-    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[Step]]
+    buffer: cddlib.Buffer, quick: dict[str, Any], plans: list[list[StudentStep]]
 ) -> None:
     config = cddlib.distill_recipe("contra", "digits", **{**quick, "segments": 3, "labels": "teacher", "ipc": 2})
     synthetic = synthetic_set(config, buffer)
@@ -656,8 +657,8 @@ def test_teacher_labels_are_what_each_segment_s_target_says(
     names = ["images", "label_logits", "step_size"]
     assert list(synthetic.variable_tensors()) == names
     wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]  # the labels' stays 0
-    for start, plan, loss in zip(record["starts"], plans, record["losses"], strict=True):
-        ends = [buffer.parameters(record["expert"], epoch).double() for epoch in (start, start + config.expert_epochs)]
+    for (expert, start), plan, loss in zip(record["matched"], plans, record["losses"], strict=True):
+        ends = [buffer.parameters(expert, epoch).double() for epoch in (start, start + config.schedule.expert_epochs)]
         logits = buffer.network(ends[1], synthetic.images.detach())  # not augmented, and constant
         targets = logits.exp() / logits.exp().sum(1, keepdim=True)
         arguments = (buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plan)
@@ -682,9 +683,9 @@ def test_one_segment_is_mtt(buffer: cddlib.Buffer, quick: dict[str, Any]) -> Non
         return [nn.Conv2d(channels, 8, 3, padding=1), nn.GroupNorm(8, 8), nn.ReLU(), nn.AvgPool2d(2)]
 
     model = nn.Sequential(*block(1), *block(8), nn.Flatten(), nn.Linear(8 * 2 * 2, 10))
-    (start,) = record["starts"]
-    first = buffer.parameters(record["expert"], start).double()
-    target = buffer.parameters(record["expert"], start + 2).double()
+    ((expert, start),) = record["matched"]
+    first = buffer.parameters(expert, start).double()
+    target = buffer.parameters(expert, start + 2).double()
     student, read = {}, 0
     for name, parameter in model.named_parameters():
         piece = first[read : read + parameter.numel()]

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import cddlib
 from cddlib.matching.loss import matching_loss
 from cddlib.matching.student import MatchingConfig, plan_student
-from cddlib.networks.convnet import Architecture, ConvNet, Network, NetworkConfig, Norm, parameter_count, views
+from cddlib.networks.convnet import Architecture, ConvNet, Network, NetworkConfig, Norm, parameter_count, unflatten
 from cddlib.networks.zoo import TorchNetwork, build_network
-from cddlib.runtime.run_folder import Metrics
+from cddlib.runtime.run_folder import read_metrics
 from cddlib.synthetic import SyntheticSet
 
 NORMS = get_args(Norm)
@@ -117,7 +117,7 @@ def test_the_order_of_the_parameters() -> None:
 def test_views_share_memory_with_the_vector() -> None:
     network = ConvNet(NetworkConfig(depth=2, width=4), (3, 8, 8), 5)
     theta = torch.arange(parameter_count(network)).float()
-    named = views(network, theta)
+    named = unflatten(network, theta)
     assert {name: tuple(view.shape) for name, view in named.items()} == network.shapes
     assert torch.equal(torch.cat([view.flatten() for view in named.values()]), theta)
     named["norm1.bias"].fill_(-1)
@@ -132,7 +132,7 @@ def test_views_share_memory_with_the_vector() -> None:
 def test_init_has_the_ranges_of_pytorch(norm: Any) -> None:
     config = NetworkConfig(depth=2, width=32, norm=norm)
     network = ConvNet(config, (3, 16, 16), 10)
-    ours = views(network, network.init(cddlib.generator("init")))
+    ours = unflatten(network, network.init(cddlib.generator("init")))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = module(config, (3, 16, 16), 10).parameters()
@@ -385,7 +385,7 @@ def test_equal_to_the_network_written_out(reference: Any, shape: tuple[int, int,
     theta, images = start(network), some_images(2, shape)
     with torch.no_grad():
         logits = network(theta, images)
-        torch.testing.assert_close(logits, reference(views(network, theta), images))
+        torch.testing.assert_close(logits, reference(unflatten(network, theta), images))
     assert (logits[0] - logits[1]).abs().mean() > 1e-3
 
 
@@ -417,7 +417,7 @@ def test_init_of_every_architecture_depends_on_its_generator_alone(name: Any) ->
 )
 def test_the_first_convolution_starts_as_in_torchvision(name: Any, weight: str, std: float) -> None:
     network = build_network(NetworkConfig(network=name), (3, 32, 32), 10)
-    named = views(network, network.init(cddlib.generator("init")))
+    named = unflatten(network, network.init(cddlib.generator("init")))
     assert next(value for key, value in named.items() if key.endswith("weight") or value.ndim == 4).ndim == 4
     assert named[weight].std().item() == pytest.approx(std, rel=0.05)
     assert abs(named[weight].mean()) < 0.1 * std
@@ -481,7 +481,7 @@ def test_a_resnet_is_distilled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         **network,
     }
     cddlib.distill(cddlib.distill_recipe("contra", "digits", **overrides), buffer, tmp_path / "run", device="cpu")
-    losses = [line["losses"] for line in Metrics.read(tmp_path / "run" / "metrics.jsonl", until=2) if "losses" in line]
+    losses = [line["losses"] for line in read_metrics(tmp_path / "run") if "losses" in line]
     assert np.shape(losses) == (2, 2)
     assert np.isfinite(losses).all()
     synthetic = SyntheticSet.load(tmp_path / "run" / "synthetic.safetensors")

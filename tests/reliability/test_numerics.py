@@ -249,8 +249,7 @@ def test_settings_that_users_report_end_well_or_with_a_sentence(
 # --- Experts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sharpness_radius", [0.0, 0.01])
-@pytest.mark.parametrize("learning_rate", [100.0, 1e4])
+@pytest.mark.parametrize(("learning_rate", "sharpness_radius"), [(100.0, 0.0), (1e4, 0.01)])
 def test_experts_that_diverge_stop_with_a_sentence(
     tmp_path: Path, notes: dict[str, Any], learning_rate: float, sharpness_radius: float
 ) -> None:

@@ -20,7 +20,6 @@ from scaling_model import (
     Parts,
     Work,
     all_reduce,
-    expected_maximum,
     fit_link,
     gradient_bytes,
     iteration,
@@ -38,7 +37,6 @@ from cddlib.runtime.random import generator
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "book" / "examples"
 FREE = Link(0.0, math.inf)
-CLUSTER = Cluster(Link(1e-5, 1e11), Link(2e-5, 1e10))
 
 # --- The model --------------------------------------------------------------------------------------------------
 
@@ -53,22 +51,13 @@ def simulated(work: Work, devices: int, draws: int = 200_000) -> float:
     return float(torch.stack(times).amax(0).mean()) * work.segment
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8, 11])
-@pytest.mark.parametrize("spreads", [(0.2, 0.0), (0.0, 0.1), (0.1, 0.05)])
+@pytest.mark.parametrize("devices", [1, 2, 3, 11])
+@pytest.mark.parametrize("spreads", [(0.0, 0.0), (0.2, 0.0), (0.0, 0.1), (0.1, 0.05)])
 def test_the_slowest_device_is_as_slow_as_in_a_simulation(devices: int, spreads: tuple[float, float]) -> None:
-    """With a share each, shares that differ, and devices that have none."""
+    """With as many segments each, with one more for some, and with devices that have none."""
     work = Work(segments=8, segment=0.5, size=0, segment_spread=spreads[0], device_spread=spreads[1])
     parts = iteration(work, devices, FREE)
     assert parts.compute + parts.idle + parts.slowest == pytest.approx(simulated(work, devices), rel=2e-3)
-
-
-def test_the_maximum_of_two_and_three_normal_numbers() -> None:
-    """1 / √π and 3 / (2 √π) deviations above the mean."""
-    assert expected_maximum([(5.0, 2.0)] * 2) == pytest.approx(5 + 2 / math.sqrt(math.pi), rel=1e-6)
-    assert expected_maximum([(5.0, 2.0)] * 3) == pytest.approx(5 + 3 / math.sqrt(math.pi), rel=1e-6)
-    assert expected_maximum([(5.0, 2.0), (100.0, 3.0)]) == pytest.approx(100, rel=1e-6)
-    assert expected_maximum([(5.0, 0.0), (4.0, 0.0)]) == 5
-    assert expected_maximum([(5.0, 2.0)]) == 5
 
 
 def test_an_iteration_by_hand() -> None:
@@ -78,26 +67,6 @@ def test_an_iteration_by_hand() -> None:
     assert parts == Parts(compute=5.0, idle=1.0, slowest=0.0, communication=pytest.approx(6 * (0.01 + 1.0)), alone=1.5)
     assert parts.seconds == pytest.approx(13.56)
     assert parts.binds == "communication"
-
-
-def by_messages(size: int, devices: int, link: Link) -> float:
-    """A ring all-reduce, message by message: every device passes one part on, until all have the sum of all parts."""
-    holds = [{(part, rank) for part in range(devices)} for rank in range(devices)]  # whose summands of which part
-    now = 0.0
-    for step in range(2 * (devices - 1)):
-        sent = [(rank - step) % devices for rank in range(devices)]
-        parcels = [{item for item in holds[rank] if item[0] == sent[rank]} for rank in range(devices)]
-        for rank in range(devices):
-            holds[(rank + 1) % devices] |= parcels[rank]
-        now += link.latency + size / devices / link.bandwidth
-    assert all(len(held) == devices**2 for held in holds)
-    return now
-
-
-@pytest.mark.parametrize("devices", [1, 2, 3, 8])
-def test_an_all_reduce_takes_as_long_as_its_messages(devices: int) -> None:
-    link = Link(3e-6, 1e9)
-    assert all_reduce(10**6, devices, link) == pytest.approx(by_messages(10**6, devices, link))
 
 
 works = st.builds(
@@ -121,52 +90,19 @@ def test_no_part_is_negative_and_nobody_beats_a_perfect_division(work: Work, dev
     assert parts.compute == pytest.approx(work.segments * work.segment / devices)
     for scaling in ("strong", "weak"):
         assert scaled(work, devices, Cluster(link, link), scaling)[1] <= 1 + 1e-9
-
-
-@given(works, st.integers(2, 80), links)
-def test_a_faster_link_is_never_slower(work: Work, devices: int, link: Link) -> None:
-    slow, fast = (iteration(work, devices, other).seconds for other in (link, link._replace(bandwidth=2e12)))
-    assert fast <= slow
-    assert iteration(work, devices, FREE).communication == 0
-    assert iteration(work, devices, link._replace(latency=2e-3)).seconds > slow
-
-
-@given(works, links)
-def test_one_device_has_nothing_to_wait_for(work: Work, link: Link) -> None:
-    parts = iteration(work, 1, link)
-    assert (parts.idle, parts.slowest, parts.communication) == (0, pytest.approx(0, abs=1e-12), 0)
-    assert scaled(work, 1, Cluster(link, link), "strong")[1] == scaled(work, 1, Cluster(link, link), "weak")[1] == 1
-
-
-@given(st.integers(1, 64))
-def test_without_losses_only_idle_devices_cost(devices: int) -> None:
-    work = Work(segments=8, segment=1.0, size=0)
-    assert scaled(work, devices, Cluster(FREE, FREE), "strong")[1] == pytest.approx(
-        8 / devices / math.ceil(8 / devices)
-    )
-    assert scaled(work, devices, Cluster(FREE, FREE), "weak")[1] == pytest.approx(1)
-
-
-def test_amdahl() -> None:
-    """A tenth of the work is not divided: ten times as fast at most."""
-    work = Work(segments=90, segment=1.0, size=0, alone=10.0)
-    parts, efficiency = scaled(work, 90, Cluster(FREE, FREE), "strong")
-    assert efficiency * 90 == pytest.approx(100 / 11)
-    assert parts.binds == "alone"
+        assert scaled(work, 1, Cluster(link, link), scaling)[1] == 1
 
 
 def test_what_binds() -> None:
-    assert Parts(90, 0, 4, 3, 3).binds == "compute"
-    assert Parts(90, 0, 4, 6, 0).binds == "communication"
-    assert Parts(10, 70, 20, 0, 0).binds == "idle"
-    work = Work(segments=8, segment=1.0, size=0)
-    assert [scaled(work, devices, CLUSTER, "strong")[0].binds for devices in (8, 9)] == ["compute", "idle"]
-    noisy = dataclasses.replace(work, segment_spread=0.1)
-    assert scaled(noisy, 8, CLUSTER, "strong")[0].binds == "slowest"
-
-
-def test_a_ring_beyond_a_node_is_as_slow_as_the_network() -> None:
-    assert (CLUSTER.link(8), CLUSTER.link(9)) == (CLUSTER.inside, CLUSTER.between)
+    """Above eight devices of a node, the slower link."""
+    cluster = Cluster(FREE, Link(2e-5, 1e6))
+    work = Work(segments=72, segment=1.0, size=10**7)
+    assert [scaled(work, count, cluster, "strong")[0].binds for count in (8, 9)] == ["compute", "communication"]
+    assert [iteration(work, count, FREE).binds for count in (72, 80)] == ["compute", "idle"]
+    assert iteration(dataclasses.replace(work, segment_spread=0.1), 72, FREE).binds == "slowest"
+    parts, efficiency = scaled(dataclasses.replace(work, alone=8.0), 72, Cluster(FREE, FREE), "strong")
+    assert efficiency * 72 == pytest.approx(80 / 9)  # Amdahl's law
+    assert parts.binds == "alone"
 
 
 @given(links, st.lists(st.tuples(st.integers(1, 10**8), st.integers(2, 64)), min_size=2, max_size=8, unique=True))
@@ -176,10 +112,6 @@ def test_the_fitted_link_explains_what_a_link_took(link: Link, where: list[tuple
     fitted = fit_link(measured)
     for size, devices, seconds in measured:
         assert all_reduce(size, devices, fitted) == pytest.approx(seconds, rel=1e-6)
-
-
-def test_a_link_of_no_measurable_bandwidth_is_infinitely_fast() -> None:
-    assert fit_link([(1000, 2, 2e-3), (10, 2, 2e-3)]).bandwidth == math.inf
 
 
 # --- The work of a configuration --------------------------------------------------------------------------------
@@ -211,10 +143,10 @@ def test_bytes_are_those_of_the_variables_and_of_every_segment_where_weights_nee
 
 def test_work_of_a_configuration() -> None:
     config = cddlib.distill_recipe("mtt", "digits", 1, segments=2, concurrent_experts=3)
-    work = work_of(config, 1e9, memory=1e6, alone=0.25, draw=0.5)
+    work = work_of(config, 1e9, memory=1e6, draw=0.5)
     assert (work.segments, work.size, work.draw) == (6, 2564, 0.5)
     assert work.segment == operations(config)[0] / 1e9
-    assert work.alone == pytest.approx(0.25 + 0.02564)
+    assert work.alone == pytest.approx(0.02564)
 
 
 # --- The examples for clusters ----------------------------------------------------------------------------------
@@ -233,51 +165,6 @@ SBATCH = {
     "open-mode": "append|truncate",
 }
 """Options of sbatch that the example may give, and the form of their values, after Slurm's manual."""
-
-METADATA: dict[str, Any] = {"name": str}
-CONTAINER: dict[str, Any] = {
-    "name": str,
-    "image": str,
-    "command": [str],
-    "env": [{"name": str, "value": str}],
-    "resources": {"limits": {"nvidia.com/gpu": int}},
-    "volumeMounts": [{"name": str, "mountPath": str}],
-}
-POD: dict[str, Any] = {
-    "subdomain": str,
-    "restartPolicy": str,
-    "terminationGracePeriodSeconds": int,
-    "containers": [CONTAINER],
-    "volumes": [{"name": str, "persistentVolumeClaim?": {"claimName": str}, "emptyDir?": {"medium": str}}],
-}
-KINDS: dict[str, dict[str, Any]] = {
-    "Service": {"clusterIP": str, "publishNotReadyAddresses": bool, "selector": {"job-name": str}},
-    "Job": {
-        "completionMode": str,
-        "completions": int,
-        "parallelism": int,
-        "backoffLimit": int,
-        "template": {"spec": POD},
-    },
-    "PersistentVolumeClaim": {"accessModes": [str], "resources": {"requests": {"storage": str}}},
-}
-"""Fields of the Kubernetes API, of those that the example uses; `?` marks what may be missing."""
-VERSIONS = {"Service": "v1", "Job": "batch/v1", "PersistentVolumeClaim": "v1"}
-
-
-def check_fields(value: Any, wanted: Any, where: str) -> None:
-    """Assert that a value of YAML has the fields and types that it should have, and no others."""
-    if isinstance(wanted, dict):
-        names = {name.removesuffix("?"): kind for name, kind in wanted.items()}
-        assert {name for name in wanted if not name.endswith("?")} <= value.keys() <= names.keys(), where
-        for name, inner in value.items():
-            check_fields(inner, names[name], f"{where}.{name}")
-    elif isinstance(wanted, list):
-        assert isinstance(value, list) and value, where
-        for inner in value:
-            check_fields(inner, wanted[0], where)
-    else:
-        assert type(value) is wanted, where
 
 
 def manifests() -> dict[str, Any]:
@@ -303,19 +190,12 @@ def test_the_slurm_example_is_bash_and_sbatch_knows_its_options() -> None:
     assert launcher.nproc_per_node == given["gpus-per-node"]
 
 
-def test_the_kubernetes_example_has_the_fields_of_its_kinds() -> None:
-    objects = manifests()
-    assert objects.keys() == KINDS.keys()
-    for kind, each in objects.items():
-        fields = {"apiVersion": str, "kind": str, "metadata": METADATA, "spec": KINDS[kind]}
-        check_fields(each, fields, kind)
-        assert each["apiVersion"] == VERSIONS[kind]
-        assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", each["metadata"]["name"])
-
-
 def test_the_kubernetes_example_fits_together() -> None:
     """Pod 0 of an indexed Job can be reached as JOB-0.SUBDOMAIN, where a headless Service has the subdomain's name."""
     objects = manifests()
+    versions = {"Service": "v1", "Job": "batch/v1", "PersistentVolumeClaim": "v1"}
+    assert {kind: each["apiVersion"] for kind, each in objects.items()} == versions
+    assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", each["metadata"]["name"]) for each in objects.values())
     job, service = objects["Job"], objects["Service"]
     pod = job["spec"]["template"]["spec"]
     (container,) = pod["containers"]

@@ -176,7 +176,7 @@ def test_a_buffer_s_experts_are_trained_so(tmp_path: Any) -> None:
         lambda indices: (images[indices], real.labels[indices]),
         len(images),
         batch_size=config.batch_size,
-        strategy=config.augment,
+        strategy=config.augmentation.augment,
         generator=cddlib.generator(0, "epoch", 1),
         sharpness=SharpnessConfig(**sharpness),
     )

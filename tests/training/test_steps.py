@@ -26,9 +26,9 @@ from cddlib.networks.zoo import build_network
 from cddlib.runtime import device as devices
 from cddlib.runtime import distributed
 from cddlib.training import engine as engines
-from cddlib.training.convnet_step import Derived, fits
-from cddlib.training.engine import steps_of, worth_compiling
-from cddlib.training.step import Autograd, ComputeConfig
+from cddlib.training.convnet_step import ConvNetStep, is_standard_convnet
+from cddlib.training.engine import make_step, worth_compiling
+from cddlib.training.step import AutogradStep, ComputeConfig
 
 USUAL = NetworkConfig(depth=2, width=6)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -59,8 +59,8 @@ def obvious(
 def agree(engine: Any, network: Network, *networks: tuple[Tensor, ...]) -> None:
     """Steps of networks side by side, each with arguments of its own, are each network's."""
     *step, direction = (torch.stack(tensors) for tensors in zip(*networks, strict=True))
-    gradient, memory = engine.take(*step)
-    along = engine.along(memory, direction)
+    gradient, memory = engine.forward(*step)
+    along = engine.vjp(memory, direction)
     loss, alone = engine.gradient(*step)
     for k, (theta, inputs, targets, _) in enumerate(networks):
         wanted, derivatives = obvious(network, *networks[k])
@@ -92,8 +92,8 @@ def test_derived_steps_are_those_of_automatic_differentiation(
     config = NetworkConfig(depth=depth, width=width)
     problems = [problem((channels, side, side), config, batch, seed + k) for k in range(networks)]
     network = problems[0][0]
-    assert fits(network)
-    agree(Derived(network, "float32", False), network, *(tuple(arguments) for _, *arguments in problems))
+    assert is_standard_convnet(network)
+    agree(ConvNetStep(network, "float32", False), network, *(tuple(arguments) for _, *arguments in problems))
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_steps_of_any_network_are_those_of_automatic_differentiation(config: Net
     problems = [problem((2, 8, 8), config, seed=k) for k in range(3)]
     network = problems[0][0]
     for several in (problems, problems[:1]):
-        agree(Autograd(network), network, *(tuple(arguments) for _, *arguments in several))
+        agree(AutogradStep(network), network, *(tuple(arguments) for _, *arguments in several))
 
 
-@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+@pytest.mark.parametrize("engine", [AutogradStep, lambda network: ConvNetStep(network, "float32", False)])
 def test_classes_are_as_good_as_their_probabilities(engine: Any) -> None:
     network, theta, inputs, _, _ = problem((2, 8, 8))
     classes = torch.tensor([3, 0, 4, 3])
@@ -137,19 +137,19 @@ UNUSUAL = [
 def test_only_the_usual_convnet_is_derived() -> None:
     fast = ComputeConfig(precision="bfloat16", compiled=True)
     usual = build_network(USUAL, (3, 8, 8), 5)
-    assert isinstance(steps_of(usual, ComputeConfig(), CPU), Autograd)
-    assert isinstance(steps_of(usual, ComputeConfig(), CUDA), Derived)
-    assert isinstance(steps_of(usual, ComputeConfig(precision="bfloat16"), CPU), Derived)
-    assert isinstance(steps_of(usual, ComputeConfig(compiled=True), CPU), Derived)
-    assert steps_of(usual, fast, CPU) is steps_of(usual, MatchingConfig(precision="bfloat16", compiled=True), CPU)
+    assert isinstance(make_step(usual, ComputeConfig(), CPU), AutogradStep)
+    assert isinstance(make_step(usual, ComputeConfig(), CUDA), ConvNetStep)
+    assert isinstance(make_step(usual, ComputeConfig(precision="bfloat16"), CPU), ConvNetStep)
+    assert isinstance(make_step(usual, ComputeConfig(compiled=True), CPU), ConvNetStep)
+    assert make_step(usual, fast, CPU) is make_step(usual, ComputeConfig(precision="bfloat16", compiled=True), CPU)
     odd = build_network(USUAL, (3, 10, 10), 5)  # its second pooling leaves out the last pixel
     others = [build_network(config, (3, 8, 8), 5) for config in (*UNUSUAL, NetworkConfig(network="mlp"))]
     for network in (odd, *others):
         for device in (CPU, CUDA):
-            assert isinstance(steps_of(network, fast, device), Autograd)
+            assert isinstance(make_step(network, fast, device), AutogradStep)
 
 
-@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+@pytest.mark.parametrize("engine", [AutogradStep, lambda network: ConvNetStep(network, "float32", False)])
 @pytest.mark.parametrize("gap", [0.0, 200.0, 1e4])
 def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
     """Where probabilities are less than the least number."""
@@ -171,10 +171,10 @@ def test_compiled_code_sees_one_order_in_memory(channels: int, monkeypatch: pyte
 
     monkeypatch.setattr(torch, "compile", compiled)
     network, theta, inputs, targets, _ = problem((channels, 8, 8))
-    engine = Derived(network, "float32", True)
+    engine = ConvNetStep(network, "float32", True)
     orders = (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT)
     for networks in (1, 2):
-        wanted = Autograd(network).gradient(*(x.expand(networks, *x.shape) for x in (theta, inputs, targets)))
+        wanted = AutogradStep(network).gradient(*(x.expand(networks, *x.shape) for x in (theta, inputs, targets)))
         for other in orders:
             for several in (torch.stack([other] * networks), other.expand(networks, *other.shape)):
                 found = engine.gradient(theta.expand(networks, -1), several, targets.expand(networks, -1, -1))
@@ -187,13 +187,13 @@ def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
         x.float() if isinstance(x, Tensor) else x for x in problem((3, 16, 16), batch=8)
     )
     found, exact = [], []
-    for engine, results in ((Derived(network, "bfloat16", False), found), (Autograd(network), exact)):
-        gradient, memory = engine.take(*alone(theta, inputs, targets))
-        results += [gradient, *engine.along(memory, direction[None])]
+    for engine, results in ((ConvNetStep(network, "bfloat16", False), found), (AutogradStep(network), exact)):
+        gradient, memory = engine.forward(*alone(theta, inputs, targets))
+        results += [gradient, *engine.vjp(memory, direction[None])]
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == torch.float32
         assert 1e-5 < (a - b).norm() / b.norm() < 0.2  # a bfloat16 has 8 bits
-    heads = Derived(network, "bfloat16", False).take(*alone(theta, inputs, targets))[1].content[2]
+    heads = ConvNetStep(network, "bfloat16", False).forward(*alone(theta, inputs, targets))[1].content[2]
     assert all(tensor.dtype == torch.float32 for tensor in heads)
 
 
@@ -208,23 +208,23 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
     images = torch.randn(10, 2, 8, 8, generator=rng).requires_grad_()
     targets = F.one_hot(torch.arange(10) % 5, 5).float()
     step_size = torch.tensor(0.05, requires_grad=True)
-    config = MatchingConfig(student_steps=7, student_batch=4, precision=compute.precision)
+    config = MatchingConfig(student_steps=7, student_batch=4)
     plan = plan_student(config, 10, AugmentConfig().augment, rng)
-    engine, taken = steps_of(network, compute, CPU), 0
-    take = engine.take
+    engine, taken = make_step(network, compute, CPU), 0
+    take = engine.forward
 
     def counted(*arguments: Any) -> Any:
         nonlocal taken
         taken += 1
         return take(*arguments)
 
-    monkeypatch.setattr(engine, "take", counted)
+    monkeypatch.setattr(engine, "forward", counted)
     one = take(*alone(start, images[:4].detach(), targets[:4]))[1].size
     results = []
-    for room, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
-        monkeypatch.setattr("cddlib.matching.loss.room", lambda device, room=room: room)
+    for budget, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
+        monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device, budget=budget: budget)
         taken = 0
-        loss = matching_loss(network, start, target, images, targets, step_size, plan, config)
+        loss = matching_loss(network, start, target, images, targets, step_size, plan, config, compute)
         gradients = torch.autograd.grad(loss, (images, step_size))
         assert taken == 7 + more
         results.append([loss.detach(), *gradients])
@@ -233,26 +233,26 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cddlib.matching.loss.room", lambda device: pytest.fail("asked for room"))
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: pytest.fail("asked for room"))
     network, theta, inputs, targets, direction = problem((2, 8, 8))
     plan = plan_student(MatchingConfig(student_steps=2), 4, "none", cddlib.generator(0))
     with torch.no_grad():
         matching_loss(network, theta, theta + direction, inputs, targets, torch.tensor(0.1).double(), plan)
 
 
-@pytest.mark.parametrize("engine", [Autograd, lambda network: Derived(network, "float32", False)])
+@pytest.mark.parametrize("engine", [AutogradStep, lambda network: ConvNetStep(network, "float32", False)])
 def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
     network, theta, inputs, targets, _ = problem((2, 8, 8))
     steps_ = engine(network)
-    sizes = [steps_.take(*alone(theta, inputs, targets))[1].size for _ in range(2)]
-    doubled = steps_.take(*alone(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1)))[1].size
+    sizes = [steps_.forward(*alone(theta, inputs, targets))[1].size for _ in range(2)]
+    doubled = steps_.forward(*alone(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1)))[1].size
     assert sizes[0] == sizes[1] < doubled < 2 * sizes[0] + 8 * len(theta)
     maps = 8 * 4 * 6 * (8 * 8 + 4 * 4)  # bytes of what the two convolutions give
     assert 2 * maps < sizes[0] < 12 * maps + 8 * 10 * len(theta)
     gc.collect()
     gc.disable()
     try:
-        _, memory = steps_.take(*alone(theta, inputs, targets))
+        _, memory = steps_.forward(*alone(theta, inputs, targets))
         last = memory.content[1][-1]
         held = weakref.ref(last[-1] if isinstance(last, list) else last)
         del memory, last
@@ -263,9 +263,9 @@ def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
 
 @pytest.fixture
 def fresh_room() -> Any:
-    engines._room_of_machine.cache_clear()
-    yield engines.room
-    engines._room_of_machine.cache_clear()
+    engines._budget_of_machine.cache_clear()
+    yield engines.residual_budget
+    engines._budget_of_machine.cache_clear()
 
 
 def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +277,7 @@ def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.
     free = 4 * 10**9
     assert fresh_room(CPU) == 10**9, "it is measured once"
     assert fresh_room(CUDA) == 2 * 10**9
-    engines._room_of_machine.cache_clear()
+    engines._budget_of_machine.cache_clear()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert fresh_room(CPU) == 125 * 10**6
 
@@ -301,7 +301,7 @@ def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
     assert fresh_room(CPU) == 3 * 2**20
     for wrong in ("", "-1", "many", "1.5", "²"):
-        engines._room_of_machine.cache_clear()
+        engines._budget_of_machine.cache_clear()
         monkeypatch.setenv("CDDLIB_KEPT_MB", wrong)
         with pytest.raises(
             cddlib.UserError, match=f"CDDLIB_KEPT_MB is '{wrong}'; it must be a number of MB, 0 or more"
@@ -337,7 +337,7 @@ COMPILED = """
 import torch, cddlib
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.networks.zoo import build_network
-from cddlib.training.engine import steps_of
+from cddlib.training.engine import make_step
 from cddlib.training.step import ComputeConfig
 torch.set_num_threads(1)
 rng = cddlib.generator("compiled")
@@ -347,11 +347,11 @@ inputs, targets = torch.randn(2, 3, 1, 8, 8, generator=rng), torch.rand(2, 3, 3,
 results = []
 for compiled in (True, True, False):
     compute = ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled)
-    engine = steps_of(network, compute, torch.device("cpu"))
+    engine = make_step(network, compute, torch.device("cpu"))
     if not compiled:
         engine = type(engine)(network, "float32", False)
-    gradient, memory = engine.take(theta, inputs, targets)
-    results.append([gradient, *engine.gradient(theta, inputs, targets), *engine.along(memory, direction)])
+    gradient, memory = engine.forward(theta, inputs, targets)
+    results.append([gradient, *engine.gradient(theta, inputs, targets), *engine.vjp(memory, direction)])
 for twice, once, plain in zip(*results):
     assert torch.equal(twice, once)
     torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)
@@ -402,14 +402,14 @@ def test_want_of_memory_while_compiling_is_want_of_memory(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", lambda function, **options: starved)
     network, theta, inputs, targets, _ = problem((2, 8, 8))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        Derived(network, "float32", True).take(*alone(theta, inputs, targets))
+        ConvNetStep(network, "float32", True).forward(*alone(theta, inputs, targets))
 
 
 def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(distributed, "tqdm", functools.partial(distributed.tqdm, disable=False))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     network, theta, inputs, targets, _ = problem((2, 8, 8))
-    engine = Derived(network, "float32", True)
+    engine = ConvNetStep(network, "float32", True)
     for batch in (4, 3, 4, 3):
         engine.gradient(*alone(theta, inputs[:batch], targets[:batch]))
     said = capfd.readouterr().err
@@ -422,10 +422,10 @@ def test_channels_of_zeros_change_nothing(networks: int) -> None:
     """A GPU's convolutions like a multiple of four."""
     network, theta, inputs, targets, direction = problem((3, 8, 8))
     theta, inputs, targets, direction = (torch.stack([x] * networks) for x in (theta, inputs, targets, direction))
-    engine = Derived(network, "float32", False)
+    engine = ConvNetStep(network, "float32", False)
     results = []
     for seen in (inputs, F.pad(inputs, (0, 0, 0, 0, 0, 1))):
-        gradient, memory = engine.take(theta, seen, targets)
-        results.append([gradient, *engine.along(memory, direction)])
+        gradient, memory = engine.forward(theta, seen, targets)
+        results.append([gradient, *engine.vjp(memory, direction)])
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)

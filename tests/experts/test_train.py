@@ -425,12 +425,6 @@ def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, seen, holdout:
     assert torch.equal(scores, scored)
 
 
-def test_no_difficulty_is_measured_without_need(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(one_expert, "difficulty", None)  # calling it fails
-    train(recipe(experts=1, epochs=1), tmp_path)
-    assert not (tmp_path / "difficulty.safetensors").exists()
-
-
 @pytest.mark.usefixtures("quick_scores", "trained")
 def test_interrupted_in_a_curriculum_it_measures_once_and_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
     config = recipe(**STAGED, **FLAT, epochs=5)

@@ -21,6 +21,7 @@ from PIL import Image
 from cddlib.runtime.random import generator
 
 VOLATILE = {"seconds", "seconds_per_iteration", "finished", "peak_memory_mb", "checksum", "commit", "experts_trained"}
+VOLATILE |= {"metrics", "metrics_sha256"}  # digests of lines that hold seconds
 """What may differ between two runs that are the same."""
 
 

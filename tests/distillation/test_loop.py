@@ -1,12 +1,6 @@
 """The loop: it optimises, ends with the same bytes after any interruption, and selects on validation images."""
 
 import dataclasses
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +8,6 @@ import torch
 from running import SOFT, SUBSETS, contents, distill, first, loop, metrics, outcome, rows_of, stop_at
 
 import cddlib
-from cddlib import cli
 from cddlib.data.dataset import Images
 from cddlib.distillation.gradient import concurrent_gradient
 from cddlib.distillation.optimizer import SetOptimizer
@@ -22,6 +15,7 @@ from cddlib.experts.buffer import Buffer
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json
+from cddlib.runtime.run_folder import locked
 from cddlib.synthetic import SyntheticSet
 
 
@@ -60,7 +54,10 @@ def test_the_optimiser_steps_the_combined_gradient_of_each_iteration(
     config = recipe(**overrides, lr_step_size=1e-3, validate_every=0)
     found = distill(config, buffer, tmp_path).variable_tensors()
     synthetic = dataclasses.replace(first(config, buffer), subsets=config.schedule.subsets)
-    start, optimizer = synthetic.copy().variable_tensors(), SetOptimizer(config.optimizer, config.consolidation, synthetic)
+    start, optimizer = (
+        synthetic.copy().variable_tensors(),
+        SetOptimizer(config.optimizer, config.consolidation, synthetic),
+    )
     for iteration in range(6):
         gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
         optimizer.step(gradients, torch.tensor(rows_of(config, iteration)), iteration + 1)
@@ -94,39 +91,6 @@ def test_interrupted_and_resumed_gives_the_same(
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
-def kill_at_random(arguments: list[str], metrics_file: Path, lines: int, rng: random.Random) -> int:
-    """Start the command line, wait for some lines of metrics, then kill it within a tenth of a second."""
-    command = [str(Path(sys.executable).with_name("cddlib")), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-
-    def written() -> int:
-        return metrics_file.read_text().count("\n") if metrics_file.exists() else 0
-
-    while written() < lines and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.1))
-    process.kill()
-    return process.wait()
-
-
-def test_killed_runs_end_with_the_same_bytes(buffer: Buffer, tmp_path: Path) -> None:
-    def arguments(name: str) -> list[str]:
-        options = (
-            "--iterations 60 --student-steps 5 --window-end 4 --segments 2 --checkpoint-every 3 --validate-every 20 "
-            "--evaluation-epochs 5 --labels learned --ema 0.9 --device cpu"
-        )
-        return ["distill", "--buffer", str(buffer.folder), "--out", str(tmp_path / name), *options.split()]
-
-    assert cli.main(arguments("whole")) == 0
-    rng = random.Random(0)
-    file = tmp_path / "killed" / "metrics.jsonl"
-    assert [kill_at_random(arguments("killed"), file, lines, rng) for lines in (1, 15)] == [-signal.SIGKILL] * 2
-    assert not (tmp_path / "killed" / "result.json").exists()
-    assert cli.main(arguments("killed")) == 0
-    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-
-
 def test_a_finished_run_is_returned(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
     fresh = distill(recipe(), buffer, tmp_path)
     before = contents(tmp_path)
@@ -151,14 +115,9 @@ def test_another_run_in_the_folder_is_refused(buffer: Buffer, recipe, tmp_path: 
 
 
 def test_a_folder_in_use_is_refused(buffer: Buffer, recipe, tmp_path: Path) -> None:
-    command = "import sys\nfrom pathlib import Path\nfrom cddlib.runtime.run_folder import locked\n"
-    command += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", command, str(tmp_path / "run" / ".lock")], **pipes) as other:
-        other.stdout.readline()
-        with pytest.raises(UserError, match=r"run is in use: other work holds \.lock; wait until it ends"):
-            distill(recipe(), buffer, tmp_path / "run")
-        other.communicate()
+    refused = pytest.raises(UserError, match=r"run is in use: other work holds \.lock; wait until it ends")
+    with locked(tmp_path / "run" / ".lock"), refused:
+        distill(recipe(), buffer, tmp_path / "run")
     assert set(contents(tmp_path / "run")) == {".lock"}
     distill(recipe(iterations=1, validate_every=0), buffer, tmp_path / "run")
 

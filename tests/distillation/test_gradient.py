@@ -1,0 +1,140 @@
+"""The combined gradient: against each segment's own by the matching loss, and which segments are drawn."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from running import SUBSETS, distill, first, metrics, rows_of, stream
+
+import cddlib
+from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.gradient import concurrent_gradient
+from cddlib.experts.buffer import Buffer
+from cddlib.matching import combine
+from cddlib.synthetic import SyntheticSet
+
+
+def segment_gradients(
+    config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int, matched: list[list[int | float]]
+) -> tuple[list[float], list[tuple[torch.Tensor, ...]], torch.Generator]:
+    """Loss and gradient of each segment, with the iteration's batches and augmentations; and its stream after that."""
+    rng, losses, gradients = stream(config, buffer, iteration), [], []
+    for expert, start in matched:
+        steps = cddlib.plan_student(config.student, len(synthetic.labels), config.augmentation.augment, rng)
+        loss = cddlib.matching_loss(
+            buffer.network,
+            buffer.parameters(expert, start),
+            buffer.parameters(expert, start + config.schedule.expert_epochs),
+            synthetic.images,
+            synthetic.targets(),
+            synthetic.step_size,
+            steps,
+        )
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, synthetic.variables()))
+    return losses, gradients, rng
+
+
+RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count"),
+    [
+        ({"segments": 1}, 1),
+        ({"replay": 2}, 4),
+        ({"replay": 2, "balance": 0.7}, 4),
+        ({"replay": 2, "combine": "gem"}, 4),
+        ({"concurrent_experts": 2, "labels": "learned"}, 4),
+        ({"convex": True}, 2),
+        *(({"combine": rule, "segments": 3}, 3) for rule in RULES),
+    ],
+)
+@pytest.mark.parametrize("iteration", [3, 5])
+def test_it_is_the_weighted_sum_of_all_segments_gradients(
+    buffer: Buffer, recipe, overrides: dict[str, object], count: int, iteration: int
+) -> None:
+    config = recipe(**overrides)
+    buffer = buffer.convexified() if config.schedule.convex else buffer
+    synthetic = first(config, buffer)
+    found, record = concurrent_gradient(config, buffer, synthetic, iteration)
+    assert len(record["matched"]) == count
+    losses, gradients, rng = segment_gradients(config, buffer, synthetic, iteration, record["matched"])
+    weights = averaged = [1 / count] * count
+    if config.combination.balance is not None:
+        weights = averaged = [1 / 1.7 if k == record["anchor"] else 0.7 / 3 / 1.7 for k in range(count)]
+    elif config.combination.combine != "mean":
+        products = combine.gramian(gradients, config.optimizer.rates(synthetic))
+        weights = combine.weights(config.combination, products, losses, record["anchor"], rng)
+        assert record["weights"] == pytest.approx(weights, rel=1e-4)
+    assert record["losses"] == pytest.approx(losses)
+    assert record["loss"] == pytest.approx(sum(weight * loss for weight, loss in zip(averaged, losses, strict=True)))
+    lengths = [torch.cat([part.flatten() for part in gradient]).norm().item() for gradient in gradients]
+    assert record["gradient_norms"] == pytest.approx(lengths, rel=1e-4)
+    for v, gradient in enumerate(found):
+        wanted = sum(weight * part[v] for weight, part in zip(weights, gradients, strict=True))
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+def drawn(config: DistillConfig, buffer: Buffer, iterations: int) -> list[tuple[list[list[int]], int]]:
+    """What each iteration matches of the first set, and its anchor."""
+    synthetic = first(config, buffer)
+    records = [concurrent_gradient(config, buffer, synthetic, iteration)[1] for iteration in range(iterations)]
+    return [(record["matched"], record["anchor"]) for record in records]
+
+
+def test_one_expert_is_matched_at_the_start_epochs_that_all_would_be(buffer: Buffer, recipe) -> None:
+    every, zero, one = (drawn(recipe(expert=expert, student_steps=1), buffer, 8) for expert in (None, 0, 1))
+    assert {expert for matched, _ in every for expert, _ in matched} == {0, 1}
+    assert [([[0, start] for _, start in matched], anchor) for matched, anchor in every] == zero
+    assert [([[1, start] for _, start in matched], anchor) for matched, anchor in every] == one
+
+
+@pytest.mark.parametrize("expert", [None, 1])
+def test_replay_matches_anchors_of_earlier_iterations(buffer: Buffer, recipe, expert: int | None) -> None:
+    found = drawn(recipe(replay=2, expert=expert, student_steps=1), buffer, 9)
+    anchors = [tuple(matched[anchor]) for matched, anchor in found]
+    replayed = [Counter(map(tuple, matched[2:])) for matched, _ in found]
+    for index, segments in enumerate(replayed):
+        assert segments.total() == min(2, index)
+        assert segments <= Counter(anchors[:index])  # each earlier iteration at most once
+    assert len({tuple(sorted(segments)) for segments in replayed[3:]}) > 1
+
+
+def test_other_experts_change_no_draw_of_the_first(buffer: Buffer, recipe) -> None:
+    one, two = (drawn(recipe(concurrent_experts=count, student_steps=1), buffer, 6) for count in (1, 2))
+    for (alone, its_anchor), (matched, anchor) in zip(one, two, strict=True):
+        assert (matched[:2], anchor) == (alone, its_anchor)
+        (other, start), (same, later) = matched[2:]
+        assert other == same != matched[0][0] and later - start == 2 and start >= 0
+    assert len({str(matched[2:]) for matched, _ in two}) > 1
+
+
+def test_segments_of_the_convexified_trajectory_are_matched(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    config = recipe(convex=True, validate_every=0)
+    distill(config, buffer, tmp_path)
+    line, *others = metrics(tmp_path)[1:]
+    starts = [start for entry in (line, *others) for _, start in entry["matched"]]
+    assert all(isinstance(start, float) and 0 <= start < 4 for start in starts)
+    assert len(set(starts)) == len(starts)
+    convex = buffer.convexified()
+    losses, *_ = segment_gradients(config, convex, first(config, buffer), 0, line["matched"])
+    assert line["losses"] == pytest.approx(losses, rel=1e-4)
+
+
+def test_students_see_the_active_subset_alone(buffer: Buffer, recipe) -> None:
+    config = recipe(**SUBSETS, labels="learned", iterations=6, student_batch=7, student_steps=9)
+    synthetic = dataclasses.replace(first(config, buffer), subsets=2)
+    for iteration in (0, 5):
+        gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
+        rows = rows_of(config, iteration)
+        for gradient in gradients[:2]:
+            assert torch.nonzero(gradient.flatten(1).any(1)).flatten().tolist() == rows
+        with torch.no_grad():
+            others = [row for row in range(30) if row not in rows]
+            synthetic.images[others] += 1.0
+            synthetic.label_logits[others] -= 1.0
+        again, _ = concurrent_gradient(config, buffer, synthetic, iteration)
+        assert all(map(torch.equal, gradients, again))

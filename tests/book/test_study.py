@@ -226,21 +226,6 @@ def test_the_record_keeps_the_metrics_to_six_digits(whole: Path) -> None:
         assert [iteration for iteration, _ in found["metrics"]["accumulated_error"]] == [0, len(lines) - 1]
 
 
-def test_lines_of_columns_by_hand() -> None:
-    metrics = {
-        "iteration": [1, 2],
-        "loss": [0.5, 0.25],
-        "matched": [[[1, 0]], [[0, 3]]],
-        "validation_accuracy": [[0, [0.1]], [2, [0.3]]],
-        "probe_losses": [[1, [0.9, 0.8]]],
-    }
-    assert lines_of(metrics) == [
-        {"iteration": 0, "validation_accuracy": [0.1]},
-        {"iteration": 1, "loss": 0.5, "matched": [[1, 0]], "probe_losses": [0.9, 0.8]},
-        {"iteration": 2, "loss": 0.25, "matched": [[0, 3]], "validation_accuracy": [0.3]},
-    ]
-
-
 def test_baselines_are_tested_once_a_seed(whole: Path) -> None:
     counts = {
         name: [{key: len(values) for key, values in accuracies.items()} for accuracies in found["evaluations"]]
@@ -267,13 +252,12 @@ def test_a_finished_study_runs_nothing_again(
     assert contents(whole) == before
 
 
-@pytest.mark.parametrize("place", ["first gradient", "middle of a run", "an evaluation"])
+@pytest.mark.parametrize("place", ["a distillation", "an evaluation"])
 def test_an_interrupted_study_goes_on(
     recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     owner, name, calls = {
-        "first gradient": (module, "concurrent_gradient", 1),
-        "middle of a run": (module, "concurrent_gradient", 7),
+        "a distillation": (module, "concurrent_gradient", 7),
         "an evaluation": (importlib.import_module("cddlib.evaluate"), "train_network", 12),
     }[place]
     inner, counter = getattr(owner, name), itertools.count(1)
@@ -289,54 +273,27 @@ def test_an_interrupted_study_goes_on(
             run(recipe, buffer, tmp_path)
     with pytest.raises(UserError, match="holds a study that is not finished"):
         study_record(tmp_path)
-    done = contents(tmp_path / "K=1/seed-0") if place == "middle of a run" else {}
-    assert timeless_record(run(recipe, buffer, tmp_path)) == timeless_record(study_record(whole))
+    done = contents(tmp_path / "K=1/seed-0") if place == "a distillation" else {}
+    assert timeless(run(recipe, buffer, tmp_path)) == timeless(study_record(whole))
     assert done.items() <= contents(tmp_path / "K=1/seed-0").items()
-
-
-def timeless_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The whole record, its results and metrics without times."""
-    kept = {name: timeless({**run, "metrics": timeless(run["metrics"])}) for name, run in record["runs"].items()}
-    return {**record, "runs": kept}
-
-
-def test_processes_give_the_same_numbers(recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path) -> None:
-    base, planned = plan(recipe)
-    name = "K=1/seed-0"
-    two = {"bad": replace(base, lr_images=1e30, seed=9), name: planned[name]}
-    with pytest.raises(UserError) as refused:
-        run_study(base, two, buffer.folder, tmp_path, networks=2, jobs=2, device="cpu")
-    assert str(refused.value).startswith("1 of 2 runs failed, the others are finished: bad: iteration 2, ")
-    one = {"config": configs.as_dict(base), "runs": [name]}
-    files.write_json(tmp_path / "study.json", one)
-    (tmp_path / "whole").mkdir()
-    shutil.copytree(whole / name, tmp_path / "whole" / name)
-    files.write_json(tmp_path / "whole" / "study.json", one)
-    assert timeless_record(study_record(tmp_path)) == timeless_record(study_record(tmp_path / "whole"))
-    assert (tmp_path / name / "synthetic.safetensors").read_bytes() == (
-        whole / name / "synthetic.safetensors"
-    ).read_bytes()
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------
 
 
-def test_a_failing_run_is_named_and_the_others_finish(recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path) -> None:
-    base = recipe(validate_every=0)
-    planned = {
-        "bad": replace(base, lr_images=1e30),
-        "good": base,
-        "wide": replace(base, width=16),
-        "also good": replace(base, seed=1),
-    }
+@pytest.mark.parametrize("jobs", [0, 2])
+def test_a_failing_run_is_named_and_the_others_finish_with_the_same_numbers(
+    recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path, jobs: int
+) -> None:
+    base, planned = plan(recipe)
+    name = "K=1/seed-0"
+    two = {"bad": replace(base, lr_images=1e30, seed=9), name: planned[name]}
     with pytest.raises(UserError) as refused:
-        run_study(base, planned, buffer.folder, tmp_path, device="cpu")
-    reasons = str(refused.value).split(": ", 1)
-    assert reasons[0] == "2 of 4 runs failed, the others are finished"
-    assert reasons[1].startswith("bad: iteration 2, the segment from epoch ")
-    assert reasons[1].endswith(f"; wide: width is 16, but the experts in {buffer.folder} were trained with 8.")
-    for name in ("good", "also good"):
-        assert (tmp_path / name / "result.json").exists()
+        run_study(base, two, buffer.folder, tmp_path, networks=2, jobs=jobs, device="cpu")
+    said = "1 of 2 runs failed, the others are finished: bad: iteration 2, the segment from epoch "
+    assert str(refused.value).startswith(said)
+    for file in ("synthetic.safetensors", "config.json"):
+        assert (tmp_path / name / file).read_bytes() == (whole / name / file).read_bytes()
     with pytest.raises(UserError) as unfinished:
         study_record(tmp_path)
     assert str(unfinished.value) == (

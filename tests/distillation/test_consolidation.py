@@ -95,13 +95,3 @@ def test_images_that_stand_still_keep_everything_finite(kind: str, still: int) -
     assert all(tensor.isfinite().all() for tensor in held.tensors.values())
     assert torch.equal(found[11], found[still + 1])
     assert not held.tensors["gathered"].any()
-
-
-def test_the_consolidation_starts_at_the_images_and_owns_its_tensors() -> None:
-    images = draw("start").requires_grad_()
-    held = Consolidation(ConsolidateConfig(consolidation="si"), images)
-    assert torch.equal(held.tensors["reference"], images.detach())
-    assert not held.tensors["importance"].any()
-    assert not held.tensors["gathered"].any()
-    assert not any(tensor.requires_grad for tensor in held.tensors.values())
-    assert len({tensor.data_ptr() for tensor in (images, *held.tensors.values())}) == 4

@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
-from running import SUBSETS, distill, first, metrics, rows_of, stream
+from running import SUBSETS, first, rows_of, stream
 
 import cddlib
 from cddlib.distillation.config import DistillConfig
@@ -110,18 +109,6 @@ def test_other_experts_change_no_draw_of_the_first(buffer: Buffer, recipe) -> No
         (other, start), (same, later) = matched[2:]
         assert other == same != matched[0][0] and later - start == 2 and start >= 0
     assert len({str(matched[2:]) for matched, _ in two}) > 1
-
-
-def test_segments_of_the_convexified_trajectory_are_matched(buffer: Buffer, recipe, tmp_path: Path) -> None:
-    config = recipe(convex=True, validate_every=0)
-    distill(config, buffer, tmp_path)
-    line, *others = metrics(tmp_path)[1:]
-    starts = [start for entry in (line, *others) for _, start in entry["matched"]]
-    assert all(isinstance(start, float) and 0 <= start < 4 for start in starts)
-    assert len(set(starts)) == len(starts)
-    convex = buffer.convexified()
-    losses, *_ = segment_gradients(config, convex, first(config, buffer), 0, line["matched"])
-    assert line["losses"] == pytest.approx(losses, rel=1e-4)
 
 
 def test_students_see_the_active_subset_alone(buffer: Buffer, recipe) -> None:

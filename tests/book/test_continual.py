@@ -110,13 +110,6 @@ def test_a_stage_is_what_happens_between_two_measurements() -> None:
     assert visits.tolist() == [[True, True], [True, False], [False, True]]
 
 
-def test_a_run_that_was_measured_once_has_no_stage() -> None:
-    losses, visits = probe_table([{"probe_losses": [1.0, 2.0]}, line(0, [4])], [4, 8], 0)
-    assert losses.tolist() == [[1, 2]]
-    assert visits.shape == (0, 2)
-    assert math.isnan(average_forgetting(-losses, visits))
-
-
 def test_the_table_of_a_real_run(buffer: cddlib.Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
     overrides = {**quick, "segments": 1, "replay": 1, "iterations": 5, "validate_every": 0}
     hook = ProbeHook(probe_starts=(1, 2), probe_every=2, probe_expert=1)

@@ -38,13 +38,6 @@ def test_pearson_of_a_constant_curve_is_nan_whatever_the_constant(constant: floa
     assert np.isnan(correlation.pearson(losses)[0, 1])
 
 
-def test_a_huge_first_step_does_not_decide_the_correlation_of_changes() -> None:
-    own, other = [200.0, 109, 108, 106, 103, 99, 94], [200.0, 118, 113, 109, 106, 104, 103]
-    losses = np.stack([run_of(own, other)] * 2)
-    assert correlation.pearson(np.diff(losses, axis=1))[0, 1] > 0.99
-    assert correlation.pearson(correlation.changes(losses))[0, 1] == pytest.approx(-1 / 7)
-
-
 @hypothesis.given(losses=small_integers(3, 5, 3), changes=st.booleans())
 def test_pearson_against_corrcoef(losses: np.ndarray, changes: bool) -> None:
     def ranks(values: np.ndarray) -> list[float]:
@@ -69,10 +62,6 @@ def test_net_change_and_rise_by_hand() -> None:
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------
-
-
-def inner(*vectors: list[float]) -> np.ndarray:
-    return np.array(vectors) @ np.array(vectors).T
 
 
 @hypothesis.given(vectors=small_integers(6, 4))
@@ -125,19 +114,6 @@ def test_permutation_test_is_small_for_negative_correlation_alone() -> None:
     assert correlation.permutation_test(*curves(1.0), permutations=999) > 0.99
 
 
-def test_permutation_test_is_uniform_without_correlation() -> None:
-    found = np.sort(
-        [
-            correlation.permutation_test(
-                *curves(0.0, replicates=2, times=8, seed=seed), permutations=199, seed=1000 + seed
-            )
-            for seed in range(400)
-        ]
-    )
-    empirical = np.arange(1, 401) / 400
-    assert np.abs(empirical - found).max() < 1.63 / 20  # Kolmogorov-Smirnov at 1 %
-
-
 def test_permutation_test_approaches_all_permutations_of_each_replicate() -> None:
     first = np.array([[1.0, 4, 2, 7], [3.0, 0, 1, 5]])
     second = np.array([[100.0, 30, 70, 60], [0.4, 0.1, 0.5, 0.2]])  # of different scale, which must not count
@@ -154,12 +130,9 @@ def test_permutation_test_approaches_all_permutations_of_each_replicate() -> Non
 
 def test_t_test_against_a_table_of_student_s_t() -> None:
     values = np.array([-3.0, -1.0, -2.0, -2.0])  # mean −2, standard deviation √(2/3), so t = −2 / √(1/6) = −4.899
-    mirrored = correlation.t_test(-values)
-    assert correlation.t_test(values) == pytest.approx(0.00814, abs=1e-5)
-    assert mirrored == pytest.approx(1 - 0.00814, abs=1e-5)
-    assert correlation.t_test(np.array([-1.0, 1.0])) == pytest.approx(0.5)
-    two_values = np.array([-3.0, -1.0])  # t = −2, one degree of freedom: Cauchy's distribution
-    assert correlation.t_test(two_values) == pytest.approx(0.5 + math.atan(-2) / math.pi)
+    assert correlation.t_test(np.stack([values, -values], 1)).tolist() == pytest.approx(
+        [0.00814, 1 - 0.00814], abs=1e-5
+    )
 
 
 @hypothesis.given(p_values=st.lists(st.integers(0, 20).map(lambda i: i / 20), min_size=1, max_size=6))

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import contents, distill, first, loop, metrics, outcome
+from running import distill, first, loop, metrics
 
 import cddlib
-from cddlib.distillation import gradient, guard
+from cddlib.distillation import guard
 from cddlib.distillation.checkpoint import State
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.gradient import concurrent_gradient
@@ -111,24 +111,6 @@ def test_the_guard_skips_iterations_of_high_loss(buffer: Buffer, recipe, tmp_pat
     never = distill(cddlib.replace(config, loss_threshold=0.1), buffer, tmp_path / "none")
     assert torch.equal(never.images, first(config, buffer).images)
     assert never.step_size == torch.tensor(config.synthetic.step_size)
-
-
-def test_a_run_that_stopped_goes_on_from_its_checkpoint(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
-    losses, calls = gradient.matching_losses, iter(range(100))
-
-    def spoil(*arguments):
-        each = losses(*arguments)
-        return each if next(calls) < 4 else each + (0 * each).sqrt()  # whose derivative is not finite
-
-    config = recipe(validate_every=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(gradient, "matching_losses", spoil)
-        with pytest.raises(Diverged, match=r"^iteration 5, the segment .*; the checkpoint holds iteration 4; start"):
-            distill(config, buffer, tmp_path / "run")
-    assert "synthetic.safetensors" not in contents(tmp_path / "run")
-    for name in ("whole", "run"):
-        distill(config, buffer, tmp_path / name)
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def test_the_best_set_before_a_divergence_can_be_evaluated(buffer: Buffer, recipe, tmp_path: Path) -> None:

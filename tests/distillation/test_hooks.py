@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +32,23 @@ class Brightest:
         return {"brightest": run.synthetic.images.max().item()} if run.due(self.brightest_every) else {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """Returns what it was told to at an iteration, and keeps what it sees; it has no fields."""
-
-    def __init__(self, iteration: int = -1, value: Any = None) -> None:
-        """Return `value` at `iteration`."""
-        object.__setattr__(self, "seen", [])
-        object.__setattr__(self, "told", (iteration, value))
-
-    def after_iteration(self, run: Run) -> dict[str, Any]:
-        """See `Hook`."""
-        self.seen.append(run._replace(metrics=dict(run.metrics)))
-        iteration, value = self.told
-        return {"told": value} if run.iteration == iteration else {}
+def hook_of(after_iteration: Callable[[Run], dict[str, Any]]) -> Hook:
+    """A hook without fields."""
+    return dataclasses.make_dataclass("Told", [], namespace={"after_iteration": staticmethod(after_iteration)})()
 
 
 def test_hooks_see_every_iteration_from_0_on(buffer: Buffer, recipe, tmp_path: Path) -> None:
-    hook = Told(2, [1, {"b": 0.5}])
-    assert isinstance(hook, Hook) and isinstance(cddlib.TensorBoard(), Hook)
-    distill(recipe(), buffer, tmp_path, hooks=[Brightest(), hook])
-    assert [run.iteration for run in hook.seen] == list(range(7))
-    assert hook.seen[0].folder == tmp_path and hook.seen[0].buffer.id == buffer.id
+    seen: list[tuple[int, Path, str, dict[str, Any]]] = []
+
+    def look(run: Run) -> dict[str, Any]:
+        seen.append((run.iteration, run.folder, run.buffer.id, dict(run.metrics)))
+        return {"told": [1, {"b": 0.5}]} if run.iteration == 2 else {}
+
+    distill(recipe(), buffer, tmp_path, hooks=[Brightest(), hook_of(look)])
     lines = metrics(tmp_path)
-    for run, line in zip(hook.seen, lines, strict=True):
-        assert line.items() <= {**run.metrics, "told": [1, {"b": 0.5}]}.items()  # validations and other hooks' values
+    for number, (iteration, folder, buffer_id, line) in enumerate(seen):
+        assert (iteration, folder, buffer_id) == (number, tmp_path, buffer.id)
+        assert lines[number].keys() - {"told"} == line.keys() - {"seconds"}  # with what earlier hooks measured
     assert [line["iteration"] for line in lines if "brightest" in line] == [0, 4, 6]
     assert [line["told"] for line in lines if "told" in line] == [[1, {"b": 0.5}]]
 
@@ -80,7 +73,7 @@ def test_a_hook_s_fields_are_part_of_the_run_s_identity(buffer: Buffer, recipe, 
         with pytest.raises(UserError, match=rf"another run \(brightest_every is 2 there and {here} here\); choose"):
             distill(config, buffer, tmp_path, hooks=hooks)
     assert contents(tmp_path) == before
-    distill(config, buffer, tmp_path, hooks=[Told(), Brightest(2)])  # one without fields is not
+    distill(config, buffer, tmp_path, hooks=[hook_of(lambda run: {}), Brightest(2)])  # one without fields is not
     assert read_json(tmp_path / "config.json")["brightest_every"] == 2
 
 
@@ -89,8 +82,9 @@ def test_a_hook_s_fields_are_part_of_the_run_s_identity(buffer: Buffer, recipe, 
 def test_values_that_are_not_finite_stop_the_run(
     buffer: Buffer, recipe, tmp_path: Path, iteration: int, saved: str, value: Any
 ) -> None:
+    hook = hook_of(lambda run: {"told": value} if run.iteration == iteration else {})
     with pytest.raises(Diverged) as stopped:
-        distill(recipe(lr_step_size=0.0, validate_every=0), buffer, tmp_path, hooks=[Told(iteration, value)])
+        distill(recipe(lr_step_size=0.0, validate_every=0), buffer, tmp_path, hooks=[hook])
     assert str(stopped.value) == (
         f"iteration {iteration}: told is not finite, at the step size {recipe().synthetic.step_size:g}; {saved}start "
         f"again in another folder with a lower --step-size, --lr-step-size or --lr-images."

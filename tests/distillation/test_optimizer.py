@@ -32,11 +32,15 @@ def drawn(shapes: dict[str, Tensor], iteration: int, rows: list[int]) -> dict[st
 
 
 @pytest.mark.parametrize(("kind", "halves"), [("none", False), ("none", True), ("ewc", False), ("si", False)])
+@pytest.mark.parametrize(("every", "strength"), [(1, 0.1), (2, 0.5), (3, 1e6)])
 def test_a_step_is_sgd_then_consolidation_then_the_average(
-    buffer: cddlib.Buffer, recipe, kind: str, halves: bool
+    buffer: cddlib.Buffer, recipe, kind: str, halves: bool, every: int, strength: float
 ) -> None:
-    """v ← m v + g and x ← x − r v for the images that an iteration optimises; momentum moves no other image."""
-    held = ConsolidateConfig(consolidation=kind, consolidation_strength=0.5, consolidate_every=2)
+    """v ← m v + g and x ← x − r v for the images that an iteration optimises; momentum moves no other image.
+
+    Importance is F = Σ g² (EWC), or Ω = Σ −g Δx over (its way² + ξ) (SI).
+    """
+    held = ConsolidateConfig(consolidation=kind, consolidation_strength=strength, consolidate_every=every)
     synthetic = first(recipe(ipc=1, labels="learned"), buffer)
     optimizer = SetOptimizer(CONFIG, held, synthetic)
     x = synthetic.copy().variable_tensors()
@@ -57,9 +61,9 @@ def test_a_step_is_sgd_then_consolidation_then_the_average(
                 variable[rows] -= change[rows]
         images = x["images"]
         gathered += gradients["images"] ** 2 if kind == "ewc" else -gradients["images"] * (images - before)
-        if kind != "none" and iteration >= 2:
-            images -= (images - reference) * (1 - 1 / (1 + 0.5 * omega / omega.mean()))
-        if iteration % 2 == 1:
+        if kind != "none" and iteration >= every:
+            images -= (images - reference) * (1 - 1 / (1 + strength * omega / omega.mean()))
+        if iteration % every == every - 1:
             way = (images - reference) ** 2
             omega += gathered if kind == "ewc" else gathered.clamp(min=0) / (way + way.mean())
             reference, gathered = images.clone(), torch.zeros_like(images)

@@ -13,7 +13,6 @@ import cddlib
 from cddlib import cli
 from cddlib.distillation.checkpoint import milestone_path, milestones
 from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
-from cddlib.runtime.config import replace
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import file_digest, read_json, read_tensors, write_json, write_tensors
 from cddlib.verify import Check, _numbers, _tensors, verify
@@ -146,14 +145,6 @@ def test_what_cannot_be_verified_is_said(run: Path, buffer: Buffer, copies: tupl
     tamper_json(folder / "buffer.json", lambda value: value["experts"][0].update(test_accuracy=0.0))
     with pytest.raises(UserError, match=rf"matched the buffer {buffer.id}, but .* is \w+\."):
         verify(run, folder, device="cpu")
-
-
-def test_a_run_without_milestones_still_tests_its_set(buffer: Buffer, quick: dict[str, Any], tmp_path: Path):
-    config = cddlib.distill_recipe("mtt", "digits", ipc=1, **quick)
-    cddlib.distill(replace(config, milestones=0), buffer, tmp_path, device="cpu")
-    assert milestones(tmp_path) == []
-    counted = {check.what: check.numbers for check in verify(tmp_path, buffer.folder, device="cpu")}
-    assert counted["step sizes"] == 0 and counted["accuracies of networks trained on the set"] == 1
 
 
 def test_command(copies: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -82,21 +81,15 @@ def test_a_milestone_is_the_checkpoint_of_its_iteration(
         assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize(
-    ("wanted", "sentence"),
-    [
+def test_the_checkpoint_of_another_run_is_refused(buffer: Buffer, config: DistillConfig, whole: Path) -> None:
+    for wanted, sentence in (
         ({"ipc": 2}, r"best\.images is float32\[10, 1, 8, 8\], not float32\[20, 1, 8, 8\]"),
         ({"ema": None}, r"ema\.images is float32\[10, 1, 8, 8\], not missing"),
         ({"consolidation": "si"}, r"consolidation\.gathered is missing, not float32\[10, 1, 8, 8\]"),
-    ],
-)
-def test_the_checkpoint_of_another_run_is_refused(
-    buffer: Buffer, config: DistillConfig, whole: Path, wanted: dict[str, Any], sentence: str
-) -> None:
-    other = replace(config, **wanted)
-    state = State(other, first(other, buffer))
-    with pytest.raises(UserError, match=rf"000003\.safetensors is a checkpoint of another run: {sentence}\.$"):
-        state.read(milestone_path(whole, 3))
+    ):
+        other = replace(config, **wanted)
+        with pytest.raises(UserError, match=rf"000003\.safetensors is a checkpoint of another run: {sentence}\.$"):
+            State(other, first(other, buffer)).read(milestone_path(whole, 3))
 
 
 def test_damaged_milestones_are_named_one_after_the_other(

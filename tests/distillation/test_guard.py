@@ -96,7 +96,7 @@ def test_images_and_labels_that_are_not_finite_stop_the_run(at_4, name: str) -> 
 
 
 def test_the_guard_skips_iterations_of_high_loss(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
-    config = recipe(validate_every=0, iterations=4, ema=0.5, loss_threshold=1.0)
+    config = recipe(validate_every=0, iterations=4, ema=0.5, loss_threshold=1.0, labels="teacher")
 
     def told(config, buffer, synthetic, iteration, *ranks):
         gradients, record = concurrent_gradient(config, buffer, synthetic, iteration, *ranks)
@@ -110,6 +110,7 @@ def test_the_guard_skips_iterations_of_high_loss(buffer: Buffer, recipe, tmp_pat
     assert read_json(tmp_path / "some" / "result.json")["iterations_skipped"] == 2
     never = distill(cddlib.replace(config, loss_threshold=0.1), buffer, tmp_path / "none")
     assert torch.equal(never.images, first(config, buffer).images)
+    assert torch.equal(never.label_logits, first(config, buffer).label_logits)
     assert never.step_size == torch.tensor(config.synthetic.step_size)
 
 

@@ -185,11 +185,6 @@ def test_the_anchor_s_target_labels_the_images(buffer: Buffer, recipe, tmp_path:
     assert torch.equal(found.label_logits, seen[-1][1]["label_logits"])
 
 
-def test_a_skipped_iteration_labels_nothing_anew(buffer: Buffer, recipe, tmp_path: Path) -> None:
-    config = recipe(labels="teacher", iterations=3, validate_every=0, loss_threshold=1e-3)
-    assert torch.equal(distill(config, buffer, tmp_path).label_logits, first(config, buffer).label_logits)
-
-
 @pytest.mark.parametrize("labels", ["hard", "learned", "teacher"])
 def test_only_the_active_subset_changes(buffer: Buffer, recipe, tmp_path: Path, labels: str, seen) -> None:
     config = recipe(**{**SUBSETS, "ipc": 5}, labels=labels, validate_every=0, momentum_labels=0.9)

@@ -24,17 +24,6 @@ from cddlib.runtime.run_folder import read_metrics
 # --- Forgetting and transfer ------------------------------------------------------------------------------------
 
 
-def test_the_signs_of_forgetting_and_transfer() -> None:
-    lost = np.array([[0.0, 0.0], [5.0, -1.0], [1.0, 9.0]])
-    assert average_forgetting(lost, np.eye(2, dtype=bool)) == 4
-    assert backward_transfer(lost, np.eye(2, dtype=bool)) == -4
-    assert forward_transfer(lost, np.eye(2, dtype=bool)) == -1
-    helped = np.array([[0.0, 0.0], [5.0, 2.0], [7.0, 9.0]])
-    assert average_forgetting(helped, np.eye(2, dtype=bool)) == -2
-    assert backward_transfer(helped, np.eye(2, dtype=bool)) == 2
-    assert forward_transfer(helped, np.eye(2, dtype=bool)) == 2
-
-
 @hypothesis.given(data=st.data(), stages=st.integers(1, 7), tasks=st.integers(1, 4))
 def test_measures_of_any_visits_against_loops(data: st.DataObject, stages: int, tasks: int) -> None:
     """After GEM and RWalk; where every stage visits the next task, these are their measures."""

@@ -282,9 +282,7 @@ def test_a_failing_run_is_named_and_the_others_finish(recipe: Recipe, buffer: cd
     assert str(refused.value).startswith(said)
     assert str(refused.value).endswith(f"; wide: width is 16, but the experts in {buffer.folder} were trained with 8.")
     assert (tmp_path / "good" / "result.json").exists()
-    with pytest.raises(
-        UserError, match=r"holds a study that is not finished: bad is missing; run it again to finish\.$"
-    ):
+    with pytest.raises(UserError, match=r"a study that is not finished: bad is missing; run it again to finish\.$"):
         study_record(tmp_path)
 
 

@@ -20,8 +20,9 @@ def segment_gradients(
 ) -> tuple[list[float], list[tuple[torch.Tensor, ...]], torch.Generator]:
     """Loss and gradient of each segment, with the iteration's batches and augmentations; and its stream after that."""
     rng, losses, gradients = stream(config, buffer, iteration), [], []
+    rows = torch.tensor(rows_of(config, iteration))
     for expert, start in matched:
-        steps = cddlib.plan_student(config.student, len(synthetic.labels), config.augmentation.augment, rng)
+        steps = cddlib.plan_student(config.student, len(rows), config.augmentation.augment, rng)
         loss = cddlib.matching_loss(
             buffer.network,
             buffer.parameters(expert, start),
@@ -29,7 +30,7 @@ def segment_gradients(
             synthetic.images,
             synthetic.targets(),
             synthetic.step_size,
-            steps,
+            [step._replace(indices=rows[step.indices]) for step in steps],
         )
         losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, synthetic.variables()))
@@ -48,16 +49,17 @@ RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
         ({"replay": 2, "combine": "gem"}, 4),
         ({"concurrent_experts": 2, "labels": "learned"}, 4),
         ({"convex": True}, 2),
+        ({**SUBSETS, "labels": "learned", "student_batch": 7}, 2),
         *(({"combine": rule, "segments": 3}, 3) for rule in RULES),
     ],
 )
-@pytest.mark.parametrize("iteration", [3, 5])
+@pytest.mark.parametrize("iteration", [2, 5])
 def test_it_is_the_weighted_sum_of_all_segments_gradients(
     buffer: Buffer, recipe, overrides: dict[str, object], count: int, iteration: int
 ) -> None:
     config = recipe(**overrides)
     buffer = buffer.convexified() if config.schedule.convex else buffer
-    synthetic = first(config, buffer)
+    synthetic = dataclasses.replace(first(config, buffer), subsets=config.schedule.subsets)
     found, record = concurrent_gradient(config, buffer, synthetic, iteration)
     assert len(record["matched"]) == count
     losses, gradients, rng = segment_gradients(config, buffer, synthetic, iteration, record["matched"])
@@ -101,19 +103,3 @@ def test_replay_and_other_experts_come_after_the_segments_of_the_first(buffer: B
         replayed = Counter(map(tuple, matched[4:]))
         assert replayed.total() == min(2, index)
         assert replayed <= Counter(anchors[:index])
-
-
-def test_students_see_the_active_subset_alone(buffer: Buffer, recipe) -> None:
-    config = recipe(**SUBSETS, labels="learned", iterations=6, student_batch=7, student_steps=9)
-    synthetic = dataclasses.replace(first(config, buffer), subsets=2)
-    for iteration in (0, 5):
-        gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
-        rows = rows_of(config, iteration)
-        for gradient in gradients[:2]:
-            assert torch.nonzero(gradient.flatten(1).any(1)).flatten().tolist() == rows
-        with torch.no_grad():
-            others = [row for row in range(30) if row not in rows]
-            synthetic.images[others] += 1.0
-            synthetic.label_logits[others] -= 1.0
-        again, _ = concurrent_gradient(config, buffer, synthetic, iteration)
-        assert all(map(torch.equal, gradients, again))

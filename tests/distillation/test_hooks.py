@@ -69,9 +69,13 @@ def test_a_hook_s_fields_are_part_of_the_run_s_identity(buffer: Buffer, recipe, 
     config = recipe(iterations=2, validate_every=0)
     stop_at(1, config, buffer, tmp_path, hooks=[Brightest(2)])
     before = contents(tmp_path)
-    for hooks, here in (([Brightest(3)], "3"), ([], "None")):
-        with pytest.raises(UserError, match=rf"another run \(brightest_every is 2 there and {here} here\); choose"):
-            distill(config, buffer, tmp_path, hooks=hooks)
+    for other, hooks, said in (
+        (config, [Brightest(3)], "brightest_every is 2 there and 3 here"),
+        (config, [], "brightest_every is 2 there and None here"),
+        (cddlib.replace(config, seed=1), [Brightest(2)], "seed is 0 there and 1 here"),
+    ):
+        with pytest.raises(UserError, match=rf"holds another run \({said}\); choose another folder"):
+            distill(other, buffer, tmp_path, hooks=hooks)
     assert contents(tmp_path) == before
     distill(config, buffer, tmp_path, hooks=[hook_of(lambda run: {}), Brightest(2)])  # one without fields is not
     assert read_json(tmp_path / "config.json")["brightest_every"] == 2

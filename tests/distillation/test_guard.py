@@ -18,6 +18,8 @@ from cddlib.runtime.errors import Diverged
 from cddlib.runtime.files import read_json
 from cddlib.synthetic import SyntheticSet
 
+AGAIN = "the checkpoint holds iteration 2; start again in another folder with a lower"
+LOST = f"images or label logits are no longer finite; {AGAIN} --lr-images or --lr-labels."
 RECORD = {"matched": [[1, 0], [1, 2], [0, 3]], "losses": [0.5, 0.5, 0.5], "gradient_norms": [1.0, 1.0, 1.0]}
 """A line of an iteration of two segments and one replayed."""
 
@@ -29,9 +31,6 @@ def at_4(buffer: Buffer, recipe) -> tuple[State, DistillConfig]:
     state = State(config, first(config, buffer))
     state.progress.iteration, state.saved_at = 4, 2
     return state, config
-
-
-AGAIN = "the checkpoint holds iteration 2; start again in another folder with a lower"
 
 
 @pytest.mark.parametrize(
@@ -70,11 +69,11 @@ def test_losses_that_stay_above_the_guard_stop_the_run(at_4, monkeypatch, thresh
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("images", torch.inf, f"images or label logits are no longer finite; {AGAIN} --lr-images or --lr-labels."),
+        ("images", torch.inf, LOST),
         (
             "label_logits",
             torch.nan,
-            f"images or label logits are no longer finite; {AGAIN} --lr-images or --lr-labels.",
+            LOST,
         ),
         ("step_size", -9.95, f"the step size became -9.95, from 0.05 at first; {AGAIN} --lr-step-size (10)."),
         ("step_size", 5.05, f"the step size became 5.05, from 0.05 at first; {AGAIN} --lr-step-size (10)."),

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import cddlib
 from cddlib import cli
@@ -15,7 +14,7 @@ from cddlib.distillation.checkpoint import milestone_path, milestones
 from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import file_digest, read_json, read_tensors, write_json, write_tensors
-from cddlib.verify import Check, _numbers, _tensors, verify
+from cddlib.verify import Check, verify
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +151,3 @@ def test_command(copies: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):
     captured = capsys.readouterr()
     assert captured.out.count("MORE THAN 0") == 2
     assert "is not what it says: step sizes, accuracies of networks trained on the set differ by more" in captured.err
-
-
-def test_difference_is_relative():
-    assert _numbers("", [(2.0, 1.0), (-1.0, -1.0)], 0.1).difference == 1.0
-    assert _tensors("", [(torch.tensor([3.0, 4.0]), torch.tensor([0.0, 4.0]))], 0.1).difference == 0.75

@@ -126,7 +126,7 @@ class State:
     @staticmethod
     def _check(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         """Raise `UserError` unless `tensors` are of the types and shapes that are expected."""
-        for name in expected.keys() | tensors.keys():
+        for name in sorted(expected.keys() | tensors.keys()):
             found, wanted = (
                 f"{str(of[name].dtype).removeprefix('torch.')}{list(of[name].shape)}" if name in of else "missing"
                 for of in (tensors, expected)

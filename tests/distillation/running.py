@@ -1,0 +1,82 @@
+"""Running distillations, stopping them, and what they leave behind."""
+
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cddlib
+from cddlib.distillation.config import DistillConfig
+from cddlib.experts.buffer import Buffer
+from cddlib.matching.segments import draw_segments
+from cddlib.runtime.files import read_json
+from cddlib.runtime.random import generator
+from cddlib.runtime.run_folder import read_metrics
+from cddlib.synthetic import SyntheticSet, initialise
+
+CPU = torch.device("cpu")
+distill = partial(cddlib.distill, device="cpu")
+loop = importlib.import_module("cddlib.distillation.loop")
+
+SOFT = {"labels": "learned", "ema": 0.9, "momentum_labels": 0.9, "lr_labels": 0.5}
+"""A state of every kind of tensor but those of consolidation."""
+SUBSETS = {"subsets": 2, "ipc": 3, "segments": 2, "momentum_images": 0.9}
+
+
+def first(config: DistillConfig, buffer: Buffer) -> SyntheticSet:
+    """The set before the first iteration, to be differentiated."""
+    synthetic = initialise(config.synthetic, cddlib.load("digits"), buffer, config.seed, CPU)
+    for variable in synthetic.variables():
+        variable.requires_grad_()
+    return synthetic
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a finished run, without what depends on the clock."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(folder)]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def outcome(folder: Path) -> tuple[object, ...]:
+    """What must not depend on interruptions."""
+    result = read_json(folder / "result.json")
+    kept = {key: result[key] for key in ("selected_iteration", "validation_accuracy", "iterations_skipped")}
+    files = contents(folder)
+    return set(files), files["synthetic.safetensors"], metrics(folder), kept, read_json(folder / "config.json")
+
+
+def stop_at(iteration: int, config: DistillConfig, buffer: Buffer, folder: Path, **options: Any) -> None:
+    """Begin or go on with the run, and stop it as by Ctrl-C after this iteration."""
+    iterate = loop.iterate
+
+    def interrupted(state: Any, *rest: Any) -> Any:
+        if state.iteration == iteration:
+            raise KeyboardInterrupt
+        return iterate(state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "iterate", interrupted)
+        distill(config, buffer, folder, **options)
+
+
+def stream(config: DistillConfig, buffer: Buffer, iteration: int) -> torch.Generator:
+    """The generator of an iteration after its segments are drawn."""
+    rng = generator(config.seed, "iteration", iteration)
+    torch.randint(len(buffer.experts), (), generator=rng)
+    draw_segments(config.schedule, iteration, rng)
+    return rng
+
+
+def rows_of(config: DistillConfig, iteration: int) -> list[int]:
+    """Which images an iteration optimises: of every class those whose place is in the active subset."""
+    subsets, ipc = config.schedule.subsets, config.synthetic.ipc
+    turn = next(k for k in range(subsets) if iteration < config.schedule.iterations * (k + 1) / subsets)
+    places = [place for place in range(ipc) if turn <= place * subsets / ipc < turn + 1]
+    return [label * ipc + place for label in range(10) for place in places]

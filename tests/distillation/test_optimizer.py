@@ -1,0 +1,76 @@
+"""The optimiser of the set, against plain arithmetic on every variable."""
+
+import pytest
+import torch
+from running import first
+from torch import Tensor
+
+import cddlib
+from cddlib.distillation.consolidation import ConsolidateConfig
+from cddlib.distillation.optimizer import OptimizerConfig, SetOptimizer
+
+RATES = {"images": 3.0, "label_logits": 0.5, "step_size": 0.01}
+MOMENTA = {"images": 0.7, "label_logits": 0.9, "step_size": 0.3}
+CONFIG = OptimizerConfig(
+    lr_images=3.0,
+    lr_labels=0.5,
+    lr_step_size=0.01,
+    momentum_images=0.7,
+    momentum_labels=0.9,
+    momentum_step_size=0.3,
+    ema=0.8,
+)
+
+
+def drawn(shapes: dict[str, Tensor], iteration: int, rows: list[int]) -> dict[str, Tensor]:
+    """Gradients that are zero for all other images, as those of a subset are."""
+    rng = cddlib.generator("gradients", iteration)
+    found = {name: torch.randn(variable.shape, generator=rng) for name, variable in shapes.items()}
+    for name in ("images", "label_logits"):
+        found[name][[row for row in range(len(found[name])) if row not in rows]] = 0
+    return found
+
+
+@pytest.mark.parametrize(("kind", "halves"), [("none", False), ("none", True), ("ewc", False), ("si", False)])
+@pytest.mark.parametrize(("every", "strength"), [(1, 0.1), (2, 0.5), (3, 1e6)])
+def test_a_step_is_sgd_then_consolidation_then_the_average(
+    buffer: cddlib.Buffer, recipe, kind: str, halves: bool, every: int, strength: float
+) -> None:
+    """v ← m v + g and x ← x − r v for the images that an iteration optimises; momentum moves no other image.
+
+    Importance is F = Σ g² (EWC), or Ω = Σ −g Δx over (its way² + ξ) (SI).
+    """
+    held = ConsolidateConfig(consolidation=kind, consolidation_strength=strength, consolidate_every=every)
+    synthetic = first(recipe(ipc=1, labels="learned"), buffer)
+    optimizer = SetOptimizer(CONFIG, held, synthetic)
+    x = synthetic.copy().variable_tensors()
+    start, velocity = x["images"].clone(), {name: torch.zeros_like(variable) for name, variable in x.items()}
+    reference, average = start.clone(), start.clone()
+    omega, gathered = torch.zeros_like(start), torch.zeros_like(start)
+    for iteration in range(6):
+        rows = list(range(10)) if not halves else list(range(5)) if iteration < 3 else list(range(5, 10))
+        gradients = drawn(x, iteration, rows)
+        optimizer.step(list(gradients.values()), torch.tensor(rows), iteration + 1)
+        before = x["images"].clone()
+        for name, variable in x.items():
+            velocity[name] = MOMENTA[name] * velocity[name] + gradients[name]
+            change = RATES[name] * velocity[name]
+            if name == "step_size":
+                variable -= change
+            else:
+                variable[rows] -= change[rows]
+        images = x["images"]
+        gathered += gradients["images"] ** 2 if kind == "ewc" else -gradients["images"] * (images - before)
+        if kind != "none" and iteration >= every:
+            images -= (images - reference) * (1 - 1 / (1 + strength * omega / omega.mean()))
+        if iteration % every == every - 1:
+            way = (images - reference) ** 2
+            omega += gathered if kind == "ewc" else gathered.clamp(min=0) / (way + way.mean())
+            reference, gathered = images.clone(), torch.zeros_like(images)
+        average[rows] = 0.8 * average[rows] + 0.2 * images[rows]
+    for name, variable in synthetic.variable_tensors().items():
+        torch.testing.assert_close(variable.detach(), x[name], rtol=1e-4, atol=1e-4)
+    candidate = optimizer.candidate()
+    torch.testing.assert_close(candidate.images, average, rtol=1e-4, atol=1e-4)
+    assert (average - x["images"]).abs().max() > 0.1
+    assert torch.equal(candidate.label_logits, synthetic.label_logits)

@@ -41,6 +41,7 @@ from cddbook import profiles
 from cddbook.records import read_record
 from cddbook.study import study_record
 from cddlib.data.download import prepare
+from cddlib.data.pictures import Pictures
 from cddlib.evaluate import Trainer
 from cddlib.exchange.torch_files import LARGEST_PICKLE, read_torch_file
 from cddlib.experts import train as buffering
@@ -233,7 +234,7 @@ def test_archives_that_cost_too_much(write: Callable[[Path], object], tmp_path: 
 
 
 def read_image(path: Path) -> None:
-    found = PREPARE._Decoder([str(path)], 4)[0]
+    found = Pictures([str(path)], 4)[0]
     if isinstance(found, UserError):
         raise found
 
@@ -498,21 +499,6 @@ def test_images_that_cost_too_much(
     with pytest.raises(UserError, match=r"bad\.png is not a readable image \(") as error:
         prepare("imagefolder", tmp_path / "root", source=tmp_path / "images")
     assert IMAGES[write] in str(error.value)
-
-
-@pytest.mark.parametrize("done", [-1, 10**9, "3", None, 2.0, [], True])
-def test_a_record_of_progress_that_is_none(done: object, tmp_path: Path, bounded: None) -> None:
-    for part in ("train", "val"):
-        (tmp_path / "images" / part / "a").mkdir(parents=True)
-        for name in ("0.png", "1.png"):
-            Image.new("L", (4, 4)).save(tmp_path / "images" / part / "a" / name)
-    (tmp_path / "images" / "train" / "a" / "1.png").write_bytes(b"")
-    with pytest.raises(UserError, match="is not a readable image"):
-        prepare("imagefolder", tmp_path, source=tmp_path / "images")
-    record = tmp_path / "imagefolder.progress.json"
-    write_json(record, {**read_json(record), "images": done, "chain": ""})
-    with pytest.raises(UserError, match=r"progress\.json is not a record of 4 images|partial is damaged"):
-        prepare("imagefolder", tmp_path, source=tmp_path / "images")
 
 
 def test_annotations_that_climb(tmp_path: Path) -> None:

@@ -323,9 +323,10 @@ def replay_buffer(folder: Path) -> Loader:
         torch.save([epochs], folder / name)
 
     def read(path: Path) -> Any:
-        experts: list[tuple[str, Any]] = list(published._trajectories(path))
-        lengths = [published._check_trajectory(expert, where, network) for where, expert in experts]
-        return lengths, [[[signature(tensor) for tensor in epoch] for epoch in expert] for _, expert in experts]
+        experts = published._trajectories(path)
+        return [
+            [signature(theta) for theta in published._snapshots(expert, where, network)] for where, expert in experts
+        ]
 
     return Loader(folder / "a", folder / "b", read)
 

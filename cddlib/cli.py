@@ -23,11 +23,6 @@ from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Interrupted, Ranks, joined
 from cddlib.runtime.errors import UserError, needing, out_of_memory_hint
 
-DISTILLS = ("distill", "plan", "import-set")
-"""Commands whose defaults are a recipe of a distillation."""
-TRAINS = ("buffer", "import-buffer")
-"""Commands whose defaults are a recipe of a buffer."""
-
 DESCRIPTION = "Dataset distillation by concurrent trajectory matching. In order: data, buffer, distill, evaluate."
 
 DIVIDED = ("buffer", "distill", "evaluate")
@@ -85,47 +80,49 @@ def run(
 
 
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
-    """The commands by name, with the recipe that `arguments` choose as defaults."""
+    """The commands by name; the one that `arguments` name first has as default the recipe that they choose."""
     from cddlib import commands
 
-    chosen = recipe_choices(arguments)
-    command = arguments[0] if arguments else ""
-    if Ranks().count > 1 and command not in DIVIDED:
-        raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
-    recipe = chosen_recipe(chosen if command in DISTILLS else {})
-    experts = _buffer_recipe(chosen if command in TRAINS else {})
-    return {
+    functions: dict[str, Callable[..., None]] = {
         "data": commands.data,
         "recipes": commands.recipes,
-        "plan": functools.partial(commands.plan_run, config=recipe),
-        "buffer": functools.partial(commands.buffer, config=experts),
-        "distill": functools.partial(commands.distill_data, config=recipe),
+        "plan": commands.plan_run,
+        "buffer": commands.buffer,
+        "distill": commands.distill_data,
         "evaluate": commands.evaluate,
         "verify": commands.verify_run,
         "export": commands.export,
-        "import-buffer": functools.partial(
-            commands.import_experts,
-            config=dataclasses.replace(experts, holdout=False),  # the published codes train on all images
-        ),
-        "import-set": functools.partial(commands.import_images, config=recipe),
+        "import-buffer": commands.import_experts,
+        "import-set": commands.import_images,
     }
+    command = arguments[0] if arguments else ""
+    recipe: DistillConfig | BufferConfig | None = None
+    if Ranks().count > 1 and command not in DIVIDED:
+        raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
+    if command in ("plan", "distill", "import-set"):
+        recipe = chosen_recipe(recipe_choices(arguments))
+    elif command in ("buffer", "import-buffer"):
+        recipe = _buffer_recipe(recipe_choices(arguments), holdout=command == "buffer")
+    if recipe is not None:
+        functions[command] = functools.partial(functions[command], config=recipe)
+    return functions
 
 
 def recipe_choices(arguments: list[str]) -> dict[str, Any]:
     """The options that choose a recipe, read ahead of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("method", "data", "buffer", "ipc", "segments"):
-        parser.add_argument(f"--{name}")
+    for name, kind in (("method", str), ("data", str), ("buffer", Path), ("ipc", int), ("segments", int)):
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     try:
-        found = {key: value for key, value in vars(parser.parse_known_args(arguments)[0]).items() if value}
-        return {key: int(value) if key in ("ipc", "segments") else value for key, value in found.items()}
-    except (argparse.ArgumentError, ValueError):
+        return vars(parser.parse_known_args(arguments)[0])
+    except argparse.ArgumentError:
         return {}  # tyro says what is wrong
 
 
-def _buffer_recipe(chosen: dict[str, Any]) -> BufferConfig:
-    """How the chosen method trains experts."""
-    return buffer_recipe(chosen.get("data", "digits"), chosen.get("method", "mtt"), chosen.get("ipc", 1))
+def _buffer_recipe(chosen: dict[str, Any], *, holdout: bool) -> BufferConfig:
+    """How the chosen method trains experts. The published codes, whose buffers are imported, hold no images out."""
+    recipe = buffer_recipe(chosen.get("data", "digits"), chosen.get("method", "mtt"), chosen.get("ipc", 1))
+    return dataclasses.replace(recipe, holdout=recipe.holdout and holdout)
 
 
 def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:
@@ -133,8 +130,7 @@ def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:
     folder = chosen.pop("buffer", None)
     if folder is None:
         return distill_recipe(**chosen)
-    experts = Buffer(Path(folder)).config
-    chosen.setdefault("data", experts["data"])
+    experts = Buffer(folder).config
     fields = [name for section in (NetworkConfig, AugmentConfig, DataConfig) for name in field_types(section)]
     return distill_recipe(**{**{name: experts[name] for name in fields}, **chosen})
 

@@ -27,8 +27,12 @@ from cddlib.runtime.files import read_json, write_json
 from cddlib.synthetic import SyntheticSet
 from cddlib.verify import TOLERANCE, checks_table, verify
 
-Root = Path | None
-"""Folder of the data sets; None is `cddlib.data.dataset.default_root()`."""
+ROOT_HELP = "Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder."
+DEVICE_HELP = "auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …"
+Root = Annotated[Path | None, tyro.conf.arg(help=ROOT_HELP)]
+Device = Annotated[str, tyro.conf.arg(help=DEVICE_HELP)]
+Distillation = Annotated[DistillConfig, tyro.conf.arg(name="")]
+Experts = Annotated[BufferConfig, tyro.conf.arg(name="")]
 
 
 def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | None = None, size: int = 64) -> None:
@@ -36,7 +40,6 @@ def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | N
 
     Args:
         name: fashion_mnist, cifar10, cifar100, tiny_imagenet, imagenet or imagefolder; digits needs nothing.
-        root: Folder for the data sets; without it $CDDLIB_DATA, else the user's cache folder.
         source: A folder that holds train/ and val/, for tiny_imagenet, imagenet and imagefolder.
         size: Pixels of a side, for imagefolder.
     """
@@ -45,12 +48,12 @@ def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | N
 
 def buffer(
     *,
-    config: Annotated[BufferConfig, tyro.conf.arg(name="")],
+    config: Experts,
     out: Path,
     method: str = "mtt",
     ipc: int = 1,
     root: Root = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train experts on real data and keep their parameters after every epoch.
 
@@ -59,25 +62,27 @@ def buffer(
         out: Folder of the buffer.
         method: Train them as this method does.
         ipc: Images per class of the synthetic set that they are for; some methods train other experts for other sets.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
-    trained = train_buffer(config, out, root=root, device=device)
-    tests = [expert["test_accuracy"] for expert in trained.experts]
+    _print_buffer(train_buffer(config, out, root=root, device=device))
+
+
+def _print_buffer(buffer: Buffer) -> None:
+    """Say what a buffer holds."""
+    tests = [expert["test_accuracy"] for expert in buffer.experts]
     print(
-        f"{len(tests)} experts of {trained.epochs} epochs and {parameter_count(trained.network):,} parameters in "
-        f"{out}; test accuracy {min(tests):.1%} to {max(tests):.1%}"
+        f"{len(tests)} experts of {buffer.epochs} epochs and {parameter_count(buffer.network):,} parameters in "
+        f"{buffer.folder}; test accuracy {min(tests):.1%} to {max(tests):.1%}"
     )
 
 
 def distill_data(
     *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    config: Distillation,
     buffer: Path,
     out: Path,
     tensorboard: bool = False,
     root: Root = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Distil a data set by matching K segments of the experts' trajectories at once.
 
@@ -86,19 +91,15 @@ def distill_data(
         buffer: Folder of the buffer whose experts are matched.
         out: Folder of the run; it resumes, or returns the finished result.
         tensorboard: Write the metrics and the images for TensorBoard too, into OUT/tensorboard.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
-    hooks = [TensorBoard()] if tensorboard else []
-    distill(config, buffer, out, hooks=hooks, root=root, device=device)
-    result = read_json(out / "result.json")
+    distill(config, buffer, out, hooks=[TensorBoard()] if tensorboard else [], root=root, device=device)
+    result, schedule = read_json(out / "result.json"), config.schedule
     accuracy = result["validation_accuracy"]
     measured = "" if accuracy is None else f" (validation accuracy {accuracy:.1%})"
     print(
-        f"{config.method}, K = {config.schedule.segments}, {config.synthetic.ipc} images per class: iteration "
-        f"{result['selected_iteration']} of {config.schedule.iterations} selected{measured}, "
-        f"{result['iterations_skipped']} skipped, {result['seconds']:.0f} s; the "
-        f"synthetic set is {out / 'synthetic.safetensors'}"
+        f"{config.method}, K = {schedule.segments}, {config.synthetic.ipc} images per class: iteration "
+        f"{result['selected_iteration']} of {schedule.iterations} selected{measured}, {result['iterations_skipped']} "
+        f"skipped, {result['seconds']:.0f} s; the synthetic set is {out / 'synthetic.safetensors'}"
     )
 
 
@@ -111,7 +112,7 @@ def evaluate(
     network: Architecture | None = None,
     norm: Norm | None = None,
     root: Root = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Train networks from scratch on a synthetic set and on baselines, and test them on real images.
 
@@ -122,12 +123,11 @@ def evaluate(
         seed: Seed of the first network; network i has seed + i.
         network: Architecture of the networks; without it, the one that the set was distilled with.
         norm: Their normalisation; without it, the distillation's, or instance for another architecture.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
     chosen = None
     if network or norm:
-        own = _network_of(folder)
+        with as_user_error(folder / "config.json", "a distillation's configuration"):
+            own = from_dict(NetworkConfig, read_json(folder / "config.json"))
         chosen = own if network in (None, own.network) else NetworkConfig(network=network)
         chosen = dataclasses.replace(chosen, norm=norm or chosen.norm)
     record = evaluate_run(folder, runs=runs, baselines=baselines, root=root, device=device, seed=seed, network=chosen)
@@ -146,7 +146,7 @@ def verify_run(
     sample: int = 2,
     tolerance: float = TOLERANCE,
     root: Root = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Recompute a sample of a finished buffer or distillation, and compare it with what was written.
 
@@ -155,8 +155,6 @@ def verify_run(
         buffer: Folder of the buffer whose experts the distillation matched.
         sample: Experts of a buffer, and iterations after each milestone of a distillation, that are computed again.
         tolerance: Largest relative difference that is accepted; 0 for the machine that wrote it.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
     checks = verify(folder, buffer, sample=sample, tolerance=tolerance, root=root, device=device)
     print(checks_table(checks))
@@ -164,22 +162,16 @@ def verify_run(
         raise UserError(f"{folder} is not what it says: {', '.join(failed)} differ by more than rounding explains.")
 
 
-def _network_of(run: Path) -> NetworkConfig:
-    """The network that a distillation used."""
-    with as_user_error(run / "config.json", "a distillation's configuration"):
-        return from_dict(NetworkConfig, read_json(run / "config.json"))
-
-
 def plan_run(
     *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    config: Distillation,
     experts: int | None = None,
     epochs: int | None = None,
     networks: int = 5,
     devices: int = 1,
     measure: bool = True,
     root: Root = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Say what training experts, distilling and evaluating will take: operations, memory, disk and time.
 
@@ -190,8 +182,6 @@ def plan_run(
         networks: Networks trained on each set by the evaluation.
         devices: Equal devices among which experts, segments and networks are divided, without communication.
         measure: Run a few steps on this machine to predict the time.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
     given = {name: value for name, value in (("experts", experts), ("epochs", epochs)) if value is not None}
     costs = plan(
@@ -219,12 +209,12 @@ def recipes(*, method: str | None = None, data: str | None = None) -> None:
 def import_experts(
     files: tyro.conf.Positional[Path],
     *,
-    config: Annotated[BufferConfig, tyro.conf.arg(name="")],
+    config: Experts,
     out: Path,
     method: str = "mtt",
     ipc: int = 1,
     root: Root = None,
-    device: str = "auto",
+    device: Device = "auto",
 ) -> None:
     """Turn the replay_buffer_*.pt files of MTT, FTD or DATM into a buffer.
 
@@ -234,19 +224,15 @@ def import_experts(
         out: Folder of the buffer.
         method: The method that trained them.
         ipc: Images per class of the synthetic set that they are for.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
-    found = import_buffer(files, out, config, root=root, device=device)
-    tests = [expert["test_accuracy"] for expert in found.experts]
-    print(f"{len(tests)} experts of {found.epochs} epochs; test accuracy {min(tests):.1%} to {max(tests):.1%}")
+    _print_buffer(import_buffer(files, out, config, root=root, device=device))
 
 
 def import_images(
     images: tyro.conf.Positional[Path],
     labels: tyro.conf.Positional[Path],
     *,
-    config: Annotated[DistillConfig, tyro.conf.arg(name="")],
+    config: Distillation,
     out: Path,
     lr: Path | None = None,
     root: Root = None,
@@ -259,7 +245,6 @@ def import_images(
         config: What the files do not say, above all --data and --zca; and how networks are trained on the set.
         out: Folder of the run.
         lr: The learned step size, lr_best.pt; without it, --step-size is the step size.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
     """
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a run; choose another folder with --out.")

@@ -4,30 +4,24 @@ On the command line::
 
     cddlib evaluate runs/contra --runs 3
 
-The published protocol: SGD with momentum 0.9 and weight decay 5e-4, the learned step size as learning rate, one
-tenth of it from half time on, DSA on every batch. Beside it, under the same protocol, random real images of the same
-number, and all training images for about as many steps; these two train at the reference codes' 0.01, because they
-have no learned step size. Unlike the published loop, momentum survives the drop of the rate, and there are 1000
-epochs, not 1001.
+Networks learn by the published protocol (`cddlib.training.protocol`), at the learned step size. Beside it, by the same
+protocol, random real images of the same number, and all training images for about as many steps; these two train at
+the reference codes' 0.01, because they have no learned step size.
 
 A network of another architecture than the synthetic set was distilled with is trained in the same way and at the
 same rates, as MTT, FTD and ATT do.
 """
 
 import dataclasses
-import functools
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig, Images, load
-from cddlib.data.preprocessing import Preprocessing
 from cddlib.networks.convnet import Network, NetworkConfig
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, config_hash, from_dict
@@ -39,10 +33,13 @@ from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import at_work
 from cddlib.synthetic import SyntheticSet, random_real
-from cddlib.training.epoch import Fetch, accuracy, fetch_real, train_epoch
+from cddlib.training.epoch import accuracy, fetch_real
+from cddlib.training.protocol import fetch_synthetic, train_network
 from cddlib.training.step import ComputeConfig
 
 REAL_LEARNING_RATE = 0.01
+SETS = ("synthetic", "random_real", "full")
+"""What networks are trained on: the set, random real images of the same number, all training images."""
 MOST_EPOCHS = 100_000
 """Epochs of an evaluation's training. The published protocol has 1000; a file that asks for more is not believed."""
 
@@ -64,43 +61,6 @@ class EvaluateConfig:
             raise UserError(f"evaluation_epochs is {self.evaluation_epochs}; it must be at most {MOST_EPOCHS}.")
 
 
-def train_network(
-    network: Network,
-    fetch: Fetch,
-    size: int,
-    *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    strategy: str,
-    purpose: str,
-    seed: int,
-    device: torch.device,
-    begun: Float[Tensor, " p"] | None = None,
-    compute: ComputeConfig | None = None,
-) -> Float[Tensor, " p"]:
-    """Train a network by the published protocol on `size` examples; returns its parameters.
-
-    It is fresh, or goes on from `begun`. A fresh one's initialisation belongs to `purpose` (validation, evaluation) and
-    `seed`: no expert ever started there, and a network that helped to select a synthetic set does not test it.
-    """
-    theta = network.init(generator(purpose, seed, "init")) if begun is None else begun
-    theta = theta.to(device).requires_grad_()
-    optimizer = torch.optim.SGD([theta], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[(epochs + 1) // 2], gamma=0.1)
-    rng = generator(purpose, seed, "epochs")
-    passes = functools.partial(train_epoch, batch_size=batch_size, strategy=strategy, generator=rng, compute=compute)
-    for _ in range(epochs):
-        passes(network, theta, optimizer, fetch, size)
-        schedule.step()
-    return theta.detach()
-
-
-def fetch_synthetic(images: Float[Tensor, "n c h w"], targets: Float[Tensor, "n classes"]) -> Fetch:
-    """Synthetic images, which are in the network's input space already."""
-    return lambda indices: (images[indices], targets[indices])
-
-
 def accuracy_of_set(
     synthetic: SyntheticSet,
     network: Network,
@@ -118,14 +78,12 @@ def accuracy_of_set(
     its epochs.
     """
     targets = synthetic.targets()
-    theta, learned = None, []
+    theta = None
     for number in range(synthetic.subsets):
-        learned.append(synthetic.subset(number))
-        rows = torch.cat(learned)
-        inputs, wanted = synthetic.images[rows], targets[rows]
+        rows = torch.cat([synthetic.subset(earlier) for earlier in range(number + 1)])
         theta = train_network(
             network,
-            fetch_synthetic(inputs, wanted),
+            fetch_synthetic(synthetic.images[rows], targets[rows]),
             len(rows),
             epochs=config.evaluation_epochs,
             learning_rate=float(synthetic.step_size),
@@ -191,21 +149,18 @@ def evaluate_run(
         "seed": seed,
         "evaluation": as_dict(trainer.config) | as_dict(trainer.compute),
     }
-    described = {"network": as_dict(trainer.network_config)}
-    if trainer.network_config != trainer.own:
-        identity |= described
-    path = run / f"evaluation-{config_hash(identity)}.json"
-    sets = ("synthetic", "random_real", "full") if baselines else ("synthetic",)
-    wanted = [(name, number) for name in sets for number in range(runs)]
+    described = {**identity, "network": as_dict(trainer.network_config)}
+    path = run / f"evaluation-{config_hash(identity if trainer.has_own_network else described)}.json"
+    wanted = [(name, number) for name in (SETS if baselines else SETS[:1]) for number in range(runs)]
     if _missing(path, wanted):
         with at_work(path.with_name(f".{path.stem}.lock"), "the network") as ranks:
-            _train_missing(path, wanted, trainer, seed, {**identity, **described}, ranks)
+            _train_missing(path, wanted, trainer, described, ranks)
     return read_json(path)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What an evaluation goes on from: accuracies by what the networks were trained on, seconds, what diverged."""
+    """What an evaluation goes on from: accuracies by the set that the networks were trained on, seconds, failures."""
 
     synthetic: tuple[float, ...] = ()
     random_real: tuple[float, ...] = ()
@@ -213,11 +168,8 @@ class _Record:
     seconds: float = 0.0
     diverged: tuple[str, ...] = ()
 
-    def accuracies(self) -> dict[str, list[float]]:
-        return {name: [float(a) for a in getattr(self, name)] for name in ("synthetic", "random_real", "full")}
 
-
-def _recorded(path: Path) -> _Record:
+def _read_record(path: Path) -> _Record:
     """What the record says; nothing if there is none."""
     if not path.exists():
         return _Record()
@@ -228,21 +180,16 @@ def _recorded(path: Path) -> _Record:
 
 def _missing(path: Path, wanted: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """The networks, each of a set and with a number, that the record lacks."""
-    accuracies = _recorded(path).accuracies()
-    return [(name, number) for name, number in wanted if number >= len(accuracies[name])]
+    record = _read_record(path)
+    return [(name, number) for name, number in wanted if number >= len(getattr(record, name))]
 
 
 def _train_missing(
-    path: Path,
-    wanted: list[tuple[str, int]],
-    trainer: "Trainer",
-    seed: int,
-    described: dict[str, Any],
-    ranks: Ranks,
+    path: Path, wanted: list[tuple[str, int]], trainer: "Trainer", described: dict[str, Any], ranks: Ranks
 ) -> None:
     """Train the networks that the record lacks, one on each rank at a time, and write it after every turn."""
-    missing, earlier = _missing(path, wanted), _recorded(path)
-    accuracies, diverged = earlier.accuracies(), list(earlier.diverged)
+    missing, earlier = _missing(path, wanted), _read_record(path)
+    accuracies, diverged = {name: list(getattr(earlier, name)) for name in SETS}, list(earlier.diverged)
     recorder = Recorder(trainer.device, elapsed=earlier.seconds)
     ranks.agree(len(missing), f"the number of networks that {path} lacks")  # the first rank writes only now
     with ranks.progress(total=len(missing), desc="evaluating", unit="network") as bar:
@@ -250,7 +197,7 @@ def _train_missing(
             turn = missing[start : start + ranks.count]
             measured = torch.zeros(len(turn), dtype=torch.float64)
             for name, number in turn[ranks.rank : ranks.rank + 1]:
-                measured[ranks.rank] = trainer.accuracy(name, seed + number)
+                measured[ranks.rank] = trainer.accuracy(name, described["seed"] + number)
             ranks.sum(measured)
             for (name, number), value in zip(turn, measured.tolist(), strict=True):
                 accuracies[name].append(0.0 if math.isnan(value) else value)
@@ -262,7 +209,7 @@ def _train_missing(
                 record = {
                     **described,
                     "learning_rates": trainer.learning_rates,
-                    "summary": {key: summarise(values) for key, values in accuracies.items() if values},
+                    "summary": {name: summarise(values) for name, values in accuracies.items() if values},
                     "accuracies": accuracies,
                     **({"diverged": diverged} if diverged else {}),
                     **recorder.report(),
@@ -287,11 +234,9 @@ class Trainer:
         settings = read_json(run / "config.json")
         self.synthetic = SyntheticSet.load(path).to(self.device)
         with as_user_error(run / "config.json", "a distillation's configuration"):
-            self.own = from_dict(NetworkConfig, settings)
-            self.config, self.compute = from_dict(EvaluateConfig, settings), from_dict(ComputeConfig, settings)
-            self.strategy = from_dict(AugmentConfig, settings).augment
-            data = from_dict(DataConfig, settings).data
-            fingerprint = settings["data_fingerprint"]
+            own, self.config = from_dict(NetworkConfig, settings), from_dict(EvaluateConfig, settings)
+            self.strategy, self.compute = from_dict(AugmentConfig, settings).augment, from_dict(ComputeConfig, settings)
+            data, fingerprint = from_dict(DataConfig, settings).data, settings["data_fingerprint"]
         self.dataset = load(data, root)
         if fingerprint != self.dataset.fingerprint:
             raise UserError(f"{run} was distilled from another version of {self.dataset.name} than the one in --root.")
@@ -301,42 +246,32 @@ class Trainer:
                 f"{path} holds images of {list(shape)} in {len(self.synthetic.classes)} classes, which are not those "
                 f"of {self.dataset.name}: {list(self.dataset.shape)} in {len(self.dataset.classes)}."
             )
-        self.network_config = network or self.own
+        self.network_config, self.has_own_network = network or own, network in (None, own)
         self.network = build_network(self.network_config, self.dataset.shape, len(self.dataset.classes))
-        self.learning_rates = {
-            "synthetic": float(self.synthetic.step_size),
-            "random_real": REAL_LEARNING_RATE,
-            "full": REAL_LEARNING_RATE,
-        }
+        self.learning_rates = dict.fromkeys(SETS, REAL_LEARNING_RATE) | {"synthetic": float(self.synthetic.step_size)}
 
     def accuracy(self, name: str, seed: int) -> float:
         """Test accuracy of one network trained on the set called `name`; nan if it diverges."""
-        test = self.dataset.test.to(self.device)
+        test, preprocessing = self.dataset.test.to(self.device), self.synthetic.preprocessing
         if name == "synthetic":
             how = (self.config, self.strategy, self.compute)
             return accuracy_of_set(self.synthetic, self.network, *how, test, purpose="evaluation", seed=seed)
-        size = len(self.synthetic.labels)
-        epochs = self.config.evaluation_epochs
+        train, epochs, batch = self.dataset.train, self.config.evaluation_epochs, self.config.evaluation_batch
         if name == "random_real":
-            classes = len(self.dataset.classes)
-            train = random_real(self.dataset.split[0], classes, size // classes, generator(seed, "random real"))
-        else:  # all training images, in whole epochs, for about as many steps as the synthetic set gets
-            train = self.dataset.train
-            stages = [size * (number + 1) // self.synthetic.subsets for number in range(self.synthetic.subsets)]
-            steps = epochs * sum(-(-stage // self.config.evaluation_batch) for stage in stages)
-            epochs = max(1, round(steps / -(-len(train.labels) // self.config.evaluation_batch)))
-        return self._train_on_real(train.to(self.device), test, epochs, self.synthetic.preprocessing, seed)
-
-    def _train_on_real(
-        self, train: Images, test: Images, epochs: int, preprocessing: Preprocessing, seed: int
-    ) -> float:
+            rng = generator(seed, "random real")
+            train = random_real(self.dataset.split[0], len(self.dataset.classes), self.synthetic.ipc, rng)
+        else:  # whole epochs, for about as many steps as the training on the synthetic set takes
+            size, subsets = len(self.synthetic.labels), self.synthetic.subsets
+            stages = [size * (number + 1) // subsets for number in range(subsets)]
+            steps = epochs * sum(math.ceil(stage / batch) for stage in stages)
+            epochs = max(1, round(steps / math.ceil(len(train.labels) / batch)))
         theta = train_network(
             self.network,
-            fetch_real(train, preprocessing),
+            fetch_real(train.to(self.device), preprocessing),
             len(train.labels),
             epochs=epochs,
-            learning_rate=REAL_LEARNING_RATE,
-            batch_size=self.config.evaluation_batch,
+            learning_rate=self.learning_rates[name],
+            batch_size=batch,
             strategy=self.strategy,
             purpose="evaluation",
             seed=seed,

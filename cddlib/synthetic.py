@@ -106,14 +106,9 @@ class SyntheticSet:
 
     def to(self, device: torch.device) -> "SyntheticSet":
         """The same set on `device`."""
-        return dataclasses.replace(
-            self,
-            images=self.images.to(device),
-            labels=self.labels.to(device),
-            label_logits=None if self.label_logits is None else self.label_logits.to(device),
-            step_size=self.step_size.to(device),
-            preprocessing=self.preprocessing.to(device),
-        )
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.variable_tensors().items()}
+        moved |= {"labels": self.labels.to(device), "preprocessing": self.preprocessing.to(device)}
+        return dataclasses.replace(self, **moved)
 
     def save(self, path: Path, **metadata: object) -> None:
         """Write the set to a safetensors file, with class names and `metadata` as JSON in its header.
@@ -148,35 +143,34 @@ class SyntheticSet:
             if "eigenvectors" not in fitted or tensor_digest(fitted["eigenvectors"]) != header["whitening"]:
                 raise UserError(f"{beside} does not hold the whitening of {path.name}.")
         try:
-            shape = tensors["images"].shape
-            n, channels, height, width = shape
-            wanted = {
-                "images": (torch.float32, shape),
-                "labels": (torch.int64, (n,)),
-                "label_logits": (torch.float32, (n, len(classes))),
-                "step_size": (torch.float32, ()),
-            }
-            for name, tensor in tensors.items():
-                if (tensor.dtype, tensor.shape) != wanted[name] or not bool(tensor.isfinite().all()):
-                    raise TypeError(f"{name} is {tensor.dtype}{list(tensor.shape)}, or not finite")
-            ipc = n // len(classes)
-            if 0 in shape or not torch.equal(tensors["labels"], torch.arange(len(classes)).repeat_interleave(ipc)):
-                raise TypeError(f"{n} labels are not those of {ipc} images for each of {len(classes)} classes in turn")
-            if not tensors["step_size"] > 0:
-                raise TypeError(f"step size {tensors['step_size']}")
-            if type(header["subsets"]) is not int or not 1 <= header["subsets"] <= ipc:
-                raise TypeError(f"subsets {reprlib.repr(header['subsets'])} of {ipc} images a class")
-            return SyntheticSet(
-                images=tensors["images"],
-                labels=tensors["labels"],
-                label_logits=tensors.get("label_logits"),
-                step_size=tensors["step_size"],
-                preprocessing=preprocessing_from(fitted, (channels, height, width)),
-                classes=classes,
-                subsets=header["subsets"],
-            )
+            _check_tensors(tensors, len(classes), header["subsets"])
+            _, channels, height, width = tensors["images"].shape
+            preprocessing = preprocessing_from(fitted, (channels, height, width))
+            variables: dict[str, Any] = {"label_logits": None, **tensors}
+            return SyntheticSet(**variables, preprocessing=preprocessing, classes=classes, subsets=header["subsets"])
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} is not a synthetic set ({error}).") from None
+
+
+def _check_tensors(tensors: dict[str, Tensor], classes: int, subsets: Any) -> None:
+    """Raise an error of Python unless these are the tensors, and the number of subsets, of a synthetic set."""
+    shape = tensors["images"].shape
+    n, ipc = shape[0], shape[0] // classes
+    wanted = {
+        "images": (torch.float32, shape),
+        "labels": (torch.int64, (n,)),
+        "label_logits": (torch.float32, (n, classes)),
+        "step_size": (torch.float32, ()),
+    }
+    for name, tensor in tensors.items():
+        if (tensor.dtype, tensor.shape) != wanted[name] or not bool(tensor.isfinite().all()):
+            raise TypeError(f"{name} is {tensor.dtype}{list(tensor.shape)}, or not finite")
+    if 0 in shape or not torch.equal(tensors["labels"], torch.arange(classes).repeat_interleave(ipc)):
+        raise TypeError(f"{n} labels are not those of {ipc} images for each of {classes} classes in turn")
+    if not tensors["step_size"] > 0:
+        raise TypeError(f"step size {tensors['step_size']}")
+    if type(subsets) is not int or not 1 <= subsets <= ipc:
+        raise TypeError(f"subsets {reprlib.repr(subsets)} of {ipc} images a class")
 
 
 def random_real(train: Images, classes: int, ipc: int, rng: torch.Generator) -> Images:
@@ -212,8 +206,7 @@ def initialise(
 
     def expert_logits(expert: int, data: Images) -> Tensor:
         theta = buffer.parameters(expert, buffer.epochs).to(device)
-        data = data.to(device)
-        return predict(buffer.network, theta, fetch_real(data, preprocessing), len(data.labels)).cpu()
+        return predict(buffer.network, theta, fetch_real(data.to(device), preprocessing), len(data.labels)).cpu()
 
     if config.init == "correct":
         expert = int(torch.randint(len(buffer.experts), (), generator=rng))

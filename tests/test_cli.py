@@ -1,22 +1,19 @@
 """The command line: help, sentences instead of tracebacks, and the whole way from a buffer to a record."""
 
-import functools
 import json
+import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 from children import main
 
+import cddbook.__main__ as studies
 import cddlib
-from cddbook.study import remedies
-from cddlib import commands
+from cddlib import cli, commands
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime import files
-
-COMMANDS = ("data", "recipes", "plan", "buffer", "distill", "evaluate", "export", "import-buffer", "import-set")
 
 
 def run(*arguments: object) -> int:
@@ -35,11 +32,41 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(err.replace("│", " ").split())
 
 
+def options(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What `--help` says after these arguments."""
+    assert run(*arguments, "--help") == 0
+    return capsys.readouterr().out
+
+
+COMMANDS = [*cli._commands([]), *studies._commands([])]
+
+
 def test_help_names_every_command(capsys) -> None:
-    assert run("--help") == 0
-    out = capsys.readouterr().out
-    for command in COMMANDS:
-        assert command in out
+    out = options(capsys)
+    assert all(f" {command} " in out for command in cli._commands([]))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_are_flat_and_each_is_one(capsys, command: str) -> None:
+    flags = re.findall(r"^[│ ] (--\w\S+?),? ", options(capsys, command), re.MULTILINE)
+    assert len(flags) == len(set(flags)) >= 1
+    assert not [flag for flag in flags if "." in flag]
+
+
+@pytest.mark.parametrize(
+    ("command", "groups"),
+    [
+        ("distill", ["schedule", "student", "synthetic", "optimizer", "evaluation", "network", "data", "compute"]),
+        ("buffer", ["sharpness", "curriculum", "data", "network", "augmentation", "compute"]),
+        ("compare", ["schedule", "student", "synthetic", "optimizer"]),
+    ],
+)
+def test_help_shows_options_in_groups(capsys, command: str, groups: list[str]) -> None:
+    found = re.findall(r"^\W*(\S+) options ", options(capsys, command), re.MULTILINE)
+    assert set(groups) <= {name.split(".")[-1] for name in found}
+
+
+CIFAR = ["--data", "cifar10", "--ipc", "50"]
 
 
 @pytest.mark.parametrize(
@@ -49,20 +76,19 @@ def test_help_names_every_command(capsys) -> None:
         (["buffer"], ["--out", "--experts", "--epochs", "--holdout", "--zca", "(default: 5)", "default: auto"]),
         (["buffer", "--data", "cifar10"], ["(default: 100)"]),
         (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 100)"]),
-        (["distill", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 10000)"]),
+        *(
+            ([command, *CIFAR], ["(default: 40)", "(default: 10000)"])
+            for command in ("distill", "correlate", "compare")
+        ),
+        (["import-buffer"], ["holdout", "(default: False)"]),
         (["evaluate"], ["--runs", "--baselines", "--seed"]),
         (["correlate"], ["--replicates", "--jobs", "--probe-starts", "--buffer", "(default: 100)"]),
-        (["correlate", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 10000)"]),
         (["compare"], ["--what", "{segments,remedies}", "--counts", "--seeds", "--networks", "(default: 1 2 4 8)"]),
-        (["compare", "--data", "cifar10", "--ipc", "50"], ["(default: 40)", "(default: 10000)"]),
-        (["record"], ["--to"]),
     ],
 )
-def test_each_commands_help_shows_options_and_the_recipes_defaults(capsys, arguments, words) -> None:
-    assert run(*arguments, "--help") == 0
-    out = " ".join(capsys.readouterr().out.split())
-    for word in words:
-        assert word in out
+def test_help_shows_the_recipes_defaults(capsys, arguments: list[str], words: list[str]) -> None:
+    out = " ".join(options(capsys, *arguments).split())
+    assert [word for word in words if word not in out] == []
 
 
 def test_the_installed_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
@@ -88,14 +114,11 @@ FITS = ["--window-end", "4"]
         (["buffer", "--data", "mnist", *OUT], "unknown data set 'mnist'; choose one of digits, fashion_mnist"),
         (["buffer", "--data", "cifar10", "--root", "OUT", *OUT], "run `cddlib data cifar10 --root "),
         (["buffer", "--device", "cuda:99", *OUT], "device 'cuda:99' is not available here"),
-        (["buffer", "--device", "gpu", *OUT], "device 'gpu' is not available here"),
         (["buffer", "--experts", "0", *OUT], "experts is 0; it must be at least 1."),
-        (["buffer", "--epochs", "many", *OUT], "Error parsing --epochs: invalid literal for int()"),
         (["buffer", "--momentum", "-1", *OUT], "momentum is -1.0; it must"),
         (["buffer", "--depth", "9", *OUT], "depth is 9; images of 8 pixels allow at most 3 blocks with pooling."),
         (["buffer"], "--out PATH"),
         (["distill", "--method", "dsa", *BOTH], "unknown method 'dsa'; choose one of mtt, tesla, ftd"),
-        (["distill", "--data", "mnist", *BOTH], "unknown data set 'mnist'; choose one of digits"),
         (["distill", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
         (["distill", *OUT], "--buffer PATH"),
         (["distill", "--segments", "0", *BOTH], "segments is 0; it must be at least 1."),
@@ -103,10 +126,8 @@ FITS = ["--window-end", "4"]
         (["distill", "--segments", "5", "--window-end", "4", *BOTH], "has only 4 start epochs; use at most 4."),
         (["distill", "--segments", "two", *BOTH], "Error parsing --segments: invalid literal for int()"),
         (["distill", "--ipc", "0", *BOTH], "ipc is 0; it must be at least 1."),
-        (["distill", "--ipc", "0.5", *BOTH], "Error parsing --ipc: invalid literal for int()"),
         (["distill", "--ipc", "900", "--window-end", "4", *BOTH], "ipc is 900, but class 0 has only"),
         (["distill", "--window-end", "4", "--width", "16", *BOTH], "width is 16, but the experts in"),
-        (["distill", "--window-end", "4", *BOTH, "--device", "cuda:99"], "device 'cuda:99' is not available here"),
         (["distill", "--init", "zeros", *BOTH], "zeros"),
         (["distill", "--combine", "pcgrad", "--balance", "1", *BOTH], "balance is part of 'mean'."),
         (["correlate", *FITS, *BOTH], "name them with --probe-starts."),
@@ -116,7 +137,6 @@ FITS = ["--window-end", "4"]
         (["compare", *FITS, "--counts", "1", "--jobs", "-1", *BOTH], "jobs is -1; it must be 0 or more."),
         (["compare", *FITS, "--what", "nothing", *BOTH], "nothing"),
         (["compare", *FITS, "--counts", "1", "9", *BOTH], "has only 4 start epochs; use at most 4."),
-        (["compare", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
         (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
         (["evaluate", "OUT", "--runs", "0"], "runs is 0; it must be at least 1."),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
@@ -129,13 +149,6 @@ def test_what_cannot_be_done_is_said_in_a_sentence(buffer: Buffer, tmp_path: Pat
     assert run(*(places.get(argument, argument) for argument in arguments)) not in (0, None)
     assert message in sentence(capsys)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_user_errors_sentence_is_one_line(tmp_path: Path, capsys) -> None:
-    assert run("buffer", "--device", "cuda:99", "--out", tmp_path) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("cddlib: device 'cuda:99' is not available here (")
-    assert error.count("\n") == 1
 
 
 def test_interruption_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> None:
@@ -154,18 +167,8 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, capsys) -> None:
 
 
 TINY = ["--experts", "1", "--epochs", "4", "--width", "8", "--device", "cpu"]
-SHORT = [
-    "--iterations",
-    "2",
-    "--student-steps",
-    "3",
-    "--window-end",
-    "3",
-    "--segments",
-    "2",
-    "--evaluation-epochs",
-    "2",
-]
+SHORT = ["--iterations", "2", "--student-steps", "3", "--window-end", "3", "--segments", "2"]
+SHORT += ["--evaluation-epochs", "2"]
 
 
 def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, capsys) -> None:
@@ -205,101 +208,3 @@ def test_options_override_the_recipe_of_method_and_data(buffer: Buffer, tmp_path
     wanted = cddlib.distill_recipe("mtt", "digits", 7, lr_images=5.0, window_end=3, width=8)
     assert seen["config"] == wanted
     assert type(seen["config"]) is cddlib.DistillConfig
-
-
-def test_the_example_in_the_docstring_runs(quick: dict[str, object], tmp_path: Path, monkeypatch) -> None:
-    paragraphs = cddlib.__doc__.split("\n\n")
-    (example,) = (paragraph for paragraph in paragraphs if paragraph.startswith("    "))
-    assert len(example.splitlines()) <= 10
-    tiny = functools.partial(cddlib.buffer_recipe, width=8, experts=2, epochs=6)
-    monkeypatch.setattr(cddlib, "buffer_recipe", tiny)
-    monkeypatch.setattr(cddlib, "distill_recipe", functools.partial(cddlib.distill_recipe, **quick))
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(textwrap.dedent(example), names)
-    assert names["record"]["summary"]["synthetic"]["runs"] == 3
-
-
-# --- Studies ----------------------------------------------------------------------------------------------------
-
-STUDY = ["--student-steps", "3", "--window-end", "4", "--evaluation-epochs", "2", "--device", "cpu"]
-
-
-def test_a_correlation_study_from_the_command_to_its_record(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    out, record = tmp_path / "study", tmp_path / "record.json"
-    command = ["correlate", *STUDY, "--probe-starts", "0", "3", "--iterations", "2", "--replicates", "2"]
-    assert run(*command, "--buffer", buffer.folder, "--out", out) == 0
-    assert capsys.readouterr().out == f"8 runs are finished; `python -m cddbook record {out} --to FILE` gathers them\n"
-    assert run("record", out, "--to", record) == 0
-    assert capsys.readouterr().out == f"wrote {record}\n"
-    found = json.loads(record.read_text())
-    assert (found["networks"], found["buffer_id"], found["config"]["width"]) == (0, buffer.id, 8)
-    names = ("matched-00", "matched-03", "sequential", "concurrent")
-    assert list(found["runs"]) == [f"replicate-{replicate}/{name}" for replicate in (0, 1) for name in names]
-    for name, entry in found["runs"].items():
-        metrics, replicate = entry["metrics"], int(name[len("replicate-")])
-        assert metrics["expert"] == [replicate] * 2
-        assert [iteration for iteration, _ in metrics["probe_losses"]] == [0, 1, 2]
-        assert all(len(losses) == 2 for _, losses in metrics["probe_losses"])
-        assert ("gradient_similarity" in metrics) == ("matched" not in name)
-        if "matched" in name:
-            assert metrics["starts"] == [[int(name[-2:])]] * 2
-        assert entry["evaluations"] == []
-    starts = [found["runs"][f"replicate-1/{name}"]["metrics"]["starts"] for name in ("sequential", "concurrent")]
-    assert [[len(drawn) for drawn in run_] for run_ in starts] == [[1, 1], [2, 2]]
-
-
-def test_segment_counts_are_compared_from_the_command_to_the_record(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    out, record = tmp_path / "study", tmp_path / "record.json"
-    command = ["compare", *STUDY, "--iterations", "4", "--validate-every", "2", "--counts", "1", "2"]
-    command += ["--seeds", "2", "--networks", "1", "--buffer", str(buffer.folder), "--out", str(out)]
-    assert run(*command) == 0
-    assert capsys.readouterr().out == f"4 runs are finished; `python -m cddbook record {out} --to FILE` gathers them\n"
-    assert run("record", out, "--to", record) == 0
-    found = json.loads(record.read_text())["runs"]
-    assert {name: len(entry["metrics"]["loss"]) for name, entry in found.items()} == {
-        "K=1/seed-0": 4,
-        "K=1/seed-1": 4,
-        "K=2/seed-0": 2,
-        "K=2/seed-1": 2,
-    }
-    assert all(len(entry["evaluations"][0]["synthetic"]) == 1 for entry in found.values())
-    capsys.readouterr()
-    assert run(*command, "--networks", "2") == 1
-    assert "networks is 1 there and 2 here" in sentence(capsys)
-
-
-def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    out, record = tmp_path / "study", tmp_path / "record.json"
-    command = ["compare", *STUDY, "--what", "remedies", "--segments", "2", "--iterations", "4", "--validate-every", "0"]
-    command += ["--consolidate-every", "1", "--seeds", "1", "--networks", "1", "--buffer", str(buffer.folder)]
-    assert run(*command, "--out", out) == 0
-    assert capsys.readouterr().out == f"12 runs are finished; `python -m cddbook record {out} --to FILE` gathers them\n"
-    assert run("record", out, "--to", record) == 0
-    found = {name.removesuffix("/seed-0"): entry for name, entry in json.loads(record.read_text())["runs"].items()}
-    assert found.keys() == remedies(2).keys()
-    losses = {name: entry["metrics"]["loss"] for name, entry in found.items()}
-    assert {name: len(values) for name, values in losses.items()} == {
-        name: 4 if name in ("sequential", "ewc", "si") else 2 for name in found
-    }
-    for name, changes in remedies(2).items():
-        config = {**json.loads(record.read_text())["config"], **found[name]["changes"]}
-        assert {key: config[key] for key in changes} == changes
-        assert found[name]["metrics"].get("replayed", [None])[0] == ([] if name in ("replay", "gem") else None)
-    held = [losses[name] for name in ("sequential", "ewc", "si")]
-    assert held[0][:2] == held[1][:2] == held[2][:2]  # nothing is pulled before the second iteration
-    assert len({values[-1] for values in held}) == 3
-
-
-def test_a_study_that_is_not_finished_cannot_be_recorded(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    command = ["compare", *STUDY, "--iterations", "2", "--counts", "1", "--seeds", "1", "--lr-images", "1e30"]
-    assert run(*command, "--buffer", buffer.folder, "--out", tmp_path / "study") == 1
-    assert sentence(capsys).startswith(
-        "cddlib: 1 of 1 runs failed, the others are finished: K=1/seed-0: iteration 2, the segment from epoch "
-    )
-    assert run("record", tmp_path / "study", "--to", tmp_path / "r.json") == 1
-    assert sentence(capsys) == (
-        f"cddlib: {tmp_path / 'study'} holds a study that is not finished: K=1/seed-0 is missing; run it again to "
-        f"finish."
-    )
-    assert not (tmp_path / "r.json").exists()

@@ -1,6 +1,5 @@
-"""Commands beside the main way: recipes, plan, search, other networks, files of other programs."""
+"""Commands beside the main way: recipes, plan, other networks, files of other programs."""
 
-import json
 import re
 from pathlib import Path
 
@@ -66,66 +65,6 @@ def test_plan_measures(capsys, monkeypatch) -> None:
     assert len(re.findall(r"\d (?:seconds|minutes|hours|days)(?:$| on )", capsys.readouterr().out, re.MULTILINE)) == 4
 
 
-def test_search_ranks_settings_by_validation_accuracy(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    options = ["--iterations", "2", "--student-steps", "2", "--window-end", "4", "--evaluation-epochs", "3"]
-    command = ["search", "--method", "mtt", *options, "--buffer", buffer.folder, "--out", tmp_path / "s"]
-    assert run(*command, "--device", "cpu", "--vary", "lr_images=1,30", "step_size=0.05,0.1") == 0
-    lines = capsys.readouterr().out.splitlines()
-    ranked = [float(line.split()[0]) for line in lines]
-    assert len(lines) == 4 and ranked == sorted(ranked, reverse=True)
-    assert {line.split("%")[1].strip() for line in lines} >= {"lr_images=1.0  step_size=0.05"}
-    assert run("record", tmp_path / "s", "--to", tmp_path / "r.json") == 0
-    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
-    assert len(runs) == 8
-    means = {}
-    for name, entry in runs.items():
-        means.setdefault(name.split("/")[0], []).append(entry["result"]["validation_accuracy"])
-    assert ranked == sorted((round(50 * sum(values), 1) for values in means.values()), reverse=True)
-
-
-def test_a_setting_that_diverges_is_the_last_and_says_why(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    options = ["--iterations", "2", "--student-steps", "2", "--window-end", "4", "--evaluation-epochs", "3"]
-    command = ["search", *options, "--segments", "1", "--buffer", buffer.folder, "--out", tmp_path / "s"]
-    command += ["--device", "cpu", "--seeds", "1", "--vary", "lr_step_size=1e9,1e-5"]
-    for _ in range(2):  # the second time it is only read, and what diverged diverges again
-        assert run(*command) == 0
-        said = capsys.readouterr().out.splitlines()
-        assert re.match(
-            r"counted as 0 %: iteration 1, segments from epochs \[\d\] of .*: the step size became", said[0]
-        )
-        assert said[1].endswith("lr_step_size=1e-05") and said[2] == "  0.0 %  lr_step_size=1000000000.0"
-    assert run("record", tmp_path / "s", "--to", tmp_path / "r.json") == 0
-    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
-    assert {name: "stopped" in entry for name, entry in runs.items()} == {
-        "lr_step_size=1000000000.0/seed-0": True,
-        "lr_step_size=1e-05/seed-0": False,
-    }
-
-
-def test_a_search_that_cannot_begin_says_so(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    command = ["search", "--buffer", buffer.folder, "--out", tmp_path / "s", "--device", "cpu", "--seeds", "1"]
-    assert run(*command, "--vary", "window_end=4,40") == 1
-    assert "the experts stop at epoch 6" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("vary", "message"),
-    [
-        ("colour=1", "'colour=1' is not a field of a distillation with values, like lr_images=10,30."),
-        ("lr_images=many", "'lr_images=many' has a value that lr_images cannot take."),
-    ],
-)
-def test_search_refuses_what_is_no_setting(buffer: Buffer, tmp_path: Path, capsys, vary: str, message: str) -> None:
-    assert run("search", "--buffer", buffer.folder, "--out", tmp_path / "s", "--vary", vary) == 1
-    assert capsys.readouterr().err.endswith(f"cddlib: {message}\n")
-
-
-def test_a_search_without_validation_has_nothing_to_choose_by(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    options = ["--window-end", "4", "--validate-every", "0", "--buffer", buffer.folder, "--out", tmp_path / "s"]
-    assert run("search", *options, "--vary", "lr_images=1") == 1
-    assert "validate_every is 0; a search needs validations to choose by." in capsys.readouterr().err
-
-
 def test_another_network_is_evaluated_and_recorded_apart(distilled: Path, capsys) -> None:
     before = set(distilled.glob("evaluation-*.json"))
     options = ["--runs", "1", "--no-baselines", "--device", "cpu"]
@@ -178,7 +117,7 @@ def test_a_buffer_goes_out_and_comes_back(buffer: Buffer, tmp_path: Path, capsys
     assert run("export", buffer.folder, "--to", tmp_path / "pt", "--form", "pt") == 0
     options = ["--data", "digits", "--width", "8", "--device", "cpu", "--out", tmp_path / "back"]
     assert run("import-buffer", tmp_path / "pt", *options) == 0
-    assert "2 experts of 6 epochs; test accuracy" in capsys.readouterr().out
+    assert "2 experts of 6 epochs and 1,026 parameters in" in capsys.readouterr().out
     back = Buffer(tmp_path / "back")
     assert all(back.parameters(e, t).equal(buffer.parameters(e, t)) for e in (0, 1) for t in (0, 3, 6))
     assert back.config["holdout"] is False  # as the published codes train, unless told otherwise

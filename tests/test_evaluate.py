@@ -1,9 +1,8 @@
 """Evaluation: the published protocol, its baselines, and records that grow and survive interruptions."""
 
 import dataclasses
+import itertools
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -13,23 +12,32 @@ import torch
 import torch.nn.functional as F
 
 import cddlib
-from cddbook.records import collect
 from cddlib import evaluate
 from cddlib.data import augment
 from cddlib.data import dataset as data
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set, summarise, train_network
 from cddlib.experts.buffer import Buffer
-from cddlib.networks.convnet import ConvNet, NetworkConfig
+from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
 from cddlib.networks.zoo import build_network
 from cddlib.runtime import config as configs
 from cddlib.runtime import files
 from cddlib.runtime.errors import UserError
+from cddlib.runtime.run_folder import locked
 from cddlib.synthetic import SyntheticSet
+from cddlib.training.step import ComputeConfig
 
 evaluate_run = partial(cddlib.evaluate_run, device="cpu")
 CPU = torch.device("cpu")
 DSA = "color_crop_cutout_flip_scale_rotate"
 NETWORK = ConvNet(NetworkConfig(width=4, depth=1), (1, 8, 8), 10)
+
+
+def accuracy_on(
+    test: data.Images, synthetic: SyntheticSet, network: Network, epochs: int, batch: int, strategy: str, seed: int
+) -> float:
+    """The accuracy of one network by the function that the library tests a set with."""
+    how = (EvaluateConfig(evaluation_epochs=epochs, evaluation_batch=batch), strategy, ComputeConfig(compiled=False))
+    return accuracy_of_set(synthetic, network, *how, test, purpose="evaluation", seed=seed)
 
 
 def reference(images: torch.Tensor, targets: torch.Tensor, *, epochs: int, rate: float, batch: int, seed: int):
@@ -82,8 +90,7 @@ def test_a_set_is_trained_at_its_own_step_size_on_its_soft_labels(buffer: Buffer
         preprocessing=buffer.preprocessing,
         classes=digits.classes,
     )
-    config = EvaluateConfig(evaluation_epochs=6, evaluation_batch=8)
-    found = accuracy_of_set(synthetic, NETWORK, config, DSA, digits.split[1], purpose="evaluation", seed=5)
+    found = accuracy_on(digits.split[1], synthetic, NETWORK, 6, 8, DSA, seed=5)
     theta = reference(synthetic.images, synthetic.label_logits.softmax(1), epochs=6, rate=0.25, batch=8, seed=5)
     right = NETWORK(theta, buffer.preprocessing(digits.split[1].images)).argmax(1) == digits.split[1].labels
     assert found == pytest.approx(right.double().mean().item(), abs=0.01)
@@ -96,10 +103,18 @@ def test_summary_has_the_sample_standard_deviation() -> None:
     assert summarise([0.5]) == {"mean": 0.5, "std": None, "runs": 1}
 
 
-@pytest.mark.parametrize("field", ["evaluation_epochs", "evaluation_batch"])
-def test_counts_must_be_positive(field: str) -> None:
-    with pytest.raises(UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
-        EvaluateConfig(**{field: 0})
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("evaluation_epochs", 0, "it must be at least 1."),
+        ("evaluation_batch", 0, "it must be at least 1."),
+        ("evaluation_epochs", 100_001, "it must be at most 100000."),
+    ],
+)
+def test_impossible_trainings_are_refused(name: str, value: int, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        EvaluateConfig(**{name: value})
+    assert str(refused.value) == f"{name} is {value}; {message}"
 
 
 @pytest.fixture(scope="module")
@@ -136,59 +151,35 @@ def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
     assert {"seconds", "peak_memory_mb", "versions", "device", "commit", "finished"} <= record.keys()
 
 
-def test_networks_are_tested_on_the_test_images(run: Path) -> None:
+@pytest.mark.parametrize("network", [None, NetworkConfig(network="mlp"), NetworkConfig(network="alexnet")])
+def test_networks_are_tested_on_the_test_images(run: Path, network: NetworkConfig | None) -> None:
     synthetic = SyntheticSet.load(run / "synthetic.safetensors")
-    config = configs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
-    network = ConvNet(NetworkConfig(width=8, depth=2), (1, 8, 8), 10)
-    test = data.load("digits").test
-    wanted = [
-        accuracy_of_set(synthetic, network, config, config.augmentation.augment, test, purpose="evaluation", seed=seed)
-        for seed in (4, 5)
-    ]
-    assert evaluate_run(run, runs=2, baselines=False, seed=4)["accuracies"]["synthetic"] == wanted
+    chosen = network or NetworkConfig(width=8, depth=2)
+    built, test = build_network(chosen, (1, 8, 8), 10), data.load("digits").test
+    wanted = [accuracy_on(test, synthetic, built, 5, 256, "crop_scale_rotate", seed) for seed in (4, 5)]
+    record = evaluate_run(run, runs=2, baselines=False, seed=4, network=network)
+    assert record["accuracies"]["synthetic"] == wanted
+    assert record["network"] == configs.as_dict(chosen)
 
 
 def test_no_network_starts_where_an_expert_or_another_purpose_did(buffer: Buffer) -> None:
+    untrained = {"epochs": 0, "learning_rate": 1.0, "batch_size": 1, "strategy": "none", "device": CPU}
     starts = [buffer.parameters(expert, 0) for expert in range(len(buffer.experts))]
-    for purpose in ("validation", "evaluation"):
-        for seed in range(3):
-            fresh = train_network(
-                buffer.network,
-                lambda indices: (indices, indices),  # never called: nothing is trained in 0 epochs
-                0,
-                epochs=0,
-                learning_rate=1.0,
-                batch_size=1,
-                strategy="none",
-                purpose=purpose,
-                seed=seed,
-                device=CPU,
-            )
-            assert not any(torch.equal(fresh, start) for start in starts)
-            starts.append(fresh)
+    for purpose, seed in itertools.product(("validation", "evaluation"), range(3)):
+        fetch = lambda indices: (indices, indices)  # noqa: E731 - never called: nothing is trained in 0 epochs
+        starts.append(train_network(buffer.network, fetch, 0, purpose=purpose, seed=seed, **untrained))
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(starts, 2))
 
 
-def test_adding_runs_keeps_the_earlier_ones(run: Path) -> None:
-    one, three = evaluate_run(run, runs=1), evaluate_run(run, runs=3)
-    for name, accuracies in three["accuracies"].items():
-        assert len(accuracies) == 3
-        assert accuracies[:1] == one["accuracies"][name]
-    assert evaluate_run(run, runs=2) == three  # asking for fewer takes none away
-    assert len(list(run.glob("evaluation-*.json"))) == 1
-
-
-def test_finished_networks_are_not_trained_again(run: Path, monkeypatch) -> None:
-    record = evaluate_run(run, runs=2)
+def test_asking_for_more_adds_to_what_is_there(run: Path, monkeypatch) -> None:
+    one = evaluate_run(run, runs=1, baselines=False)
+    assert one["summary"].keys() == {"synthetic"}
+    three = evaluate_run(run, runs=3)
+    assert three["accuracies"]["synthetic"][:1] == one["accuracies"]["synthetic"]
+    assert {name: len(values) for name, values in three["accuracies"].items()} == dict.fromkeys(evaluate.SETS, 3)
     monkeypatch.setattr(evaluate, "train_network", None)  # calling it fails
-    assert evaluate_run(run, runs=2) == record
-
-
-def test_baselines_are_optional_and_can_be_added_later(run: Path) -> None:
-    without = evaluate_run(run, runs=1, baselines=False)
-    assert without["summary"].keys() == {"synthetic"}
-    both = evaluate_run(run, runs=1)
-    assert both["summary"].keys() == {"synthetic", "random_real", "full"}
-    assert both["accuracies"]["synthetic"] == without["accuracies"]["synthetic"]
+    assert evaluate_run(run, runs=2) == evaluate_run(run, runs=3, baselines=False) == three  # fewer takes none away
+    assert len(list(run.glob("evaluation-*.json"))) == 1
 
 
 def test_an_interrupted_evaluation_resumes(run: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
@@ -214,36 +205,14 @@ def test_an_interrupted_evaluation_resumes(run: Path, finished: Path, tmp_path: 
     assert len(calls) == 7  # three before, one lost, three after
 
 
-def test_another_seed_has_a_record_of_its_own(run: Path) -> None:
+def test_each_seed_and_set_has_a_record_of_its_own(run: Path) -> None:
     first, second = (evaluate_run(run, runs=1, baselines=False, seed=seed) for seed in (0, 7))
     assert first["accuracies"] != second["accuracies"]
-    assert len(list(run.glob("evaluation-*.json"))) == 2
-
-
-@pytest.mark.parametrize("name", ["mlp", "alexnet"])
-def test_another_network_is_trained_instead(run: Path, name: str) -> None:
-    other = NetworkConfig(network=name)
-    synthetic = SyntheticSet.load(run / "synthetic.safetensors")
-    config = configs.from_dict(cddlib.DistillConfig, files.read_json(run / "config.json"))
-    digits = data.load("digits")
-    network = build_network(other, (1, 8, 8), 10)
-    arguments = {"purpose": "evaluation", "seed": 0}
-    wanted = accuracy_of_set(synthetic, network, config, config.augmentation.augment, digits.test, **arguments)
-    record = evaluate_run(run, runs=1, baselines=False, network=other)
-    assert record["accuracies"]["synthetic"] == [wanted]
-    assert record["network"] == configs.as_dict(other)
-
-
-def test_baselines_train_the_other_network_too(run: Path, monkeypatch) -> None:
-    networks = []
-
-    def spy(network, *arguments, **options):
-        networks.append(network)
-        return train_network(network, *arguments, **options)
-
-    monkeypatch.setattr(evaluate, "train_network", spy)
-    evaluate_run(run, runs=1, network=NetworkConfig(network="mlp"))
-    assert [network.shapes["1.weight"] for network in networks] == 3 * [(128, 64)]
+    path = run / "synthetic.safetensors"
+    synthetic = SyntheticSet.load(path)
+    dataclasses.replace(synthetic, images=-synthetic.images).save(path)
+    evaluate_run(run, runs=1, baselines=False)
+    assert len(list(run.glob("evaluation-*.json"))) == 3
 
 
 def test_each_network_has_a_record_of_its_own(run: Path) -> None:
@@ -253,15 +222,9 @@ def test_each_network_has_a_record_of_its_own(run: Path) -> None:
     others = [NetworkConfig(network="mlp"), NetworkConfig(width=4, depth=1)]
     records = [own, *(evaluate_run(run, runs=1, baselines=False, network=other) for other in others)]
     assert [evaluate_run(run, runs=1, baselines=False, network=other) for other in [None, *others]] == records
-    found = collect(run)["evaluations"]
-    assert len(found) == 3
-    assert all(record in found for record in records)
-
-
-def test_the_record_of_the_own_network_keeps_its_name(run: Path) -> None:
-    record = evaluate_run(run, runs=1, baselines=False)
-    identity = {key: record[key] for key in ("synthetic_sha256", "seed", "evaluation")}
-    assert (run / f"evaluation-{configs.config_hash(identity)}.json").exists()
+    assert len(list(run.glob("evaluation-*.json"))) == 3
+    identity = {key: own[key] for key in ("synthetic_sha256", "seed", "evaluation")}
+    assert (run / f"evaluation-{configs.config_hash(identity)}.json").exists()  # as records were named from the start
 
 
 def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monkeypatch) -> None:
@@ -271,12 +234,13 @@ def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monke
     train = train_network
 
     def spy(network, fetch, size, **options):
+        assert network.shapes["1.weight"] == (128, 64)
         inputs, labels = fetch(torch.arange(size))
         seen.setdefault(size, []).append((inputs, labels, options))
         return train(network, fetch, size, **options)
 
     monkeypatch.setattr(evaluate, "train_network", spy)
-    evaluate_run(run, runs=2)
+    evaluate_run(run, runs=2, network=NetworkConfig(network="mlp"))
     few = [found for found in seen[20] if found[1].dtype == torch.int64]  # the synthetic set has probabilities
     assert len(few) == 2
     assert not torch.equal(few[0][0], few[1][0])
@@ -304,40 +268,13 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
         evaluate_run(run)
 
 
-@pytest.mark.parametrize("name", ["config.json", "synthetic.safetensors", "evaluation-*.json"])
-def test_damaged_files_are_named(run: Path, name: str) -> None:
-    evaluate_run(run, runs=1, baselines=False)
-    (path,) = run.glob(name)
-    content = bytearray(path.read_bytes())
-    content[-9] ^= 1
-    path.write_bytes(content)
-    before = {file: file.read_bytes() for file in run.iterdir()}
-    with pytest.raises(UserError, match=rf"^{path} (is damaged: |cannot be read as JSON: )"):
-        evaluate_run(run, runs=2)
-    assert {file: file.read_bytes() for file in run.iterdir()} == before
-
-
-def test_an_evaluation_at_which_another_process_is_is_refused(run: Path) -> None:
-    evaluate_run(run, runs=1, baselines=False)
+def test_an_evaluation_at_which_other_work_is_is_refused(run: Path) -> None:
+    one = partial(evaluate_run, run, runs=1, baselines=False)
+    one()
     (record,) = run.glob("evaluation-*.json")
-    lock = run / f".{record.stem}.lock"
-    command = "import sys\nfrom pathlib import Path\nfrom cddlib.runtime.run_folder import locked\n"
-    command += "with locked(Path(sys.argv[1])):\n print(flush=True)\n sys.stdin.read()"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", command, str(lock)], **pipes) as other:
-        other.stdout.readline()
-        with pytest.raises(UserError, match=rf"run is in use by another process, which holds {lock.name}; wait"):
+    with locked(run / f".{record.stem}.lock"):
+        with pytest.raises(UserError, match=rf"run is in use: other work holds \.{record.stem}\.lock; wait"):
             evaluate_run(run, runs=2, baselines=False)
-        assert len(evaluate_run(run, runs=1, baselines=False)["accuracies"]["synthetic"]) == 1  # nothing is missing
-        evaluate_run(run, runs=1, baselines=False, seed=9)  # another record
-        other.communicate()
+        assert len(one()["accuracies"]["synthetic"]) == 1  # nothing is missing
+        one(seed=9)  # another record
     assert len(evaluate_run(run, runs=2, baselines=False)["accuracies"]["synthetic"]) == 2
-
-
-def test_another_synthetic_set_in_the_folder_has_a_record_of_its_own(run: Path) -> None:
-    evaluate_run(run, runs=1, baselines=False)
-    path = run / "synthetic.safetensors"
-    synthetic = SyntheticSet.load(path)
-    dataclasses.replace(synthetic, images=-synthetic.images).save(path)
-    evaluate_run(run, runs=1, baselines=False)
-    assert len(list(run.glob("evaluation-*.json"))) == 2

@@ -1,6 +1,5 @@
 """The cost plan: operations and memory against a count by hand, and how they grow with the run."""
 
-import dataclasses
 import itertools
 import time
 
@@ -84,16 +83,18 @@ def test_devices_share_segments_and_experts_and_students_take_steps_side_by_side
 ) -> None:
     monkeypatch.setattr("cddlib.plan._seconds", lambda run, images, at_least, device: 1.0)
     config = cddlib.distill_recipe("mtt", "digits", 1, segments=4, validate_every=0, side_by_side=1)
-    together = dataclasses.replace(config, side_by_side=None)
+    together = cddlib.replace(config, side_by_side=None)
     experts, one, _ = plan(buffer_of(config), config, devices=devices, device="cpu")
     beside = plan(buffer_of(config), together, devices=devices, device="cpu")[1]
-    assert one.seconds == pytest.approx(share * config.iterations * config.student_steps * 10 / 2)
+    assert one.seconds == pytest.approx(share * config.schedule.iterations * config.student.student_steps * 10 / 2)
     assert beside.seconds == pytest.approx(one.seconds / share)
     assert (beside.flops, beside.disk) == (one.flops, one.disk)
     alone = plan(buffer_of(config, experts=1), config, device="cpu")[0]
     assert experts.seconds == pytest.approx(-(-5 // devices) * alone.seconds)
-    p = parameter_count(cddlib.build_network(config, (1, 8, 8), 10))
-    least = 4 * (p * (config.student_steps + 3) + 2 * 10 * (64 + 10))  # parameters on the way; gradients of the set
+    p = parameter_count(cddlib.build_network(config.network, (1, 8, 8), 10))
+    least = 4 * (
+        p * (config.student.student_steps + 3) + 2 * 10 * (64 + 10)
+    )  # parameters on the way; gradients of the set
     assert (share - 1) * least <= beside.memory - one.memory <= (share - 1) * one.memory
 
 
@@ -139,8 +140,13 @@ def test_the_sentence_comes_first(seconds: float | None, memory: int, devices: i
 def test_experts_are_those_of_the_method_on_the_students_network() -> None:
     config = cddlib.distill_recipe("datm", "cifar10", 50, width=32, zca=False)
     experts = buffer_of(config, epochs=60)
-    assert (experts.width, experts.zca, experts.epochs, experts.sharpness_radius) == (32, False, 60, 0.01)
-    assert dataclasses.replace(experts, epochs=100, width=128, zca=True) == cddlib.buffer_recipe("cifar10", "datm", 50)
+    assert (experts.network.width, experts.data.zca, experts.epochs, experts.sharpness.sharpness_radius) == (
+        32,
+        False,
+        60,
+        0.01,
+    )
+    assert cddlib.replace(experts, epochs=100, width=128, zca=True) == cddlib.buffer_recipe("cifar10", "datm", 50)
 
 
 def test_sizes_of_prepared_and_of_known_data() -> None:

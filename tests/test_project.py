@@ -1,74 +1,137 @@
-"""The repository agrees with itself: versions, import order, documented commands, stripped notebooks."""
+"""The repository agrees with itself: rooms, sizes, versions, documented commands, stripped notebooks."""
 
 import ast
+import functools
+import graphlib
 import itertools
 import json
 import re
 import shlex
+import textwrap
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from children import main
 from packaging.requirements import Requirement
 
+import cddbook.__main__ as studies
+import cddlib
 from cddlib import cli, commands
-from cddlib.methods import recipes
-from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = """
-files runs ranks data prepare preprocessing augment networks steps convnet_steps engine graphs training curriculum
-trajectory buffer segments matching combine consolidate synthetic torch_files exchange export correlation continual
-evaluate state concurrent distill verify methods recipes plan study findings claims method_tables figures
-study_figures reliability_figures speed_figures gpu_figures gpu_runs commands cli __main__
-""".split()  # noqa: SIM905 - forty lines as a list
+CELLS = {path.stem: json.loads(path.read_text())["cells"] for path in NOTEBOOKS}
+
+# --- Rooms and sizes --------------------------------------------------------------------------------------------
+
+LONGEST_FILE, LONGEST_FUNCTION = 300, 50
+MOST_LINES = {"cddlib": 6_500, "book/cddbook": 2_500, "tests": 13_000}
+TREES = {
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): ast.parse(path.read_text())
+    for path in sorted(ROOT.glob("cddlib/**/*.py"))
+}
+"""The modules of the library by name."""
 
 
-def locked() -> dict[str, str]:
+def imports(name: str) -> set[str]:
+    """The modules that a module imports, anywhere in it; of cddlib by their full names."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            of_names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= of_names & TREES.keys() or {str(node.module)}
+    return found
+
+
+def test_rooms_import_only_from_those_before():
+    listed = re.search(r"importing only from those before it: (.*?)\.", " ".join(cddlib.__doc__.split()))
+    order = listed.group(1).split(", ")
+    rooms = {name: name.split(".")[1] for name in TREES}
+    entrances = {"__init__", "__main__"}
+    assert set(rooms.values()) == {*order, *entrances} and len(order) == len(set(order))
+    for name, room in rooms.items():
+        for imported in imports(name) & TREES.keys():
+            other = imported.split(".")[1]
+            assert room in (other, *entrances) or order.index(other) < order.index(room), (name, imported)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert list(graphlib.TopologicalSorter({name: imports(name) & TREES.keys() for name in TREES}).static_order())
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_library_needs_neither_the_book_nor_the_tests(name):
+    assert not {imported.split(".")[0] for imported in imports(name)} & {"cddbook", "book", "tests", "children"}
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def test_files_of_the_library_are_short():
+    lengths = {str(path): lines_of(path) for path in ROOT.glob("cddlib/**/*.py")}
+    assert {path: length for path, length in lengths.items() if length > LONGEST_FILE} == {}
+
+
+def length(function: ast.FunctionDef) -> int:
+    """Lines of a function but its docstring."""
+    first = function.body[0]
+    documented = ast.get_docstring(function) is not None
+    return function.end_lineno - function.lineno + 1 - documented * (first.end_lineno - first.lineno + 1)
+
+
+def test_functions_of_the_library_are_short():
+    functions = [
+        (name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)
+    ]
+    lengths = {f"{name}.{node.name}": length(node) for name, node in functions}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("folder", MOST_LINES)
+def test_the_whole_is_small(folder):
+    assert sum(map(lines_of, ROOT.glob(f"{folder}/**/*.py"))) <= MOST_LINES[folder]
+
+
+# --- Versions ---------------------------------------------------------------------------------------------------
+
+
+def locked_versions() -> dict[str, str]:
     """Versions in requirements.lock for Python 3.12 on Linux, environment.yml's platform."""
     lines = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines()]
-    machine = {
-        "python_version": "3.12",
-        "python_full_version": "3.12.0",
-        "sys_platform": "linux",
-        "platform_system": "Linux",
-        "platform_machine": "x86_64",
-        "os_name": "posix",
-        "implementation_name": "cpython",
-    }
-    kept = [line for line in lines if line.marker is None or line.marker.evaluate(machine)]
-    return {line.name.lower(): str(line.specifier).removeprefix("==") for line in kept}
+    machine = {"python_version": "3.12", "python_full_version": "3.12.0", "sys_platform": "linux", "os_name": "posix"}
+    machine |= {"platform_system": "Linux", "platform_machine": "x86_64"}
+    needed = [line for line in lines if line.marker is None or line.marker.evaluate(machine)]
+    return {line.name.lower(): str(line.specifier).removeprefix("==") for line in needed}
 
 
 def direct_requirements() -> list[Requirement]:
     """Everything that pyproject.toml asks for."""
-    extras = PROJECT["optional-dependencies"].values()
-    return [Requirement(text) for text in PROJECT["dependencies"] + [text for extra in extras for text in extra]]
+    return list(map(Requirement, itertools.chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())))
 
 
-def test_lock_is_exact_and_has_no_urls():
+def test_the_lock_is_exact_and_satisfies_pyproject():
     for line in (ROOT / "requirements.lock").read_text().splitlines():
         assert re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.+!-]+( ; .+)?", line), line
-        assert "://" not in line and "@" not in line
-
-
-def test_lock_satisfies_pyproject():
-    versions = locked()
+    versions = locked_versions()
     for requirement in direct_requirements():
         assert requirement.specifier.contains(versions[requirement.name.lower()], prereleases=True), requirement
 
 
-def test_environment_has_the_locked_versions():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    pins = [entry for entry in environment["dependencies"][-1]["pip"] if not entry.startswith("--")]
-    versions = locked()
-    pinned = {Requirement(pin).name.lower(): str(Requirement(pin).specifier) for pin in pins}
-    assert pinned == {r.name.lower(): f"=={versions[r.name.lower()]}" for r in direct_requirements()}
-    assert "--constraint requirements.lock" in environment["dependencies"][-1]["pip"]
+def test_the_environment_has_the_locked_versions():
+    lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    pins = [Requirement(line) for line in lines if not line.startswith("--")]
+    versions = locked_versions()
+    wanted = {r.name.lower(): f"=={versions[r.name.lower()]}" for r in direct_requirements()}
+    assert {pin.name.lower(): str(pin.specifier) for pin in pins} == wanted
+    assert "--constraint requirements.lock" in lines
 
 
 def test_one_version_everywhere():
@@ -76,25 +139,13 @@ def test_one_version_everywhere():
     assert f"## {PROJECT['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_modules_import_only_from_those_above():
-    assert {path.stem for path in (ROOT / "cddlib").glob("*.py")} == {*MODULES, "__init__"}
-    for position, module in enumerate(MODULES):
-        tree = ast.parse((ROOT / "cddlib" / f"{module}.py").read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cddlib":
-                names = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
-                assert set(names) <= set(MODULES[:position]), (module, names)
-
-
-def test_modules_are_short():
-    for path in (ROOT / "cddlib").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 420, path
+# --- Notebooks --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_sources_are_stripped(path):
     notebook = json.loads(path.read_text())
-    assert "papermill" not in notebook["metadata"] and "widgets" not in notebook["metadata"]
+    assert not notebook["metadata"].keys() & {"papermill", "widgets"}
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in code)
     assert all("papermill" not in cell["metadata"] for cell in notebook["cells"])
@@ -102,68 +153,67 @@ def test_notebook_sources_are_stripped(path):
     assert "papermill notebooks/" + path.name in "".join(notebook["cells"][0]["source"])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_figures_have_captions_and_alt_texts(path):
-    for cell in json.loads(path.read_text())["cells"]:
-        source = "".join(cell["source"])
-        if (
-            cell["cell_type"] == "code"
-            and re.search(r"^(study_)?figures\.\w+\(", source, re.MULTILINE)
-            and source.endswith(";")
-        ):
-            described = cell["metadata"]["mystnb"]
-            assert len(described["figure"]["caption"]) > 40 and len(described["image"]["alt"]) > 40
+def test_figures_have_captions_and_alt_texts():
+    cells = [cell for cell in itertools.chain(*CELLS.values()) if cell["cell_type"] == "code"]
+    cells = [cell for cell in cells if "remove-output" not in cell["metadata"].get("tags", [])]
+    figures = [cell for cell in cells if cell["source"] and cell["source"][-1].endswith(";")]
+    assert len(figures) > 25
+    for cell in figures:
+        described = cell["metadata"]["mystnb"]
+        assert len(described["figure"]["caption"]) > 40 and len(described["image"]["alt"]) > 40, cell["source"]
+
+
+# --- Documented commands ----------------------------------------------------------------------------------------
+
+PAGES = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("book/*.md"))]
+PAGES += ["\n".join("".join(cell["source"]) for cell in cells) for cells in CELLS.values()]
+PROGRAMS = r"(?:cddlib|python -m cddbook|torchrun .*? -m cddlib) +"
 
 
 def documented(pattern: str) -> list[str]:
-    """Lines of the README, the how-to and the chapters that match `pattern`."""
-    pages = [
-        ROOT / "README.md",
-        *(ROOT / "book" / f"{name}.md" for name in ("how-to-run", "methods", "adding-a-method")),
-    ]
-    texts = [page.read_text() for page in pages]
-    texts += ["".join(c["source"]) for n in NOTEBOOKS for c in json.loads(n.read_text())["cells"]]
-    return sorted(
-        {line.strip().split("   #")[0] for text in texts for line in text.splitlines() if re.match(pattern, line)}
-    )
+    """Lines of the README and the book that begin with `pattern`, joined where a backslash breaks them."""
+    lines = [line.strip() for page in PAGES for line in re.sub(r"\\\n\s*", " ", page).splitlines()]
+    return sorted({line for line in lines if re.match(pattern, line)})
 
 
-def test_documented_papermill_lines_name_parameters_that_exist():
-    lines = documented(r" *papermill ")
-    assert len(lines) >= 4
-    for line in lines:
-        words = shlex.split(line)
-        cells = json.loads((ROOT / words[1]).read_text())["cells"]
-        parameters = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
-        for flag, name in itertools.pairwise(words):
-            if flag == "-p":
-                assert re.search(rf"^{name} = ", parameters, re.MULTILINE), line
+def complete_spans() -> list[str]:
+    """Commands within sentences that name all that they need."""
+    spans = {" ".join(span.split()) for page in PAGES for span in re.findall(rf"`({PROGRAMS}[^`]+)`", page)}
+    return sorted(span for span in spans if re.search(" (data \\w+|--out|--to)", span))
 
 
-def test_documented_commands_parse(buffer, monkeypatch, capsys):
-    def reached(*arguments, **keywords):
+@pytest.mark.parametrize("line", documented("papermill "))
+def test_documented_papermill_lines_name_parameters_that_exist(line):
+    words = shlex.split(line, comments=True)
+    cells = json.loads((ROOT / words[1]).read_text())["cells"]
+    parameters = next("".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", []))
+    for flag, name in itertools.pairwise(words):
+        assert flag != "-p" or re.search(rf"^{name} = ", parameters, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", documented(f"{PROGRAMS}[a-z]") + complete_spans())
+def test_documented_commands_parse(line, buffer, monkeypatch, capsys):
+    def reached(*arguments: Any, **options: Any) -> None:
         raise UserError("reached")
 
-    names = ("prepare", "train_buffer", "distill", "evaluate_run", "collect", "run_study", "plan", "recipes_table")
-    names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer", "verify")
-    for name in names:
-        monkeypatch.setattr(commands, name, reached)
-    for module in (cli, commands):
+    names = ("prepare", "train_buffer", "distill", "evaluate_run", "plan", "recipes_table", "verify", "read_json")
+    names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
+    for module, name in [*((commands, name) for name in names), (studies, "run_study"), (studies, "collect")]:
+        monkeypatch.setattr(module, name, reached)
+    for module in (cli, commands, studies):
         monkeypatch.setattr(module, "Buffer", lambda folder: buffer)
     monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
-    monkeypatch.setattr(commands, "_network_of", lambda folder: NetworkConfig())
-    lines = documented(r" *cddlib [a-z-]+ ")
-    assert len(lines) >= 10
-    for line in lines:
-        cli.main(shlex.split(line)[1:])
-        assert capsys.readouterr().err == "cddlib: reached\n", line
+    main(shlex.split(re.sub(f"^{PROGRAMS}", "", line), comments=True))
+    assert capsys.readouterr().err == "cddlib: reached\n"
 
 
 @pytest.fixture
 def small_digits(monkeypatch, tmp_path):
-    """The digits' recipes made small, in an empty folder: the README's lines run as they are written."""
-    small = {"iterations": 2, "student_steps": 2, "evaluation_epochs": 2, "validate_every": 1}
-    monkeypatch.setattr(recipes, "_resolve", lambda *a, _resolve=recipes._resolve: (_resolve(*a)[0] | small, None))
+    """The digits' recipes made small, in an empty folder: examples run as they are written."""
+    small = {"iterations": 2, "student_steps": 2, "evaluation_epochs": 2, "validate_every": 1, "width": 8}
+    for module in (cddlib, cli):
+        monkeypatch.setattr(module, "distill_recipe", functools.partial(cddlib.distill_recipe, **small))
+        monkeypatch.setattr(module, "buffer_recipe", functools.partial(cddlib.buffer_recipe, width=8, experts=2))
     monkeypatch.chdir(tmp_path)
 
 
@@ -179,12 +229,13 @@ def test_readme_commands(small_digits, capsys):
     assert "random real images" in capsys.readouterr().out
 
 
-def test_readme_python(small_digits):
-    block = readme_block("python", "import cddlib")
-    assert len(block.splitlines()) <= 14
-    names: dict = {}
-    exec(block, names)
-    assert names["images"].shape == (10, 1, 8, 8)
+@pytest.mark.parametrize("place", ["README", "docstring"])
+def test_examples_in_python_run(small_digits, place):
+    (indented,) = (paragraph for paragraph in cddlib.__doc__.split("\n\n") if paragraph.startswith("    "))
+    example = readme_block("python", "import cddlib") if place == "README" else textwrap.dedent(indented)
+    assert len(example.splitlines()) <= 14
+    names: dict[str, Any] = {}
+    exec(example, names)
     assert names["record"]["summary"]["synthetic"]["runs"] == 3
 
 

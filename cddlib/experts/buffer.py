@@ -45,11 +45,14 @@ class _Data:
 
 @dataclasses.dataclass(frozen=True)
 class _Experts:
-    """What every buffer's configuration says of its experts, beside network, data and augmentation."""
+    """What every buffer's configuration says of its experts; newer buffers say more."""
 
     experts: int
     epochs: int
     holdout: bool
+    augmentation: AugmentConfig
+    data: DataConfig
+    network: NetworkConfig
 
     def __post_init__(self) -> None:
         for name in ("experts", "epochs"):
@@ -69,10 +72,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], Network]:
         experts = manifest["experts"]
         if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
             raise TypeError("experts is not a list of records")
-        for kind in (_Experts, AugmentConfig, DataConfig):
-            from_dict(kind, manifest["config"])
-        data = from_dict(_Data, manifest["data"])
-        return manifest, build_network(from_dict(NetworkConfig, manifest["config"]), data.shape, data.classes)
+        network, data = from_dict(_Experts, manifest["config"]).network, from_dict(_Data, manifest["data"])
+        return manifest, build_network(network, data.shape, data.classes)
 
 
 def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
@@ -189,9 +190,8 @@ class Buffer:
             raise UserError(f"{path} does not fit buffer.json: it names no digests of {self.epochs + 1} vectors.")
         for name, shape in self.network.shapes.items():
             wanted = f"F32{[self.epochs + 1, *shape]}"
-            found = (
-                f"{file.get_slice(name).get_dtype()}{file.get_slice(name).get_shape()}" if name in held else "missing"
-            )
+            entry = file.get_slice(name) if name in held else None
+            found = "missing" if entry is None else f"{entry.get_dtype()}{entry.get_shape()}"
             if found != wanted:
                 raise UserError(f"{path} does not fit buffer.json: {name} is {found:.100}, not {wanted}.")
         return file, vectors

@@ -9,12 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cddlib.data.dataset import Dataset, Images
-from cddlib.experts.buffer import (
-    DIFFICULTY,
-    expert_path,
-    read_preprocessing,
-    write_trajectory,
-)
+from cddlib.experts.buffer import DIFFICULTY, expert_path, read_preprocessing, write_trajectory
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import difficulty, rank_in_class, select
 from cddlib.networks.convnet import Network

@@ -20,13 +20,7 @@ import torch
 
 from cddlib.data.dataset import Dataset, load
 from cddlib.data.preprocessing import fit_preprocessing
-from cddlib.experts.buffer import (
-    PREPROCESSING,
-    Buffer,
-    expert_path,
-    read_expert_record,
-    read_manifest,
-)
+from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, read_expert_record, read_manifest
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.expert import ExpertTraining, train_expert
 from cddlib.networks.convnet import Network

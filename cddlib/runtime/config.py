@@ -32,7 +32,7 @@ def flat(config: Any) -> dict[str, Any]:
     return values
 
 
-def configure(kind: type[T], **values: Any) -> T:
+def configure(kind: type[T], /, **values: Any) -> T:
     """The configuration of that kind with these values; a field that is not given has its default.
 
     Raises:
@@ -49,7 +49,7 @@ def configure(kind: type[T], **values: Any) -> T:
     return kind(**own, **values)
 
 
-def replace(config: T, **values: Any) -> T:
+def replace(config: T, /, **values: Any) -> T:
     """The same configuration with other values for some fields, whatever section they belong to."""
     return configure(type(config), **{**flat(config), **values})
 

@@ -24,10 +24,6 @@ from torch import Tensor
 
 from cddlib.runtime.errors import UserError, is_out_of_memory
 
-LARGEST_JSON = 2**26
-"""Bytes of the longest JSON file that is read, which may take twenty times as much memory."""
-LARGEST_HEADER = 2**24
-"""Bytes of the longest header of a safetensors file that is read."""
 CHECKSUM = "checksum"
 
 
@@ -128,7 +124,11 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def verify_checksum(text: str | bytes, where: str) -> dict[str, Any]:
-    """The value that `add_checksum` was given, from its JSON; raises `UserError` naming its source, `where`, if not."""
+    """The value that `add_checksum` was given, from its JSON.
+
+    Raises:
+        UserError: the value is damaged; `where` names its source.
+    """
     value = parse_json(text, where)
     found = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
     if found is None:
@@ -157,13 +157,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A small file; raises `UserError` if it is missing, unreadable or longer than `LARGEST_JSON`."""
+    """The contents of a small file; raises `UserError` if it is missing or cannot be read."""
     try:
         _check_ends(path)
-        if path.stat().st_size > LARGEST_JSON:
-            raise UserError(
-                f"{path} has {path.stat().st_size} bytes; JSON files of cddlib have at most {LARGEST_JSON}."
-            )
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
@@ -205,10 +201,6 @@ def open_tensors(path: Path, framework: str = "pt") -> Any:
     """A lazy reader (`safetensors.safe_open`) of `path`, which checks no digest; raises `UserError` if it cannot be."""
     try:
         _check_ends(path)
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-        if length > LARGEST_HEADER:
-            raise SafetensorError(f"its header would have {length} bytes")
         return safe_open(path, framework=framework)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None

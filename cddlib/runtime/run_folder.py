@@ -5,6 +5,7 @@ asked for another, it refuses; and so it does while the same run is at work in i
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -39,18 +40,23 @@ def at_work(lock: Path, unit: str) -> Iterator[Ranks]:
 def locked(path: Path) -> Iterator[None]:
     """Within, nothing else can lock `path`, in this process or in another; the system unlocks it if the process dies.
 
+    A file system without locks keeps nobody apart.
+
     Raises:
         UserError: it is locked.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path, timeout=0)
+        lock = filelock.FileLock(path, timeout=0, fallback_to_soft=False)  # a soft one outlives a killed process
         try:
             lock.acquire()
         except filelock.Timeout:
             raise UserError(
                 f"{path.parent} is in use: other work holds {path.name}; wait until it ends, or choose another folder."
             ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ EPOCHS = 5
 def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
     """A buffer of these trajectories of a small network."""
     config = cddlib.buffer_recipe("digits", depth=1, width=2, experts=len(experts), epochs=len(experts[0]) - 1)
-    network = build_network(config, (1, 8, 8), 10)
+    network = build_network(config.network, (1, 8, 8), 10)
     for expert, snapshots in enumerate(experts):
         write_trajectory(expert_path(folder, expert), network, snapshots, {})
     data = {"name": "digits", "fingerprint": "", "shape": [1, 8, 8], "classes": 10}
@@ -36,7 +36,7 @@ def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
 
 def first_parameters(key: object) -> Tensor:
     config = cddlib.buffer_recipe("digits", depth=1, width=2)
-    return build_network(config, (1, 8, 8), 10).init(cddlib.generator("trajectory", str(key)))
+    return build_network(config.network, (1, 8, 8), 10).init(cddlib.generator("trajectory", str(key)))
 
 
 def wandering(key: object, epochs: int = EPOCHS) -> list[Tensor]:
@@ -71,44 +71,6 @@ def test_the_convexified_trajectory_is_mct_s(written: Buffer, expert: int, epoch
     found = unflatten(written.network, written.convexified().parameters(expert, epoch))
     for name, wanted in straightened(written, expert, epoch).items():
         np.testing.assert_allclose(found[name].numpy(), wanted, atol=2e-6)
-
-
-def test_it_keeps_the_ends_and_little_else(written: Buffer) -> None:
-    convex = written.convexified()
-    assert convex.id == written.id
-    for expert in range(2):
-        for end in (0, EPOCHS):
-            torch.testing.assert_close(
-                convex.parameters(expert, end), written.parameters(expert, end), rtol=0, atol=1e-6
-            )
-        for epoch in range(1, EPOCHS):
-            moved = (convex.parameters(expert, epoch) - written.parameters(expert, epoch)).norm()
-            assert moved > 0.1 * written.parameters(expert, epoch).norm()
-
-
-def test_every_tensor_goes_straight_on(written: Buffer) -> None:
-    convex = written.convexified()
-    first, last = (unflatten(written.network, written.parameters(1, end)) for end in (0, EPOCHS))
-    times = torch.linspace(0, EPOCHS, 41).tolist()
-    points = [unflatten(written.network, convex.parameters(1, time)) for time in times]
-    fractions = {}
-    for name, begin in first.items():
-        way = (last[name] - begin).flatten()
-        gone = torch.stack([(point[name] - begin).flatten() for point in points])
-        fractions[name] = gone @ way / (way @ way)
-        torch.testing.assert_close(gone, fractions[name][:, None] * way, rtol=0, atol=1e-6)  # on the line
-        assert (fractions[name].diff() > 0).all()
-        assert fractions[name][[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-5)
-    assert (fractions["conv0.weight"] - fractions["classifier.weight"]).abs().max() > 1e-3  # each at its own pace
-
-
-def test_a_straight_trajectory_stays_as_it_is(tmp_path: Path) -> None:
-    start, direction = first_parameters("a"), first_parameters("b")
-    buffer = write(tmp_path, [[start + epoch * direction for epoch in range(EPOCHS + 1)]])
-    convex = buffer.convexified()
-    for epoch in range(EPOCHS + 1):
-        torch.testing.assert_close(convex.parameters(0, epoch), buffer.parameters(0, epoch), rtol=0, atol=5e-6)
-    torch.testing.assert_close(convex.parameters(0, 1.25), start + 1.25 * direction, rtol=0, atol=5e-6)
 
 
 def test_tensors_that_stand_still_or_come_back_do_not_move(tmp_path: Path) -> None:

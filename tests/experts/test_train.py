@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import cddlib
-from cddlib import cli
 from cddlib.data import dataset as data
 from cddlib.experts import curriculum
-from cddlib.experts import train as buffering
+from cddlib.experts import expert as one_expert
+from cddlib.experts import train as training
 from cddlib.experts.buffer import Buffer, expert_path, read_expert_record, write_trajectory
+from cddlib.experts.expert import ExpertTraining
 from cddlib.networks.convnet import ConvNet, NetworkConfig, unflatten
 from cddlib.runtime import config as configs
 from cddlib.runtime import files
@@ -69,14 +67,6 @@ def test_recorded_accuracies_are_those_of_the_stored_parameters(buffer: Buffer) 
         found = buffer.experts[1][name]
         accuracy = (logits.argmax(1) == part.labels).double().mean().item()
         assert accuracy == pytest.approx(found[0] if isinstance(found, list) else found)
-
-
-def test_snapshots_of_different_epochs_differ(buffer: Buffer) -> None:
-    for expert in range(2):
-        thetas = [buffer.parameters(expert, epoch) for epoch in range(7)]
-        for i in range(7):
-            for j in range(i):
-                assert (thetas[i] - thetas[j]).norm() > 1e-2  # no aliasing of the live vector
 
 
 def test_trajectories_begin_at_the_initialisation(buffer: Buffer) -> None:
@@ -146,43 +136,6 @@ def test_experts_of_long_training_are_compiled_unless_told_otherwise(
         assert trained.config["compiled"] is answer and bool(compiled) is answer
 
 
-def test_training_again_gives_the_same_bytes(buffer: Buffer, tmp_path: Path) -> None:
-    train(recipe(), tmp_path)
-    assert contents(tmp_path) == contents(buffer.folder)
-
-
-def kill_at_random(arguments: list[str], started: Path, longest: float, rng: random.Random) -> int:
-    """Start the command line, wait until `started` exists, then kill it within `longest` seconds."""
-    command = [str(Path(sys.executable).with_name("cddlib")), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    while not started.exists() and process.poll() is None:
-        time.sleep(0.01)
-    time.sleep(rng.uniform(0, longest))
-    process.kill()
-    return process.wait()
-
-
-def test_a_killed_buffer_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    def arguments(name: str) -> list[str]:
-        options = ["--width", "8", "--experts", "12", "--epochs", "6", "--device", "cpu", "--zca"]
-        return ["buffer", *options, "--out", str(tmp_path / name)]
-
-    assert cli.main(arguments("whole")) == 0
-    rng = random.Random(0)
-    killed = tmp_path / "killed"
-    codes = [
-        kill_at_random(arguments("killed"), started, 0.4, rng)
-        for started in (killed / "buffer.json", expert_path(killed, 0), expert_path(killed, 2))
-    ]
-    assert codes == [-signal.SIGKILL] * 3
-    with pytest.raises(UserError, match=r"of 12 experts; run the same `cddlib buffer` again to finish\.$"):
-        Buffer(killed)
-    assert cli.main(arguments("killed")) == 0
-    found, wanted = contents(killed), contents(tmp_path / "whole")
-    assert {name: found[name] for name in wanted} == wanted
-
-
 @pytest.mark.parametrize("file", ["expert-001.safetensors", "buffer.json", "result.json"])
 def test_interrupted_before_any_file_it_ends_with_the_same_files(
     buffer: Buffer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
@@ -206,7 +159,7 @@ def test_interrupted_before_any_file_it_ends_with_the_same_files(
 
 def test_finished_experts_are_not_trained_again(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(buffer.folder, tmp_path / "b")
-    monkeypatch.setattr(buffering, "_train_expert", None)  # calling it fails
+    monkeypatch.setattr(training, "train_expert", None)  # calling it fails
     assert train(recipe(), tmp_path / "b").id == buffer.id
     assert train(recipe(experts=1), tmp_path / "b").id == buffer.id  # asking for fewer takes none away
 
@@ -215,46 +168,45 @@ def test_finished_experts_are_not_trained_again(buffer: Buffer, tmp_path: Path, 
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Expert and number of each epoch that is trained from now on; all are saved at once."""
     seen: list[tuple[int, int]] = []
-    epoch = buffering.expert_epoch
+    epoch = ExpertTraining.epoch
 
-    def overheard(config: object, expert: int, number: int, *rest: object) -> float:
-        seen.append((expert, number))
-        return epoch(config, expert, number, *rest)
+    def overheard(self: ExpertTraining, number: int, counted: int, *rest: object) -> float:
+        seen.append((number, counted))
+        return epoch(self, number, counted, *rest)
 
-    monkeypatch.setattr(buffering, "expert_epoch", overheard)
-    monkeypatch.setattr(buffering, "UNFINISHED_SECONDS", -1.0)
+    monkeypatch.setattr(ExpertTraining, "epoch", overheard)
+    monkeypatch.setattr(one_expert, "UNFINISHED_SECONDS", -1.0)
     return seen
 
 
-@pytest.mark.parametrize("expert", [0, 1])
-def test_a_deleted_expert_is_trained_again(buffer: Buffer, tmp_path: Path, trained, expert: int) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_deleted_expert_is_trained_again(buffer: Buffer, tmp_path: Path, trained, number: int) -> None:
     folder = tmp_path / "b"
     shutil.copytree(buffer.folder, folder)
-    expert_path(folder, expert).unlink()
+    expert_path(folder, number).unlink()
     assert train(recipe(), folder).id == buffer.id
-    assert {number for number, _ in trained} == {expert}
+    assert {again for again, _ in trained} == {number}
     assert contents(folder) == contents(buffer.folder)
 
 
 def train_until(stop: tuple[int, int], config: cddlib.BufferConfig, folder: Path) -> None:
     """Train, and stop as by Ctrl-C at this expert's epoch of that number."""
-    epoch = buffering.expert_epoch
+    epoch = ExpertTraining.epoch
 
-    def interrupted(config: object, expert: int, number: int, *rest: object) -> float:
-        if (expert, number) == stop:
+    def interrupted(self: ExpertTraining, number: int, counted: int, *rest: object) -> float:
+        if (number, counted) == stop:
             raise KeyboardInterrupt
-        return epoch(config, expert, number, *rest)
+        return epoch(self, number, counted, *rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(buffering, "expert_epoch", interrupted)
+        patch.setattr(ExpertTraining, "epoch", interrupted)
         train(config, folder)
 
 
 GSAM = {"sharpness_radius": 0.1, "sharpness_weight": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
 
 
-@pytest.mark.parametrize("overrides", [{}, {"momentum": 0.9}, GSAM])
-@pytest.mark.parametrize("stop", [(0, 2), (1, 4), (1, 6)])
+@pytest.mark.parametrize(("overrides", "stop"), [({}, (0, 2)), ({"momentum": 0.9}, (1, 4)), (GSAM, (1, 6))])
 def test_an_unfinished_expert_goes_on(
     tmp_path: Path, trained, overrides: dict[str, float], stop: tuple[int, int]
 ) -> None:
@@ -374,45 +326,49 @@ def test_experts_that_do_not_fit_are_named(buffer: Buffer, tmp_path: Path) -> No
             Buffer(tmp_path / "b").parameters(1, epoch)
 
 
-def test_divergence_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^expert 0 diverged in epoch \d \(loss nan\); lower --learning-rate\.$"):
-        train(recipe(learning_rate=1e30), tmp_path)
+LAST_STEP = {"learning_rate": 3e38, "epochs": 1, "batch_size": 2000, "weight_decay": 1e3}
+
+
+@pytest.mark.parametrize(("overrides", "loss"), [({"learning_rate": 1e30}, "nan"), (LAST_STEP, "[0-9.]+")])
+def test_divergence_is_reported(tmp_path: Path, overrides: dict[str, float], loss: str) -> None:
+    with pytest.raises(UserError, match=rf"^expert 0 diverged in epoch \d \(loss {loss}\); lower --learning-rate\.$"):
+        train(recipe(**overrides), tmp_path)
     assert not expert_path(tmp_path, 0).exists()
 
 
-def test_divergence_in_the_last_step_is_reported(tmp_path: Path) -> None:
-    one_step = recipe(learning_rate=3e38, epochs=1, batch_size=2000, weight_decay=1e3)
-    with pytest.raises(UserError, match="expert 0 diverged in epoch 1"):
-        train(one_step, tmp_path)
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[data.Images]:
+    """The images of each epoch that is trained from now on."""
+    parts: list[data.Images] = []
+    fetch = one_expert.fetch_real
+    monkeypatch.setattr(one_expert, "fetch_real", lambda images, map_: parts.append(images) or fetch(images, map_))
+    return parts
 
 
-@pytest.mark.parametrize("flag", ["--holdout", "--no-holdout"])
-def test_validation_images_are_held_out_unless_told_otherwise(tmp_path: Path, monkeypatch, flag: str) -> None:
-    seen = []
-    fetch = buffering.fetch_real
-    monkeypatch.setattr(buffering, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
-    options = ["--width", "8", "--experts", "1", "--epochs", "1", "--device", "cpu"]
-    assert cli.main(["buffer", *options, flag, "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("holdout", [True, False])
+def test_validation_images_are_held_out_unless_told_otherwise(tmp_path: Path, seen, holdout: bool) -> None:
+    train(recipe(experts=1, epochs=1, holdout=holdout), tmp_path)
     digits = data.load("digits")
-    wanted = digits.split[0] if flag == "--holdout" else digits.train
-    assert [images.images.shape for images in seen] == [wanted.images.shape]
-    assert torch.equal(seen[0].images, wanted.images)
-    assert Buffer(tmp_path).config["holdout"] is (flag == "--holdout")
-
-
-@pytest.mark.parametrize("field", ["experts", "epochs", "batch_size"])
-def test_counts_must_be_positive(field: str) -> None:
-    with pytest.raises(UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
-        recipe(**{field: 0})
+    wanted = digits.split[0] if holdout else digits.train
+    assert len(seen) == 1 and torch.equal(seen[0].images, wanted.images)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"learning_rate": 0.0}, {"learning_rate": float("nan")}, {"momentum": -1.0}, {"weight_decay": -1.0}]
+    ("wrong", "message"),
+    [
+        *(({name: 0}, f"{name} is 0; it must be at least 1.") for name in ("experts", "epochs", "batch_size")),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be positive."),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be positive."),
+        ({"momentum": -1.0}, "momentum is -1.0; it must be 0 or more and below 1.0."),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0; it must be 0 or more and below inf."),
+        ({"sharpness_radius": -1.0}, "sharpness_radius is -1.0; it must be a finite number, 0 or more."),
+        ({"easiest_fraction": 2.0}, "easiest_fraction is 2.0; it must lie above 0 and not above 1."),
+    ],
 )
-def test_impossible_rates_are_refused(wrong: dict[str, float]) -> None:
-    (name, value) = next(iter(wrong.items()))
-    with pytest.raises(UserError, match=rf"^{name} is {value}; it must "):
+def test_impossible_configurations_are_refused(wrong: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError) as refused:
         recipe(**wrong)
+    assert str(refused.value) == message
 
 
 def test_check_data_refuses_other_images(buffer: Buffer) -> None:
@@ -441,10 +397,7 @@ def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick_scores")
 @pytest.mark.parametrize("holdout", [True, False])
-def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, holdout: bool) -> None:
-    seen = []
-    fetch = buffering.fetch_real
-    monkeypatch.setattr(buffering, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
+def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, seen, holdout: bool) -> None:
     config = recipe(**STAGED, holdout=holdout)
     opened = train(config, tmp_path)
     digits = data.load("digits")
@@ -452,9 +405,9 @@ def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, h
     (scores,) = load_file(tmp_path / "difficulty.safetensors").values()
     assert scores.shape == images.labels.shape
     assert len(seen) == config.experts * config.epochs
-    shares = [(0, 0.5), (0, 0.75), (0, 1), (0, 1), (0.25, 1), (0.5, 1)]
+    bounds = [(0, 0.5), (0, 0.75), (0, 1), (0, 1), (0.25, 1), (0.5, 1)]
     for number, part in enumerate(seen):
-        lower, upper = shares[number % 6]
+        lower, upper = bounds[number % 6]
         wanted = []
         for label in range(10):
             members = sorted(torch.nonzero(images.labels == label).flatten().tolist(), key=scores.tolist().__getitem__)
@@ -472,36 +425,15 @@ def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, h
     assert torch.equal(scores, scored)
 
 
-def test_no_difficulty_is_measured_without_need(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(buffering, "difficulty", None)  # calling it fails
-    train(recipe(experts=1, epochs=1), tmp_path)
-    assert not (tmp_path / "difficulty.safetensors").exists()
-
-
-@pytest.mark.usefixtures("quick_scores")
-def test_interrupted_in_a_curriculum_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.usefixtures("quick_scores", "trained")
+def test_interrupted_in_a_curriculum_it_measures_once_and_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
     config = recipe(**STAGED, **FLAT, epochs=5)
-    whole = tmp_path / "whole"
-    train(config, whole)
-    assert (whole / "difficulty.safetensors").exists()
-    replace = os.replace
-    for file in ("difficulty.safetensors", "expert-000.safetensors", "expert-001.safetensors"):
-
-        def interrupted(source: Path, target: Path, file: str = file) -> None:
-            if target.name == file:
-                raise KeyboardInterrupt
-            replace(source, target)
-
-        parts = tmp_path / file
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                train(config, parts)
-        with monkeypatch.context() as patch:
-            if file != "difficulty.safetensors":
-                patch.setattr(buffering, "difficulty", None)  # measured already: calling it again fails
-            train(config, parts)
-        assert contents(parts) == contents(whole)
+    train(config, tmp_path / "whole")
+    train_until((1, 3), config, tmp_path / "parts")
+    assert (tmp_path / "parts" / "difficulty.safetensors").exists()
+    monkeypatch.setattr(one_expert, "difficulty", None)  # calling it fails
+    train(config, tmp_path / "parts")
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("quick_scores")
@@ -519,19 +451,6 @@ def test_flat_experts_are_others(buffer: Buffer, tmp_path: Path, overrides: dict
     moved = (flat.parameters(0, 6) - buffer.parameters(0, 6)).norm() / buffer.parameters(0, 6).norm()
     assert 1e-3 < moved < 1
     assert flat.experts[0]["test_accuracy"] > 0.5
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"sharpness_radius": -1.0}, "sharpness_radius is -1.0; it must be a finite number, 0 or more."),
-        ({"easiest_fraction": 2.0}, "easiest_fraction is 2.0; it must lie above 0 and not above 1."),
-    ],
-)
-def test_a_buffer_s_configuration_is_checked_throughout(wrong: dict[str, float], message: str) -> None:
-    with pytest.raises(UserError) as refused:
-        recipe(**wrong)
-    assert str(refused.value) == message
 
 
 def test_an_opened_buffer_s_configuration_is_the_one_that_trained_it(tmp_path: Path, quick_scores) -> None:

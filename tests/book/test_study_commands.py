@@ -1,0 +1,121 @@
+"""Studies on the command line: from the command to the record."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cddbook.__main__ as studies
+from cddbook.study import remedies
+from cddlib.experts.buffer import Buffer
+
+SHORT = ["--student-steps", "2", "--window-end", "4", "--evaluation-epochs", "2", "--device", "cpu"]
+
+
+def run(buffer: Buffer, out: Path, command: str, *options: object) -> int:
+    """The exit code of a study with small distillations."""
+    arguments = [command, *SHORT, *options, "--buffer", buffer.folder, "--out", out / "study"]
+    return studies.main([str(argument) for argument in arguments])
+
+
+def recorded(out: Path) -> dict[str, Any]:
+    """The record of a study."""
+    assert studies.main(["record", str(out / "study"), "--to", str(out / "r.json")]) == 0
+    return json.loads((out / "r.json").read_text())
+
+
+def test_a_correlation_study(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    options = ["--probe-starts", 0, 3, "--iterations", 2, "--replicates", 2]
+    assert run(buffer, tmp_path, "correlate", *options) == 0
+    said = f"8 runs are finished; `python -m cddbook record {tmp_path / 'study'} --to FILE` gathers them\n"
+    assert capsys.readouterr().out == said
+    found = recorded(tmp_path)
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'r.json'}\n"
+    assert (found["networks"], found["buffer_id"], found["config"]["width"]) == (0, buffer.id, 8)
+    names = ("matched-00", "matched-03", "sequential", "concurrent")
+    assert list(found["runs"]) == [f"replicate-{replicate}/{name}" for replicate in (0, 1) for name in names]
+    for name, entry in found["runs"].items():
+        metrics, (_, replicate, kind) = entry["metrics"], re.split("[-/]", name, maxsplit=2)
+        assert [iteration for iteration, _ in metrics["probe_losses"]] == [0, 1, 2]
+        assert ("gradient_similarity" in metrics) == ("matched" not in kind)
+        assert [len(matched) for matched in metrics["matched"]] == 2 * [2 if kind == "concurrent" else 1]
+        for expert, start in metrics["matched"][0]:
+            assert expert == int(replicate) and ("matched" not in kind or start == int(kind[-2:]))
+        assert entry["evaluations"] == []
+
+
+def test_segment_counts_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    options = ["--iterations", 4, "--validate-every", 2, "--counts", 1, 2, "--seeds", 1]
+    assert run(buffer, tmp_path, "compare", *options, "--networks", 1) == 0
+    found = recorded(tmp_path)["runs"]
+    assert {name: len(entry["metrics"]["loss"]) for name, entry in found.items()} == {"K=1/seed-0": 4, "K=2/seed-0": 2}
+    assert all(len(entry["evaluations"][0]["synthetic"]) == 1 for entry in found.values())
+    assert run(buffer, tmp_path, "compare", *options, "--networks", 2) == 1
+    assert "networks is 1 there and 2 here" in capsys.readouterr().err
+
+
+def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path) -> None:
+    options = ["--what", "remedies", "--segments", 2, "--iterations", 4, "--validate-every", 0]
+    options += ["--consolidate-every", 1, "--seeds", 1, "--networks", 1]
+    assert run(buffer, tmp_path, "compare", *options) == 0
+    record = recorded(tmp_path)
+    found = {name.removesuffix("/seed-0"): entry for name, entry in record["runs"].items()}
+    assert found.keys() == remedies(2).keys()
+    for name, changes in remedies(2).items():
+        assert {key: {**record["config"], **found[name]["changes"]}[key] for key in changes} == changes
+    losses = {name: entry["metrics"]["loss"] for name, entry in found.items()}
+    held = [losses[name] for name in ("sequential", "ewc", "si")]
+    assert {name: len(values) for name, values in losses.items()} == {
+        name: 4 if name in ("sequential", "ewc", "si") else 2 for name in found
+    }
+    assert held[0][:2] == held[1][:2] == held[2][:2]  # nothing is pulled before the second iteration
+    assert len({values[-1] for values in held}) == 3
+
+
+def test_a_study_that_is_not_finished_cannot_be_recorded(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    options = ["--iterations", 2, "--counts", 1, "--seeds", 1, "--lr-images", "1e30"]
+    assert run(buffer, tmp_path, "compare", *options) == 1
+    assert "1 of 1 runs failed, the others are finished: K=1/seed-0: iteration 2, the seg" in capsys.readouterr().err
+    assert studies.main(["record", str(tmp_path / "study"), "--to", str(tmp_path / "r.json")]) == 1
+    assert "holds a study that is not finished: K=1/seed-0 is missing; run it again" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_search_ranks_settings_by_validation_accuracy(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    assert run(buffer, tmp_path, "search", "--iterations", 2, "--vary", "lr_images=1,30", "step_size=0.05,0.1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    ranked = [float(line.split()[0]) for line in lines]
+    assert len(lines) == 4 and "lr_images=1.0  step_size=0.05" in {line.split("%")[1].strip() for line in lines}
+    means: dict[str, list[float]] = {}
+    for name, entry in recorded(tmp_path)["runs"].items():
+        means.setdefault(name.split("/")[0], []).append(entry["result"]["validation_accuracy"])
+    assert ranked == sorted((round(50 * sum(values), 1) for values in means.values()), reverse=True)
+
+
+def test_a_setting_that_diverges_is_the_last_and_says_why(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    options = ["--iterations", 2, "--segments", 1, "--seeds", 1, "--vary", "lr_step_size=1e9,1e-5"]
+    for _ in range(2):  # the second time it is only read, and what diverged diverges again
+        assert run(buffer, tmp_path, "search", *options) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert re.match(r"counted as 0 %: iteration 1, .*: the step size became", said[0])
+        assert said[1].endswith("lr_step_size=1e-05") and said[2] == "  0.0 %  lr_step_size=1000000000.0"
+    stopped = {name: "stopped" in entry for name, entry in recorded(tmp_path)["runs"].items()}
+    assert stopped == {"lr_step_size=1000000000.0/seed-0": True, "lr_step_size=1e-05/seed-0": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vary", "window_end=4,40"], "the experts stop at epoch 6"),
+        (["--vary", "colour=1"], "'colour=1' is not a field of a distillation with values, like lr_images=10,30."),
+        (["--vary", "lr_images=many"], "'lr_images=many' has a value that lr_images cannot take."),
+        (["--vary", "lr_images=1", "--validate-every", 0], "validate_every is 0; a search needs validations to choose"),
+    ],
+)
+def test_a_search_that_cannot_begin_says_so(
+    buffer: Buffer, tmp_path: Path, capsys, options: list[object], message: str
+) -> None:
+    assert run(buffer, tmp_path, "search", *options) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""Configurations: sections that are one flat table, whichever way they are made, changed and written."""
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+
+import cddlib
+from cddlib.runtime import config as configs
+from cddlib.runtime.config import as_dict, configure, field_types, from_dict, replace
+from cddlib.runtime.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner:
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[int, float] = (1, 0.5)
+    kind: Literal["a", "b"] = "a"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Middle:
+    inner: Inner = Inner()
+    rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.rate < 0:
+            raise UserError(f"rate is {self.rate}; it must be 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer:
+    middle: Middle = Middle()
+    name: str
+    limit: int | None = None
+    flag: bool = True
+
+
+whole = st.integers(-(2**63) + 1, 2**63 - 1)
+real = st.floats(0, allow_nan=False)
+VALUES: dict[str, st.SearchStrategy[Any]] = {
+    "sizes": st.lists(whole, max_size=3).map(tuple),
+    "pair": st.tuples(whole, real),
+    "kind": st.sampled_from(["a", "b"]),
+    "rate": real,
+    "name": st.text(max_size=5),
+    "limit": st.none() | whole,
+    "flag": st.booleans(),
+}
+everything = st.fixed_dictionaries(VALUES)
+some = st.fixed_dictionaries({}, optional=VALUES)
+
+
+@hypothesis.given(values=everything)
+def test_a_configuration_is_the_table_of_its_fields(values: dict[str, Any]) -> None:
+    config = configure(Outer, **values)
+    wanted = Outer(
+        middle=Middle(
+            inner=Inner(sizes=values["sizes"], pair=values["pair"], kind=values["kind"]), rate=values["rate"]
+        ),
+        **{name: values[name] for name in ("name", "limit", "flag")},
+    )
+    assert config == wanted
+    assert configs.flat(config) == values
+    assert as_dict(config) == json.loads(json.dumps(values))
+    assert from_dict(Outer, {**as_dict(config), "more": 1}) == config
+
+
+@hypothesis.given(values=everything, changes=some)
+def test_what_is_replaced_is_changed_and_nothing_else(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    config = configure(Outer, **values)
+    assert replace(config, **changes) == configure(Outer, **{**values, **changes})
+    assert configs.flat(config) == values
+    assert replace(replace(config, **changes), **values) == config
+
+
+@hypothesis.given(changes=some)
+def test_fields_that_are_not_given_have_their_defaults(changes: dict[str, Any]) -> None:
+    assert configure(Outer, **{"name": "x", **changes}) == replace(Outer(name="x"), **changes)
+
+
+def test_sections_check_their_values_and_names_are_fields() -> None:
+    for make in (lambda **values: configure(Outer, name="x", **values), lambda **v: replace(Outer(name="x"), **v)):
+        with pytest.raises(UserError, match=r"^rate is -1\.0; it must be 0 or more\.$"):
+            make(rate=-1.0)
+        with pytest.raises(TypeError, match="colour"):
+            make(colour=1)
+
+
+@hypothesis.given(values=everything, missing=st.sampled_from(sorted(VALUES)))
+def test_a_field_that_a_file_lacks_is_named(values: dict[str, Any], missing: str) -> None:
+    values.pop(missing)
+    with pytest.raises(KeyError, match=missing):
+        from_dict(Outer, values)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("sizes", (1, 2.5), "tuple[int, ...]"),
+        ("sizes", 1, "tuple[int, ...]"),
+        ("pair", (1, 2.0, 3.0), "tuple[int, float]"),
+        ("kind", "c", "Literal['a', 'b']"),
+        ("rate", "0.5", "float"),
+        ("rate", True, "float"),
+        ("name", 1, "str"),
+        ("limit", 2**63, "int | None"),
+        ("limit", 1.0, "int | None"),
+        ("flag", 1, "bool"),
+    ],
+)
+def test_a_value_of_another_type_is_named(name: str, value: object, kind: str) -> None:
+    values = {**as_dict(Outer(name="x")), name: value}
+    with pytest.raises(TypeError) as refused:
+        from_dict(Outer, values)
+    assert str(refused.value) == f"{name} is {value!r}, which is not of type {kind}"
+
+
+def test_the_hash_is_of_the_values_in_any_order() -> None:
+    assert configs.config_hash({"a": 1, "b": 2}) == configs.config_hash({"b": 2, "a": 1})
+    assert configs.config_hash({"a": 1}) != configs.config_hash({"a": 2})
+    assert len(configs.config_hash({})) == 12
+
+
+def leaves(kind: Any) -> list[str]:
+    """The names of all fields, those of sections one by one."""
+    return [
+        name
+        for field in dataclasses.fields(kind)
+        for name in (leaves(field.type) if dataclasses.is_dataclass(field.type) else [field.name])
+    ]
+
+
+@pytest.mark.parametrize("kind", [cddlib.DistillConfig, cddlib.BufferConfig])
+def test_no_two_sections_of_a_configuration_have_a_field_of_one_name(kind: Any) -> None:
+    names = leaves(kind)
+    assert len(names) == len(set(names)) > 20 and set(names) == field_types(kind).keys()
+    config = configure(kind)
+    assert from_dict(kind, as_dict(config)) == config
+    assert replace(config, width=9).network.width == 9

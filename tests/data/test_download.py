@@ -19,6 +19,7 @@ from PIL import Image
 
 from cddbook.records import read_record
 from cddlib import load, prepare
+from cddlib.data import pictures
 from cddlib.data.dataset import Images, fingerprint
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json, write_tensors
@@ -295,8 +296,8 @@ def noted(root: Path) -> int:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that are decoded from now on, in this process."""
     seen: list[str] = []
-    read_image = MODULE._read_image
-    monkeypatch.setattr(MODULE, "_read_image", lambda file, size: seen.append(file) or read_image(file, size))
+    read_image = pictures._read_image
+    monkeypatch.setattr(pictures, "_read_image", lambda file, size: seen.append(file) or read_image(file, size))
     return seen
 
 
@@ -345,7 +346,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, folder: Path, dec
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "paused\n"
-        with pytest.raises(UserError, match=r"in use: other work holds \.imagefolder\.lock; wait"):
+        with pytest.raises(UserError, match=r"is in use: other work holds \.imagefolder\.lock; wait"):
             make(folder, tmp_path, 64)
         child.send_signal(signal.SIGKILL)
         child.communicate(timeout=60)  # until nobody has its output open

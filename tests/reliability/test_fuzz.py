@@ -38,13 +38,13 @@ from cddbook.study import parse_grid
 from cddlib import cli, evaluate
 from cddlib.data import dataset as data
 from cddlib.data.dataset import DataConfig
+from cddlib.data.pictures import Pictures
 from cddlib.data.preprocessing import Normalisation, fit_preprocessing
-from cddlib.distillation.checkpoint import State
-from cddlib.distillation.consolidation import ConsolidateConfig
-from cddlib.distillation.optimizer import OptimizerConfig
+from cddlib.distillation.checkpoint import CHECKPOINT, State
 from cddlib.exchange import published
 from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, read_preprocessing, write_trajectory
 from cddlib.methods.recipes import METHODS
+from cddlib.networks.convnet import Network
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
@@ -178,10 +178,14 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, str]:
 RECIPE = {"depth": 1, "width": 2, "experts": 1, "epochs": 2}
 
 
+def tiny_network() -> Network:
+    return build_network(cddlib.buffer_recipe("digits", **RECIPE).network, (1, 8, 8), 10)
+
+
 def tiny_buffer(folder: Path, key: int = 0) -> Path:
     """A buffer of one expert of a network of 366 parameters."""
     config = cddlib.buffer_recipe("digits", **RECIPE)
-    network = build_network(config, (1, 8, 8), 10)
+    network = tiny_network()
     expert = [network.init(generator("fuzz", key, epoch)) for epoch in range(3)]
     record = {"buffer": "0123456789ab", "seed": key, "train_loss": [1.0, 0.5], "validation_accuracy": [0.1, 0.5, 0.6]}
     write_trajectory(expert_path(folder, 0), network, expert, record)
@@ -239,38 +243,30 @@ def synthetic_file(folder: Path) -> Loader:
     return Loader(folder / "a", folder / "b", lambda path: described(SyntheticSet.load(path)))
 
 
-def fresh_state() -> State:
-    config = OptimizerConfig(ema=0.99, momentum_images=0.5)
-    return State(config, ConsolidateConfig(consolidation="ewc"), small_set())
-
-
-def content_of(state: State) -> Any:
-    assert state.ema_images is not None and state.consolidation is not None
-    momenta = [state.optimizer.state[variable].get("momentum_buffer") for variable in state.synthetic.variables()]
-    tensors = {str(number): tensor for number, tensor in enumerate(momenta) if tensor is not None}
-    tensors |= {"ema": state.ema_images, **state.consolidation.tensors}
-    numbers = (state.iteration, state.seconds, state.above_in_a_row, state.best_iteration, state.best_accuracy)
-    return bits(tensors), state.best and described(state.best), numbers
+REMEDIED = cddlib.distill_recipe("contra", "digits", 1, ema=0.99, momentum_images=0.5, consolidation="ewc")
 
 
 def checkpoint(folder: Path) -> Loader:
     for name in "ab":
-        state = fresh_state()
-        state.iteration = 0
-        rows = torch.arange(6)
-        state.step([torch.ones_like(variable) for variable in state.synthetic.variables()], rows)
-        state.iteration = 1
-        state.consider(state.candidate(), 0.5 if name == "a" else 0.75)
-        state.save(folder / name, 1.5)
-    state = fresh_state()
+        state = State(REMEDIED, small_set())
+        gradients = [torch.ones_like(variable) for variable in state.synthetic.variables()]
+        state.optimizer.step(gradients, torch.arange(6), 1)
+        state.progress.iteration = 1
+        state.consider(state.optimizer.candidate(), 0.5 if name == "a" else 0.75)
+        state.save(folder / name)
 
     def read(path: Path) -> Any:
-        state.optimizer.state.clear()
-        state.best = None
+        state = State(REMEDIED, small_set())
         state.read(path)
-        return content_of(state)
+        tensors = bits(state.optimizer.tensors())
+        return (
+            tensors,
+            described(state.synthetic),
+            state.best and described(state.best),
+            dataclasses.astuple(state.progress),
+        )
 
-    return Loader(*(next((folder / name).glob("*.safetensors")) for name in "ab"), read)
+    return Loader(*(folder / name / CHECKPOINT for name in "ab"), read)
 
 
 def cache(folder: Path) -> Loader:
@@ -293,12 +289,14 @@ def cache(folder: Path) -> Loader:
 
 def metrics_file(folder: Path) -> Loader:
     """Four lines of metrics, whose digest the reader knows."""
-    metrics = Metrics(folder / "a", resume_at=-1)
-    for iteration in range(4):
-        metrics.write({"iteration": iteration, "loss": 0.5 * iteration, "matched": [[0, 1], [0, 3]]})
-    digest = metrics.sync()
-    metrics.close()
-    return Loader(folder / "a", folder / "b", lambda path: json.dumps(parse_metrics(path, digest)))
+    digests = []
+    for number, name in enumerate("ab"):
+        metrics = Metrics(folder / name, resume_at=-1)
+        for iteration in range(4):
+            metrics.write({"iteration": iteration, "loss": 0.5 * iteration + number, "matched": [[0, 1], [0, 3]]})
+        digests.append(metrics.sync())
+        metrics.close()
+    return Loader(folder / "a", folder / "b", lambda path: json.dumps(parse_metrics(path, digests[0])))
 
 
 def published_set(folder: Path) -> Loader:
@@ -315,16 +313,17 @@ def published_set(folder: Path) -> Loader:
 
 
 def replay_buffer(folder: Path) -> Loader:
-    network = build_network(cddlib.buffer_recipe("digits", **RECIPE), (1, 8, 8), 10)
+    network = tiny_network()
     rng = generator("fuzz", "replay")
     for name in "ab":
         epochs = [[torch.randn(shape, generator=rng) for shape in network.shapes.values()] for _ in range(2)]
         torch.save([epochs], folder / name)
 
     def read(path: Path) -> Any:
-        experts: list[tuple[str, Any]] = list(published._trajectories(path))
-        lengths = [published._check_trajectory(expert, where, network) for where, expert in experts]
-        return lengths, [[[signature(tensor) for tensor in epoch] for epoch in expert] for _, expert in experts]
+        experts = published._trajectories(path)
+        return [
+            [signature(theta) for theta in published._snapshots(expert, where, network)] for where, expert in experts
+        ]
 
     return Loader(folder / "a", folder / "b", read)
 
@@ -376,7 +375,7 @@ def test_damaged_images_are_refused_or_images(memory: Path, notes: dict[str, Any
         pixels = torch.randint(256, (9, 11, 3), generator=generator("fuzz", number)).byte()
         Image.fromarray(pixels.numpy()).save(memory / "image", form, **options)
         files.append((memory / "image").read_bytes())
-    decoder = PREPARE._Decoder([str(memory / "image")], 4)
+    decoder = Pictures([str(memory / "image")], 4)
 
     def attempt(choice: bytes) -> bool:
         number = choice[-1] % len(files)
@@ -385,7 +384,7 @@ def test_damaged_images_are_refused_or_images(memory: Path, notes: dict[str, Any
         found = decoder[0]
         if isinstance(found, UserError):
             raise found
-        assert (found.dtype, found.shape) == (torch.uint8, (3, 4, 4))
+        assert len(found) == 3 * 4 * 4
         return spoilt == files[number]
 
     Tally(notes, "image", "damaged").run(EDIT.size + 1, attempt)
@@ -493,7 +492,7 @@ def test_lies_in_tensors_and_headers(memory: Path, notes: dict[str, Any], name: 
     ((kind, text),) = json.loads(whole[8 : 8 + length])["__metadata__"].items()
     header = verify_checksum(text, "the valid file")
     known = {id(tensor): signature(tensor) for tensor in tensors.values()}
-    order = list(build_network(cddlib.buffer_recipe("digits", **RECIPE), (1, 8, 8), 10).shapes)
+    order = list(tiny_network().shapes)
 
     def attempt(choice: bytes) -> bool:
         told = lie_in_tensors(tensors, choice)
@@ -603,10 +602,10 @@ def test_options_that_choose_a_recipe(notes: dict[str, Any]) -> None:
             option, first, second = choice[1 + 3 * place : 4 + 3 * place]
             words.append(OPTIONS[option % len(OPTIONS)])
             words.append(PIECES[first % len(PIECES)] + PIECES[second % len(PIECES)] * (second % 3 == 0))
-        chosen = cli._choices(words)
+        chosen = cli.recipe_choices(words)
         try:
             experts = cli._buffer_recipe(chosen)
-            assert cli._distill_recipe(chosen).data == experts.data
+            assert cli.chosen_recipe(chosen).data.data == experts.data.data
         except OSError as error:  # of a name that no file can have, which `main` reports
             raise UserError(f"the system says {error}") from None
         return False

@@ -75,7 +75,9 @@ def published_table(data: str) -> str:
     number = table["source"].map(lambda source: f" <sup>{sources.index(source) + 1}</sup>")
     table = table.assign(cell=table["mean"].map("{:.1f}".format) + spread + number)
     cells = table.pivot(index="method", columns="ipc", values="cell").reindex(columns=CELLS[data])
-    cells = cells.reindex([name for name in titles if name in cells.index]).rename(index=titles, columns="IPC {}".format)
+    cells = cells.reindex([name for name in titles if name in cells.index]).rename(
+        index=titles, columns="IPC {}".format
+    )
     notes = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
     return markdown(cells.rename_axis(data).reset_index()) + f"\n\nSources: {notes}."
 

@@ -108,8 +108,9 @@ def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding
     rows.append(("C3", measure, effect(extra), " %"))
     for of_changes, what in ((False, "losses"), (True, "changes")):
         matrices = [study.pearson_in(control, changes=of_changes) for control in ("sequential", "concurrent")]
-        shares = [[(correlation.off_diagonal(m) < 0).mean() for m in repeated] for repeated in matrices]
-        sequential, concurrent = np.array(shares)
+        sequential, concurrent = (
+            np.array([(correlation.off_diagonal(m) < 0).mean() for m in repeated]) for repeated in matrices
+        )
         measure = (
             f"share of pairs whose {what} correlate negatively within a run: sequential ({sequential.mean():.0%}) "
             f"minus concurrent ({concurrent.mean():.0%})"

@@ -40,7 +40,7 @@ def pearson(curves: Curves) -> Matrices:
     return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=defined)
 
 
-def changes(losses: Curves) -> Curves:
+def changes(losses: Curves) -> Float[np.ndarray, "*replicates matched times-1 measured"]:
     """Ranks of every curve's changes from one time to the next, for `pearson` to correlate (Spearman's correlation).
 
     Changes, because the losses of all segments fall together; ranks, because the first steps away from real images

@@ -218,7 +218,7 @@ def baselines_in_words(record: Record) -> str:
     parts = []
     for key, name in (("random_real", "random real images"), ("full", "all training images for as many steps")):
         accuracies = [accuracy for entry in tests for accuracy in entry[key]]
-        parts.append(f"{name} {mean_sd(accuracies, scale=100)} ({len(accuracies)} networks)")
+        parts.append(f"{name} {mean_sd(accuracies, scale=100.0)} ({len(accuracies)} networks)")
     return "Test accuracy in percent under the same protocol: " + "; ".join(parts) + "."
 
 

@@ -3,7 +3,8 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from cddbook.figures import concurrent, style
+from cddbook.figures import ch5_concurrent as concurrent
+from cddbook.figures import style
 
 
 def runs(accuracies: dict[int, dict[int, float]]) -> pd.DataFrame:

@@ -11,8 +11,7 @@ import pytest
 import scipy.stats
 
 from cddbook import claims, findings, tables
-from cddbook.correlation import off_diagonal
-from cddbook.figures import study
+from cddbook.figures import ch3_correlation
 
 STARTS = (0, 4, 8)
 
@@ -20,7 +19,7 @@ STARTS = (0, 4, 8)
 # --- Records ----------------------------------------------------------------------------------------------------
 
 
-def geometry(sign: float) -> dict:
+def similarity(sign: float) -> dict:
     """Three probes whose image gradients agree (1), or whose first opposes the others (-1); steps of the size 0.1."""
     vectors = np.array([[1.0, 0], [sign, 0], [sign, 0]])
     products = np.concatenate([vectors, vectors]) @ np.concatenate([vectors, vectors]).T
@@ -32,8 +31,12 @@ def geometry(sign: float) -> dict:
 def run(losses: list[list[float]], **metrics: object) -> dict:
     """A run of as many iterations as it has measurements, less one."""
     count = len(losses) - 1
-    dense = {"iteration": list(range(1, count + 1)), "loss": [1.0] * count, "starts": [[0]] * count}
-    dense |= {"expert": [0] * count, "seconds": [2.0] * count}
+    dense = {
+        "iteration": list(range(1, count + 1)),
+        "loss": [1.0] * count,
+        "matched": [[[0, 0]]] * count,
+        "seconds": [2.0] * count,
+    }
     probed = [[time, values] for time, values in enumerate(losses)]
     return {
         "changes": {},
@@ -66,8 +69,8 @@ def correlation_record(replicates: int = 3, *, hurts: bool = True, ipc: int = 1)
         shared = 1 - 0.05 * np.arange(9)[:, None] + 0.02 * rng.normal(size=(9, 1)) + np.zeros(3)
         opposed = shared * [1, -1, 1] + [0, 2, 0]
         for control, losses, sign in (("sequential", opposed, -1.0), ("concurrent", shared, 1.0)):
-            stages = [[0, geometry(1.0)], [8, geometry(sign)]]
-            runs[f"replicate-{replicate}/{control}"] = run(losses.tolist(), geometry=stages)
+            stages = [[0, similarity(1.0)], [8, similarity(sign)]]
+            runs[f"replicate-{replicate}/{control}"] = run(losses.tolist(), gradient_similarity=stages)
     config = {"probe_starts": list(STARTS), "ipc": ipc}
     return {"config": config, "runs": runs}
 
@@ -86,7 +89,7 @@ def comparison_record(seeds: int = 4, *, gain: float = 0.1, noise: float = 0.0) 
                 validation_accuracy=[[0, [0.1]], [3, [accuracy, accuracy]]],
                 accumulated_error=[[0, end], [3, end]],
             )
-            entry["metrics"]["starts"] = [[0], [4], [0]]
+            entry["metrics"]["matched"] = [[[0, 0]], [[0, 4]], [[0, 0]]]
             entry["changes"] = {"segments": segments, "seed": seed}
             entry["evaluations"] = [{"synthetic": [accuracy], "random_real": [0.2, 0.3], "full": [0.9, 0.9]}]
             runs[f"{name}/seed-{seed}"] = entry
@@ -153,12 +156,6 @@ def test_p_values_of_changes_find_what_alternates():
             entry["metrics"]["probe_losses"] = [[time, values] for time, values in enumerate(losses.tolist())]
     p_values = findings.correlations(record).p_values()
     assert p_values[1, 0] < 0.01 < p_values[1, 2]
-
-
-def test_cosines_of_the_controls():
-    found = findings.correlations(correlation_record())
-    np.testing.assert_allclose(found.cosines("sequential", 0), 1)
-    assert off_diagonal(found.cosines("sequential", -1)[0]).tolist() == [-1, -1, -1, 1, -1, 1]
 
 
 def test_negative_table_has_a_row_a_measure():
@@ -274,8 +271,8 @@ def test_the_table_has_every_claim_once_and_every_finding():
     found = claims.findings({"toy": correlation_record()}, {"toy": comparison_record()})
     table = claims.claims_table(found)
     for claim, sentence in claims.CLAIMS.items():
-        assert table.count(f"| **{claim}** | | **{sentence}** |") == 1
-    assert table.count("| | toy |") == len(found)
+        assert table.count(f"| **{claim}** |  | **{sentence}** |") == 1
+    assert table.count("|  | toy |") == len(found)
     assert "| **C1** |" not in claims.claims_table(found, claims=("C2",))
 
 
@@ -289,7 +286,7 @@ def test_the_committed_records_give_findings_on_every_claim():
 
 def test_heat_maps_are_centred_and_starred():
     found = findings.correlations(correlation_record())
-    figure = study.heat_maps(
+    figure = ch3_correlation.heat_maps(
         {"losses": found.pearson(), "net": found.net_change()}, STARTS, significant=found.p_values_of_losses()
     )
     mesh = figure.axes[0].collections[0]
@@ -301,18 +298,15 @@ def test_heat_maps_are_centred_and_starred():
 
 def test_sign_agreement_in_words():
     found = findings.correlations(correlation_record())
-    words = study.sign_agreement(found, {"images": 0.1})
+    words = ch3_correlation.sign_agreement(found, {"images": 0.1})
     assert "on the first images prediction and measurement agree in sign for 100%" in words
     assert "67% of the steps raise the other segment's loss" in words
 
 
-def test_comparison_table_has_means_and_spreads():
-    table = tables.comparison_table(findings.comparison(comparison_record()))
-    assert "| sequential | 51.5 ± 1.3 | 0.400 ± 0.000 |" in table and "over 4 distillations" in table
-
-
-def test_baselines_and_provenance_in_words():
+def test_comparisons_in_a_table_and_in_words():
     record = comparison_record()
+    table = tables.comparison_table(findings.comparison(record))
+    assert "| sequential | 51.5 ± 1.3 | 0.400 ± 0.000 |" in table and "over 4 distillations" in table
     assert "random real images 25.0 ± 5.1 (24 networks)" in tables.baselines_in_words(record)
     words = tables.provenance_in_words(record)
     assert "12 runs, 12 minutes" in words and "`0123456789ab`" in words and "IPC 1" in words

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 from scaling_model import Parts
 
-from cddbook.figures import reliability
+from cddbook.figures import ch7_reliability as reliability
 
 
 def lengths(figure: Figure) -> dict[str, list[float]]:

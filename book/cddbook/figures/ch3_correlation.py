@@ -65,11 +65,12 @@ def heat_maps(
 
 def _transfers(study: Correlations, rates: Mapping[str, float], when: int) -> list[tuple[Matrix, Matrix]]:
     """Transfer as gradients predict it and as real steps show it, by replicate; first images `when` 0, last -1."""
-    similarities = [repeated[when] for repeated in study.similarity["sequential"]]
-    return [
-        (correlation.predicted_transfer(found, dict(rates)), correlation.transfer(found["losses"], found["after"]))
-        for found in similarities
-    ]
+    pairs = []
+    for similarity in (repeated[when] for repeated in study.similarity["sequential"]):
+        losses, after = np.array(similarity["losses"]), np.array(similarity["after"])
+        predicted = correlation.predicted_transfer(similarity, dict(rates))
+        pairs.append((predicted, correlation.transfer(losses, after)))
+    return pairs
 
 
 def transfer_prediction(study: Correlations, rates: Mapping[str, float]) -> Figure:

@@ -114,6 +114,6 @@ def accuracies_by_set(evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str,
 
 def accuracies_in_words(accuracies: Mapping[str, Sequence[float]]) -> str:
     """The numbers behind `accuracy_bars`."""
-    parts = [f"{name} {mean_sd(values, scale=100)}" for name, values in accuracies.items()]
+    parts = [f"{name} {mean_sd(values, scale=100.0)}" for name, values in accuracies.items()]
     counts = " or ".join(str(count) for count in sorted({len(values) for values in accuracies.values()}))
     return f"Test accuracy in percent, mean ± standard deviation over {counts} networks: " + "; ".join(parts) + "."

@@ -81,7 +81,7 @@ def _difference(by_seed: pd.DataFrame) -> Effect:
 
 def equal_table(table: pd.DataFrame, value: str) -> str:
     """`at_equal`, mean ± standard deviation over seeds, with the difference's 95 % interval; Markdown."""
-    scale, digits, unit = (100, 1, ", %") if value == "accuracy" else (1, 3, "")
+    scale, digits, unit = (100.0, 1, ", %") if value == "accuracy" else (1.0, 3, "")
     rows = []
     for where, by_seed in at_equal(table, value).items():
         found, row = _difference(by_seed), {NAMES[value] + unit: where}
@@ -193,11 +193,11 @@ def tested(evaluated: Record | None, distil: Record) -> str:
     rows = []
     for (k, iteration), mine in table.groupby(["K", when], sort=False):
         row = {"set": f"K = {k}", "iterations": iteration, "matched segments": " to ".join(_ends(mine["matched"]))}
-        row |= {"test accuracy, %": mean_sd(mine["accuracy"], scale=100), "sets": str(len(mine))}
+        row |= {"test accuracy, %": mean_sd(mine["accuracy"], scale=100.0), "sets": str(len(mine))}
         rows.append({**row, "networks a set": " to ".join(_ends(mine["networks"]))})
     real = pd.Series(evaluated["random_real"])
     rows.append(
-        {"set": "random real images", "test accuracy, %": mean_sd(real, scale=100), "networks a set": len(real)}
+        {"set": "random real images", "test accuracy, %": mean_sd(real, scale=100.0), "networks a set": len(real)}
     )
     better = f"{(table['accuracy'] > real.max()).sum()} of {len(table)} sets"
     said = (

@@ -22,9 +22,6 @@ Matrices = Float[np.ndarray, "*replicates matched measured"]
 Curves = Float[np.ndarray, "*replicates matched times measured"]
 
 
-# --- Curves of losses -------------------------------------------------------------------------------------------
-
-
 def pearson(curves: Curves) -> Matrices:
     """C_ij = corr(L_i, L_j) over the times of the run that matched i; nan where a curve is constant.
 
@@ -59,9 +56,6 @@ def net_change(losses: Curves) -> Matrices:
 def rise(losses: Curves) -> Matrices:
     """(L_j(end) − min L_j) / min L_j in the run that matched i: what j had won on the way, and lost again."""
     return losses[..., -1, :] / losses.min(axis=-2) - 1
-
-
-# --- Gradients --------------------------------------------------------------------------------------------------
 
 
 def cosines(products: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
@@ -99,9 +93,6 @@ def predicted_transfer(similarity: dict[str, Any], rates: dict[str, float]) -> M
     return np.asarray(inner) / np.asarray(similarity["losses"])
 
 
-# --- Summaries and tests ----------------------------------------------------------------------------------------
-
-
 def off_diagonal(matrix: Matrix) -> Float[np.ndarray, " pairs"]:
     """The entries off the diagonal."""
     return np.asarray(matrix)[~np.eye(len(matrix), dtype=bool)]
@@ -128,10 +119,9 @@ def permutation_test(
     Momentum makes neighbouring changes alike, so that small p-values are somewhat too small.
     """
     rng = np.random.default_rng(seed)
-    standard = [
-        (x - x.mean(axis=1, keepdims=True)) / np.where((s := x.std(axis=1, keepdims=True)) > 0, s, np.inf)
-        for x in (np.asarray(first), np.asarray(second))
-    ]
+    centred = [np.asarray(x) - np.mean(x, axis=1, keepdims=True) for x in (first, second)]
+    spreads = [x.std(axis=1, keepdims=True) for x in centred]
+    standard = [x / np.where(s > 0, s, np.inf) for x, s in zip(centred, spreads, strict=True)]
     observed = (standard[0] * standard[1]).mean()
     shuffled = np.broadcast_to(standard[1], (permutations, *standard[1].shape))
     chance = (standard[0] * rng.permuted(shuffled, axis=2)).mean(axis=(1, 2))

@@ -121,7 +121,7 @@ def correlations(record: Record) -> Correlations:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparedRun:
-    """One run of a comparison."""
+    """One run of a comparison: its configuration, and what it measured."""
 
     variant: str
     seed: int
@@ -142,7 +142,7 @@ class ComparedRun:
         return continual.probe_table(lines, self.config["probe_starts"], self.config["probe_expert"])
 
     @property
-    def last_error(self) -> dict[str, Float[np.ndarray, " ends"]]:
+    def last_error(self) -> dict[str, np.ndarray]:
         """The accumulated error of the last iterate, at every segment's end."""
         return {key: np.asarray(values) for key, values in self.metrics["accumulated_error"][-1][1].items()}
 
@@ -151,9 +151,10 @@ def runs_of(record: Record) -> list[ComparedRun]:
     """The runs of a comparison's record."""
     runs = []
     for name, run in record["runs"].items():
-        (variant, seed), config = name.split("/seed-"), {**record["config"], **run["changes"]}
-        parts = {key: run[key] for key in ("metrics", "evaluations", "result")}
-        runs.append(ComparedRun(variant=variant, seed=int(seed), config=config, **parts))
+        variant, seed = name.split("/seed-")
+        measured = {key: run[key] for key in ("metrics", "evaluations", "result")}
+        config = {**record["config"], **run["changes"]}
+        runs.append(ComparedRun(variant=variant, seed=int(seed), config=config, **measured))
     return runs
 
 

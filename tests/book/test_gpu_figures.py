@@ -38,11 +38,9 @@ def speed_of(**ms: float) -> dict[str, Any]:
     [
         (ch8_gpu.faster_sentence, {}, "gradient takes 30 ms, 10.0 times as fast as the textbook's way (300 ms)"),
         (ch8_gpu.faster_sentence, {"one": 600}, "gradient takes 600 ms, 2.0 times as slow as the textbook's way"),
-        (ch8_gpu.faster_sentence, {"one": 301}, "gradient takes 301 ms, about as fast as the textbook's way"),
+        (ch8_gpu.faster_sentence, {"one": 301}, "about as fast as the textbook's way"),
         (ch8_gpu.graph_sentence, {}, "takes 30 ms, 3.0 times as fast as the same steps launched one by one (90"),
-        (ch8_gpu.graph_sentence, {"apart": 15}, "takes 30 ms, 2.0 times as slow as the same steps launched"),
         (ch8_gpu.bfloat16_sentence, {}, "bfloat16 takes 20 ms, 1.5 times as fast as in float32 (30 ms)"),
-        (ch8_gpu.bfloat16_sentence, {"bfloat16": 60}, "bfloat16 takes 60 ms, 2.0 times as slow as in float32"),
         (
             ch8_gpu.segments_sentence,
             {},
@@ -68,7 +66,7 @@ def test_only_rows_of_one_commit_are_compared() -> None:
 
 
 def test_tables_of_speed() -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in ch8_gpu.speed_table(speed_of()).split("\n")]
+    rows = cells(ch8_gpu.speed_table(speed_of()))
     work = "an iteration's gradient, IPC 1, N = 50"
     assert rows[2] == [work, "cddlib", "30.0", "29.0 to 31.0", "10.0", "`0123456`"]
     assert rows[5][:3] == [work, ch8_gpu.APART, "90.0"]
@@ -79,8 +77,10 @@ def test_tables_of_speed() -> None:
 @pytest.mark.parametrize(
     ("rates", "said"),
     [
-        ([20, 30, 40, 39], "4 runs match 2.0 times, 8 runs match 1.9 times as many segments a second as one run. It "),
-        ([20, 30, 40, 39], "It pays to start 4 at once. More gain nothing."),
+        (
+            [20, 30, 40, 39],
+            "8 runs match 1.9 times as many segments a second as one run. It pays to start 4 at once. More",
+        ),
         ([20, 30, 40, 60], "It pays to start 8 at once. More were not tried."),
         ([20, 20, 19, 18], "It does not pay to start several at once."),
     ],
@@ -161,22 +161,9 @@ def test_comparisons_may_differ() -> None:
     distil = distil_of(0.0)
     for run in distil["runs"]:
         run["losses"] = [[1 - 0.001 * i * (1 + 0.5 * (run["segments"] - 1))] for i in range(run["iterations"])]
-    found = ch6_cifar10.at_equal(ch6_cifar10.losses(distil), "loss")
-    assert list(found) == ["after 120 matched segments", "after 80 iterations", ch6_cifar10.STOPPED]
-    segments, iterations, _ = found.values()
-    assert (segments[2] > segments[1]).all() and (iterations[2] < iterations[1]).all()
     said = ch6_cifar10.equal_sentence(ch6_cifar10.losses(distil), "loss")
     assert "After 80 iterations and when they were stopped the matching loss of K = 2 is lower" in said
     assert "After 120 matched segments the matching loss of K = 2 is higher" in said
-
-
-def test_a_point_is_the_mean_of_fifty_matched_segments() -> None:
-    table = ch6_cifar10.losses(distil_of(0.0))
-    for k in (1, 2):
-        mine = table[(table["K"] == k) & (table["seed"] == 0)]
-        assert mine["matched"][mine["loss"].notna()].min() == 50 == ch6_cifar10.WINDOW
-        expected = 0.6 + 0.3 * 10 / (50 / k)
-        assert mine["loss"].dropna().iloc[0] == pytest.approx(expected)
 
 
 def test_the_curves_are_drawn_where_all_seeds_are_and_described() -> None:
@@ -203,13 +190,9 @@ def evaluated_of(gain: float) -> dict[str, Any]:
     """Tests of all these runs after 100 matched segments and at their end; K = 2 is better by `gain`."""
     rows = []
     for run in distil_of(0.0)["runs"]:
-        k = run["segments"]
-        for iteration in (100 // k, run["iterations"]):
-            accuracies = [0.4 + 0.001 * run["seed"] + gain * (k - 1) + x for x in (-0.01, 0.01)]
-            rows.append(
-                {"segments": k, "seed": run["seed"], "iteration": iteration, "matched": k * iteration,
-                 "accuracies": accuracies}
-            )  # fmt: skip
+        k, level = run["segments"], 0.4 + 0.001 * run["seed"] + gain * (run["segments"] - 1)
+        row = {"segments": k, "seed": run["seed"], "accuracies": [level - 0.01, level + 0.01]}
+        rows += [{**row, "iteration": i, "matched": k * i} for i in (100 // k, run["iterations"])]
     return {"rows": rows, "random_real": [0.14, 0.16]}
 
 

@@ -259,7 +259,9 @@ def run_study(
                 found = _identity(read_json(out / "study.json"))
             refuse_other_run(out, found, _identity(description))
         write_json(out / "study.json", description)
-        first = {config.distillation.seed: name for name, config in reversed(runs.items())}  # tests the baselines
+        first: dict[int, str] = {}  # the first run of a seed also tests random real images
+        for name, config in runs.items():
+            first.setdefault(config.distillation.seed, name)
         work = [
             (name, config, buffer, out / name, networks, name in first.values(), root, device)
             for name, config in runs.items()

@@ -14,7 +14,7 @@ same; on another, rounding differs, and so do later digits.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import file_digest, read_json, read_tensors
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import read_metrics
+from cddlib.synthetic import SyntheticSet
 
 TOLERANCE = 0.02
 """Largest relative difference that rounding explains between machines; see the book's page on reliability."""
@@ -123,12 +124,8 @@ def _verify_buffer(
         epoch = 1 + int(torch.randint(1 if config.momentum else config.epochs, (), generator=rng))
         before, written = buffer.parameters(expert, epoch - 1), buffer.parameters(expert, epoch)
         theta = before.clone().to(device)
-        losses.append(
-            (
-                training.epoch(expert, epoch, theta, training.optimizer(theta)),
-                buffer.experts[expert]["train_loss"][epoch - 1],
-            )
-        )
+        loss = training.epoch(expert, epoch, theta, training.optimizer(theta))
+        losses.append((loss, buffer.experts[expert]["train_loss"][epoch - 1]))
         theta = theta.detach()
         vectors.append((theta.cpu() - before, written - before))
         again = training.accuracy(theta, training.validation)
@@ -159,33 +156,8 @@ def _verify_distillation(
         read_tensors(path, "state")
     checks = [Check("checksums of files and lines of metrics", len(kept) + len(lines) + 4, 0.0, 0.0)]
     buffer = buffer.convexified() if config.schedule.convex else buffer
-    initial = initial_state(config, trainer.dataset, buffer, device).synthetic.copy()
-
-    losses: Pairs = []
-    lengths: Pairs = []
-    step_sizes: Pairs = []
-    starts: list[tuple[Tensor, Tensor]] = []
-    for iteration in tqdm(kept, desc="iterations from milestones"):
-        state = State(config, initial.copy())
-        state.read(milestone_path(run, iteration))
-        if iteration == 0:
-            kept_start = state.synthetic.copy().variables()
-            starts = list(zip(initial.variables(), kept_start, strict=True))
-        for line in lines[iteration + 1 :][:sample]:
-            found = iterate(state, config, buffer, Ranks())
-            if found["matched"] != line["matched"]:
-                raise UserError(f"{run} matched other segments in iteration {line['iteration']} than its seed draws.")
-            losses += zip(found["losses"], line["losses"], strict=True)
-            lengths += zip(found["gradient_norms"], line["gradient_norms"], strict=True)
-            step_sizes.append((found["step_size"], line["step_size"]))
-    all_lengths = torch.tensor(lengths).reshape(-1, 2)
-    checks += [
-        _tensors("the set before the first iteration", starts, tolerance),
-        _numbers("losses", losses, tolerance),
-        # as one vector: where rounding turns a ReLU on, a single gradient can be some percent longer
-        _tensors("lengths of gradients", [(all_lengths[:, 0], all_lengths[:, 1])], tolerance),
-        _numbers("step sizes", step_sizes, tolerance),
-    ]
+    initial = initial_state(config, trainer.dataset, buffer, device).synthetic
+    checks += _verify_iterations(run, config, buffer, initial, lines, sample, tolerance)
     accuracies: Pairs = []
     if result["validation_accuracy"] is not None:
         written = lines[result["selected_iteration"]]["validation_accuracy"][0]
@@ -197,6 +169,42 @@ def _verify_distillation(
         now = tested.accuracy("synthetic", record["seed"])
         accuracies.append((0.0 if math.isnan(now) else now, record["accuracies"]["synthetic"][0]))
     return [*checks, _accuracies("accuracies of networks trained on the set", accuracies)]
+
+
+def _verify_iterations(
+    run: Path,
+    config: DistillConfig,
+    buffer: Buffer,
+    initial: SyntheticSet,
+    lines: Sequence[dict[str, Any]],
+    sample: int,
+    tolerance: float,
+) -> list[Check]:
+    """The set before the first iteration, and the iterations that follow each milestone."""
+    losses: Pairs = []
+    lengths: Pairs = []
+    step_sizes: Pairs = []
+    starts: list[tuple[Tensor, Tensor]] = []
+    for iteration in tqdm(milestones(run), desc="iterations from milestones"):
+        state = State(config, initial.copy())
+        state.read(milestone_path(run, iteration))
+        if iteration == 0:
+            starts = list(zip(initial.copy().variables(), state.synthetic.copy().variables(), strict=True))
+        for line in lines[iteration + 1 :][:sample]:
+            again = iterate(state, config, buffer, Ranks())
+            if again["matched"] != line["matched"]:
+                raise UserError(f"{run} matched other segments in iteration {line['iteration']} than its seed draws.")
+            losses += zip(again["losses"], line["losses"], strict=True)
+            lengths += zip(again["gradient_norms"], line["gradient_norms"], strict=True)
+            step_sizes.append((again["step_size"], line["step_size"]))
+    now, then = torch.tensor(lengths).reshape(-1, 2).unbind(1)
+    return [
+        _tensors("the set before the first iteration", starts, tolerance),
+        _numbers("losses", losses, tolerance),
+        # as one vector: where rounding turns a ReLU on, a single gradient can be some percent longer
+        _tensors("lengths of gradients", [(now, then)], tolerance),
+        _numbers("step sizes", step_sizes, tolerance),
+    ]
 
 
 def _numbers(what: str, pairs: Pairs, tolerance: float) -> Check:

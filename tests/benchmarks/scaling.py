@@ -17,7 +17,6 @@ Nothing is measured on a GPU: the curves rest on the assumptions that the record
 import argparse
 import collections
 import concurrent.futures
-import dataclasses
 import datetime
 import functools
 import itertools
@@ -94,7 +93,7 @@ def cases(folder: Path) -> list[Case]:
         network: dict[str, Any] = {"width": 32, "depth": depth}
         config = cddlib.distill_recipe("mtt", data, ipc, student_steps=steps, student_batch=None, **network, **shared)
         buffer = folder / f"{data}-experts"
-        experts = cddlib.buffer_recipe(data, experts=1, epochs=18, augment=config.augment, **network)
+        experts = cddlib.buffer_recipe(data, experts=1, epochs=18, augment=config.augmentation.augment, **network)
         cddlib.train_buffer(experts, buffer, root=folder, device="cpu")
         found.append(Case(name, config, repeats, buffer, folder))
     return found
@@ -137,10 +136,10 @@ def process(rank: int, *, count: int, store: Path, works: list[Case]) -> dict[An
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
     found: dict[Any, list[float]] = {}
     for case, segments in itertools.product(works, SEGMENTS):
-        config = dataclasses.replace(case.config, segments=segments)
+        config = cddlib.replace(case.config, segments=segments)
         buffer = cddlib.Buffer(case.buffer)
-        state = initial_state(config, load(config.data, case.root), buffer, torch.device("cpu"))
-        state.iteration = 0
+        state = initial_state(config, load(config.data.data, case.root), buffer, torch.device("cpu"))
+        state.progress.iteration = 0
         ranks = {"nothing": Apart(0), "one": Apart(1), "iteration": Ranks()}
         runs = [functools.partial(iterate, state, config, buffer, group) for group in ranks.values()]
         for name, seconds in zip(ranks, timed(case.repeats, *runs), strict=True):
@@ -227,7 +226,7 @@ def model(draws: dict[str, float], segments: int = 8) -> list[dict[str, Any]]:
     rows = []
     for (name, config), (scaling, experts) in itertools.product(configurations(segments).items(), CURVES):
         work = work_of(
-            dataclasses.replace(config, concurrent_experts=experts),
+            cddlib.replace(config, concurrent_experts=experts),
             a["operations_per_second"],
             memory=a["memory_bytes_per_second"],
             draw=draws[name],
@@ -249,9 +248,9 @@ def configurations(segments: int) -> dict[str, DistillConfig]:
 
 def drawing_seconds(config: DistillConfig) -> float:
     """Seconds to draw one segment's student; it happens on the CPU, whatever the device is."""
-    images = config.ipc * sizes_of(config.data, None).classes
-    rng = generator("scaling", config.data)
-    (seconds,) = timed(15, functools.partial(plan_student, config, images, config.augment, rng))
+    images = config.synthetic.ipc * sizes_of(config.data.data, None).classes
+    rng = generator("scaling", config.data.data)
+    (seconds,) = timed(15, functools.partial(plan_student, config.student, images, config.augmentation.augment, rng))
     return float(np.median(seconds))
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.stats import norm
 
+import cddlib
 from cddlib.distillation.config import DistillConfig
 from cddlib.plan import buffer_of, plan, sizes_of
 
@@ -168,24 +169,24 @@ def work_of(config: DistillConfig, rate: float, *, memory: float, **others: floa
     segment, beside = operations(config)
     size = gradient_bytes(config)
     alone = beside / rate + 10 * size / memory
-    return Work(segments=config.segments_in_all, segment=segment / rate, size=size, alone=alone, **others)
+    return Work(segments=config.schedule.segments_in_all, segment=segment / rate, size=size, alone=alone, **others)
 
 
 def operations(config: DistillConfig) -> tuple[float, float]:
     """Floating-point operations of one segment, and of an iteration beside its segments, as `cddlib.plan` counts."""
 
     def in_all(replay: int) -> float:
-        changed = dataclasses.replace(config, iterations=1, replay=replay, validate_every=0)
+        changed = cddlib.replace(config, iterations=1, replay=replay, validate_every=0)
         return plan(buffer_of(changed), changed, measure=False)[1].flops
 
-    now = in_all(config.replay)
-    segment = in_all(config.replay + 1) - now
-    return segment, now - config.segments_in_all * segment
+    now = in_all(config.schedule.replay)
+    segment = in_all(config.schedule.replay + 1) - now
+    return segment, now - config.schedule.segments_in_all * segment
 
 
 def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
     """What one all-reduce adds up: a gradient of the synthetic set, or one for each segment where weights need them."""
-    sizes = sizes_of(config.data, root)
-    logits = 0 if config.labels == "hard" else sizes.classes
-    numbers = config.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1
-    return 4 * numbers * (1 if config.combine == "mean" else config.segments_in_all)
+    sizes = sizes_of(config.data.data, root)
+    logits = 0 if config.synthetic.labels == "hard" else sizes.classes
+    numbers = config.synthetic.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1
+    return 4 * numbers * (1 if config.combination.combine == "mean" else config.schedule.segments_in_all)

@@ -345,7 +345,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, folder: Path, dec
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "paused\n"
-        with pytest.raises(UserError, match=r"in use by another process, which holds \.imagefolder\.lock; wait"):
+        with pytest.raises(UserError, match=r"in use: other work holds \.imagefolder\.lock; wait"):
             make(folder, tmp_path, 64)
         child.send_signal(signal.SIGKILL)
         child.communicate(timeout=60)  # until nobody has its output open

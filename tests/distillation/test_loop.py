@@ -640,7 +640,7 @@ def test_a_folder_in_use_is_refused(buffer: Buffer, recipe, tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", command, str(tmp_path / "run" / ".lock")], **pipes) as other:
         other.stdout.readline()
         with pytest.raises(
-            UserError, match=r"run is in use by another process, which holds \.lock; wait until it ends"
+            UserError, match=r"run is in use: other work holds \.lock; wait until it ends"
         ):
             distill(recipe(), buffer, tmp_path / "run")
         other.communicate()

@@ -15,10 +15,10 @@ from works import damages, pictures
 
 import cddlib
 from cddbook.records import collect
-from cddbook.study import run_study, study_record
+from cddbook.study import StudyConfig, run_study, study_recipe, study_record
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
-from cddlib.methods.recipes import buffer_recipe, distill_recipe
+from cddlib.methods.recipes import buffer_recipe
 from cddlib.runtime.errors import UserError
 
 SMALL = {
@@ -52,14 +52,14 @@ def _buffer(folder: Path, experts: int = 2) -> Buffer:
     return cddlib.train_buffer(config, folder / "buffer", root=folder / "data", device="cpu")
 
 
-def _config(**changes: Any) -> cddlib.DistillConfig:
-    return distill_recipe("mtt", "imagefolder", 1, **SMALL, depth=1, zca=False, **changes)
+def _config(**changes: Any) -> StudyConfig:
+    return study_recipe("mtt", "imagefolder", 1, **SMALL, depth=1, zca=False, **changes)
 
 
 def _work(folder: Path) -> dict[str, Any]:
     """Do or resume all of it; returns every result."""
     buffer = _buffer(folder)
-    synthetic = cddlib.distill(_config(), buffer, folder / "run", root=folder / "data", device="cpu")
+    synthetic = cddlib.distill(_config().distillation, buffer, folder / "run", root=folder / "data", device="cpu")
     evaluation = evaluate_run(folder / "run", runs=2, baselines=False, root=folder / "data", device="cpu")
     runs = {"a": _config(seed=1), "b": _config(seed=2)}
     study = run_study(_config(), runs, buffer.folder, folder / "study", root=folder / "data", device="cpu")

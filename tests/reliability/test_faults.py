@@ -168,7 +168,7 @@ def check_saved(kind: str, folder: Path, found: re.Match[str]) -> None:
 def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
     """It finishes what it is at, says what is saved, and goes on from there as if nothing had been."""
     work, rng, times = works[kind], generator("signal", kind), {signal.SIGINT: 0, signal.SIGTERM: 0}
-    rare = functools.partial(patch, {"cddlib.experts.train.UNFINISHED_SECONDS": 1e9})  # only because it is asked to
+    rare = functools.partial(patch, {"cddlib.experts.expert.UNFINISHED_SECONDS": 1e9})  # only because it is asked to
     while min(times.values()) < repeats(1, 2):
         folder = work.begin()
         for turn in range(100):
@@ -234,7 +234,7 @@ def test_a_study_stops_although_its_run_is_finished(works: Works, notes: dict[st
     work = works["study"]
     folder = work.begin()
     interrupt = functools.partial(signal.raise_signal, signal.SIGINT)
-    code, said = work.run(folder, functools.partial(before, "cddlib.distillation.loop._finish", interrupt))
+    code, said = work.run(folder, functools.partial(before, "cddlib.distillation.loop.parse_metrics", interrupt))
     assert code == 130
     assert said.endswith("\n\ncddlib: stopped when all was finished; the same command resumes.\n")
     assert [path.parent.parent.name for path in folder.glob("*/*/result.json")] == ["lr_step_size=1e-05"]
@@ -288,7 +288,7 @@ def test_two_processes(works: Works, kind: str, notes: dict[str, Any]) -> None:
         first = work.child(folder)
         assert first.wait_until(first.heeds)
         first.signal(signal.SIGSTOP)
-        held = rf"{re.escape(str(folder))} is in use by another process, which holds {re.escape(HOLDS[kind])}"
+        held = rf"{re.escape(str(folder))} is in use: other work holds {re.escape(HOLDS[kind])}"
         assert_one_sentence(*work.run(folder), rf"^cddlib: {held}.*; wait until it ends, or choose another folder\.$")
         first.signal(end)
         code = first.wait()

@@ -122,12 +122,12 @@ def test_operations_are_those_of_the_plan() -> None:
     config = cddlib.distill_recipe("datm", "cifar100", 50, segments=8)
     segment, beside = operations(config)
     assert (segment, beside) == (80 * 1000 * 1_194_000_384, 0)
-    assert operations(dataclasses.replace(config, concurrent_experts=3)) == (segment, 0)
+    assert operations(cddlib.replace(config, concurrent_experts=3)) == (segment, 0)
 
 
 def test_a_teacher_labels_all_images_for_every_segment_and_once_more() -> None:
     taught = cddlib.distill_recipe("tesla", "imagenet", 1, segments=2)
-    hard = dataclasses.replace(taught, labels="hard")
+    hard = cddlib.replace(taught, labels="hard")
     (with_labels, beside), (without, nothing) = operations(taught), operations(hard)
     assert (beside, nothing) == (with_labels - without, 0)
     assert beside > 1000 * 1e8  # a thousand images
@@ -137,8 +137,8 @@ def test_bytes_are_those_of_the_variables_and_of_every_segment_where_weights_nee
     config = cddlib.distill_recipe("mtt", "cifar100", 10, segments=4, replay=1)
     alone = 4 * (1000 * 3072 + 1)
     assert gradient_bytes(config) == alone
-    assert gradient_bytes(dataclasses.replace(config, concurrent_experts=2, combine="mgda")) == 9 * alone
-    assert gradient_bytes(dataclasses.replace(config, labels="learned")) == alone + 4 * 1000 * 100
+    assert gradient_bytes(cddlib.replace(config, concurrent_experts=2, combine="mgda")) == 9 * alone
+    assert gradient_bytes(cddlib.replace(config, labels="learned")) == alone + 4 * 1000 * 100
 
 
 def test_work_of_a_configuration() -> None:

@@ -31,7 +31,8 @@ from works import assert_same
 
 import cddlib
 from cddlib import cli
-from cddlib.distillation.checkpoint import CHECKPOINT, State, milestone_path
+from cddlib.distillation.checkpoint import CHECKPOINT, milestone_path
+from cddlib.distillation.optimizer import SetOptimizer
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime import device as devices
 from cddlib.runtime import distributed
@@ -99,15 +100,15 @@ def distil(config: cddlib.DistillConfig, buffer: Path, out: Path, asked: dict[in
     """Distil in this rank, watched; `asked` says after which iteration which rank gets a SIGTERM."""
     seen = Seen("", [], [], set())
     calls = []
-    all_reduce, step = dist.all_reduce, State.step
+    all_reduce, step = dist.all_reduce, SetOptimizer.step
 
     def counted(tensor: torch.Tensor) -> None:
         calls.append(tensor)
         all_reduce(tensor)
 
-    def watched(state: State, gradients: list[torch.Tensor], rows: torch.Tensor) -> None:
-        step(state, gradients, rows)
-        seen.iterates.append(" ".join(map(tensor_digest, state.synthetic.variables())))
+    def watched(optimizer: SetOptimizer, gradients: list[torch.Tensor], rows: torch.Tensor, iteration: int) -> None:
+        step(optimizer, gradients, rows, iteration)
+        seen.iterates.append(" ".join(map(tensor_digest, optimizer._synthetic.variables())))
         seen.reduced.append(len(calls))
         if (asked or {}).get(dist.get_rank()) == len(seen.iterates):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -117,7 +118,7 @@ def distil(config: cddlib.DistillConfig, buffer: Path, out: Path, asked: dict[in
         if writes and str(arguments[0]).startswith(str(out)):
             seen.written.add(Path(arguments[0]).name)
 
-    dist.all_reduce, State.step = counted, watched  # type: ignore[assignment] # this process ends with the test
+    dist.all_reduce, SetOptimizer.step = counted, watched  # type: ignore[assignment] # this process ends with the test
     sys.addaudithook(audited)
     found = cddlib.distill(config, buffer, out, device="cpu")
     return seen._replace(images=tensor_digest(found.images))
@@ -164,7 +165,7 @@ def test_ranks_end_where_one_process_ends(
     """Three segments on two ranks, and on four, one of which has none."""
     config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "validation_runs": 2, **CASES[case]})
     cddlib.distill(config, buffer, tmp_path / "1", device="cpu")
-    alone = metrics(tmp_path / "1", config.iterations)
+    alone = metrics(tmp_path / "1", config.schedule.iterations)
     for count in (2, 4) if case == "mean" else repeats((2,), (2, 4)):
         out = tmp_path / str(count)
         first, *others = together(count, distil, config, buffer.folder, out)
@@ -177,10 +178,10 @@ def test_ranks_end_where_one_process_ends(
         between = [after - before for before, after in zip(first.reduced, first.reduced[1:], strict=False)]
         assert between == [1 + validation for validation in validated[1:-1]]
 
-        lines = metrics(out, config.iterations)
+        lines = metrics(out, config.schedule.iterations)
         assert [line.keys() for line in lines] == [line.keys() for line in alone]
         apart = difference(tmp_path / "1", out)
-        if config.side_by_side == 1:  # and, by this rule, no gradient is added to another
+        if config.student.side_by_side == 1:  # and, by this rule, no gradient is added to another
             assert lines == alone and apart == 0
         for line, wanted in zip(lines, alone, strict=True):
             for name in ("matched", "validation_accuracy"):

@@ -10,8 +10,11 @@ fails the build.
 import argparse
 import ast
 import importlib.metadata
+import inspect
 import os
+import pkgutil
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,8 +24,10 @@ from typing import Any
 import nbformat
 import papermill
 
+import cddlib
 from cddbook.claims import claims_table, committed_findings
 from cddbook.tables import (
+    markdown,
     measured_table,
     methods_table,
     plan_table,
@@ -61,34 +66,45 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> nbformat.
 
 def provenance(notebooks: dict[str, nbformat.NotebookNode]) -> str:
     """The provenance page: how each chapter ran, and with what."""
-    names = ("cddlib", "torch", "torchvision", "numpy", "papermill", "jupyter-book", "matplotlib", "seaborn")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    lines = [
-        "# Provenance",
-        "",
-        "How the pages of this build were made, from the metadata that papermill left in the executed chapters.",
-        "",
-        "| chapter | parameters | seconds | finished (UTC) |",
-        "|---|---|---|---|",
-    ]
+    chapters = []
     for name, notebook in notebooks.items():
         run = notebook.metadata.papermill
         parameters = ", ".join(f"`{key}={value!r}`" for key, value in run.parameters.items())
-        lines.append(f"| {name} | {parameters} | {run.duration:.0f} | {run.end_time[:19]} |")
-    lines += [
-        "",
-        "| what | which |",
-        "|---|---|",
-        f"| commit | {commit or 'not in a git checkout'} |",
-        f"| Python | {platform.python_version()} on {platform.system()} {platform.machine()} |",
-        *(f"| {name} | {importlib.metadata.version(name)} |" for name in names),
-        f"| threads | {os.environ['OMP_NUM_THREADS']} |",
-        "",
-        "Records of longer runs carry their own provenance, in `book/results/*.json`.",
-    ]
-    return "\n".join(lines) + "\n"
+        row = {"chapter": name, "parameters": parameters, "seconds": f"{run.duration:.0f}"}
+        chapters.append({**row, "finished (UTC)": run.end_time[:19]})
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    names = ("cddlib", "torch", "torchvision", "numpy", "papermill", "jupyter-book", "matplotlib", "seaborn")
+    which = {
+        "commit": commit or "not in a git checkout",
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **{name: importlib.metadata.version(name) for name in names},
+        "threads": os.environ["OMP_NUM_THREADS"],
+    }
+    return f"""# Provenance
+
+How the pages of this build were made, from the metadata that papermill left in the executed chapters.
+
+{markdown(chapters)}
+
+{markdown({"what": what, "which": value} for what, value in which.items())}
+
+Records of longer runs carry their own provenance, in `book/results/*.json`.
+"""
+
+
+def api() -> str:
+    """The API page: the rooms of `cddlib` in the order of its docstring, then `cddbook`, each with its modules."""
+    (rooms,) = re.findall(r"The rooms, .*?: (.*?)\.$", inspect.getdoc(cddlib) or "", re.DOTALL | re.MULTILINE)
+    blocks = []
+    for room in [*(f"cddlib.{name}" for name in re.split(r",\s+", rooms)), "cddbook", "cddbook.figures"]:
+        blocks.append(f"{room}\n{'-' * len(room)}\n.. automodule:: {room}\n   :members:")
+        folder = getattr(importlib.import_module(room), "__path__", [])
+        names = [f"{room}.{found.name}" for found in pkgutil.iter_modules(folder) if not found.ispkg]
+        modules = [name for name in names if not name.endswith("__main__")]
+        blocks += [f"{name}\n{'~' * len(name)}\n.. automodule:: {name}\n   :members:" for name in modules]
+    body = "\n\n".join(blocks)
+    return f"# API reference\n\nA room imports only from the rooms above it.\n\n```{{eval-rst}}\n{body}\n```"
 
 
 def main() -> None:
@@ -111,8 +127,9 @@ def main() -> None:
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         print(f"executing {source.name}", flush=True)
         executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
-    (stage / "book" / "provenance.md").write_text(provenance(executed))
     generated = {
+        "api": api(),
+        "provenance": provenance(executed),
         "claims": claims_table(committed_findings()),
         "methods-overview": methods_table(),
         "methods-published": published_tables(),

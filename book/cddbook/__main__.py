@@ -1,5 +1,6 @@
 """The book's studies on the command line: `python -m cddbook correlate | compare | search | record`."""
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -23,94 +24,81 @@ from cddbook.study import (
     study_record,
 )
 from cddlib import cli
-from cddlib.commands import Root
+from cddlib.commands import Device, Root
 from cddlib.experts.buffer import Buffer
 
 
-def correlate(
-    *,
-    config: Annotated[StudyConfig, tyro.conf.arg(name="")],
-    buffer: Path,
-    out: Path,
-    replicates: int = 3,
-    jobs: int = 0,
-    root: Root = None,
-    device: str = "auto",
-) -> None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a study finds its experts and its data, where it writes, and what it runs on."""
+
+    buffer: Path
+    """Folder of the buffer whose experts are matched."""
+    out: Path
+    """Folder of the study; it resumes."""
+    jobs: int = 0
+    """Processes that share the runs; 0 runs one after the other in this one."""
+    root: Root = None
+    device: Device = "auto"
+
+
+Config = Annotated[StudyConfig, tyro.conf.arg(name="")]
+At = Annotated[Place, tyro.conf.arg(name="")]
+
+
+def correlate(*, config: Config, place: At, replicates: int = 3) -> None:
     """Match one fixed segment at a time and follow the others' losses, as the paper's correlation study does.
 
     Args:
         config: What every run has in common; --probe-starts names the segments.
-        buffer: Folder of the buffer whose experts are matched.
-        out: Folder of the study; it resumes.
+        place: Folders and device.
         replicates: Times that everything is repeated, each with a seed and an expert of its own.
-        jobs: Processes that share the runs; 0 runs one after the other in this one.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
-    runs = correlation_runs(config, replicates, len(Buffer(buffer).experts))
-    run_study(config, runs, buffer, out, jobs=jobs, root=root, device=device)
-    print(f"{len(runs)} runs are finished; `python -m cddbook record {out} --to FILE` gathers them")
+    runs = correlation_runs(config, replicates, len(Buffer(place.buffer).experts))
+    run_study(config, runs, **vars(place))
+    _print_finished(len(runs), place)
 
 
 def compare(
     *,
-    config: Annotated[StudyConfig, tyro.conf.arg(name="")],
-    buffer: Path,
-    out: Path,
+    config: Config,
+    place: At,
     what: Comparison = "segments",
     counts: tuple[int, ...] = (1, 2, 4, 8),
     seeds: int = 3,
     networks: int = 3,
-    jobs: int = 0,
-    root: Root = None,
-    device: str = "auto",
 ) -> None:
     """Compare segment counts, or remedies against forgetting, at equal compute.
 
     Args:
         config: What every run has in common. Iterations, and iterations between measurements, count matched segments.
-        buffer: Folder of the buffer whose experts are matched.
-        out: Folder of the study; it resumes.
+        place: Folders and device.
         what: Segment counts, or the remedies against forgetting with --segments K.
         counts: The segment counts K that are compared.
         seeds: Distillations of each variant.
         networks: Networks that test each synthetic set.
-        jobs: Processes that share the runs; 0 runs one after the other in this one.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
     variants = segment_counts(counts) if what == "segments" else remedies(config.distillation.schedule.segments)
     runs = comparison_runs(config, variants, seeds)
-    run_study(config, runs, buffer, out, networks=networks, jobs=jobs, root=root, device=device)
-    print(f"{len(runs)} runs are finished; `python -m cddbook record {out} --to FILE` gathers them")
+    run_study(config, runs, networks=networks, **vars(place))
+    _print_finished(len(runs), place)
 
 
-def search(
-    *,
-    config: Annotated[StudyConfig, tyro.conf.arg(name="")],
-    buffer: Path,
-    out: Path,
-    vary: tuple[str, ...],
-    seeds: int = 2,
-    jobs: int = 0,
-    root: Root = None,
-    device: str = "auto",
-) -> None:
+def _print_finished(count: int, place: Place) -> None:
+    print(f"{count} runs are finished; `python -m cddbook record {place.out} --to FILE` gathers them")
+
+
+def search(*, config: Config, place: At, vary: tuple[str, ...], seeds: int = 2) -> None:
     """Distil with every combination of some settings, and rank them by validation accuracy.
 
     Args:
         config: What every run has in common.
-        buffer: Folder of the buffer whose experts are matched.
-        out: Folder of the study; it resumes.
+        place: Folders and device.
         vary: Fields with the values to try, as lr_images=10,30,100
         seeds: Distillations of each combination.
-        jobs: Processes that share the runs; 0 runs one after the other in this one.
-        root: Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder.
-        device: auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …
     """
     runs = search_runs(config, parse_grid(vary), seeds)
-    found = run_study(config, runs, buffer, out, jobs=jobs, keep_stopped=True, root=root, device=device)
+    found = run_study(config, runs, keep_stopped=True, **vars(place))
     for reason in (run["stopped"] for run in found["runs"].values() if "stopped" in run):
         print(f"counted as 0 %: {reason}")
     for setting, accuracies in settings_by_accuracy(found).items():

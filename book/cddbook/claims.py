@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
 from cddbook import correlation
@@ -25,6 +26,7 @@ from cddbook.findings import (
     paired,
 )
 from cddbook.records import read_record
+from cddbook.tables import markdown
 
 Verdict = Literal["confirmed", "contradicted", "not settled", "not tested"]
 
@@ -77,78 +79,44 @@ def verdict(found: Effect) -> Verdict:
     return "contradicted" if found.high < 0 else "not settled"
 
 
-def _finding(claim: str, setting: str, measure: str, found: Effect, *, scale: float = 1.0, unit: str = "") -> Finding:
-    low, mean, high = (scale * value for value in (found.low, found.mean, found.high))
+def _finding(claim: str, setting: str, measure: str, found: Effect, unit: str = "") -> Finding:
+    """A measure with its interval; one with a unit is shown times 100."""
+    low, mean, high = ((100 if unit else 1) * value for value in (found.low, found.mean, found.high))
     interval = f" [{low:+.2f}, {high:+.2f}]" if found.count > 1 else ""
-    return Finding(
-        claim=claim,
-        setting=setting,
-        measure=measure,
-        effect=f"{mean:+.2f}{unit}{interval}, n = {found.count}",
-        verdict=verdict(found),
-    )
+    shown = f"{mean:+.2f}{unit}{interval}, n = {found.count}"
+    return Finding(claim=claim, setting=setting, measure=measure, effect=shown, verdict=verdict(found))
 
 
 def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding]:
     """What a correlation study says about C1, C2, C3 and C5."""
-    found = [
-        _of_pairs(setting, "losses correlate negatively (t test, Holm)", study.pearson(), study.p_values_of_losses()),
-        _of_pairs(
-            setting,
-            "changes correlate negatively (permutation test, Holm)",
-            study.pearson(changes=True),
-            study.p_values(),
-        ),
+    losses, changes = study.pearson(), study.pearson(changes=True)
+    pairs = [
+        _of_pairs(setting, "losses correlate negatively (t test, Holm)", losses, study.p_values_of_losses()),
+        _of_pairs(setting, "changes correlate negatively (permutation test, Holm)", changes, study.p_values()),
     ]
+    rows = []
     if ipc in (1, 50):
         side, sign = ("below minus above", 1) if ipc == 1 else ("above minus below", -1)
-        shares = [correlation.negative_shares(matrix) for matrix in study.pearson()]
-        found.append(
-            _finding(
-                "C2",
-                setting,
-                f"share of pairs whose losses correlate negatively, {side} the diagonal",
-                effect([sign * (below - above) for below, above in shares]),
-            )
-        )
+        measure = f"share of pairs whose losses correlate negatively, {side} the diagonal"
+        shares = [correlation.negative_shares(matrix) for matrix in losses]
+        rows.append(("C2", measure, effect([sign * (below - above) for below, above in shares]), ""))
     others = [float(correlation.off_diagonal(matrix).mean()) for matrix in study.net_change()]
+    measure = "the others' losses against the start, after matching one alone"
+    rows.append(("C3", measure, effect(others), " %"))
     extra = [float(correlation.off_diagonal(matrix).mean() - np.diagonal(matrix).mean()) for matrix in study.rise()]
-    found += [
-        _finding(
-            "C3",
-            setting,
-            "the others' losses against the start, after matching one alone",
-            effect(others),
-            scale=100.0,
-            unit=" %",
-        ),
-        _finding(
-            "C3",
-            setting,
-            "rise of a loss above its lowest value, of the others minus of the one matched",
-            effect(extra),
-            scale=100.0,
-            unit=" %",
-        ),
-    ]
-    for changes, what in ((False, "losses"), (True, "changes")):
-        negative = {
-            control: [
-                float((correlation.off_diagonal(m) < 0).mean()) for m in study.pearson_in(control, changes=changes)
-            ]
-            for control in ("sequential", "concurrent")
-        }
-        fewer = np.asarray(negative["sequential"]) - np.asarray(negative["concurrent"])
-        found.append(
-            _finding(
-                "C5",
-                setting,
-                f"share of pairs whose {what} correlate negatively within a run: sequential "
-                f"({np.mean(negative['sequential']):.0%}) minus concurrent ({np.mean(negative['concurrent']):.0%})",
-                effect(fewer.tolist()),
-            )
+    measure = "rise of a loss above its lowest value, of the others minus of the one matched"
+    rows.append(("C3", measure, effect(extra), " %"))
+    for of_changes, what in ((False, "losses"), (True, "changes")):
+        matrices = [study.pearson_in(control, changes=of_changes) for control in ("sequential", "concurrent")]
+        sequential, concurrent = (
+            np.array([(correlation.off_diagonal(m) < 0).mean() for m in repeated]) for repeated in matrices
         )
-    return found
+        measure = (
+            f"share of pairs whose {what} correlate negatively within a run: sequential ({sequential.mean():.0%}) "
+            f"minus concurrent ({concurrent.mean():.0%})"
+        )
+        rows.append(("C5", measure, effect(sequential - concurrent), ""))
+    return pairs + [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows]
 
 
 def _of_images(studies: Mapping[str, tuple[int, Correlations]]) -> list[Finding]:
@@ -162,14 +130,8 @@ def _of_images(studies: Mapping[str, tuple[int, Correlations]]) -> list[Finding]
         )
         (least, few), (most, many) = same[0], same[-1]
         if least < most:
-            found.append(
-                _finding(
-                    "C2",
-                    data,
-                    f"share of negative pairs above the diagonal (losses), IPC {most} minus IPC {least}",
-                    effect((np.asarray(many) - np.asarray(few)).tolist()),
-                )
-            )
+            measure = f"share of negative pairs above the diagonal (losses), IPC {most} minus IPC {least}"
+            found.append(_finding("C2", data, measure, effect(np.asarray(many) - np.asarray(few))))
     return found
 
 
@@ -192,23 +154,13 @@ def _of_pairs(
 def _of_comparison(setting: str, record: Record, concurrent: str, sequential: str) -> list[Finding]:
     """What a comparison says about C3, C4, C5 and C6."""
     table = comparison(record)
-    alone = table[table["variant"] == sequential]
-    between = effect(alone["between"].dropna().tolist())
+    between = effect(table[table["variant"] == sequential]["between"].dropna().tolist())
+    less = f"{sequential} minus {concurrent} at equal compute"
     error, forgetting = (paired(table, column, sequential, concurrent) for column in ("error", "forgetting"))
     rows = [
         ("C3", "change of a segment's loss between two visits under ordinary sampling", between, " %"),
-        (
-            "C4",
-            f"accumulated error, {sequential} minus {concurrent} at equal compute, relative to the expert's way",
-            error,
-            " %",
-        ),
-        (
-            "C5",
-            f"average forgetting, {sequential} minus {concurrent} at equal compute",
-            forgetting,
-            " % of a loss of 1",
-        ),
+        ("C4", f"accumulated error, {less}, relative to the expert's way", error, " %"),
+        ("C5", f"average forgetting, {less}", forgetting, " % of a loss of 1"),
     ]
     for remedy in sorted({"ewc", "si"} & set(table["variant"])):
         measure = f"test accuracy, {concurrent} minus {remedy.upper()} at equal compute"
@@ -219,16 +171,23 @@ def _of_comparison(setting: str, record: Record, concurrent: str, sequential: st
         rows.append(("C6", measure, ahead, " points"))
     measure = f"test accuracy, {concurrent} minus {sequential} at equal compute"
     rows.append(("C6", measure, paired(table, "test", concurrent, sequential), " points"))
-    return [_finding(claim, setting, measure, found, scale=100.0, unit=unit) for claim, measure, found, unit in rows]
+    return [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows]
 
 
-_UNTESTED = Finding(
-    claim="C7",
-    setting="",
-    measure="needs other architectures and sets of 1,000 images a class",
-    effect="",
-    verdict="not tested",
-)
+def _of_memory(record: Record) -> Finding:
+    """C8: memory of the largest K above the process's own, over that of K = 1; confirmed if it is below 1.1."""
+    table = pd.DataFrame(record["measurements"]).query("implementation == 'cddlib, K segments'")
+    groups = dict(iter(table.assign(above=table["peak_mb"] - table["start_mb"]).groupby("segments")))
+    least, most = min(groups), max(groups)
+    ratios = groups[most]["above"] / groups[least]["above"].mean()
+    ratio, time = effect(ratios), groups[most]["seconds"].mean() / groups[least]["seconds"].mean()
+    return Finding(
+        claim="C8",
+        setting=f"{record['device']}, width {record['config']['width']}",
+        measure=f"memory of K = {most} over that of K = {least} (claim: below 1.1); time likewise",
+        effect=f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], n = {ratio.count}; time {time:.1f}",
+        verdict=verdict(effect(1.1 - ratios)),
+    )
 
 
 def findings(
@@ -250,7 +209,9 @@ def findings(
         names = ("K=4", "K=1") if any(name.startswith("K=4/") for name in record["runs"]) else None
         found += _of_comparison(setting, record, *(names or ("concurrent", "sequential")))
     if memory is not None:
-        found += [_UNTESTED, _of_memory(memory)]
+        needed = "needs other architectures and sets of 1,000 images a class"
+        found.append(Finding(claim="C7", setting="", measure=needed, effect="", verdict="not tested"))
+        found.append(_of_memory(memory))
     return sorted(found, key=lambda finding: finding.claim)
 
 
@@ -261,30 +222,11 @@ def committed_findings() -> list[Finding]:
     return findings(correlated, read, read_record("memory"))
 
 
-def _of_memory(record: Record) -> Finding:
-    """C8: memory of the largest K above the process's own, over that of K = 1; confirmed if it is below 1.1."""
-    measured = [m for m in record["measurements"] if m["implementation"] == "cddlib, K segments"]
-    counts = sorted({m["segments"] for m in measured})
-    above, seconds = (
-        {count: np.array([value(m) for m in measured if m["segments"] == count]) for count in (counts[0], counts[-1])}
-        for value in (lambda m: m["peak_mb"] - m["start_mb"], lambda m: m["seconds"])
-    )
-    ratio = effect((above[counts[-1]] / above[counts[0]].mean()).tolist())
-    time = seconds[counts[-1]].mean() / seconds[counts[0]].mean()
-    excess = effect((1.1 - above[counts[-1]] / above[counts[0]].mean()).tolist())
-    return Finding(
-        claim="C8",
-        setting=f"{record['device']}, width {record['config']['width']}",
-        measure=f"memory of K = {counts[-1]} over that of K = {counts[0]} (claim: below 1.1); time likewise",
-        effect=f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], n = {ratio.count}; time {time:.1f}",
-        verdict=verdict(excess),
-    )
-
-
 def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)) -> str:
     """Markdown: each of `claims` in a sentence, and below it a row a finding."""
-    lines = ["| claim | setting | measure | effect [95 % interval] | verdict |", "|---|---|---|---|---|"]
+    rows = []
     for claim in claims:
-        lines.append(f"| **{claim}** | | **{CLAIMS[claim]}** | | |")
-        lines += [f"| | {f.setting} | {f.measure} | {f.effect} | **{f.verdict}** |" for f in found if f.claim == claim]
-    return "\n".join(lines)
+        rows.append((f"**{claim}**", "", f"**{CLAIMS[claim]}**", "", ""))
+        rows += [("", f.setting, f.measure, f.effect, f"**{f.verdict}**") for f in found if f.claim == claim]
+    titles = ["claim", "setting", "measure", "effect [95 % interval]", "verdict"]
+    return markdown(pd.DataFrame(rows, columns=titles))

@@ -36,14 +36,8 @@ def average_forgetting(scores: Scores, visits: Visits) -> float:
     Positive: what was once learned is lost. Tasks that no stage before the last one visits do not count; nan if none
     does. Source: Chaudhry et al. 2018 (RWalk).
     """
-    last = len(scores) - 1
-    return _mean(
-        [
-            float(scores[after[0] : last, task].max() - scores[last, task])
-            for task, after in _visited(visits)
-            if after[0] < last
-        ]
-    )
+    early = [(task, after[0]) for task, after in _visited(visits) if after[0] < len(scores) - 1]
+    return _mean([scores[first:-1, task].max() - scores[-1, task] for task, first in early])
 
 
 def backward_transfer(scores: Scores, visits: Visits) -> float:
@@ -52,10 +46,8 @@ def backward_transfer(scores: Scores, visits: Visits) -> float:
     Negative: later stages undid it. Tasks that the last stage visits do not count; nan if no other was visited.
     Source: Lopez-Paz & Ranzato 2017 (GEM).
     """
-    last = len(scores) - 1
-    return _mean(
-        [float(scores[last, task] - scores[after[-1], task]) for task, after in _visited(visits) if after[-1] < last]
-    )
+    left = [(task, after[-1]) for task, after in _visited(visits) if after[-1] < len(scores) - 1]
+    return _mean([scores[-1, task] - scores[last, task] for task, last in left])
 
 
 def forward_transfer(scores: Scores, visits: Visits) -> float:
@@ -64,9 +56,8 @@ def forward_transfer(scores: Scores, visits: Visits) -> float:
     Positive: earlier stages helped a task before it was ever matched. Tasks that the first stage visits do not count;
     nan if no other was visited. Source: Lopez-Paz & Ranzato 2017 (GEM).
     """
-    return _mean(
-        [float(scores[after[0] - 1, task] - scores[0, task]) for task, after in _visited(visits) if after[0] > 1]
-    )
+    late = [(task, after[0]) for task, after in _visited(visits) if after[0] > 1]
+    return _mean([scores[first - 1, task] - scores[0, task] for task, first in late])
 
 
 def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, " intervals"]:

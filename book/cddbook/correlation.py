@@ -18,27 +18,26 @@ import numpy as np
 from jaxtyping import Float
 
 Matrix = Float[np.ndarray, "matched measured"]
+Matrices = Float[np.ndarray, "*replicates matched measured"]
+Curves = Float[np.ndarray, "*replicates matched times measured"]
 
 
-# --- Curves of losses -------------------------------------------------------------------------------------------
-
-
-def pearson(curves: Float[np.ndarray, "matched times measured"]) -> Matrix:
+def pearson(curves: Curves) -> Matrices:
     """C_ij = corr(L_i, L_j) over the times of the run that matched i; nan where a curve is constant.
 
     Args:
-        curves: `curves[i, s, j]`, the loss of segment j at time s of the run that matched segment i; or `changes`.
+        curves: `curves[..., i, s, j]`, the loss of segment j at time s of the run that matched segment i; or `changes`.
     """
-    centred = curves - curves.mean(axis=1, keepdims=True)
-    own = np.stack([run[:, matched] for matched, run in enumerate(centred)])
-    covariance = np.einsum("is,isj->ij", own, centred)
-    norms = np.sqrt((own**2).sum(axis=1))[:, None] * np.sqrt((centred**2).sum(axis=1))
-    moves = np.ptp(curves, axis=1) > 0
-    defined = np.diagonal(moves)[:, None] & moves
+    centred = curves - curves.mean(axis=-2, keepdims=True)
+    own = np.einsum("...isi->...is", centred)
+    covariance = np.einsum("...is,...isj->...ij", own, centred)
+    norms = np.linalg.norm(own, axis=-1)[..., None] * np.linalg.norm(centred, axis=-2)
+    moves = np.ptp(curves, axis=-2) > 0
+    defined = np.einsum("...ii->...i", moves)[..., None] & moves
     return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=defined)
 
 
-def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.ndarray, "matched times-1 measured"]:
+def changes(losses: Curves) -> Float[np.ndarray, "*replicates matched times-1 measured"]:
     """Ranks of every curve's changes from one time to the next, for `pearson` to correlate (Spearman's correlation).
 
     Changes, because the losses of all segments fall together; ranks, because the first steps away from real images
@@ -46,20 +45,17 @@ def changes(losses: Float[np.ndarray, "matched times measured"]) -> Float[np.nda
     """
     import scipy.stats
 
-    return scipy.stats.rankdata(np.diff(losses, axis=1), axis=1)
+    return scipy.stats.rankdata(np.diff(losses, axis=-2), axis=-2)
 
 
-def net_change(losses: Float[np.ndarray, "matched times measured"]) -> Matrix:
+def net_change(losses: Curves) -> Matrices:
     """(L_j(end) − L_j(start)) / L_j(start) in the run that matched i; above 0, matching i hurt j."""
-    return losses[:, -1] / losses[:, 0] - 1
+    return losses[..., -1, :] / losses[..., 0, :] - 1
 
 
-def rise(losses: Float[np.ndarray, "matched times measured"]) -> Matrix:
+def rise(losses: Curves) -> Matrices:
     """(L_j(end) − min L_j) / min L_j in the run that matched i: what j had won on the way, and lost again."""
-    return losses[:, -1] / losses.min(axis=1) - 1
-
-
-# --- Gradients --------------------------------------------------------------------------------------------------
+    return losses[..., -1, :] / losses.min(axis=-2) - 1
 
 
 def cosines(products: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
@@ -97,9 +93,6 @@ def predicted_transfer(similarity: dict[str, Any], rates: dict[str, float]) -> M
     return np.asarray(inner) / np.asarray(similarity["losses"])
 
 
-# --- Summaries and tests ----------------------------------------------------------------------------------------
-
-
 def off_diagonal(matrix: Matrix) -> Float[np.ndarray, " pairs"]:
     """The entries off the diagonal."""
     return np.asarray(matrix)[~np.eye(len(matrix), dtype=bool)]
@@ -126,10 +119,9 @@ def permutation_test(
     Momentum makes neighbouring changes alike, so that small p-values are somewhat too small.
     """
     rng = np.random.default_rng(seed)
-    standard = [
-        (x - x.mean(axis=1, keepdims=True)) / np.where((s := x.std(axis=1, keepdims=True)) > 0, s, np.inf)
-        for x in (np.asarray(first), np.asarray(second))
-    ]
+    centred = [np.asarray(x) - np.mean(x, axis=1, keepdims=True) for x in (first, second)]
+    spreads = [x.std(axis=1, keepdims=True) for x in centred]
+    standard = [x / np.where(s > 0, s, np.inf) for x, s in zip(centred, spreads, strict=True)]
     observed = (standard[0] * standard[1]).mean()
     shuffled = np.broadcast_to(standard[1], (permutations, *standard[1].shape))
     chance = (standard[0] * rng.permuted(shuffled, axis=2)).mean(axis=(1, 2))
@@ -145,9 +137,8 @@ def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..
 
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
     """P-values corrected for being several (Holm 1979)."""
-    p_values = np.asarray(p_values, dtype=float)
     order = np.argsort(p_values)
-    scaled = p_values[order] * (len(p_values) - np.arange(len(p_values)))
-    found = np.empty_like(p_values)
-    found[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return found
+    scaled = p_values[order] * np.arange(len(p_values), 0, -1)
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
+    return corrected

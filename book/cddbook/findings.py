@@ -30,7 +30,7 @@ class Effect:
     count: int
 
 
-def effect(values: Sequence[float]) -> Effect:
+def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
     """Summarise repeated measurements; a single one, or nan among them, settles nothing."""
     array = np.asarray(values, dtype=float)
     mean, count = float(array.mean()), len(array)
@@ -55,23 +55,20 @@ class Correlations:
 
     def pearson(self, *, changes: bool = False) -> Float[np.ndarray, "replicates matched measured"]:
         """Correlation of losses (or of their changes) while the row's segment alone is matched."""
-        return np.stack(
-            [correlation.pearson(correlation.changes(losses) if changes else losses) for losses in self.losses]
-        )
+        return correlation.pearson(correlation.changes(self.losses) if changes else self.losses)
 
     def net_change(self) -> Float[np.ndarray, "replicates matched measured"]:
         """Relative change of a loss when the row's segment alone has been matched."""
-        return np.stack([correlation.net_change(losses) for losses in self.losses])
+        return correlation.net_change(self.losses)
 
     def rise(self) -> Float[np.ndarray, "replicates matched measured"]:
         """How far a loss has risen above its lowest value when the row's segment alone has been matched."""
-        return np.stack([correlation.rise(losses) for losses in self.losses])
+        return correlation.rise(self.losses)
 
     def pearson_in(self, control: str, *, changes: bool = False) -> Float[np.ndarray, "replicates p p"]:
         """Correlation of the probes' losses (or of their changes) within a `sequential` or `concurrent` run."""
-        count = len(self.starts)
-        runs = [np.broadcast_to(run, (count, *run.shape)) for run in self.controls[control]]
-        return np.stack([correlation.pearson(correlation.changes(run) if changes else run) for run in runs])
+        run = np.repeat(self.controls[control][:, None], len(self.starts), axis=1)
+        return correlation.pearson(correlation.changes(run) if changes else run)
 
     def cosines(self, control: str, when: int) -> Float[np.ndarray, "replicates p p"]:
         """Cosines between two students' image gradients at the start (0) or the end (-1) of a control run."""
@@ -90,12 +87,10 @@ class Correlations:
         return self._corrected(lambda i, j: float(correlation.t_test(matrices[:, i, j])))
 
     def _corrected(self, p_value: Callable[[int, int], float]) -> Float[np.ndarray, "matched measured"]:
-        count = len(self.starts)
-        pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
-        found = np.ones((count, count))
-        for (i, j), corrected in zip(pairs, correlation.holm(np.asarray([p_value(*p) for p in pairs])), strict=True):
-            found[i, j] = corrected
-        return found
+        others = ~np.eye(len(self.starts), dtype=bool)
+        corrected = np.ones(others.shape)
+        corrected[others] = correlation.holm(np.array([p_value(i, j) for i, j in np.argwhere(others)]))
+        return corrected
 
 
 def correlations(record: Record) -> Correlations:
@@ -124,6 +119,45 @@ def correlations(record: Record) -> Correlations:
 # --- Comparisons ------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """One run of a comparison: its configuration, and what it measured."""
+
+    variant: str
+    seed: int
+    config: dict[str, Any]
+    metrics: dict[str, list[Any]]
+    evaluations: list[dict[str, list[float]]]
+    result: dict[str, Any]
+
+    @property
+    def cost(self) -> int:
+        """Segments that an iteration matches."""
+        return int(self.config["segments"] + self.config["replay"])
+
+    @property
+    def probes(self) -> tuple[continual.Scores, continual.Visits]:
+        """Losses of the probes, and the visits of the stages between."""
+        lines = lines_of(self.metrics)
+        return continual.probe_table(lines, self.config["probe_starts"], self.config["probe_expert"])
+
+    @property
+    def last_error(self) -> dict[str, np.ndarray]:
+        """The accumulated error of the last iterate, at every segment's end."""
+        return {key: np.asarray(values) for key, values in self.metrics["accumulated_error"][-1][1].items()}
+
+
+def runs_of(record: Record) -> list[ComparedRun]:
+    """The runs of a comparison's record."""
+    runs = []
+    for name, run in record["runs"].items():
+        variant, seed = name.split("/seed-")
+        measured = {key: run[key] for key in ("metrics", "evaluations", "result")}
+        config = {**record["config"], **run["changes"]}
+        runs.append(ComparedRun(variant=variant, seed=int(seed), config=config, **measured))
+    return runs
+
+
 def comparison(record: Record) -> pd.DataFrame:
     """A row for each run of a comparison: what it reached, forgot, and took.
 
@@ -133,56 +167,42 @@ def comparison(record: Record) -> pd.DataFrame:
     visits) and `events` (share of those that are rises); `seconds` an iteration, of the whole run `wall`; `memory`.
     """
     rows = []
-    for name, run in record["runs"].items():
-        variant, seed = name.split("/seed-")
-        config = {**record["config"], **run["changes"]}
-        losses, visits = continual.probe_table(lines_of(run["metrics"]), config["probe_starts"], config["probe_expert"])
+    for run in runs_of(record):
+        losses, visits = run.probes
         between = continual.changes_between_visits(losses, visits)
-        last = {key: values[-1] for key, values in run["metrics"]["accumulated_error"][-1][1].items()}
-        tests = [accuracy for entry in run["evaluations"] for accuracy in entry["synthetic"]]
-        validations = [np.mean(values) for _, values in run["metrics"].get("validation_accuracy", [])]
+        error = {key: values[-1] for key, values in run.last_error.items()}
+        tests = [accuracy for entry in run.evaluations for accuracy in entry["synthetic"]]
+        validations = [np.mean(values) for _, values in run.metrics.get("validation_accuracy", [])]
         rows.append(
             {
-                "variant": variant,
-                "seed": int(seed),
+                "variant": run.variant,
+                "seed": run.seed,
                 "test": np.mean(tests) if tests else math.nan,
                 "validation": max(validations, default=math.nan),
-                **{key: last[key] / last["travelled"] for key in ("error", "matching_sum", "initialisation_sum")},
+                **{key: error[key] / error["travelled"] for key in ("error", "matching_sum", "initialisation_sum")},
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
                 "forward": continual.forward_transfer(-losses, visits),
                 "between": between.mean() if len(between) else math.nan,
                 "events": (between > 0).mean() if len(between) else math.nan,
-                "seconds": run["result"]["seconds_per_iteration"],
-                "wall": sum(run["metrics"]["seconds"]),
-                "memory": run["result"]["peak_memory_mb"],
+                "seconds": run.result["seconds_per_iteration"],
+                "wall": sum(run.metrics["seconds"]),
+                "memory": run.result["peak_memory_mb"],
             }
         )
-    order = {name.split("/")[0]: None for name in record["runs"]}
     table = pd.DataFrame(rows)
-    table["variant"] = pd.Categorical(table["variant"], list(order), ordered=True)
+    table["variant"] = pd.Categorical(table["variant"], table["variant"].unique(), ordered=True)
     return table.sort_values(["variant", "seed"], ignore_index=True)
 
 
 def curves(record: Record) -> pd.DataFrame:
     """Validation accuracy of every run against iterations, matched segments and seconds of matching."""
     rows = []
-    for name, run in record["runs"].items():
-        variant, seed = name.split("/seed-")
-        config = {**record["config"], **run["changes"]}
-        cost = config["segments"] + config["replay"]
-        seconds = np.concatenate([[0.0], np.cumsum(run["metrics"]["seconds"])])
-        for iteration, values in run["metrics"]["validation_accuracy"]:
-            rows.append(
-                {
-                    "variant": variant,
-                    "seed": int(seed),
-                    "iteration": iteration,
-                    "matched": iteration * cost,
-                    "elapsed": seconds[iteration],
-                    "accuracy": float(np.mean(values)),
-                }
-            )
+    for run in runs_of(record):
+        elapsed = np.cumsum([0.0, *run.metrics["seconds"]])
+        for iteration, values in run.metrics["validation_accuracy"]:
+            row = {"variant": run.variant, "seed": run.seed, "iteration": iteration, "matched": iteration * run.cost}
+            rows.append({**row, "elapsed": elapsed[iteration], "accuracy": float(np.mean(values))})
     return pd.DataFrame(rows)
 
 

@@ -32,12 +32,11 @@ def read_record(record: str | Path) -> Any:
     """
     if isinstance(record, str):
         record = record_path(record)
+    data = read_bytes(record)
     try:
-        return json.loads(read_bytes(record))
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise (
-            error if isinstance(error, UserError) else UserError(f"{record} cannot be read as JSON: {error}.")
-        ) from None
+        raise UserError(f"{record} cannot be read as JSON: {error}.") from None
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ asked for again. `jobs` processes work on the runs, each with its share of the c
 import concurrent.futures.process
 import dataclasses
 import itertools
+import json
 import multiprocessing
 import os
 import statistics
@@ -258,8 +259,11 @@ def run_study(
                 found = _identity(read_json(out / "study.json"))
             refuse_other_run(out, found, _identity(description))
         write_json(out / "study.json", description)
+        first: dict[int, str] = {}  # the first run of a seed also tests random real images
+        for name, config in runs.items():
+            first.setdefault(config.distillation.seed, name)
         work = [
-            (name, config, buffer, out / name, networks, _brings_baselines(name, runs), root, device)
+            (name, config, buffer, out / name, networks, name in first.values(), root, device)
             for name, config in runs.items()
         ]
         failed = _in_processes(work, jobs) if jobs else _one_by_one(work)
@@ -273,12 +277,6 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
     unfolded = {key: value for key, value in description.items() if key not in ("config", "runs")}
     families = ", ".join(dict.fromkeys(name.split("/")[0] for name in description["runs"]))
     return {**description["config"], **unfolded, "runs": f"{len(description['runs'])} of {families}"}
-
-
-def _brings_baselines(name: str, runs: Mapping[str, StudyConfig]) -> bool:
-    """Whether a run also tests random real images: the first one of its seed."""
-    seed = runs[name].distillation.seed
-    return name == next(other for other, config in runs.items() if config.distillation.seed == seed)
 
 
 def _one(
@@ -383,10 +381,9 @@ def _gathered(out: Path, description: dict[str, Any]) -> dict[str, Any]:
         if not (finished or (description.get("keep_stopped") and _ended(out / name))):
             raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")
         config = read_json(out / name / "config.json")
-        base = {**description["config"]}
-        if base.get("compiled") is None:  # each run decided by itself, which is no change
-            base.pop("compiled", None)
-        changes = {key: config[key] for key, value in base.items() if config[key] != value}
+        changes = {key: config[key] for key, value in description["config"].items() if config[key] != value}
+        if description["config"].get("compiled") is None:  # each run decided by itself, which is no change
+            changes.pop("compiled", None)
         if not finished:
             runs[name] = {"changes": changes, "stopped": read_json(out / name / STOPPED)["reason"]}
             continue
@@ -409,14 +406,9 @@ def _columns(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
     return _rounded({**dense, **{key: values for key, values in sparse.items() if values}})
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, list):
-        return [_rounded(entry) for entry in value]
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    return value
+def _rounded(values: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The same JSON values with floats in six digits."""
+    return json.loads(json.dumps(values), parse_float=lambda digits: float(f"{float(digits):.6g}"))
 
 
 def lines_of(metrics: Mapping[str, list[Any]]) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""The book's tables of methods, made from `cddlib.methods.catalogue` and from records while the book is built."""
+"""The book's tables in Markdown: methods, and what records say. Most are made while the book is built."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,66 +16,28 @@ from cddlib.methods.catalogue import METHODS, Method
 from cddlib.methods.recipes import CELLS, ROWS, recipes_table
 
 
-class Accuracy(NamedTuple):
-    """A published test accuracy, in percent."""
-
-    data: str
-    ipc: int
-    mean: float
-    std: float | None
-    source: str
+def markdown(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> str:
+    """A table in Markdown; every row has its cells by the column's title, and a missing one is empty."""
+    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    return str(table.fillna("").to_markdown(index=False, disable_numparse=True, stralign=None, numalign=None))
 
 
-def accuracies(method: str) -> list[Accuracy]:
-    """The accuracies that were published for a method, or for `random_real`: real images under the same protocol."""
-    published = pd.read_csv(Path(__file__).with_name("published.csv")).replace({np.nan: None})
-    mine = published[published["method"] == method].drop(columns="method")
-    return [Accuracy(*row) for row in mine.itertuples(index=False)]
+def mean_sd(values: Sequence[float] | pd.Series, *, scale: float = 1.0, digits: int = 1) -> str:
+    """Mean ± standard deviation of `scale` times the values; of a single value, that one."""
+    numbers = pd.Series(values)
+    spread = f" ± {scale * numbers.std():.{digits}f}" if numbers.count() > 1 else ""
+    return f"{scale * numbers.mean():.{digits}f}{spread}"
 
 
-def negative_table(studies: Mapping[str, Correlations]) -> str:
-    """Markdown: share of negative pairs below and above the diagonal, mean ± standard error, a row a measure."""
-    lines = [
-        "| study | what is negative | below the diagonal | above the diagonal | mean off the diagonal |",
-        "|---|---|---|---|---|",
-    ]
-    for name, study in studies.items():
-        measures = {
-            "correlation of losses (the paper's)": study.pearson(),
-            "correlation of their changes": study.pearson(changes=True),
-            "what a loss has fallen in the end": -study.net_change(),
-            "cosine of gradients, first images": study.cosines("sequential", 0),
-            "cosine of gradients, last images": study.cosines("sequential", -1),
-        }
-        for measure, matrices in measures.items():
-            below, above = zip(*[correlation.negative_shares(matrix) for matrix in matrices], strict=True)
-            off = [float(correlation.off_diagonal(matrix).mean()) for matrix in matrices]
-            shares = [f"{np.mean(side):.0%} ± {_standard_error(side):.0%}" for side in (below, above)]
-            lines.append(
-                f"| {name} | {measure} | {shares[0]} | {shares[1]} | {np.mean(off):+.2f} ± {_standard_error(off):.2f} |"
-            )
-    return "\n".join(lines)
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean; nan for a single value."""
-    found = effect(values)
-    return found.std / math.sqrt(found.count)
-
-
-TITLES = {"random_real": "random real images"}
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+# --- Methods ----------------------------------------------------------------------------------------------------
 
 
 def methods_table() -> str:
     """Every method: its idea, its loss, and what its configuration sets that its base's does not."""
-    rows = [[f"`{m.name}`<br>{m.paper}", m.idea, m.loss, _settings(m)] for m in METHODS.values()]
-    return table(["method", "idea", "loss", "sets"], rows)
+    return markdown(
+        {"method": f"`{m.name}`<br>{m.paper}", "idea": m.idea, "loss": m.loss, "sets": _settings(m)}
+        for m in METHODS.values()
+    )
 
 
 def _settings(method: Method) -> str:
@@ -93,97 +55,136 @@ def _columns(method: Method) -> list[str]:
     return list(dict.fromkeys(field for row in rows for field in row.values))
 
 
+def recipes_by_method() -> str:
+    """Every recipe, folded away by method."""
+    return "\n\n".join(f":::{{dropdown}} `{name}`\n{recipes_table(name)}\n:::" for name in METHODS)
+
+
+def published(data: str) -> pd.DataFrame:
+    """Test accuracies that were published on a data set, in percent: a row a `method` (or random_real) and `ipc`."""
+    table = pd.read_csv(Path(__file__).with_name("published.csv"))
+    return table[table["data"] == data]
+
+
 def published_table(data: str) -> str:
     """Published test accuracies on a data set, in percent; their sources below."""
-    names = {**{name: name for name in METHODS}, **TITLES}
-    found = {title: [a for a in accuracies(name) if a.data == data] for name, title in names.items()}
-    found = {name: values for name, values in found.items() if values}
-    sources = sorted({a.source for values in found.values() for a in values})
-    rows = [
-        [f"`{name}`" if name in METHODS else name, *(_cell(values, ipc, sources) for ipc in CELLS[data])]
-        for name, values in found.items()
-    ]
+    table = published(data)
+    titles = {**{name: f"`{name}`" for name in METHODS}, "random_real": "random real images"}
+    sources = sorted(table["source"].unique())
+    spread = table["std"].map(" ± {:g}".format, na_action="ignore").fillna("")
+    number = table["source"].map(lambda source: f" <sup>{sources.index(source) + 1}</sup>")
+    table = table.assign(cell=table["mean"].map("{:.1f}".format) + spread + number)
+    cells = table.pivot(index="method", columns="ipc", values="cell").reindex(columns=CELLS[data])
+    cells = cells.reindex([name for name in titles if name in cells.index]).rename(
+        index=titles, columns="IPC {}".format
+    )
     notes = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
-    return table([data, *(f"IPC {ipc}" for ipc in CELLS[data])], rows) + f"\n\nSources: {notes}."
-
-
-def _cell(values: list[Accuracy], ipc: int, sources: list[str]) -> str:
-    for a in values:
-        if a.ipc == ipc:
-            spread = "" if a.std is None else f" ± {a.std:g}"
-            return f"{a.mean:.1f}{spread} <sup>{sources.index(a.source) + 1}</sup>"
-    return ""
+    return markdown(cells.rename_axis(data).reset_index()) + f"\n\nSources: {notes}."
 
 
 def published_tables() -> str:
     """All of them, one after the other."""
-    return "\n\n".join(
-        published_table(data) for data in DATA_NAMES if data in ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
-    )
+    return "\n\n".join(published_table(data) for data in DATA_NAMES if len(published(data)))
+
+
+# --- Records of single runs -------------------------------------------------------------------------------------
 
 
 def measured_table(results: Path) -> str:
     """Test accuracies of every method on the digits, from the committed records ``method-digits-*.json``."""
     rows = []
     for name in METHODS:
-        path = results / f"method-digits-{name}.json"
-        record = read_record(path)
+        record = read_record(results / f"method-digits-{name}.json")
         config, evaluation = record["config"], record["evaluations"][0]
-        cells = [f"`{name}`", str(config["ipc"]), str(config["segments"]), str(config["iterations"])]
-        for kind in ("synthetic", "random_real"):
+        row = {"method": f"`{name}`", "IPC": config["ipc"], "K": config["segments"], "iterations": config["iterations"]}
+        for kind, title in (("synthetic", "distilled (%)"), ("random_real", "random real (%)")):
             s = evaluation["summary"][kind]
-            cells.append(f"{100 * s['mean']:.1f} ± {100 * s['std']:.1f} ({s['runs']})")
-        rows.append([*cells, f"{record['result']['seconds']:.0f}"])
+            row[title] = f"{100 * s['mean']:.1f} ± {100 * s['std']:.1f} ({s['runs']})"
+        rows.append({**row, "seconds": f"{record['result']['seconds']:.0f}"})
     device = f"{evaluation['device']}, {evaluation['threads']} thread, torch {evaluation['versions']['torch']}"
-    header = ["method", "IPC", "K", "iterations", "distilled (%)", "random real (%)", "seconds"]
-    return table(header, rows) + f"\n\nMeasured on: {device}."
+    return markdown(rows) + f"\n\nMeasured on: {device}."
 
 
 def plan_table(results: Path) -> str:
     """What `cddlib plan` said and what runs took, from the committed record ``plan.json``."""
     record = read_record(results / "plan.json")
     rows = [
-        [run["what"], stage, f"{run['planned'][stage]:.1f}", f"{took:.1f}", f"{run['planned'][stage] / took - 1:+.0%}"]
+        {
+            "run": run["what"],
+            "stage": stage,
+            "planned (s)": f"{run['planned'][stage]:.1f}",
+            "took (s)": f"{took:.1f}",
+            "off by": f"{run['planned'][stage] / took - 1:+.0%}",
+        }
         for run in record["runs"]
         for stage, took in run["measured"].items()
     ]
-    header = ["run", "stage", "planned (s)", "took (s)", "off by"]
-    return table(header, rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
+    return markdown(rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
 
 
 def streaming_table(results: Path) -> str:
     """What streaming a folder took, and what a mapped cache holds in memory, from the record ``streaming.json``."""
     record = read_record(results / "streaming.json")
     streamed, mapped = record["streamed"], record["mapped"]
-    few, whole, resumed = (streamed[name] for name in ("few", "whole", "resumed"))
-    rows = [
-        [f"{part['images']:,} images into the cache", f"{part['seconds']:.0f}", f"{_peak(part):.0f}"]
-        for part in (few, whole)
-    ]
-    rows.append(
-        [f"resumed after being killed at {resumed['durable_images']:,}, same bytes", f"{resumed['seconds']:.0f}", ""]
-    )
-    last = mapped["fingerprint"]
-    rows.append([f"a cache of {record['config']['mapped_gb']:g} GB, all of it read", "", f"{last['anonymous_mb']:.0f}"])
-    rows.append(["before it was opened", "", f"{mapped['before']['anonymous_mb']:.0f}"])
-    header = ["what", "seconds", "memory, without mapped files (MB)"]
-    return table(header, rows) + f"\n\nMeasured on: {record['device']}, {streamed['workers']} processes."
+    resumed, cache = streamed["resumed"], f"a cache of {record['config']['mapped_gb']:g} GB, all of it read"
+    rows: list[tuple[str, str, str]] = []
+    for part in (streamed["few"], streamed["whole"]):
+        peak = f"{part['peak_anonymous']['all_shared_once_mb']:.0f}"
+        rows.append((f"{part['images']:,} images into the cache", f"{part['seconds']:.0f}", peak))
+    again = f"resumed after being killed at {resumed['durable_images']:,}, same bytes"
+    rows.append((again, f"{resumed['seconds']:.0f}", ""))
+    rows.append((cache, "", f"{mapped['fingerprint']['anonymous_mb']:.0f}"))
+    rows.append(("before it was opened", "", f"{mapped['before']['anonymous_mb']:.0f}"))
+    table = pd.DataFrame(rows, columns=["what", "seconds", "memory, without mapped files (MB)"])
+    return markdown(table) + f"\n\nMeasured on: {record['device']}, {streamed['workers']} processes."
 
 
-def _peak(part: dict[str, Any]) -> float:
-    return part["peak_anonymous"]["all_shared_once_mb"]
+def provenance(records: Mapping[str, Record]) -> str:
+    """Where and by which code records of a GPU, given by name, were made; a Markdown list."""
+    lines = []
+    for name, record in records.items():
+        commits = {row.get("commit", record["commit"])[:7] for row in record.get("rows", [record])}
+        torch = f", PyTorch {record['versions']['torch']}" if "versions" in record else ""
+        lines.append(
+            f"- {record['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(commits))}. "
+            f"Record: book/results/gpu/{name}.json."
+        )
+    return "\n".join(lines)
 
 
-def recipes_by_method() -> str:
-    """Every recipe, folded away by method."""
-    return "\n\n".join(f":::{{dropdown}} `{name}`\n{recipes_table(name)}\n:::" for name in METHODS)
+# --- Records of studies -----------------------------------------------------------------------------------------
 
 
-def _effect_cell(values: pd.Series, *, scale: float, digits: int) -> str:
-    if values.isna().all():
-        return "–"
-    spread = f" ± {scale * values.std():.{digits}f}" if values.count() > 1 else ""
-    return f"{scale * values.mean():.{digits}f}{spread}"
+def negative_table(studies: Mapping[str, Correlations]) -> str:
+    """Markdown: share of negative pairs below and above the diagonal, mean ± standard error, a row a measure."""
+    rows = []
+    for name, study in studies.items():
+        measures = {
+            "correlation of losses (the paper's)": study.pearson(),
+            "correlation of their changes": study.pearson(changes=True),
+            "what a loss has fallen in the end": -study.net_change(),
+            "cosine of gradients, first images": study.cosines("sequential", 0),
+            "cosine of gradients, last images": study.cosines("sequential", -1),
+        }
+        for measure, matrices in measures.items():
+            below, above = zip(*[correlation.negative_shares(matrix) for matrix in matrices], strict=True)
+            off = [float(correlation.off_diagonal(matrix).mean()) for matrix in matrices]
+            rows.append(
+                {
+                    "study": name,
+                    "what is negative": measure,
+                    "below the diagonal": f"{np.mean(below):.0%} ± {_standard_error(below):.0%}",
+                    "above the diagonal": f"{np.mean(above):.0%} ± {_standard_error(above):.0%}",
+                    "mean off the diagonal": f"{np.mean(off):+.2f} ± {_standard_error(off):.2f}",
+                }
+            )
+    return markdown(rows)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of the mean; nan for a single value."""
+    found = effect(values)
+    return found.std / math.sqrt(found.count)
 
 
 def comparison_table(table: pd.DataFrame) -> str:
@@ -197,33 +198,27 @@ def comparison_table(table: pd.DataFrame) -> str:
         "wall": ("matching, s", 1.0, 1),
         "memory": ("memory, MB", 1.0, 0),
     }
-    lines = [
-        "| variant | " + " | ".join(title for title, _, _ in columns.values()) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
+    rows = []
     for variant, mine in table.groupby("variant", sort=False, observed=True):
-        cells = [_effect_cell(mine[key], scale=scale, digits=digits) for key, (_, scale, digits) in columns.items()]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    seeds = table["seed"].nunique()
+        row = {"variant": variant}
+        for key, (title, scale, digits) in columns.items():
+            row[title] = "–" if mine[key].isna().all() else mean_sd(mine[key], scale=scale, digits=digits)
+        rows.append(row)
     note = (
-        f"Mean ± standard deviation over {seeds} distillations, at equal compute. Memory is the peak of the process, "
-        "with data and validation: a run's own only if it had a process of its own, as in the records, not in the "
-        "runs of this build."
+        f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Memory is the peak "
+        "of the process, with data and validation: a run's own only if it had a process of its own, as in the records, "
+        "not in the runs of this build."
     )
-    return "\n".join([*lines, "", note])
+    return f"{markdown(rows)}\n\n{note}"
 
 
 def baselines_in_words(record: Record) -> str:
     """Test accuracy of networks trained on random real images and on all training images, under the same protocol."""
-    found: dict[str, list[float]] = {"random_real": [], "full": []}
-    for run in record["runs"].values():
-        for entry in run["evaluations"]:
-            for key, values in found.items():
-                values += entry[key]
-    parts = [
-        f"{name} {100 * np.mean(found[key]):.1f} ± {100 * np.std(found[key], ddof=1):.1f} ({len(found[key])} networks)"
-        for key, name in (("random_real", "random real images"), ("full", "all training images for as many steps"))
-    ]
+    tests = [entry for run in record["runs"].values() for entry in run["evaluations"]]
+    parts = []
+    for key, name in (("random_real", "random real images"), ("full", "all training images for as many steps")):
+        accuracies = [accuracy for entry in tests for accuracy in entry[key]]
+        parts.append(f"{name} {mean_sd(accuracies, scale=100.0)} ({len(accuracies)} networks)")
     return "Test accuracy in percent under the same protocol: " + "; ".join(parts) + "."
 
 

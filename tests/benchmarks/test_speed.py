@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cddbook.figures import speed as speed_figures
+from cddbook.figures import ch8_speed as speed_figures
 from cddlib.training import convnet_step
 
 LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}

@@ -3,7 +3,8 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from cddbook.figures import concurrent, style
+from cddbook.figures import ch5_concurrent as concurrent
+from cddbook.figures import style
 
 
 def runs(accuracies: dict[int, dict[int, float]]) -> pd.DataFrame:
@@ -39,7 +40,7 @@ def test_slider_shows_one_frame_and_escapes_words():
     html = style.slider(frames, {1: 'a "quoted" alt', 2: "b"}, label="K", name="turn")
     assert html.count("<figure") == 2 and html.count(" hidden>") == 1
     assert "a &quot;quoted&quot; alt" in html and "http" not in html
-    assert not plt.get_fignums()
+    assert not any(plt.fignum_exists(figure.number) for figure in frames.values())
 
 
 def test_accuracies_in_words():

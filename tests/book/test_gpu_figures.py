@@ -6,7 +6,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
-from cddbook.figures import gpu, gpu_runs, style
+from cddbook import tables
+from cddbook.figures import ch6_cifar10, ch8_gpu
+from cddlib import distill_recipe
+from cddlib.runtime.config import as_dict
 
 
 def cells(table: str) -> list[list[str]]:
@@ -33,20 +36,18 @@ def speed_of(**ms: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("sentence", "ms", "said"),
     [
-        (gpu.faster_sentence, {}, "gradient takes 30 ms, 10.0 times as fast as the textbook's way (300 ms)"),
-        (gpu.faster_sentence, {"one": 600}, "gradient takes 600 ms, 2.0 times as slow as the textbook's way"),
-        (gpu.faster_sentence, {"one": 301}, "gradient takes 301 ms, about as fast as the textbook's way"),
-        (gpu.graph_sentence, {}, "takes 30 ms, 3.0 times as fast as the same steps launched one by one (90"),
-        (gpu.graph_sentence, {"apart": 15}, "takes 30 ms, 2.0 times as slow as the same steps launched"),
-        (gpu.bfloat16_sentence, {}, "bfloat16 takes 20 ms, 1.5 times as fast as in float32 (30 ms)"),
-        (gpu.bfloat16_sentence, {"bfloat16": 60}, "bfloat16 takes 60 ms, 2.0 times as slow as in float32"),
+        (ch8_gpu.faster_sentence, {}, "gradient takes 30 ms, 10.0 times as fast as the textbook's way (300 ms)"),
+        (ch8_gpu.faster_sentence, {"one": 600}, "gradient takes 600 ms, 2.0 times as slow as the textbook's way"),
+        (ch8_gpu.faster_sentence, {"one": 301}, "about as fast as the textbook's way"),
+        (ch8_gpu.graph_sentence, {}, "takes 30 ms, 3.0 times as fast as the same steps launched one by one (90"),
+        (ch8_gpu.bfloat16_sentence, {}, "bfloat16 takes 20 ms, 1.5 times as fast as in float32 (30 ms)"),
         (
-            gpu.segments_sentence,
+            ch8_gpu.segments_sentence,
             {},
             "K = 2 takes 1.2 times, K = 4 takes 2.0 times as long as K = 1. Every K is",
         ),
-        (gpu.segments_sentence, {"two": 60}, "K = 4 takes 2.0 times as long as K = 1. K = 4 is more than"),
-        (gpu.segments_sentence, {"two": 60, "four": 130}, "K = 1. No K is more than a tenth faster"),
+        (ch8_gpu.segments_sentence, {"two": 60}, "K = 4 takes 2.0 times as long as K = 1. K = 4 is more than"),
+        (ch8_gpu.segments_sentence, {"two": 60, "four": 130}, "K = 1. No K is more than a tenth faster"),
     ],
 )
 def test_speeds_turn(sentence: Callable[[Any], str], ms: dict[str, float], said: str) -> None:
@@ -56,28 +57,30 @@ def test_speeds_turn(sentence: Callable[[Any], str], ms: dict[str, float], said:
 def test_only_rows_of_one_commit_are_compared() -> None:
     speed = speed_of()
     speed["rows"][0]["commit"] = "abcdefghij"
-    assert gpu.graph_sentence(speed) == gpu.bfloat16_sentence(speed) == ""
-    speed["rows"].append({**speed["rows"][0], "way": gpu.OWN[1], "ms": 45, "commit": "0123456789"})
-    assert "takes 45 ms, 2.0 times as fast" in gpu.graph_sentence(speed)
-    assert gpu.provenance({"speed": speed}) == (
+    assert ch8_gpu.graph_sentence(speed) == ch8_gpu.bfloat16_sentence(speed) == ""
+    speed["rows"].append({**speed["rows"][0], "way": ch8_gpu.OWN[1], "ms": 45, "commit": "0123456789"})
+    assert "takes 45 ms, 2.0 times as fast" in ch8_gpu.graph_sentence(speed)
+    assert tables.provenance({"speed": speed}) == (
         "- a GPU, PyTorch 2.11, commit `0123456` and `abcdefg`. Record: book/results/gpu/speed.json."
     )
 
 
 def test_tables_of_speed() -> None:
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in gpu.speed_table(speed_of()).split("\n")]
+    rows = cells(ch8_gpu.speed_table(speed_of()))
     work = "an iteration's gradient, IPC 1, N = 50"
     assert rows[2] == [work, "cddlib", "30.0", "29.0 to 31.0", "10.0", "`0123456`"]
-    assert rows[5][:3] == [work, gpu.APART, "90.0"]
+    assert rows[5][:3] == [work, ch8_gpu.APART, "90.0"]
     assert rows[6] == ["an expert's epoch, images: 50,000", "cddlib", "400.0", "399.0 to 401.0", "", "`0123456`"]
-    assert cells(gpu.segments_table(speed_of()))[-1] == ["4", "60.0", "2.00", "66.7"]
+    assert cells(ch8_gpu.segments_table(speed_of()))[-1] == ["4", "60.0", "2.00", "66.7"]
 
 
 @pytest.mark.parametrize(
     ("rates", "said"),
     [
-        ([20, 30, 40, 39], "4 runs match 2.0 times, 8 runs match 1.9 times as many segments a second as one run. It "),
-        ([20, 30, 40, 39], "It pays to start 4 at once. More gain nothing."),
+        (
+            [20, 30, 40, 39],
+            "1.9 times as many segments a second as one run. It pays to start 4 at once. More",
+        ),
         ([20, 30, 40, 60], "It pays to start 8 at once. More were not tried."),
         ([20, 20, 19, 18], "It does not pay to start several at once."),
     ],
@@ -88,8 +91,8 @@ def test_how_many_runs_pay_turns(rates: list[int], said: str) -> None:
         for count, rate in zip((1, 2, 4, 8), rates, strict=True)
     ]
     record = {"rows": [*rows, {"runs": 4, "segments": 2, "segments_a_second": 99.0}]}
-    assert said in gpu.runs_sentence(record)
-    assert cells(gpu.runs_table(record))[-1] == ["4", "2", "99.0"]
+    assert said in ch8_gpu.runs_sentence(record)
+    assert cells(ch8_gpu.runs_table(record))[-1] == ["4", "2", "99.0"]
 
 
 def test_gradients_in_words() -> None:
@@ -97,12 +100,12 @@ def test_gradients_in_words() -> None:
     walks = [{"what": "ieee, flip", **walk}, {"what": "ieee, crop", **walk, "images": 2e-3}]
     walks.append({"what": "float32", **walk, "loss": 1.0, "images": 1.0, "cosine": 0.5})
     record = {"walks": walks, "same": {"twice": walk}, "synchronisations": 2}
-    said = gpu.gradients_sentence(record)
+    said = ch8_gpu.gradients_sentence(record)
     assert "at most 1e-08 of themselves" in said and "at most 2e-03 of its length (in the walk 'ieee, crop')" in said
     assert "The same walk again differs by 1e-06 in that gradient. The CPU waits for the GPU 2 times" in said
     exact = record | {"same": {"twice": walk | {"images": 0.0}}}
-    assert "The same walk again gives the same numbers." in gpu.gradients_sentence(exact)
-    assert "5e-01" in gpu.gradients_table(record).split("\n")[-1]
+    assert "The same walk again gives the same numbers." in ch8_gpu.gradients_sentence(exact)
+    assert "5e-01" in ch8_gpu.gradients_table(record).split("\n")[-1]
 
 
 @pytest.mark.parametrize(
@@ -112,8 +115,8 @@ def test_gradients_in_words() -> None:
 def test_the_gate_needs_the_median_and_the_least(cosines: tuple[float, ...], tf32: str) -> None:
     rows = [{"precision": "float32", "cosine": cosine, "images": 0.01} for cosine in cosines]
     record = {"rows": [*rows, {"precision": "bfloat16", "cosine": 0.999, "images": 0.02}]}
-    assert gpu.gate_sentence(record).endswith(f"TF32 (`--precision float32`) {tf32}. bfloat16 passes.")
-    assert cells(gpu.precision_table(record))[3][:2] == ["bfloat16", "1"]
+    assert ch8_gpu.gate_sentence(record).endswith(f"TF32 (`--precision float32`) {tf32}. bfloat16 passes.")
+    assert cells(ch8_gpu.precision_table(record))[3][:2] == ["bfloat16", "1"]
 
 
 # --- Runs -------------------------------------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def distil_of(gap: float, *, apart: float = 0.0, finished: bool = False) -> dict
             runs.append(
                 {
                     "segments": k, "seed": seed, "iterations": iterations, "finished": finished,
-                    "config": gpu_runs.distill_recipe("mtt", "cifar10", ipc=1, segments=k).__dict__,
+                    "config": as_dict(distill_recipe("mtt", "cifar10", ipc=1, segments=k)),
                     "losses": [[level + 0.3 * (i < 10)] * k for i in range(iterations)],
                     "seconds": [9.0] + [0.1] * (iterations - 1), "step_size": [0.01] * iterations,
                 }
@@ -145,11 +148,12 @@ def distil_of(gap: float, *, apart: float = 0.0, finished: bool = False) -> dict
     ],
 )
 def test_losses_turn(gap: float, apart: float, said: str) -> None:
-    table = gpu_runs.losses(distil_of(gap, apart=apart))
-    assert gpu_runs.equal_sentence(table, "loss").startswith(f"After 120 matched segments, after 80 iterations {said}")
-    rows = gpu_runs.equal_table(table, "loss").split("\n")
-    assert len(rows) == 5 and f"{gap:+.3f} [" in rows[2] and rows[2].endswith("| 3       |")
-    assert gpu_runs.equal_sentence(table, "loss") in gpu_runs.loss_caption(table)
+    table = ch6_cifar10.losses(distil_of(gap, apart=apart))
+    sentence = ch6_cifar10.equal_sentence(table, "loss")
+    assert sentence.startswith(f"After 120 matched segments, after 80 iterations {said}")
+    rows = ch6_cifar10.equal_table(table, "loss").split("\n")
+    assert len(rows) == 5 and f"{gap:+.3f} [" in rows[2] and rows[2].endswith("| 3 |")
+    assert sentence in ch6_cifar10.loss_caption(table)
 
 
 def test_comparisons_may_differ() -> None:
@@ -157,61 +161,44 @@ def test_comparisons_may_differ() -> None:
     distil = distil_of(0.0)
     for run in distil["runs"]:
         run["losses"] = [[1 - 0.001 * i * (1 + 0.5 * (run["segments"] - 1))] for i in range(run["iterations"])]
-    found = gpu_runs.at_equal(gpu_runs.losses(distil), "loss")
-    assert list(found) == ["after 120 matched segments", "after 80 iterations", gpu_runs.STOPPED]
-    segments, iterations, _ = found.values()
-    assert (segments[2] > segments[1]).all() and (iterations[2] < iterations[1]).all()
-    said = gpu_runs.equal_sentence(gpu_runs.losses(distil), "loss")
+    said = ch6_cifar10.equal_sentence(ch6_cifar10.losses(distil), "loss")
     assert "After 80 iterations and when they were stopped the matching loss of K = 2 is lower" in said
     assert "After 120 matched segments the matching loss of K = 2 is higher" in said
 
 
-def test_a_point_is_the_mean_of_fifty_matched_segments() -> None:
-    table = gpu_runs.losses(distil_of(0.0))
-    for k in (1, 2):
-        mine = table[(table["K"] == k) & (table["seed"] == 0)]
-        assert mine["matched"][mine["loss"].notna()].min() == 50 == gpu_runs.WINDOW
-        expected = 0.6 + 0.3 * 10 / (50 / k)
-        assert mine["loss"].dropna().iloc[0] == pytest.approx(expected)
-
-
 def test_the_curves_are_drawn_where_all_seeds_are_and_described() -> None:
-    table = gpu_runs.losses(distil_of(0.0))
-    segments, iterations = gpu_runs.loss_curves(table).axes
+    table = ch6_cifar10.losses(distil_of(0.0))
+    segments, iterations = ch6_cifar10.loss_curves(table).axes
     assert [line.get_xdata()[-1] for line in segments.get_lines()] == [120, 160]
     assert [line.get_xdata()[-1] for line in iterations.get_lines()] == [120, 80]
-    assert "K = 1 falls from 0.66 to 0.60 and that of K = 2 falls from 0.72 to 0.60" in gpu_runs.loss_alt(table)
+    assert "K = 1 falls from 0.66 to 0.60 and that of K = 2 falls from 0.72 to 0.60" in ch6_cifar10.loss_alt(table)
     rising = table.assign(loss=1 - table["loss"])
-    assert "K = 1 rises from 0.34 to 0.40" in gpu_runs.loss_alt(rising)
+    assert "K = 1 rises from 0.34 to 0.40" in ch6_cifar10.loss_alt(rising)
     plt.close("all")
 
 
 def test_how_far_from_the_published_cell() -> None:
     experts = {"buffer": {"experts": [{}] * 20, "config": {"epochs": 3}}}
-    said = gpu_runs.stopped_sentence(distil_of(0.0), experts)
+    said = ch6_cifar10.stopped_sentence(distil_of(0.0), experts)
     assert "stopped 6 of 6 runs; after 21 seconds they had 80 to 122 iterations" in said
     assert "5,000 iterations, and 100 experts of 50 epochs; these runs had 20 experts of 3 epochs" in said
-    assert "stopped 0 of 6 runs" in gpu_runs.stopped_sentence(distil_of(0.0, finished=True), experts)
-    assert len(gpu_runs.runs_table(distil_of(0.0)).split("\n")) == 8
+    assert "stopped 0 of 6 runs" in ch6_cifar10.stopped_sentence(distil_of(0.0, finished=True), experts)
+    assert len(ch6_cifar10.runs_table(distil_of(0.0)).split("\n")) == 8
 
 
 def evaluated_of(gain: float) -> dict[str, Any]:
     """Tests of all these runs after 100 matched segments and at their end; K = 2 is better by `gain`."""
     rows = []
     for run in distil_of(0.0)["runs"]:
-        k = run["segments"]
-        for iteration in (100 // k, run["iterations"]):
-            accuracies = [0.4 + 0.001 * run["seed"] + gain * (k - 1) + x for x in (-0.01, 0.01)]
-            rows.append(
-                {"segments": k, "seed": run["seed"], "iteration": iteration, "matched": k * iteration,
-                 "accuracies": accuracies}
-            )  # fmt: skip
+        k, level = run["segments"], 0.4 + 0.001 * run["seed"] + gain * (run["segments"] - 1)
+        row = {"segments": k, "seed": run["seed"], "accuracies": [level - 0.01, level + 0.01]}
+        rows += [{**row, "iteration": i, "matched": k * i} for i in (100 // k, run["iterations"])]
     return {"rows": rows, "random_real": [0.14, 0.16]}
 
 
 @pytest.mark.parametrize(("gain", "how", "better"), [(0.1, "higher", "12 of 12"), (-0.3, "lower", "6 of 12")])
 def test_accuracies_turn(gain: float, how: str, better: str) -> None:
-    text = gpu_runs.tested(evaluated_of(gain), distil_of(0.0))
+    text = ch6_cifar10.tested(evaluated_of(gain), distil_of(0.0))
     assert f"After 100 matched segments and when they were stopped the test accuracy of K = 2 is {how} than" in text
     assert f"{better} sets have a higher accuracy than any network on random real images" in text
     rows = cells(text)
@@ -221,11 +208,4 @@ def test_accuracies_turn(gain: float, how: str, better: str) -> None:
 
 
 def test_sets_that_were_not_tested_are_said_to_be_so() -> None:
-    assert gpu_runs.tested(None, distil_of(0.0)).startswith("These sets have not been tested yet")
-
-
-def test_a_figure_has_the_words_it_is_given() -> None:
-    figure, _ = plt.subplots()
-    text = style.captioned(figure, "a < b", 'a "quoted" alt')
-    assert "<figcaption>a &lt; b</figcaption>" in text and 'alt="a &quot;quoted&quot; alt"' in text
-    assert not plt.fignum_exists(figure.number)
+    assert ch6_cifar10.tested(None, distil_of(0.0)).startswith("These sets have not been tested yet")

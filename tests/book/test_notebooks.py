@@ -38,14 +38,13 @@ def notebook(path: Path, source: str) -> Path:
     return path
 
 
-def test_unknown_parameters_are_refused(build, tmp_path):
-    with pytest.raises(ValueError, match="has no parameter profil; it has profile"):
-        build.execute(notebook(tmp_path / "a.ipynb", "1"), tmp_path / "out" / "a.ipynb", {"profil": "ci"})
-
-
-def test_a_failing_cell_fails(build, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="must be seen"):
-        build.execute(notebook(tmp_path / "a.ipynb", "raise ValueError('must be seen')"), tmp_path / "o.ipynb", {})
+@pytest.mark.parametrize(
+    ("source", "parameters", "error"),
+    [("1", {"profil": "ci"}, "has no parameter profil; it has profile"), ("raise ValueError('seen')", {}, "seen")],
+)
+def test_unknown_parameters_and_failing_cells_fail(build, tmp_path, source, parameters, error):
+    with pytest.raises((ValueError, papermill.PapermillExecutionError), match=error):
+        build.execute(notebook(tmp_path / "a.ipynb", source), tmp_path / "out" / "a.ipynb", parameters)
 
 
 def test_all_parameters_are_recorded_and_the_source_is_untouched(build, tmp_path):

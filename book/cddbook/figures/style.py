@@ -1,4 +1,4 @@
-"""Every plot in the book. Each function draws what it is given and returns a matplotlib figure, or HTML."""
+"""The style of every plot in the book, and figures as HTML. A figure is made from what it is given."""
 
 import base64
 import html
@@ -10,11 +10,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import seaborn as sns
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+PERCENT = PercentFormatter(1.0, decimals=0)
 
 
 def use_style() -> None:
@@ -23,11 +25,10 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
 
 
-def _as_percent(axes: Any) -> None:
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-# --- Buffering --------------------------------------------------------------------------------------------------
+def band(axis: Axes, x: Any, mean: Any, spread: Any, *, alpha: float = 0.2, **line: Any) -> None:
+    """A line with a band of `spread` on both sides of it."""
+    (drawn,) = axis.plot(x, mean, **line)
+    axis.fill_between(x, mean - spread, mean + spread, color=drawn.get_color(), alpha=alpha, linewidth=0)
 
 
 def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str], *, columns: int = 10) -> Figure:

@@ -1,4 +1,4 @@
-"""Figures and tables of what `make bench` and tests/benchmarks/precision.py recorded."""
+"""Figures of chapter 8: what `make bench` and tests/benchmarks/precision.py recorded on a CPU."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+
+from cddbook.tables import markdown
 
 TEXTBOOK = "textbook"
 """How the names of all implementations begin that cddlib is compared with."""
@@ -74,25 +76,18 @@ def ratio_table(record: Mapping[str, Any], column: str) -> str:
     """
     table = measurements(record, curves=False)
     ways = [way for way in table["implementation"].unique() if not way.startswith(TEXTBOOK)]
-    lines = [f"| work | {TEXTBOOK} | " + " | ".join(ways) + " |", "|---" * (2 + len(ways)) + "|"]
     shown = "{:.3g} s" if column == "seconds" else "{:,.0f} MB"
-    for name, rows in table.groupby("name", sort=False):
-        theirs = rows[rows["implementation"].str.startswith(TEXTBOOK)]
-        left_out = theirs["seconds"].isna().all()
-        best = None if left_out else theirs.loc[theirs["seconds"].idxmin(), column]
-        cells = [theirs["left_out"].iloc[0] if best is None else shown.format(best)]
-        for way in ways:
-            own = rows[rows["implementation"] == way]
-            if own.empty:
-                cells.append("")
-            elif pd.isna(own["seconds"].iloc[0]):
-                cells.append(own["left_out"].iloc[0])
-            else:
-                value = own[column].iloc[0]
-                ratio = None if best is None else best / value if column == "seconds" else value / best
-                cells.append(shown.format(value) + ("" if ratio is None else f", {ratio:.2f}"))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = []
+    for name, mine in table.groupby("name", sort=False):
+        theirs = mine[mine["implementation"].str.startswith(TEXTBOOK)]
+        best = theirs.loc[theirs["seconds"].idxmin(), column] if theirs["seconds"].notna().any() else np.nan
+        row = {"work": name, TEXTBOOK: theirs["left_out"].iloc[0] if np.isnan(best) else shown.format(best)}
+        for own in mine[mine["implementation"].isin(ways)].to_dict("records"):
+            ratio = best / own[column] if column == "seconds" else own[column] / best
+            said = shown.format(own[column]) + ("" if np.isnan(ratio) else f", {ratio:.2f}")
+            row[own["implementation"]] = own["left_out"] if np.isnan(own["seconds"]) else said
+        rows.append(row)
+    return markdown(pd.DataFrame(rows, columns=["work", TEXTBOOK, *ways]))
 
 
 def rate_of(record: Mapping[str, Any], implementation: str) -> pd.Series:

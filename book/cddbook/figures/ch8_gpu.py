@@ -1,4 +1,4 @@
-"""Tables and sentences of what `make gpu` recorded of speed and precision: a sentence says what its record says."""
+"""Tables and sentences of chapter 8: what `make gpu` recorded of speed and precision on a GPU."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from cddbook.findings import Record
+from cddbook.tables import markdown
 
 ITERATION = "an iteration's gradient"
 OWN = ("cddlib", "cddlib, each kernel as the compiler makes it")
@@ -16,19 +17,6 @@ SIZES = {"IPC": "ipc", "N =": "steps", "images:": "images", "epochs:": "epochs"}
 """What the sizes of a measurement are called."""
 GATE = {"median": 0.999, "min": 0.99}
 """Cosines to the float64 gradient that a precision has to reach to be a default."""
-
-
-def provenance(records: Mapping[str, Record]) -> str:
-    """Where and by which code records, given by name, were made; a Markdown list."""
-    lines = []
-    for name, record in records.items():
-        found = {row.get("commit", record["commit"])[:7] for row in record.get("rows", [record])}
-        torch = f", PyTorch {record['versions']['torch']}" if "versions" in record else ""
-        lines.append(
-            f"- {record['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(found))}. "
-            f"Record: book/results/gpu/{name}.json."
-        )
-    return "\n".join(lines)
 
 
 # --- Speed ------------------------------------------------------------------------------------------------------
@@ -63,7 +51,7 @@ def speed_table(speed: Record) -> str:
         "times as fast as the textbook": (table["ms_textbook"] / table["ms"]).map("{:.1f}".format).replace("nan", ""),
         "commit": table["commit"].map("`{}`".format),
     }
-    return str(pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True))
+    return markdown(pd.DataFrame(shown))
 
 
 def _sentence(row: Mapping[str, Any], what: str, other: str, whose: str) -> str:

@@ -1,4 +1,4 @@
-"""Figures and tables of chapters 5 and 6: segment counts and accuracies."""
+"""Figures of chapter 5, which chapters 4 and 6 also use: segment counts and accuracies."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from cddbook.figures.style import MARKERS, _as_percent
+from cddbook.figures.style import MARKERS, PERCENT, band
+from cddbook.tables import markdown, mean_sd
 from cddlib.runtime.run_folder import read_metrics
 
 
@@ -43,12 +43,11 @@ def accuracy_curves(table: pd.DataFrame) -> Figure:
         for (variant, mine), marker in zip(measured.groupby("variant", sort=False), MARKERS, strict=False):
             points = mine.groupby("iteration").agg(x=(x, "mean"), mean=("accuracy", "mean"), sd=("accuracy", "std"))
             spread = points["sd"].fillna(0)
-            axis.plot(points["x"], points["mean"], marker=marker, markersize=4, label=variant)
-            axis.fill_between(points["x"], points["mean"] - spread, points["mean"] + spread, alpha=0.2)
+            band(axis, points["x"], points["mean"], spread, marker=marker, markersize=4, label=variant)
         axis.set(xlabel=label)
     axes[0].set_ylabel("validation accuracy")
     axes[-1].legend(fontsize=8)
-    _as_percent(axes[0])
+    axes[0].yaxis.set_major_formatter(PERCENT)
     return figure
 
 
@@ -69,23 +68,21 @@ def accuracy_table(runs: pd.DataFrame) -> str:
     """
     measured = runs.dropna(subset="accuracy")
     last, budget = measured["iteration"].max(), measured.groupby("segments")["matched"].max().min()
-    lines = [
+    columns = {f"after {last} iterations": measured["iteration"] >= 0}
+    columns[f"after at most {budget} matched segments"] = (measured["matched"] <= budget) & (measured["iteration"] > 0)
+    rows, reference = [], dict[str, pd.Series]()
+    for segments, mine in measured.groupby("segments"):
+        row = {"K": str(segments)}
+        for title, allowed in columns.items():
+            part = mine[allowed[mine.index]]
+            end = part[part["iteration"] == part["iteration"].max()].set_index("seed")
+            row[title] = _accuracy_cell(end, reference.setdefault(title, end["accuracy"]))
+        rows.append({**row, "seconds": f"{runs[runs['segments'] == segments]['seconds'].median():.3f}"})
+    return (
         f"Validation accuracy, mean ± standard deviation over {runs['seed'].nunique()} seeds; in brackets, segments "
         "matched until then; below it, the difference to the smallest K with the same seed; median seconds an "
-        "iteration on this machine.",
-        "",
-        f"| K | after {last} iterations | after at most {budget} matched segments | seconds |",
-        "|---|---|---|---|",
-    ]
-    reference: list[pd.Series] = []
-    for segments, mine in measured.groupby("segments"):
-        within = mine[(mine["matched"] <= budget) & (mine["iteration"] > 0)]
-        ends = [part[part["iteration"] == part["iteration"].max()].set_index("seed") for part in (mine, within)]
-        reference = reference or [end["accuracy"] for end in ends]
-        cells = [_accuracy_cell(end, first) for end, first in zip(ends, reference, strict=True)]
-        seconds = runs[runs["segments"] == segments]["seconds"].median()
-        lines.append(f"| {segments} | {cells[0]} | {cells[1]} | {seconds:.3f} |")
-    return "\n".join(lines)
+        f"iteration on this machine.\n\n{markdown(rows)}"
+    )
 
 
 def _accuracy_cell(end: pd.DataFrame, reference: pd.Series) -> str:
@@ -104,7 +101,7 @@ def accuracy_bars(accuracies: Mapping[str, Sequence[float]]) -> Figure:
     sns.barplot(table, x="accuracy", y="set", errorbar="sd", capsize=0.2, color="C0", alpha=0.6)
     sns.stripplot(table, x="accuracy", y="set", color="0.2", size=4)
     axis.set(xlabel="test accuracy", ylabel=None, xlim=(0, 1))
-    axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.xaxis.set_major_formatter(PERCENT)
     return figure
 
 
@@ -112,37 +109,11 @@ def accuracies_by_set(evaluations: Mapping[int, Mapping[str, Any]]) -> dict[str,
     """Test accuracies by name, from evaluation records keyed by K; the first one has the baselines."""
     accuracies = {f"distilled, K = {k}": record["accuracies"]["synthetic"] for k, record in evaluations.items()}
     baselines = next(iter(evaluations.values()))["accuracies"]
-    return {
-        **accuracies,
-        "random real images": baselines["random_real"],
-        "all training images": baselines["full"],
-    }
+    return {**accuracies, "random real images": baselines["random_real"], "all training images": baselines["full"]}
 
 
 def accuracies_in_words(accuracies: Mapping[str, Sequence[float]]) -> str:
     """The numbers behind `accuracy_bars`."""
-    parts = [
-        f"{name} {100 * np.mean(values):.1f}" + (f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
-        for name, values in accuracies.items()
-    ]
-    networks = {len(values) for values in accuracies.values()}
-    counted = " or ".join(str(count) for count in sorted(networks))
-    return f"Test accuracy in percent, mean ± standard deviation over {counted} networks: " + "; ".join(parts) + "."
-
-
-def run_table(records: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """What distillation runs cost and reached, a column each, from their records."""
-    columns = {}
-    for name, record in records.items():
-        losses = [line["loss"] for line in record["metrics"] if "loss" in line]
-        columns[name] = {
-            "iterations": record["config"]["iterations"],
-            "seconds an iteration (median)": f"{record['result']['seconds_per_iteration']:.1f}",
-            "whole run, minutes": f"{record['result']['seconds'] / 60:.1f}",
-            "peak memory of the process, MB": f"{record['result']['peak_memory_mb']:.0f}",
-            "matching loss, first 10 iterations": f"{np.mean(losses[:10]):.3f}",
-            "matching loss, last 10 iterations": f"{np.mean(losses[-10:]):.3f}",
-            "step size, last": f"{record['metrics'][-1]['step_size']:.4f}",
-            "iteration selected by validation": record["result"]["selected_iteration"],
-        }
-    return pd.DataFrame(columns)
+    parts = [f"{name} {mean_sd(values, scale=100.0)}" for name, values in accuracies.items()]
+    counts = " or ".join(str(count) for count in sorted({len(values) for values in accuracies.values()}))
+    return f"Test accuracy in percent, mean ± standard deviation over {counts} networks: " + "; ".join(parts) + "."

@@ -1,4 +1,4 @@
-"""The plots of the studies: correlation, forgetting, accumulated error, comparisons. Same rules as `figures`."""
+"""Figures of chapter 3: how matching one segment changes the others."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from cddbook import correlation
+from cddbook.correlation import Matrix
 from cddbook.findings import Correlations
-
-DIVERGING = "vlag"  # blue to red through white, told apart by colour-blind readers
-
-
-# --- Correlation ------------------------------------------------------------------------------------------------
 
 
 def heat_maps(
@@ -49,8 +45,7 @@ def heat_maps(
             annot=text,
             fmt="",
             annot_kws={"fontsize": 8},
-            cmap=DIVERGING,
-            center=0,
+            cmap="vlag",  # blue to red through white, told apart by colour-blind readers
             vmin=-limit,
             vmax=limit,
             square=True,
@@ -68,21 +63,24 @@ def heat_maps(
     return figure
 
 
+def _transfers(study: Correlations, rates: Mapping[str, float], when: int) -> list[tuple[Matrix, Matrix]]:
+    """Transfer as gradients predict it and as real steps show it, by replicate; first images `when` 0, last -1."""
+    pairs = []
+    for similarity in (repeated[when] for repeated in study.similarity["sequential"]):
+        losses, after = np.array(similarity["losses"]), np.array(similarity["after"])
+        predicted = correlation.predicted_transfer(similarity, dict(rates))
+        pairs.append((predicted, correlation.transfer(losses, after)))
+    return pairs
+
+
 def transfer_prediction(study: Correlations, rates: Mapping[str, float]) -> Figure:
     """Measured transfer of a real step against the first-order prediction, a dot a pair, at the start and the end."""
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), sharex=False)
+    same = np.eye(len(study.starts), dtype=bool)
     for axis, when, title in zip(axes, (0, -1), ("on the first images", "on the last images"), strict=True):
-        for kind, marker in (("the same segment", "s"), ("another segment", "o")):
-            predicted, measured = [], []
-            for repeated in study.similarity["sequential"]:
-                similarity = repeated[when]
-                mask = np.eye(len(study.starts), dtype=bool)
-                mask = mask if kind == "the same segment" else ~mask
-                predicted += correlation.predicted_transfer(similarity, dict(rates))[mask].tolist()
-                measured += correlation.transfer(np.asarray(similarity["losses"]), np.asarray(similarity["after"]))[
-                    mask
-                ].tolist()
-            axis.plot(predicted, measured, marker, alpha=0.6, markersize=4, label=kind)
+        for label, mask, marker in (("the same segment", same, "s"), ("another segment", ~same, "o")):
+            pairs = [(predicted[mask], measured[mask]) for predicted, measured in _transfers(study, rates, when)]
+            axis.plot(*np.concatenate(pairs, axis=1), marker, alpha=0.6, markersize=4, label=label)
         axis.axhline(0, color="0.4", linewidth=0.8)
         axis.axvline(0, color="0.4", linewidth=0.8)
         axis.axline((0, 0), slope=1, color="0.4", linestyle=":")
@@ -96,16 +94,11 @@ def sign_agreement(study: Correlations, rates: Mapping[str, float]) -> str:
     """How often a gradient's sign tells what a real step on another segment does, and how much of it."""
     parts = []
     for when, name in ((0, "first"), (-1, "last")):
-        signs, negative = [], []
-        for repeated in study.similarity["sequential"]:
-            predicted = correlation.off_diagonal(correlation.predicted_transfer(repeated[when], dict(rates)))
-            measured = correlation.off_diagonal(
-                correlation.transfer(np.asarray(repeated[when]["losses"]), np.asarray(repeated[when]["after"]))
-            )
-            signs += (np.sign(predicted) == np.sign(measured)).tolist()
-            negative += (measured < 0).tolist()
+        transfers = [[correlation.off_diagonal(m) for m in pair] for pair in _transfers(study, rates, when)]
+        predicted, measured = np.concatenate(transfers, axis=1)
         parts.append(
-            f"on the {name} images prediction and measurement agree in sign for {np.mean(signs):.0%} of the pairs, and "
-            f"{np.mean(negative):.0%} of the steps raise the other segment's loss"
+            f"on the {name} images prediction and measurement agree in sign for "
+            f"{np.mean(np.sign(predicted) == np.sign(measured)):.0%} of the pairs, and "
+            f"{np.mean(measured < 0):.0%} of the steps raise the other segment's loss"
         )
     return "Off the diagonal, " + "; ".join(parts) + "."

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cddbook.figures.style import MARKERS
+from cddbook.figures.style import MARKERS, band
 from cddlib.matching.segments import SegmentsConfig, draw_segments
 
 
@@ -37,8 +37,7 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
     figure, axis = plt.subplots()
     for (label, values), marker in zip(distances.items(), MARKERS, strict=False):
         steps, mean, spread = np.arange(values.shape[1]), values.mean(0).numpy(), values.std(0).numpy()
-        axis.plot(steps, mean, marker=marker, markevery=max(1, len(steps) // 10), label=label)
-        axis.fill_between(steps, mean - spread, mean + spread, alpha=0.25)
+        band(axis, steps, mean, spread, marker=marker, markevery=max(1, len(steps) // 10), label=label)
     axis.axhline(1, color="0.4", linestyle=":")
     axis.set(xlabel="student step i", ylabel="matching loss if it stopped here")
     axis.legend()
@@ -46,15 +45,15 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
 
 
 def _by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
-    """The measurements of single segments."""
+    """The measurements of single segments, with the peak `above` the start, in MB."""
     table = pd.DataFrame(record["measurements"])
-    return table[table["implementation"].isin(("cddlib", "textbook"))].copy()
+    table = table[table["implementation"].isin(("cddlib", "textbook"))]
+    return table.assign(above=table["peak_mb"] - table["start_mb"])
 
 
 def memory_against_steps(record: Mapping[str, Any]) -> Figure:
     """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
     table = _by_steps(record)
-    table["above"] = table["peak_mb"] - table["start_mb"]
     figure, axis = plt.subplots()
     sns.lineplot(table, x="student_steps", y="above", hue="implementation", style="implementation", markers=True)
     axis.set(xlabel="student steps N", ylabel="peak memory above the start, MB")
@@ -67,8 +66,8 @@ def memory_in_words(record: Mapping[str, Any]) -> str:
     table = _by_steps(record)
     parts = []
     for implementation, mine in table.groupby("implementation"):
-        above = (mine["peak_mb"] - mine["start_mb"]).round().astype(int)
-        pairs = ", ".join(f"{mb} MB at N = {steps}" for steps, mb in zip(mine["student_steps"], above, strict=True))
+        points = zip(mine["student_steps"], mine["above"], strict=True)
+        pairs = ", ".join(f"{mb:.0f} MB at N = {steps}" for steps, mb in points)
         parts.append(f"{implementation}: {pairs}")
     config = record["config"]
     return (

@@ -1,13 +1,15 @@
-"""What the runs of CIFAR-10 that `make gpu` began on a GPU reached: a figure, tables, and sentences from records."""
+"""Figures and tables of chapter 6: runs of CIFAR-10 on a CPU, and those that `make gpu` began on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from cddbook.figures.style import MARKERS
+from cddbook.figures.style import MARKERS, band
 from cddbook.findings import Effect, Record, effect
+from cddbook.tables import markdown, mean_sd
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
 
 WINDOW = 50
@@ -16,6 +18,27 @@ STOPPED = "when they were stopped"
 EQUAL = {"matched": "matched segments", "iteration": "iterations", "stopped": STOPPED}
 """At what runs with different K are compared."""
 NAMES = {"loss": "matching loss", "accuracy": "test accuracy"}
+
+
+def run_table(records: Mapping[str, Record]) -> pd.DataFrame:
+    """What distillation runs cost and reached, a column each, from their records."""
+    columns = {}
+    for name, record in records.items():
+        losses = [line["loss"] for line in record["metrics"] if "loss" in line]
+        columns[name] = {
+            "iterations": record["config"]["iterations"],
+            "seconds an iteration (median)": f"{record['result']['seconds_per_iteration']:.1f}",
+            "whole run, minutes": f"{record['result']['seconds'] / 60:.1f}",
+            "peak memory of the process, MB": f"{record['result']['peak_memory_mb']:.0f}",
+            "matching loss, first 10 iterations": f"{np.mean(losses[:10]):.3f}",
+            "matching loss, last 10 iterations": f"{np.mean(losses[-10:]):.3f}",
+            "step size, last": f"{record['metrics'][-1]['step_size']:.4f}",
+            "iteration selected by validation": record["result"]["selected_iteration"],
+        }
+    return pd.DataFrame(columns)
+
+
+# --- Runs on a GPU ----------------------------------------------------------------------------------------------
 
 
 def losses(distil: Record) -> pd.DataFrame:
@@ -34,11 +57,9 @@ def accuracies(evaluated: Record, distil: Record) -> pd.DataFrame:
     reached = {(run["segments"], run["seed"]): run["iterations"] for run in distil["runs"]}
     table = pd.DataFrame(evaluated["rows"]).rename(columns={"segments": "K"})
     last = [reached[key] for key in zip(table["K"], table["seed"], strict=True)]
-    table["accuracy"], table["networks"] = (
-        table["accuracies"].map(lambda a: sum(a) / len(a)),
-        table["accuracies"].map(len),
-    )
-    return table.assign(stopped=table["iteration"] == last).sort_values(["K", "matched", "seed"])
+    means = table["accuracies"].map(np.mean)
+    table = table.assign(accuracy=means, networks=table["accuracies"].map(len), stopped=table["iteration"] == last)
+    return table.sort_values(["K", "matched", "seed"])
 
 
 def at_equal(table: pd.DataFrame, value: str) -> dict[str, pd.DataFrame]:
@@ -60,16 +81,16 @@ def _difference(by_seed: pd.DataFrame) -> Effect:
 
 def equal_table(table: pd.DataFrame, value: str) -> str:
     """`at_equal`, mean ± standard deviation over seeds, with the difference's 95 % interval; Markdown."""
-    scale, digits, unit = (100, 1, ", %") if value == "accuracy" else (1, 3, "")
+    scale, digits, unit = (100.0, 1, ", %") if value == "accuracy" else (1.0, 3, "")
     rows = []
     for where, by_seed in at_equal(table, value).items():
         found, row = _difference(by_seed), {NAMES[value] + unit: where}
         for k in by_seed:
-            row[f"K = {k}"] = f"{scale * by_seed[k].mean():.{digits}f} ± {scale * by_seed[k].std():.{digits}f}"
+            row[f"K = {k}"] = mean_sd(by_seed[k], scale=scale, digits=digits)
         mean, low, high = (f"{scale * number:+.{digits}f}" for number in (found.mean, found.low, found.high))
         row[f"K = {max(by_seed)} minus K = {min(by_seed)}"] = f"{mean} [{low}, {high}]"
         rows.append({**row, "seeds": found.count})
-    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+    return markdown(rows)
 
 
 def equal_sentence(table: pd.DataFrame, value: str) -> str:
@@ -104,8 +125,8 @@ def loss_curves(table: pd.DataFrame) -> Figure:
         for (k, mine), marker in zip(table.groupby("K"), MARKERS, strict=False):
             by_seed = _curves(mine, column)
             mean, spread = by_seed.mean(axis=1), by_seed.std(axis=1).fillna(0)
-            axis.plot(mean.index, mean, marker=marker, markevery=0.15, markersize=4, label=f"K = {k}")
-            axis.fill_between(mean.index, mean - spread, mean + spread, alpha=0.25)
+            label = f"K = {k}"
+            band(axis, mean.index, mean, spread, marker=marker, markevery=0.15, markersize=4, label=label)
         axis.set(xlabel=EQUAL[column])
     axes[0].set_ylabel("matching loss")
     axes[1].legend()
@@ -143,13 +164,13 @@ def runs_table(distil: Record) -> str:
         }
         for run in sorted(distil["runs"], key=lambda run: (run["segments"], run["seed"]))
     ]
-    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+    return markdown(rows)
 
 
 def stopped_sentence(distil: Record, experts: Record) -> str:
     """How far the runs are from the published cell."""
     runs, own = distil["runs"], experts["buffer"]
-    cell, published = distill_recipe("mtt", "cifar10", ipc=1), buffer_recipe("cifar10", "mtt")
+    cell, published = distill_recipe("mtt", "cifar10", ipc=1).schedule, buffer_recipe("cifar10", "mtt")
     stopped = sum(not run["finished"] for run in runs)
     reached = [run["iterations"] for run in runs]
     seconds = max(sum(run["seconds"]) for run in runs)
@@ -158,7 +179,7 @@ def stopped_sentence(distil: Record, experts: Record) -> str:
         f"MTT on {config['data']} with IPC {config['ipc']}, width {config['width']}, N = {config['student_steps']}, "
         f"M = {config['expert_epochs']}, window [{config['window_start']}, {config['window_end']}). The time limit "
         f"stopped {stopped} of {len(runs)} runs; after {seconds:.0f} seconds they had {min(reached)} to {max(reached)} "
-        f"iterations. The published cell has {cell.schedule.iterations:,} iterations, and {published.experts} experts of "
+        f"iterations. The published cell has {cell.iterations:,} iterations, and {published.experts} experts of "
         f"{published.epochs} epochs; these runs had {len(own['experts'])} experts of {own['config']['epochs']} epochs."
     )
 
@@ -172,22 +193,19 @@ def tested(evaluated: Record | None, distil: Record) -> str:
     rows = []
     for (k, iteration), mine in table.groupby(["K", when], sort=False):
         row = {"set": f"K = {k}", "iterations": iteration, "matched segments": " to ".join(_ends(mine["matched"]))}
-        row |= {"test accuracy, %": _spread(mine["accuracy"]), "sets": str(len(mine))}
+        row |= {"test accuracy, %": mean_sd(mine["accuracy"], scale=100.0), "sets": str(len(mine))}
         rows.append({**row, "networks a set": " to ".join(_ends(mine["networks"]))})
     real = pd.Series(evaluated["random_real"])
-    rows.append({"set": "random real images", "test accuracy, %": _spread(real), "networks a set": len(real)})
+    rows.append(
+        {"set": "random real images", "test accuracy, %": mean_sd(real, scale=100.0), "networks a set": len(real)}
+    )
     better = f"{(table['accuracy'] > real.max()).sum()} of {len(table)} sets"
     said = (
         "Mean ± standard deviation over sets, whose accuracy is the mean over their networks; for random real images "
         f"over networks. {better} have a higher accuracy than any network on random real images has. "
     )
-    every = pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True)
-    return "\n\n".join([str(every), equal_table(table, "accuracy"), said + equal_sentence(table, "accuracy")])
+    return "\n\n".join([markdown(rows), equal_table(table, "accuracy"), said + equal_sentence(table, "accuracy")])
 
 
 def _ends(values: pd.Series) -> list[str]:
     return [f"{value:,}" for value in sorted({values.min(), values.max()})]
-
-
-def _spread(values: pd.Series) -> str:
-    return f"{100 * values.mean():.1f}" + (f" ± {100 * values.std():.1f}" if len(values) > 1 else "")

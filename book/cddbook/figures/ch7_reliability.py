@@ -1,4 +1,4 @@
-"""Figures of what the fault, fuzzing, scaling and reproducibility tests recorded."""
+"""Figures of chapter 7: what the fault, fuzzing, scaling and reproducibility tests recorded."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,21 +6,18 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from cddbook.figures.style import MARKERS
+from cddbook.figures.style import MARKERS, PERCENT
+from cddbook.tables import markdown
 
 
 def _stacked(table: pd.DataFrame, xlabel: str) -> Figure:
     """Horizontal bars, a row each, made of the columns."""
     figure, axis = plt.subplots(figsize=(6.4, 0.6 + 0.36 * len(table)))
-    left = pd.Series(0.0, index=table.index)
-    for column in table.columns:
-        axis.barh(table.index, table[column], left=left, label=column)
-        left += table[column]
+    table.plot.barh(stacked=True, width=0.8, ax=axis, legend=False)
     axis.invert_yaxis()
     axis.margins(y=0.01)
-    axis.set(xlabel=xlabel)
+    axis.set(xlabel=xlabel, ylabel="")
     if len(table.columns) > 1:
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(table.columns))
     return figure
@@ -95,7 +92,7 @@ def efficiencies(record: Mapping[str, Any]) -> Figure:
     axis.set_xscale("log", base=2)
     axis.set(xlabel="devices", ylabel="efficiency, by the model", ylim=(0, 1.05))
     axis.xaxis.set_major_formatter("{x:.0f}")
-    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.yaxis.set_major_formatter(PERCENT)
     axis.legend(fontsize=8)
     return figure
 
@@ -112,13 +109,15 @@ PARTS = {
 
 def binding_table(record: Mapping[str, Any]) -> str:
     """What keeps each curve of the model from its ideal, and from how many devices on; a Markdown table."""
-    lines = ["| curve | devices | efficiency | what binds |", "|---|---|---|---|"]
-    for curve, rows in _curves(record).groupby("curve", sort=False):
-        rows = rows.sort_values("devices")
-        begins = rows[rows["binds"] != rows["binds"].shift()]
-        for row in begins.to_dict("records"):
-            lines.append(f"| {curve} | from {row['devices']} | {row['efficiency']:.0%} | {PARTS[row['binds']]} |")
-    return "\n".join(lines)
+    curves = [rows.sort_values("devices") for _, rows in _curves(record).groupby("curve", sort=False)]
+    begins = pd.concat([rows[rows["binds"] != rows["binds"].shift()] for rows in curves])
+    table = {
+        "curve": begins["curve"],
+        "devices": begins["devices"].map("from {}".format),
+        "efficiency": begins["efficiency"].map("{:.0%}".format),
+        "what binds": begins["binds"].map(PARTS),
+    }
+    return markdown(pd.DataFrame(table))
 
 
 def total(rows: Sequence[Mapping[str, Any]], column: str) -> int:

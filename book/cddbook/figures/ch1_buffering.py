@@ -6,7 +6,7 @@ import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from cddbook.figures.style import _as_percent
+from cddbook.figures.style import PERCENT
 from cddlib.experts.buffer import Buffer
 
 
@@ -20,7 +20,7 @@ def expert_accuracy(buffer: Buffer) -> Figure:
     )
     axis.set(xlabel="epoch t", ylabel="validation accuracy")
     axis.legend(loc="lower right")
-    _as_percent(axis)
+    axis.yaxis.set_major_formatter(PERCENT)
     return figure
 
 
@@ -29,13 +29,12 @@ def trajectory_lengths(buffer: Buffer) -> Figure:
     rows = []
     for expert in range(len(buffer.experts)):
         points = torch.stack([buffer.parameters(expert, epoch) for epoch in range(buffer.epochs + 1)])
-        for epoch in range(buffer.epochs + 1):
-            away = (points[epoch] - points[0]).norm().item()
-            rows.append({"epoch t": epoch, "distance": away, "of": "from the start, ‖θ*_t − θ*_0‖"})
-            if epoch:
-                moved = (points[epoch] - points[epoch - 1]).norm().item()
-                rows.append({"epoch t": epoch, "distance": moved, "of": "in one epoch, ‖θ*_t − θ*_{t−1}‖"})
+        away = (points - points[0]).norm(dim=1).tolist()
+        moved = points.diff(dim=0).norm(dim=1).tolist()
+        rows += [(epoch, distance, "from the start, ‖θ*_t − θ*_0‖") for epoch, distance in enumerate(away)]
+        rows += [(epoch, distance, "in one epoch, ‖θ*_t − θ*_{t−1}‖") for epoch, distance in enumerate(moved, 1)]
+    table = pd.DataFrame(rows, columns=["epoch t", "distance", "of"])
     figure, axis = plt.subplots()
-    sns.lineplot(pd.DataFrame(rows), x="epoch t", y="distance", hue="of", style="of", markers=True, errorbar="sd")
+    sns.lineplot(table, x="epoch t", y="distance", hue="of", style="of", markers=True, errorbar="sd")
     sns.move_legend(axis, "best", title=None)
     return figure

@@ -112,7 +112,8 @@ class State:
         with as_user_error(path, "a checkpoint"):
             self.progress = from_dict(Progress, header)
         variables = self.synthetic.variable_tensors()
-        best = {f"best.{name}": variable for name, variable in variables.items() if f"best.{name}" in tensors}
+        has_best = any(name.startswith("best.") for name in tensors)
+        best = {f"best.{name}": variable for name, variable in variables.items() if has_best}
         self._check(path, tensors, variables | self.optimizer.expected(set(tensors)) | best)
         with torch.no_grad():
             for name, variable in variables.items():

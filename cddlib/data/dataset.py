@@ -207,8 +207,10 @@ def _read(name: str, path: Path) -> Dataset:
     shape = layout["train_images"]["shape"]
     parts = {}
     for part in ("train", "test"):
-        labels = file.get_tensor(f"{part}_labels")
-        wrong = _wrong(part, layout, shape, labels, len(classes))
+        wrong = _wrong_layout(part, layout, shape)
+        labels = np.zeros(0) if wrong else file.get_tensor(f"{part}_labels")
+        if not wrong and (labels.min() < 0 or labels.max() >= len(classes)):
+            wrong = f"{part}_labels reach from {labels.min()} to {labels.max()}, with {len(classes)} classes named"
         if wrong:
             raise UserError(f"{path} is not a cddlib data set: {wrong:.300}.")
         images = layout[f"{part}_images"]
@@ -219,8 +221,8 @@ def _read(name: str, path: Path) -> Dataset:
     return Dataset(name, parts["train"], parts["test"], classes, recorded, path)
 
 
-def _wrong(part: str, layout: dict[str, Any], shape: list[int], labels: np.ndarray, classes: int) -> str | None:
-    """What is wrong with the training or test images of a file, or with their labels."""
+def _wrong_layout(part: str, layout: dict[str, Any], shape: list[int]) -> str | None:
+    """What is wrong with the types and shapes of the training or test images of a file, or of their labels."""
     images, answers = layout[f"{part}_images"], layout[f"{part}_labels"]
     if images["dtype"] != "U8" or len(images["shape"]) != 4 or images["shape"][1:] != shape[1:]:
         return f"{part}_images is {images['dtype']}{images['shape']}, not U8[n, c, h, w]"
@@ -228,8 +230,6 @@ def _wrong(part: str, layout: dict[str, Any], shape: list[int], labels: np.ndarr
         return f"{part}_labels is {answers['dtype']}{answers['shape']}, not I64{images['shape'][:1]}"
     if 0 in images["shape"]:
         return f"{part} has no images"
-    if labels.min() < 0 or labels.max() >= classes:
-        return f"{part}_labels reach from {labels.min()} to {labels.max()}, with {classes} classes named"
     return None
 
 

@@ -32,8 +32,6 @@ from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.epoch import accuracy
 
-# --- Buffers ----------------------------------------------------------------------------------------------------
-
 
 def import_buffer(
     files: Path | Sequence[Path], out: Path, config: BufferConfig, *, root: Path | None = None, device: str = "auto"
@@ -189,9 +187,6 @@ def export_buffer(buffer: Buffer, folder: Path, *, experts_per_file: int = 10) -
 
 def _save(path: Path, value: object) -> None:
     write_atomically(path, lambda temporary: torch.save(value, temporary))
-
-
-# --- Synthetic sets ---------------------------------------------------------------------------------------------
 
 
 def import_set(

@@ -271,7 +271,7 @@ def gradients(bench: Bench) -> Iterator[dict[str, Any]]:
         config = ComputeConfig(precision=precision, compiled=compiled and bench.gpu)  # type: ignore[arg-type]
         row(name, several[0], engine(network, several[:1], config)[0])
         yield {"walks": rows}
-    plain = losses._walk_for(network, MatchingConfig(), exact, bench.device, (CLASSES,) * few, True, 1)
+    plain = losses._Setting(network, MatchingConfig(), exact, bench.device, (CLASSES,) * few, True).walk(1)
     inputs, wanted, _ = students.student_batches([several[0][5]], several[0][2][None], several[0][3][None])
     loss, *_ = plain(several[0][0][None], several[0][1][None], inputs, wanted, several[0][4][None])
     yield {
@@ -372,7 +372,7 @@ def without_graph(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
     """A walk whose compiled steps are launched one after the other."""
     start, target, images, targets, step_size, plan = random_walk(bench, 0, bench.sizes.steps)
     inputs, wanted, sizes = students.student_batches([plan], images[None], targets[None])
-    walk = losses._walk_for(bench.network, MatchingConfig(), compute, bench.device, sizes, True, 1)
+    walk = losses._Setting(bench.network, MatchingConfig(), compute, bench.device, sizes, True).walk(1)
     return lambda: walk(start[None], target[None], inputs, wanted, step_size[None])
 
 

@@ -24,7 +24,7 @@ from cddlib.distillation.checkpoint import State
 from cddlib.distillation.loop import initial_state, iterate
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching import loss as losses
-from cddlib.matching.student import MatchingConfig
+from cddlib.matching.student import MatchingConfig, Walk
 from cddlib.networks.convnet import parameter_count
 from cddlib.runtime.distributed import Ranks
 from cddlib.training import epoch as training
@@ -162,8 +162,10 @@ def test_a_walk_asks_for_nothing_and_its_convolutions_are_channels_last(side: in
         counts = []
         for steps in (2, 3):
             before = gpu.launches.copy()
-            walk = (ConvNetStep(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
-            losses._walk(*walk, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size)
+            walk = Walk(ConvNetStep(network, "float32", False), (10,) * steps, 10**6, 10**12)
+            losses._losses_and_gradients(
+                walk, MatchingConfig(), True, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size
+            )
             counts.append(gpu.launches - before)
     step = counts[1] - counts[0]
     assert (gpu.uploads, gpu.waits, gpu.unordered) == (0, 0, [])

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -46,7 +47,6 @@ from cddlib.runtime.errors import is_out_of_memory
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.convnet_step import not_compiled
-from cddlib.training.engine import residual_budget
 from cddlib.training.epoch import fetch_real, train_epoch
 from cddlib.training.step import ComputeConfig
 
@@ -132,16 +132,9 @@ def convnet(point: Point) -> cddlib.ConvNet:
 
 def match(point: Point, device: torch.device, steps: int | None = None) -> list[Tensor]:
     """Gradients of K segments with respect to images and step size, summed; or with students of some steps."""
-    network, rng = convnet(point), cddlib.generator("speed")
-    shape = (SHAPE[0], point.side, point.side)
-    start = network.init(rng)
-    target = start + 0.01 * torch.randn(start.shape, generator=rng)
-    size = point.ipc * CLASSES
-    images = torch.randn(size, *shape, generator=rng)
-    targets = F.one_hot(torch.arange(size) % CLASSES, CLASSES).float()
-    start, target, images, targets, step_size = (
-        tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
-    )
+    network, rng, size = convnet(point), cddlib.generator("speed"), point.ipc * CLASSES
+    tensors = textbook.noise(network, (SHAPE[0], point.side, point.side), size, rng, device)
+    start, target, images, targets, step_size = tensors
     compute = WAYS[point.implementation][0]
     student = MatchingConfig(
         student_steps=steps or point.student_steps,
@@ -160,9 +153,9 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
         return total
     for turn in segment_chunks(network, student, images, len(plans[0][0].indices), len(plans)):
         count = len(plans[turn])
-        held_by_each = [torch.stack([x] * count) for x in (start, target, images, targets, step_size)]
-        variables = [held_by_each[2].requires_grad_(), held_by_each[4].requires_grad_()]
-        losses = matching_losses(network, *held_by_each, plans[turn], student, compute)
+        copies = [torch.stack([x] * count) for x in tensors]
+        variables = [copies[2].requires_grad_(), copies[4].requires_grad_()]
+        losses = matching_losses(network, *copies, plans[turn], student, compute)
         for sum_, gradient in zip(total, torch.autograd.grad(losses.sum(), variables), strict=True):
             sum_ += gradient.sum(0)
     return total
@@ -172,8 +165,7 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
     """An expert's epoch; or some of its steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size = BATCH * steps if steps else point.images
-    pixels, labels = real_images(size, device)
-    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    pixels, labels, normalisation = real_images(size, device)
     compute = WAYS[point.implementation][0]
     if compute:
         network = convnet(point)
@@ -189,11 +181,12 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
 
 
 @functools.cache
-def real_images(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels and labels; drawing them is no part of an epoch."""
+def real_images(size: int, device: torch.device) -> tuple[Tensor, Tensor, Normalisation]:
+    """Pixels, labels and what normalises them; drawing them is no part of an epoch."""
     rng = cddlib.generator("real images")
     pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8)
-    return pixels.to(device), torch.randint(CLASSES, (size,), generator=rng).to(device)
+    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    return pixels.to(device), torch.randint(CLASSES, (size,), generator=rng).to(device), normalisation
 
 
 def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
@@ -202,23 +195,16 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
     size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
     images = torch.randn(size, *SHAPE, generator=rng).to(device)
     labels = (torch.arange(size) % CLASSES).to(device)
-    pixels, answers = real_images(10 * epochs, device)
-    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    pixels, answers, normalisation = real_images(10 * epochs, device)
     compute = WAYS[point.implementation][0]
     if compute:
-        network = convnet(point)
-        names = tuple(map(str, range(CLASSES)))
         synthetic = SyntheticSet(
-            images=images,
-            labels=labels,
-            label_logits=None,
-            step_size=torch.tensor(0.01),
-            preprocessing=normalisation,
-            classes=names,
-        )
-        test, how = Images(pixels, answers), EvaluateConfig(evaluation_epochs=epochs, **dataclasses.asdict(compute))
+            images=images, labels=labels, label_logits=None, step_size=torch.tensor(0.01),
+            preprocessing=normalisation, classes=tuple(map(str, range(CLASSES))),
+        )  # fmt: skip
+        how = (EvaluateConfig(evaluation_epochs=epochs), STRATEGY, compute, Images(pixels, answers))
         for seed in range(networks):
-            accuracy_of_set(synthetic, network, how, STRATEGY, test, purpose="speed", seed=seed)
+            accuracy_of_set(synthetic, convnet(point), *how, purpose="speed", seed=seed)
         return
     inputs = normalisation(pixels)
     for _ in range(networks):
@@ -276,11 +262,6 @@ def timed(run: Callable[[], object], device: torch.device, least: float, most: i
     return found
 
 
-def median(values: list[float]) -> float:
-    """The middle one; of two, the lower."""
-    return sorted(values)[(len(values) - 1) // 2]
-
-
 def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     """Time, memory and rate of a point."""
     torch.set_num_threads(point.threads)
@@ -292,7 +273,6 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
         torch.cuda.empty_cache()
         os.environ.pop("CDDLIB_KEPT_MB", None)
         os.environ.update(WAYS[point.implementation][1])
-        residual_budget.cache_clear()
     before = recorder.report()["peak_memory_mb"]
     rate, count = convolution_rate(point, device), point.operations
     if count / rate > most_seconds:  # nothing is faster than that rate
@@ -311,12 +291,12 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
             raise
         return {"left_out": "not enough memory"}
     return {
-        "seconds": median(seconds),
+        "seconds": statistics.median_low(seconds),
         "repeats": len(seconds),
         "slowest": max(seconds),
         "peak_memory_mb": recorder.report()["peak_memory_mb"],
         "start_memory_mb": before,
-        "rate": count / median(seconds),
+        "rate": count / statistics.median_low(seconds),
         "convolution_rate": rate,
     }
 
@@ -415,9 +395,8 @@ def main(arguments: list[str] | None = None) -> None:
         one = dataclasses.replace(bare, implementation="textbook", segments=1, curve="", least_seconds=0.0)
         point = dataclasses.replace(bare, operations=bare.segments * operations(one))
         found = measured(point, options.seconds)
-        rows.append(
-            {**dataclasses.asdict(point), "name": described(point), **found, "commit": recorder.report()["commit"]}
-        )
+        named = {"name": described(point), **found, "commit": recorder.report()["commit"]}
+        rows.append({**dataclasses.asdict(point), **named})
         if "left_out" in found:
             said = f"   {found['left_out']}"
         else:

@@ -104,7 +104,7 @@ def batches(images: Tensor, labels: Tensor, epoch: int) -> list[tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize(("radius", "weight"), [(0.01, 0.3), (0.5, 0.0), (0.5, 0.3), (0.5, 1.0), (2.0, 0.4)])
+@pytest.mark.parametrize(("radius", "weight"), [(0.01, 0.3), (0.5, 0.0), (2.0, 1.0)])
 def test_gsam_is_the_optimiser_s(radius: float, weight: float, adaptive: bool) -> None:
     network, theta, images, labels = problem()
     sharpness = SharpnessConfig(sharpness_radius=radius, sharpness_weight=weight, sharpness_adaptive=adaptive)
@@ -144,14 +144,6 @@ def test_only_flat_experts_cost_a_second_pass(monkeypatch: pytest.MonkeyPatch, r
     monkeypatch.setattr(cddlib.ConvNet, "side_by_side", lambda *arguments: calls.append(1) or forward(*arguments))
     train(*problem(), epochs=1, sharpness=SharpnessConfig(sharpness_radius=radius))
     assert len(calls) == passes * 3  # batches
-
-
-def test_flat_experts_see_targets_of_any_kind() -> None:
-    network, theta, images, labels = problem()
-    sharpness = SharpnessConfig(sharpness_radius=0.1)
-    hard, _ = train(network, theta, images, labels, sharpness=sharpness)
-    soft, _ = train(network, theta, images, F.one_hot(labels, CLASSES).double(), sharpness=sharpness)
-    torch.testing.assert_close(hard, soft)
 
 
 @pytest.mark.parametrize("field", ["sharpness_radius", "sharpness_weight"])

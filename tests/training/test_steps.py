@@ -74,6 +74,12 @@ def agree(engine: Any, network: Network, *networks: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(loss[k], F.cross_entropy(network(theta, inputs), targets), rtol=1e-9, atol=1e-11)
 
 
+def all_results(step: Any, theta: Tensor, inputs: Tensor, targets: Tensor, direction: Tensor) -> list[Tensor]:
+    """Everything that a step computes."""
+    gradient, residuals = step.forward(theta, inputs, targets)
+    return [gradient, *step.gradient(theta, inputs, targets), *step.vjp(residuals, direction)]
+
+
 def alone(*tensors: Tensor) -> list[Tensor]:
     """The arguments of one network's step."""
     return [tensor[None] for tensor in tensors]
@@ -165,24 +171,22 @@ def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_compiled_code_sees_one_order_in_memory(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Augmentations give several, and for each it would be compiled."""
-    seen = set()
-
-    def compiled(function: Any, **options: Any) -> Any:
-        return lambda theta, inputs, *others: (seen.add(inputs.stride()), function(theta, inputs, *others))[1]
-
-    monkeypatch.setattr(torch, "compile", compiled)
+def test_compiled_code_sees_one_memory_order(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Augmentations give several, and it would be compiled for each."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: Mock(wraps=function))
     network, theta, inputs, targets, _ = problem((channels, 8, 8))
-    engine = ConvNetStep(network, "float32", True)
+    step = ConvNetStep(network, "float32", True)
+    seen = Mock(wraps=step._gradient)
+    monkeypatch.setattr(step, "_gradient", seen)
     orders = (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT)
     for networks in (1, 2):
-        wanted = AutogradStep(network).gradient(*(x.expand(networks, *x.shape) for x in (theta, inputs, targets)))
+        repeated = [x.expand(networks, *x.shape) for x in (theta, inputs, targets)]
+        wanted = AutogradStep(network).gradient(*repeated)
         for other in orders:
             for several in (torch.stack([other] * networks), other.expand(networks, *other.shape)):
-                found = engine.gradient(theta.expand(networks, -1), several, targets.expand(networks, -1, -1))
-                torch.testing.assert_close(found, wanted)
-    assert seen == {(64 * total, 1, 8 * total, total) for total in (channels, 2 * channels)}
+                torch.testing.assert_close(step.gradient(repeated[0], several, repeated[2]), wanted)
+    strides = {call.args[1].stride() for call in seen.call_args_list}
+    assert strides == {(64 * total, 1, 8 * total, total) for total in (channels, 2 * channels)}
 
 
 def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
@@ -190,9 +194,8 @@ def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
         x.float() if isinstance(x, Tensor) else x for x in problem((3, 16, 16), batch=8)
     )
     found, exact = [], []
-    for engine, results in ((ConvNetStep(network, "bfloat16", False), found), (AutogradStep(network), exact)):
-        gradient, memory = engine.forward(*alone(theta, inputs, targets))
-        results += [gradient, *engine.vjp(memory, direction[None])]
+    for step, results in ((ConvNetStep(network, "bfloat16", False), found), (AutogradStep(network), exact)):
+        results += all_results(step, *alone(theta, inputs, targets, direction))
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == torch.float32
         assert 1e-5 < (a - b).norm() / b.norm() < 0.2  # a bfloat16 has 8 bits
@@ -377,12 +380,9 @@ def test_without_compiling_there_is_one_notice(
     patched: Any, reason: str, notices: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*patched)
-    network, *arguments, direction = problem((2, 8, 8))
+    network, *arguments = problem((2, 8, 8))
     step, plain = ConvNetStep(network, "float32", True), ConvNetStep(network, "float32", False)
-    results = []
-    for each in (step, step, plain):
-        gradient, residuals = each.forward(*alone(*arguments))
-        results.append([gradient, *each.gradient(*alone(*arguments)), *each.vjp(residuals, direction[None])])
+    results = [all_results(each, *alone(*arguments)) for each in (step, step, plain)]
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
     assert notices().splitlines() == [f"{reason}: steps run uncompiled, which takes longer."]
 
@@ -417,10 +417,8 @@ def test_channels_of_zeros_change_nothing(networks: int) -> None:
     """A GPU's convolutions like a multiple of four."""
     network, theta, inputs, targets, direction = problem((3, 8, 8))
     theta, inputs, targets, direction = (torch.stack([x] * networks) for x in (theta, inputs, targets, direction))
-    engine = ConvNetStep(network, "float32", False)
-    results = []
-    for seen in (inputs, F.pad(inputs, (0, 0, 0, 0, 0, 1))):
-        gradient, memory = engine.forward(theta, seen, targets)
-        results.append([gradient, *engine.vjp(memory, direction)])
+    step = ConvNetStep(network, "float32", False)
+    padded = F.pad(inputs, (0, 0, 0, 0, 0, 1))
+    results = [all_results(step, theta, seen, targets, direction) for seen in (inputs, padded)]
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)

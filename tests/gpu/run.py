@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import signal
 import statistics
@@ -152,23 +151,19 @@ class Bench:
 
     def timed(self, run: Callable[[], object], *, most: int = 50) -> dict[str, Any]:
         """Median, least and most milliseconds of repeated runs after a first one, whose seconds count apart."""
-        began = time.perf_counter()
-        run()
-        self.wait()
-        first, found = time.perf_counter() - began, [math.inf]
-        while len(found) < 4 or (sum(found[1:]) < 1000 * self.sizes.seconds and len(found) <= most):
+
+        def once() -> float:
             began = time.perf_counter()
             run()
             self.wait()
-            found.append(1000 * (time.perf_counter() - began))
-        ms = found[1:]
-        return {
-            "ms": round(statistics.median(ms), 4),
-            "least": round(min(ms), 4),
-            "most": round(max(ms), 4),
-            "repeats": len(ms),
-            "first_seconds": round(first, 3),
-        }
+            return time.perf_counter() - began
+
+        first, ms = once(), [1000 * once() for _ in range(3)]
+        while sum(ms) < 1000 * self.sizes.seconds and len(ms) < most:
+            ms.append(1000 * once())
+        numbers = {"ms": statistics.median(ms), "least": min(ms), "most": max(ms)}
+        rounded = {name: round(value, 4) for name, value in numbers.items()}
+        return {**rounded, "repeats": len(ms), "first_seconds": round(first, 3)}
 
 
 # --- The machine ------------------------------------------------------------------------------------------------
@@ -525,19 +520,15 @@ def distil(bench: Bench) -> Iterator[dict[str, Any]]:
         config = run_config(bench, count, seed)
         cddlib.distill(config, bench.buffer, folder(bench, count, seed), root=bench.root, device=str(bench.device))
 
-    sets = 1 + sum(2 + MILESTONES for _ in names)
-    reserve = 2 + 0.8 * bench.sizes.networks * sets if bench.gpu else 0
-    with (
-        contextlib.suppress(Interrupted),
-        Ranks().graceful_stop("the iterations"),
-        stopping_after(bench.left - reserve),
-    ):
+    sets = 1 + len(names) * (2 + MILESTONES)
+    seconds = bench.left - (2 + 0.8 * bench.sizes.networks * sets if bench.gpu else 0)
+    with contextlib.suppress(Interrupted), Ranks().graceful_stop("the iterations"), stopping_after(seconds):
         in_threads([functools.partial(run, *name) for name in names], bench)
     yield {"runs": [run_record(bench, count, seed) for count, seed in names]}
 
 
 def folder(bench: Bench, count: int, seed: int) -> Path:
-    """Of a run."""
+    """The folder of a run."""
     return bench.to / f"k{count}-seed{seed}"
 
 
@@ -549,10 +540,8 @@ def run_record(bench: Bench, count: int, seed: int) -> dict[str, Any]:
     return {
         "segments": count, "seed": seed, "finished": (here / "result.json").exists(), "iterations": len(metrics) - 1,
         "config": read_json(here / "config.json"),
-        "losses": [line["losses"] for line in metrics[1:]],
+        **{name: [line[name] for line in metrics[1:]] for name in ("losses", "step_size", "seconds")},
         "starts": [[start for _, start in line["matched"]] for line in metrics[1:]],
-        "step_size": [line["step_size"] for line in metrics[1:]],
-        "seconds": [line["seconds"] for line in metrics[1:]],
     }  # fmt: skip
 
 

@@ -180,18 +180,17 @@ def batch_mean(parts: list[tuple[Tensor, float]]) -> Tensor:
 def make_walk(
     network: Network, compute: ComputeConfig, device: torch.device, batch_sizes: tuple[int, ...], budget: int
 ) -> Walk:
-    """The steps of students on a device, which may keep `budget` bytes of residuals."""
-    return Walk(make_step(network, compute, device), batch_sizes, _part_size(network, device, budget), budget)
+    """The steps of students on a device, which may keep `budget` bytes of residuals.
 
-
-def _part_size(network: Network, device: torch.device, budget: int) -> int:
-    """Most images of a batch computed at a time; no limit where the network mixes them, as batch norm does."""
-    if not isinstance(network, ConvNet) or network.config.norm == "batch":
-        return sys.maxsize
-    if device.type != "cuda":
-        return PART
-    maps = sum(4 * network.config.width * (network.side // 2**block) ** 2 for block in range(network.config.depth))
-    return max(PART, budget // (MAPS_OF_A_STEP * maps))
+    A batch is not cut into parts if the network mixes its images, as batch norm does.
+    """
+    part_size = sys.maxsize
+    if isinstance(network, ConvNet) and network.config.norm != "batch":
+        config, part_size = network.config, PART
+        if device.type == "cuda":
+            maps = sum(4 * config.width * (network.side // 2**block) ** 2 for block in range(config.depth))
+            part_size = max(PART, budget // (MAPS_OF_A_STEP * maps))
+    return Walk(make_step(network, compute, device), batch_sizes, part_size, budget)
 
 
 @torch.no_grad()

@@ -61,13 +61,11 @@ WAYS: dict[str, tuple[ComputeConfig | None, dict[str, str]]] = {
     "cddlib, least memory": (ComputeConfig(compiled=False), {"CDDLIB_KEPT_MB": "0"}),
     "cddlib, compiled": (ComputeConfig(compiled=True), {}),
     "cddlib, compiled, bfloat16": (ComputeConfig(compiled=True, precision="bfloat16"), {}),
-    "cddlib, one by one": (ComputeConfig(compiled=False), {}),
-    "cddlib, side by side": (ComputeConfig(compiled=False), {}),
-    "cddlib, compiled, one by one": (ComputeConfig(compiled=True), {}),
-    "cddlib, compiled, side by side": (ComputeConfig(compiled=True), {}),
+    **{f"cddlib, {how}": (ComputeConfig(compiled=False), {}) for how in ("one by one", "side by side")},
+    **{f"cddlib, compiled, {how}": (ComputeConfig(compiled=True), {}) for how in ("one by one", "side by side")},
 }
-"""How each is computed, None for the textbook's; and what is in the environment of its process. How many segments are
-matched side by side is cddlib's own choice, but for the last four."""
+"""How each implementation computes (None for the textbook's), and its process's environment. cddlib itself chooses how
+many segments it matches side by side, except in the last four."""
 BATCH = 256
 """Images of a training step."""
 NETWORKS = 5
@@ -87,7 +85,7 @@ class Point:
     segments: int = 1
     width: int = 128
     side: int = 32
-    """Of the images; the network has a block more for each time that it is twice 32."""
+    """Pixels along an image's side; the network has one more block each time that it doubles from 32."""
     images: int = 2048
     """Training images of an expert's epoch."""
     epochs: int = 30
@@ -109,7 +107,7 @@ CURVES: dict[str, tuple[dict[str, int], ...]] = {
     "width": tuple({"width": width} for width in (32, 64, 128, 256)),
     "segments": tuple({"segments": segments} for segments in (1, 2, 4, 8)),
 }
-"""One thing varied, of one image a class, ten student steps, one segment and `Point`'s other sizes."""
+"""One size varied; the others are one image a class, ten student steps, one segment and those of `Point`."""
 CURVED = ("cddlib", "cddlib, least memory")
 MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
 """Images a class, student steps, images a step."""
@@ -131,7 +129,7 @@ def convnet(point: Point) -> cddlib.ConvNet:
 
 
 def match(point: Point, device: torch.device, steps: int | None = None) -> list[Tensor]:
-    """Gradients of K segments with respect to images and step size, summed; or with students of some steps."""
+    """The sum of K segments' gradients by images and step size; `steps` replaces the point's student steps."""
     network, rng, size = convnet(point), cddlib.generator("speed"), point.ipc * CLASSES
     tensors = textbook.noise(network, (SHAPE[0], point.side, point.side), size, rng, device)
     start, target, images, targets, step_size = tensors
@@ -162,7 +160,7 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
 
 
 def expert(point: Point, device: torch.device, steps: int | None = None) -> None:
-    """An expert's epoch; or some of its steps."""
+    """An expert's epoch, or `steps` of its steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size = BATCH * steps if steps else point.images
     pixels, labels, normalisation = real_images(size, device)
@@ -217,14 +215,14 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
 
 @functools.cache
 def operations(point: Point) -> float:
-    """Of the whole work, from those of one, two and three of its parts: student steps, training steps, or epochs."""
+    """Operations of the whole work, from those of one and three parts: student steps, training steps or epochs."""
     run, parts, times = WORKS[point.work](point)
-    found = []
-    for number in (1, 2, 3):
+    counts = []
+    for number in (1, 3):
         with FlopCounterMode(display=False) as counter:
             run(point, torch.device(point.device), number)
-        found.append(counter.get_total_flops())
-    return float(times * (found[0] + (parts - 1) * (found[2] - found[0]) / 2))
+        counts.append(counter.get_total_flops())
+    return float(times * (counts[0] + (parts - 1) * (counts[1] - counts[0]) / 2))
 
 
 WORKS: dict[str, Callable[[Point], tuple[Callable[..., None], int, int]]] = {

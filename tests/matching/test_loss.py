@@ -157,16 +157,9 @@ def test_gradient_scales_with_what_follows_the_loss(gradient: str) -> None:
 # --- TESLA ------------------------------------------------------------------------------------------------------
 
 
-def tesla(
-    network: Network,
-    start: Tensor,
-    target: Tensor,
-    images: Tensor,
-    targets: Tensor,
-    step_size: Tensor,
-    steps: list[StudentStep],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tesla(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """TESLA's loss and its gradients of images, targets and step size, as the paper writes them (Cui et al. 2023)."""
+    network, start, target, images, targets, step_size, steps = problem.arguments()
     b, x, y = step_size.detach(), images.detach(), targets.detach()
     theta, path, summed = start.clone(), [], torch.zeros_like(start)
     for indices, draw in steps:
@@ -200,7 +193,7 @@ def test_truncated_gradient_is_the_one_that_tesla_writes(
 ) -> None:
     problem = Problem(n=n, batch=batch, dsa=dsa)
     loss = cddlib.matching_loss(*problem.arguments(), MatchingConfig(gradient=gradient))
-    reference, by_images, by_targets, by_step_size = tesla(*problem.arguments())
+    reference, by_images, by_targets, by_step_size = tesla(problem)
     assert relative(loss, reference) < 1e-12
     (by_logits,) = torch.autograd.grad(problem.logits.softmax(1), problem.logits, by_targets)
     found = torch.autograd.grad(loss, problem.variables)
@@ -427,15 +420,13 @@ def test_every_pass_covers_every_image_once(n: int, size: int, batch: int | None
 
 def test_the_plan_depends_on_the_generator_alone() -> None:
     def plan(seed: int) -> list[Any]:
-        found = cddlib.plan_student(
-            MatchingConfig(student_steps=9, student_batch=4), 10, DSA, torch.Generator().manual_seed(seed)
-        )
-        return [(s.indices.tolist(), s.draw.change, s.draw.numbers.tolist()) for s in found if s.draw]
+        config, rng = MatchingConfig(student_steps=9, student_batch=4), torch.Generator().manual_seed(seed)
+        steps = cddlib.plan_student(config, 10, DSA, rng)
+        return [(s.indices.tolist(), s.draw.change, s.draw.numbers.tolist()) for s in steps if s.draw]
 
     first = plan(0)
     torch.rand(1)
-    assert plan(0) == first
-    assert plan(1) != first
+    assert plan(0) == first != plan(1)
     assert first[0][0] != first[3][0]  # a new order in the second pass
 
 

@@ -114,7 +114,7 @@ CHANGED: list[dict[str, Any]] = [
 def test_an_iteration_keeps_to_its_device(
     changes: dict[str, Any], gpu: PretendedGPU, buffer: cddlib.Buffer, quick: dict[str, Any]
 ) -> None:
-    own = {"student_steps": 4, "augment": STRATEGY, "window_end": 3, **changes}
+    own = {"student_steps": 3, "augment": STRATEGY, "window_end": 3, **changes}
     config = cddlib.distill_recipe("mtt", "digits", **{**quick, **own})
     experts = buffer.convexified() if config.schedule.convex else cddlib.Buffer(buffer.folder)
     start = initial_state(config, cddlib.load("digits"), experts, torch.device("cpu"))

@@ -1,24 +1,25 @@
-"""K gradients into one step.
+"""K gradients into one.
 
-Every rule takes a weighted sum of the segments' gradients; they differ in the weights::
+Every rule is a weighted sum of the segments' gradients; the rules differ in the weights::
 
     mean       1 / K each (ConTra), or `balance` between the anchor and the others
     gradnorm   gradients of equal length, longer for segments that are matched worse (Chen et al. 2018)
-    pcgrad     each gradient without its part against every other one, then the mean (Yu et al. 2020)
-    cagrad     near the mean, and as good as possible for the segment that gains least; longer than the mean by up to a
-               half (Liu et al. 2021)
+    pcgrad     removes from each gradient its projection on those that it conflicts with, then the mean (Yu et al. 2020)
+    cagrad     the vector near the mean that is best for the segment that gains least; at most 1.5 times as long as the
+               mean (Liu et al. 2021)
     upgrad     each gradient projected so that it hurts no segment, then the mean (Quinton & Rey 2024)
     mgda       about the shortest convex combination, by Frank-Wolfe (Désidéri 2012)
     gem        the anchor's gradient projected so that it hurts no other (Lopez-Paz & Ranzato 2017)
 
 All but the first two need only the gradients' inner products, and torchjd solves for the weights. An inner product is
 taken in the metric of the optimiser, ⟨g, h⟩ = Σ_v η_v ⟨g_v, h_v⟩ with the learning rate η_v of each variable: to first
-order it is what a step along g takes off the loss whose gradient is h.
+order, it is how much a step against g lowers the loss whose gradient is h.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -39,7 +40,7 @@ class CombineConfig:
     combine: Combine = "mean"
     """Rule that weighs the gradients; see `cddlib.matching.combine`."""
     balance: float | None = None
-    """Weight β of the other segments under the rule mean. The anchor weighs 1 / (1 + β), the others share β / (1 + β).
+    """Weight β of the other segments under the rule mean: the anchor has 1 / (1 + β), all others together β / (1 + β).
 
     0 matches the anchor alone, K - 1 is the mean; without it, the mean. Our reconstruction of the paper's balance
     coefficient."""
@@ -67,7 +68,7 @@ def gramian(gradients: Sequence[Sequence[Tensor]], rates: Sequence[float]) -> Fl
 
 
 def fixed_weights(config: CombineConfig, count: int, anchor: int) -> list[float] | None:
-    """The weights where they do not depend on the gradients, which then need not be kept; else None."""
+    """The weights if they do not depend on the gradients, which then need not be kept; otherwise None."""
     if count == 1:
         return [1.0]
     return _mean(config.balance, count, anchor) if config.combine == "mean" else None
@@ -94,34 +95,31 @@ def weights(
     """
     count = len(losses)
     fixed = fixed_weights(config, count, anchor)
-    if fixed is not None or not _usable(products):
-        return fixed or _mean(None, count, anchor)
+    if fixed is not None:
+        return fixed
+    # The loop reports a gradient that is not finite, and no rule applies to one that is zero.
+    if not (products.isfinite().all() and products.diagonal().all()):
+        return _mean(None, count, anchor)
     if config.combine == "gradnorm":
         return _gradnorm(products, losses)
     products = products / products.diagonal().mean()  # weights do not depend on the scale, and solvers like 1
     with needing(f"combine is {config.combine!r}, which", "torchjd[cagrad,quadprog-projector]"):
-        import torchjd.aggregation
+        import torchjd.aggregation as rules
         import torchjd.linalg
     if config.combine == "pcgrad":
         with torch.random.fork_rng(devices=[]):  # torchjd shuffles with the global generator
             torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            return (torchjd.aggregation.PCGradWeighting()(products) / count).tolist()
-    if config.combine == "cagrad":
-        return torchjd.aggregation.CAGradWeighting(c=CAGRAD_RADIUS)(products).tolist()
-    if config.combine == "mgda":
-        return torchjd.aggregation.MGDAWeighting()(products).tolist()
+            return (rules.PCGradWeighting()(products) / count).tolist()
     # reg_eps is for rounding; its default, 1e-4 of the trace, would drown a short gradient
     projector = torchjd.linalg.QuadprogProjector(reg_eps=1e-8)
-    if config.combine == "upgrad":
-        return torchjd.aggregation.UPGradWeighting(projector=projector)(products).tolist()
-    preference = torch.zeros(count, dtype=products.dtype)
-    preference[anchor] = 1
-    return torchjd.aggregation.DualProjWeighting(preference, projector=projector)(products).tolist()
-
-
-def _usable(products: Tensor) -> bool:
-    """Whether every gradient is finite, which the loop will report, and none is zero, to which no rule applies."""
-    return bool(products.isfinite().all()) and bool(products.diagonal().all())
+    one_hot = torch.eye(count, dtype=products.dtype)[anchor]
+    weightings: dict[str, Callable[[], Any]] = {
+        "cagrad": functools.partial(rules.CAGradWeighting, c=CAGRAD_RADIUS),
+        "mgda": rules.MGDAWeighting,
+        "upgrad": functools.partial(rules.UPGradWeighting, projector=projector),
+        "gem": functools.partial(rules.DualProjWeighting, one_hot, projector=projector),
+    }
+    return weightings[config.combine]()(products).tolist()
 
 
 def _mean(balance: float | None, count: int, anchor: int) -> list[float]:
@@ -132,15 +130,15 @@ def _mean(balance: float | None, count: int, anchor: int) -> list[float]:
 
 
 def _gradnorm(products: Tensor, losses: Sequence[float]) -> list[float]:
-    """Weights that make ‖w_k g_k‖ proportional to r_k^a, with sum 1; r_k is the loss over the mean loss.
+    """Weights that make ‖w_k g_k‖ proportional to r_k^a, with sum 1; r_k is the loss divided by the mean loss.
 
-    GradNorm moves its weights towards that by gradient descent; here they are there at once. Its r_k is a loss over its
-    first value, which is about 1 for every matching loss.
+    GradNorm approaches these weights by gradient descent; here they are computed directly. Its r_k is a loss divided by
+    its first value, which is about 1 for every matching loss.
     """
     mean = sum(losses) / len(losses)
-    wanted = torch.tensor([(loss / mean) ** GRADNORM_POWER for loss in losses], dtype=products.dtype)
-    found = wanted / products.diagonal().sqrt()
-    return (found / found.sum()).tolist()
+    lengths = torch.tensor([(loss / mean) ** GRADNORM_POWER for loss in losses], dtype=products.dtype)
+    weights = lengths / products.diagonal().sqrt()
+    return (weights / weights.sum()).tolist()
 
 
 def weighted_sum(gradients: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> list[Tensor]:

@@ -12,11 +12,11 @@ chain rule is walked back one step at a time::
         ∂L/∂X_i −= α (∂g_i/∂X_i)ᵀ λ      ∂L/∂Y_i −= α (∂g_i/∂Y_i)ᵀ λ      ∂L/∂α −= ⟨g_i, λ⟩
         λ       ←  λ − α (∂g_i/∂θ)ᵀ λ
 
-Each of these steps needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.training.step`). What step i remembers for
-them is kept where memory allows, and computed again where it does not. A batch's loss is a mean, so on a CPU a ConvNet
-takes a large batch in parts, one after another: the memory is then that of a part. Small steps leave a processor idle,
-so the students of several segments take theirs side by side. The images do not change within a walk, so all its
-batches are augmented beforehand; the walk is then a function of tensors, which a GPU replays as a graph
+Each of these steps needs the derivatives of the scalar ⟨g_i, λ⟩ (`cddlib.training.step`). Step i's residuals, which its
+derivatives need, are kept where memory allows, and computed again where it does not. A batch's loss is a mean, so on a
+CPU a ConvNet computes a large batch in parts, one after another, which needs the memory of one part. Small steps do not
+fill a processor, so the students of several segments are trained side by side. The images do not change within a walk,
+so all its batches are augmented beforehand; the walk is then a function of tensors, which a GPU replays as a graph
 (`cddlib.training.graphs`).
 
 The methods of the field change little here::
@@ -29,27 +29,19 @@ The methods of the field change little here::
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cddlib.matching.student import (
-    MatchingConfig,
-    StudentStep,
-    most_at_once,
-    over_parts,
-    step_parts,
-    student_batches,
-    walk_forward,
-)
+from cddlib.matching.student import MatchingConfig, StudentStep, Walk, batch_mean, make_walk, student_batches
 from cddlib.networks.convnet import Network
 from cddlib.runtime.errors import UserError
-from cddlib.training.engine import make_step, residual_budget
+from cddlib.training.engine import residual_budget
 from cddlib.training.graphs import Graph, branches
-from cddlib.training.step import ComputeConfig, TrainingStep
+from cddlib.training.step import ComputeConfig
 
 
 def matching_loss(
@@ -66,9 +58,9 @@ def matching_loss(
     """L for the segment from `start` = θ*_t to `target` = θ*_{t+M}.
 
     Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
-    asks for another gradient; not with respect to `start` and `target`. Peak memory: one step's, of at most `PART`
-    images for a ConvNet on a CPU, the images and the parameter vector of each step, and `cddlib.training.engine.residual_budget`,
-    which changes no bit of the result.
+    asks for another gradient; not with respect to `start` and `target`. Peak memory is that of one step (for a ConvNet
+    on a CPU, of at most `PART` images), the images and the parameter vector of each step, and the residuals. Their
+    `cddlib.training.engine.residual_budget` changes no bit of the result.
 
     Raises:
         UserError: `start` equals `target`, so the loss has no scale.
@@ -90,61 +82,52 @@ def matching_losses(
     config: MatchingConfig | None = None,
     compute: ComputeConfig | None = None,
 ) -> Float[Tensor, " s"]:
-    """L of s segments, whose students take their steps side by side, each on images, targets and steps of its own.
+    """L of s segments, whose students are trained side by side, each with its own images, targets and steps.
 
-    The students have batches of equal sizes. See `matching_loss`; memory is s times its own. In exchange, the small
-    steps of ConvNets take less time: see `chunk_size`.
+    The students have batches of equal sizes. See `matching_loss`: this needs s times its memory, and for ConvNets with
+    small batches less time (`cddlib.matching.student.chunk_size`).
     """
     if bool(((start - target).square().sum(1) == 0).any()):
         raise UserError("the segment starts where it ends: the expert did not move, so there is nothing to match.")
     config = config or MatchingConfig()
     config.check_students(len(students))
-    inputs, wanted, sizes = student_batches(students, images, targets)
-    ends = (start.detach(), target.detach())
-    held = (inputs.detach(), wanted.detach(), step_size.detach())
-    derivatives = torch.is_grad_enabled()
-    compute = compute or ComputeConfig()
+    inputs, batch_targets, sizes = student_batches(students, images, targets)
+    setting = _Setting(network, config, compute or ComputeConfig(), start.device, sizes, torch.is_grad_enabled())
     if start.device.type != "cuda" or config.match_step == "nearest":
-        walk = _walk_for(network, config, compute, start.device, sizes, derivatives, 1)
+        walk = setting.walk(1)
     else:
-        shape = (inputs.shape, threading.get_ident())
-        walk = _graph(network, config, compute, start.device, sizes, derivatives, *shape)  # type: ignore[arg-type]  # it has a hash
-    losses, *found = walk(*ends, *held)
-    return _Scaled.apply(inputs, wanted, step_size, losses, *found) if derivatives else losses
+        walk = _graph(setting, inputs.shape, threading.get_ident())
+    variables = (inputs, batch_targets, step_size)
+    losses, *gradients = walk(start.detach(), target.detach(), *(x.detach() for x in variables))
+    return _Scaled.apply(*variables, losses, *gradients) if gradients else losses
 
 
-def _walk_for(
-    network: Network,
-    config: MatchingConfig,
-    compute: ComputeConfig,
-    device: torch.device,
-    sizes: tuple[int, ...],
-    derivatives: bool,
-    students: int,
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The walk of `students` that share a device's memory, with all but its tensors given."""
-    engine, free = make_step(network, compute, device), residual_budget(device) // students if derivatives else 0
-    return functools.partial(_walk, engine, sizes, config, most_at_once(network, device, free), free, derivatives)
+class _Setting(NamedTuple):
+    """What decides how a walk is computed, and whether a captured graph can be used again."""
+
+    network: Network
+    config: MatchingConfig
+    compute: ComputeConfig
+    device: torch.device
+    batch_sizes: tuple[int, ...]
+    derivatives: bool
+
+    def walk(self, sharing: int) -> Callable[..., tuple[Tensor, ...]]:
+        """The walk as a function of its tensors, if `sharing` walks divide the device's memory."""
+        budget = residual_budget(self.device) // sharing if self.derivatives else 0
+        walk = make_walk(self.network, self.compute, self.device, self.batch_sizes, budget)
+        return functools.partial(_losses_and_gradients, walk, self.config, self.derivatives)
 
 
 @functools.lru_cache(maxsize=16)
-def _graph(
-    network: Network,
-    config: MatchingConfig,
-    compute: ComputeConfig,
-    device: torch.device,
-    sizes: tuple[int, ...],
-    derivatives: bool,
-    shape: torch.Size,
-    thread: int,
-) -> Graph:
-    """The walk of students with inputs of a `shape` as a graph, a branch for each of them; every thread has its own."""
-    walk = _walk_for(network, config, compute, device, sizes, derivatives, shape[0])
-    return Graph(functools.partial(branches, walk, [torch.cuda.Stream(device) for _ in range(shape[0])]))
+def _graph(setting: _Setting, shape: torch.Size, thread: int) -> Graph:
+    """The walks of students with inputs of a `shape`, as a graph with a branch for each; every thread has its own."""
+    streams = [torch.cuda.Stream(setting.device) for _ in range(shape[0])]
+    return Graph(functools.partial(branches, setting.walk(shape[0]), streams))
 
 
 class _Scaled(torch.autograd.Function):
-    """Losses whose derivatives are known: backward scales them."""
+    """Losses with known derivatives, which backward scales."""
 
     @staticmethod
     def forward(
@@ -160,12 +143,9 @@ class _Scaled(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
-def _walk(
-    engine: TrainingStep,
-    sizes: tuple[int, ...],
+def _losses_and_gradients(
+    walk: Walk,
     config: MatchingConfig,
-    parts: int,
-    residual_budget: int,
     derivatives: bool,
     start: Tensor,
     target: Tensor,
@@ -173,38 +153,34 @@ def _walk(
     targets: Tensor,
     step_size: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Losses of students that see `inputs` [s m c h w] and `targets`; on request, their derivatives by the last three.
-
-    Forward it keeps the parameters, and what steps remember as long as there is `residual_budget`; then it walks back. A step
-    takes at most `parts` images at a time.
-    """
-    seen = engine.prepared(inputs)
-    path, memories = walk_forward(engine, sizes, parts, residual_budget, start, seen, targets, step_size)
+    """Losses of students with batches `inputs` [s m c h w] and `targets`; if asked, derivatives by the last three."""
+    prepared = walk.step.prepared(inputs)
+    path, residuals = walk.forward(start, prepared, targets, step_size)
     if config.match_step == "nearest":
         path = path[: nearest_step([theta[0] for theta in path], target[0]) + 1]
-        del memories[len(path) - 1 :]
-    kept = torch.stack([kept_parameters(*ends, config.dropped_fraction) for ends in zip(path[-1], target, strict=True)])
-    scale = ((start - target) * kept).square().sum(1)
-    losses = ((path[-1] - target) * kept).square().sum(1) / scale
+        del residuals[len(path) - 1 :]
+    mask = torch.stack([kept_parameters(*ends, config.dropped_fraction) for ends in zip(path[-1], target, strict=True)])
+    scale = ((start - target) * mask).square().sum(1)
+    losses = ((path[-1] - target) * mask).square().sum(1) / scale
     if not derivatives:
         return (losses,)
     by_inputs, by_targets, by_step_size = (torch.zeros_like(x) for x in (inputs, targets, step_size))
     rate = step_size[:, None]
-    adjoint = (path[-1] - target) * kept * (2 / scale)[:, None]
+    adjoint = (path[-1] - target) * mask * (2 / scale)[:, None]
     for i in reversed(range(len(path) - 1)):
         by_theta = []
-        for number, (part, share) in enumerate(step_parts(sizes, i, parts)):
-            memory, memories[i][number] = memories[i][number], None
-            if memory is None:
-                _, memory = engine.forward(path[i], seen[:, part], targets[:, part])
-            along = engine.vjp(memory, adjoint)
-            del memory
-            torch.mul(along.by_inputs, share, out=by_inputs[:, part])
-            torch.mul(along.by_targets, share, out=by_targets[:, part])
-            by_step_size.sub_(along.inner, alpha=share)
-            by_theta.append((along.by_theta, share))
+        for number, (part, fraction) in enumerate(walk.parts(i)):
+            kept, residuals[i][number] = residuals[i][number], None
+            if kept is None:
+                _, kept = walk.step.forward(path[i], prepared[:, part], targets[:, part])
+            vjp = walk.step.vjp(kept, adjoint)
+            del kept
+            torch.mul(vjp.by_inputs, fraction, out=by_inputs[:, part])
+            torch.mul(vjp.by_targets, fraction, out=by_targets[:, part])
+            by_step_size.sub_(vjp.inner, alpha=fraction)
+            by_theta.append((vjp.by_theta, fraction))
         if config.gradient == "exact":
-            adjoint = torch.addcmul(adjoint, rate, over_parts(by_theta), value=-1)
+            adjoint = torch.addcmul(adjoint, rate, batch_mean(by_theta), value=-1)
     half = 2 if config.gradient == "halved" else 1
     return losses, by_inputs * (-step_size / half)[:, None, None, None, None], by_targets * -rate[:, None], by_step_size
 

@@ -46,50 +46,41 @@ class SegmentsConfig:
     """Earlier iterations, drawn at random, whose anchors are matched again beside the K (rehearsal)."""
 
     def __post_init__(self) -> None:
-        if self.segments < 1:
-            raise UserError(f"segments is {self.segments}; it must be at least 1.")
-        if self.expert_epochs < 1:
-            raise UserError(f"expert_epochs is {self.expert_epochs}; it must be at least 1.")
-        for name in ("expert", "replay"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} is {value}; it must be 0 or more.")
-        for name in ("iterations", "expansion_iterations", "subsets", "concurrent_experts"):
+        start, end, first_end = self.window_start, self.window_end, self.window_end_initial
+        counts = ("iterations", "segments", "expert_epochs", "expansion_iterations", "subsets", "concurrent_experts")
+        for name in counts:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("expert", "replay"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         if self.expert is not None and self.concurrent_experts > 1:
             raise UserError(
                 f"expert is {self.expert} and concurrent_experts is {self.concurrent_experts}; leave one of them out."
             )
-        if self.subsets > 1 and self.window_end_initial is not None:
+        if self.subsets > 1 and first_end is not None:
             raise UserError(
-                f"subsets is {self.subsets} and window_end_initial is {self.window_end_initial}; a window is either "
-                f"cut into parts or grows."
+                f"subsets is {self.subsets} and window_end_initial is {first_end}; a window is either cut into parts "
+                f"or grows."
             )
-        if not 0 <= self.window_start < self.window_end:
+        if not 0 <= start < end:
             raise UserError(
-                f"the window [{self.window_start}, {self.window_end}) is empty or starts before epoch 0; "
-                f"window_start must be 0 or more and below window_end."
+                f"the window [{start}, {end}) is empty or starts before epoch 0; window_start must be 0 or more and "
+                f"below window_end."
             )
-        if self.window_end_initial is not None and not self.window_start < self.window_end_initial <= self.window_end:
+        if first_end is not None and not start < first_end <= end:
             raise UserError(
-                f"window_end_initial is {self.window_end_initial}; it must lie above window_start "
-                f"({self.window_start}) and not above window_end ({self.window_end})."
+                f"window_end_initial is {first_end}; it must lie above window_start ({start}) and not above "
+                f"window_end ({end})."
             )
-        first_end = self.window_end_initial or self.window_end
-        if self.subsets > first_end - self.window_start:
-            raise UserError(
-                f"subsets is {self.subsets}, but the window [{self.window_start}, {first_end}) has only "
-                f"{first_end - self.window_start} start epochs; use at most {first_end - self.window_start}."
-            )
-        smallest = (first_end - self.window_start) // self.subsets
-        if self.segments > smallest:
-            part = f" for each of {self.subsets} subsets" if self.subsets > 1 else ""
-            raise UserError(
-                f"segments is {self.segments}, but the window [{self.window_start}, "
-                f"{first_end}) has only {smallest} start epochs{part}; use at most "
-                f"{smallest}."
-            )
+        epochs = (first_end or end) - start
+        each = f" for each of {self.subsets} subsets" if self.subsets > 1 else ""
+        for name, most, where in (("subsets", epochs, ""), ("segments", epochs // self.subsets, each)):
+            if getattr(self, name) > most:
+                raise UserError(
+                    f"{name} is {getattr(self, name)}, but the window [{start}, {first_end or end}) has only {most} "
+                    f"start epochs{where}; use at most {most}."
+                )
 
     @property
     def segments_in_all(self) -> int:
@@ -158,12 +149,20 @@ def draw_matched(
 ) -> tuple[list[Segment], int]:
     """Every segment that an iteration matches, and which of them is the anchor.
 
-    First the K of the drawn expert, then those of `concurrent_experts` more, then `replay` earlier anchors.
+    First the K segments of the drawn expert, then K of each of `concurrent_experts` - 1 others, then `replay` earlier
+    anchors, or as many as there are. The earlier anchors are drawn again, so nothing is stored.
     """
     expert, segments = _draw(config, experts, iteration, rng)
-    matched = [(expert, start) for start in segments.starts]
-    matched += _draw_others(config, seed, experts, iteration, expert)
-    return matched + _draw_earlier(config, seed, experts, iteration), segments.anchor
+    matched: list[Segment] = [(expert, start) for start in segments.starts]
+    other_rng = generator(seed, "others", iteration)
+    others = [other for other in torch.randperm(experts, generator=other_rng).tolist() if other != expert]
+    for other in others[: config.concurrent_experts - 1]:
+        matched += [(other, start) for start in draw_segments(config, iteration, other_rng).starts]
+    order = torch.randperm(iteration, generator=generator(seed, "replay", iteration))
+    for earlier in order[: config.replay].tolist():
+        expert, replayed = _draw(config, experts, earlier, generator(seed, "iteration", earlier))
+        matched.append((expert, replayed.starts[replayed.anchor]))
+    return matched, segments.anchor
 
 
 def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Generator) -> tuple[int, Segments]:
@@ -171,24 +170,3 @@ def _draw(config: SegmentsConfig, experts: int, iteration: int, rng: torch.Gener
     expert = int(torch.randint(experts, (), generator=rng))
     segments = draw_segments(config, iteration, rng)
     return (expert if config.expert is None else config.expert), segments
-
-
-def _draw_others(config: SegmentsConfig, seed: int, experts: int, iteration: int, first: int) -> list[Segment]:
-    """K segments of each of `concurrent_experts` but the `first`."""
-    rng = generator(seed, "others", iteration)
-    others = [expert for expert in torch.randperm(experts, generator=rng).tolist() if expert != first]
-    return [
-        (expert, start)
-        for expert in others[: config.concurrent_experts - 1]
-        for start in draw_segments(config, iteration, rng).starts
-    ]
-
-
-def _draw_earlier(config: SegmentsConfig, seed: int, experts: int, iteration: int) -> list[Segment]:
-    """`replay` earlier anchors, as many as there are; drawn anew, so nothing is stored."""
-    rng = generator(seed, "replay", iteration)
-    anchors = []
-    for earlier in torch.randperm(iteration, generator=rng)[: config.replay].tolist():
-        expert, segments = _draw(config, experts, earlier, generator(seed, "iteration", earlier))
-        anchors.append((expert, segments.starts[segments.anchor]))
-    return anchors

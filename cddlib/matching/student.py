@@ -17,13 +17,13 @@ from cddlib.training.engine import make_step, operations
 from cddlib.training.step import ComputeConfig, Residuals, TrainingStep
 
 PART = 64
-"""Most images of a student that a CPU takes at a time; more are no faster. A GPU takes as many as its memory holds."""
+"""Most images of a batch that a CPU computes at a time; more are no faster. A GPU takes as many as fit its memory."""
 MAPS_OF_A_STEP = 72
-"""Feature maps of an image, each as large as the convolutions' outputs together, that a step and its derivatives may
-take on a GPU: twice what they do, since as much is left to what steps remember."""
+"""How many times the size of all convolutions' outputs a GPU's step and its derivatives may occupy. They need half of
+that; the other half is for residuals."""
 FILLS_CPU, FILLS_GPU = 1e8, 4e9
-"""Operations, forward, of steps that keep the processor busy. On one NVIDIA H200, eight students of ten CIFAR images
-(3e9) took less than half as long at once as one after the other; more have not been measured."""
+"""Floating-point operations of a forward pass that keep the processor busy. On one NVIDIA H200, eight students of ten
+CIFAR images (3e9) took less than half as long at once as one after the other; more have not been measured."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class MatchingConfig:
     dropped_fraction: float = 0.0
     """Fraction of the parameters, those already nearest to the target, that the loss leaves out (PAD)."""
     side_by_side: int | None = None
-    """Most segments whose students take their steps side by side; by default as many as fill the processor."""
+    """Most segments whose students are trained side by side; by default as many as fill the processor."""
 
     def __post_init__(self) -> None:
         for name in ("student_steps", "student_batch", "side_by_side"):
@@ -53,7 +53,7 @@ class MatchingConfig:
             raise UserError(f"dropped_fraction is {self.dropped_fraction}; it must be 0 or more and below 1.")
 
     def check_students(self, side_by_side: int) -> None:
-        """Raise `UserError` if so many students cannot take their steps side by side."""
+        """Raise `UserError` if so many students cannot be trained side by side."""
         if self.match_step == "nearest" and side_by_side > 1:
             raise UserError(
                 f"side_by_side is {side_by_side}; with match_step 'nearest', where students end at different steps, "
@@ -84,7 +84,10 @@ def plan_student(config: MatchingConfig, size: int, strategy: str, generator: to
 def chunk_size(
     network: Network, config: MatchingConfig, device_type: str, image_shape: tuple[int, ...], batch: int
 ) -> int:
-    """How many students take their steps, of `batch` images, side by side; by default ConvNets, as fill the device."""
+    """How many students with batches of `batch` images are trained side by side.
+
+    By default one, or for ConvNets as many as keep the device busy.
+    """
     if config.side_by_side or not isinstance(network, ConvNet) or config.match_step == "nearest":
         return config.side_by_side or 1
     fills = FILLS_GPU if device_type == "cuda" else FILLS_CPU
@@ -92,7 +95,7 @@ def chunk_size(
 
 
 def segment_chunks(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
-    """Which of the students, who train on `images`, take their steps side by side, one turn after the other."""
+    """The students that are trained side by side on `images`: slices, one after the other."""
     number = chunk_size(network, config, images.device.type, tuple(images.shape[1:]), batch)
     return [slice(first, min(first + number, students)) for first in range(0, students, number)]
 
@@ -100,9 +103,9 @@ def segment_chunks(network: Network, config: MatchingConfig, images: Tensor, bat
 def student_batches(
     students: list[list[StudentStep]], images: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """What the students see: augmented images [s m c h w], targets [s m classes], step after step; the steps' sizes.
+    """The batches of all steps: augmented images [s m c h w], targets [s m classes], and the size of each step's batch.
 
-    Each of the six changes is made at once to all the images that have drawn it.
+    All images that drew the same kind of augmentation are augmented together.
     """
     count, n = images.shape[:2]
     steps = [step._replace(indices=k * n + step.indices) for k, student in enumerate(students) for step in student]
@@ -111,72 +114,83 @@ def student_batches(
     by_change: dict[str, list[int]] = {}
     for number, step in enumerate(steps):
         by_change.setdefault(step.draw.change if step.draw else "", []).append(number)
-    order = torch.cat([places[number] for several in by_change.values() for number in several])
+    order = torch.cat([places[number] for numbers in by_change.values() for number in numbers])
     rows = torch.cat([step.indices for step in steps])
     rows, grouped, back = upload(torch.stack([rows, rows[order], order.argsort()]), images.device)
     chosen = images.flatten(0, 1).index_select(0, grouped)
-    alike = chosen.split([sum(sizes[number] for number in several) for several in by_change.values()])
-    found = []
-    for (change, several), group in zip(by_change.items(), alike, strict=True):
-        numbers = [draw.numbers for number in several if (draw := steps[number].draw)]
-        drawn = augment.Draw(change, upload(torch.cat(numbers), images.device)) if numbers else None
-        found.append(augment.apply(drawn, group))
-    inputs = torch.cat(found).index_select(0, back).unflatten(0, (count, -1))
-    wanted = targets.flatten(0, 1).index_select(0, rows).unflatten(0, (count, -1))
-    return inputs, wanted, tuple(sizes[: len(students[0])])
+    groups = chosen.split([sum(sizes[number] for number in numbers) for numbers in by_change.values()])
+    augmented = []
+    for (change, numbers), group in zip(by_change.items(), groups, strict=True):
+        draws = [draw.numbers for number in numbers if (draw := steps[number].draw)]
+        draw = augment.Draw(change, upload(torch.cat(draws), images.device)) if draws else None
+        augmented.append(augment.apply(draw, group))
+    inputs = torch.cat(augmented).index_select(0, back).unflatten(0, (count, -1))
+    batch_targets = targets.flatten(0, 1).index_select(0, rows).unflatten(0, (count, -1))
+    return inputs, batch_targets, tuple(sizes[: len(students[0])])
 
 
-def over_parts(parts: list[tuple[Tensor, float]]) -> Tensor:
-    """The batch's value, from those of its parts and each part's share of the batch."""
-    first, share = parts[0]
-    total = first if share == 1 else share * first
-    for value, share in parts[1:]:
-        total.add_(value, alpha=share)
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The N steps of students with batches of equal sizes: what computes a step, and how much memory it may use."""
+
+    step: TrainingStep
+    batch_sizes: tuple[int, ...]
+    """Images of each step."""
+    part_size: int
+    """Most images of a batch that are computed at a time."""
+    budget: int
+    """Bytes of residuals that may be kept."""
+
+    def parts(self, i: int) -> list[tuple[slice, float]]:
+        """Step i's batch in even parts: each one's place among the images of all steps, and fraction of the batch."""
+        first, size = sum(self.batch_sizes[:i]), self.batch_sizes[i]
+        number = -(-size // self.part_size)
+        edges = [first + size * part // number for part in range(number + 1)]
+        return [(slice(*edge), (edge[1] - edge[0]) / size) for edge in itertools.pairwise(edges)]
+
+    def forward(
+        self, start: Tensor, inputs: Tensor, targets: Tensor, step_size: Tensor
+    ) -> tuple[list[Tensor], list[list[Residuals | None]]]:
+        """The students' parameters θ_0 … θ_N, and the residuals of each step's parts; None where they were not kept."""
+        path: list[Tensor] = [start]
+        residuals: list[list[Residuals | None]] = []
+        budget = self.budget
+        for i in range(len(self.batch_sizes)):
+            gradients = []
+            residuals.append([])
+            for part, fraction in self.parts(i):
+                gradient, kept = self.step.forward(path[-1], inputs[:, part], targets[:, part])
+                gradients.append((gradient, fraction))
+                budget -= kept.size
+                residuals[-1].append(kept if budget >= 0 else None)
+                del kept
+            path.append(torch.addcmul(path[-1], step_size[:, None], batch_mean(gradients), value=-1))
+        return path, residuals
+
+
+def batch_mean(parts: list[tuple[Tensor, float]]) -> Tensor:
+    """A batch's mean, from the means of its parts and each part's fraction of the batch."""
+    first, fraction = parts[0]
+    total = first if fraction == 1 else fraction * first
+    for value, fraction in parts[1:]:
+        total.add_(value, alpha=fraction)
     return total
 
 
-def walk_forward(
-    engine: TrainingStep,
-    sizes: tuple[int, ...],
-    parts: int,
-    residual_budget: int,
-    start: Tensor,
-    inputs: Tensor,
-    targets: Tensor,
-    step_size: Tensor,
-) -> tuple[list[Tensor], list[list[Residuals | None]]]:
-    """The students' parameters; and the memory of each step, part by part, as long as there is room."""
-    path: list[Tensor] = [start]
-    memories: list[list[Residuals | None]] = []
-    for i in range(len(sizes)):
-        gradients = []
-        memories.append([])
-        for part, share in step_parts(sizes, i, parts):
-            by_part, memory = engine.forward(path[-1], inputs[:, part], targets[:, part])
-            gradients.append((by_part, share))
-            residual_budget -= memory.size
-            memories[-1].append(memory if residual_budget >= 0 else None)
-            del memory
-        path.append(torch.addcmul(path[-1], step_size[:, None], over_parts(gradients), value=-1))
-    return path, memories
+def make_walk(
+    network: Network, compute: ComputeConfig, device: torch.device, batch_sizes: tuple[int, ...], budget: int
+) -> Walk:
+    """The steps of students on a device, which may keep `budget` bytes of residuals.
 
-
-def step_parts(sizes: tuple[int, ...], step: int, most: int) -> list[tuple[slice, float]]:
-    """Where a step's images lie among all, cut into even parts of at most `most`; and each part's share of the step."""
-    first, size = sum(sizes[:step]), sizes[step]
-    number = -(-size // most)
-    edges = [first + size * part // number for part in range(number + 1)]
-    return [(slice(*edge), (edge[1] - edge[0]) / size) for edge in itertools.pairwise(edges)]
-
-
-def most_at_once(network: Network, device: torch.device, residual_budget: int) -> int:
-    """Images of a step that are taken at a time; all where the network mixes them, as batch norm does."""
-    if not isinstance(network, ConvNet) or network.config.norm == "batch":
-        return sys.maxsize
-    if device.type != "cuda":
-        return PART
-    maps = sum(4 * network.config.width * (network.side // 2**block) ** 2 for block in range(network.config.depth))
-    return max(PART, residual_budget // (MAPS_OF_A_STEP * maps))
+    A batch is not cut into parts if the network mixes its images, as batch norm does.
+    """
+    part_size = sys.maxsize
+    if isinstance(network, ConvNet) and network.config.norm != "batch":
+        config, part_size = network.config, PART
+        if device.type == "cuda":
+            maps = sum(4 * config.width * (network.side // 2**block) ** 2 for block in range(config.depth))
+            part_size = max(PART, budget // (MAPS_OF_A_STEP * maps))
+    return Walk(make_step(network, compute, device), batch_sizes, part_size, budget)
 
 
 @torch.no_grad()
@@ -185,9 +199,9 @@ def roll_out(
 ) -> list[Tensor]:
     """The student's parameters θ_0 … θ_N, N + 1 vectors of length p, without any graph.
 
-    Arguments and their shapes are those of `matching_loss`.
+    Arguments and their shapes are those of `cddlib.matching.loss.matching_loss`.
     """
-    inputs, wanted, sizes = student_batches([steps], images[None], targets[None])
-    engine, most = make_step(network, ComputeConfig(), start.device), most_at_once(network, start.device, 0)
-    path, _ = walk_forward(engine, sizes, most, 0, start[None], engine.prepared(inputs), wanted, step_size[None])
+    inputs, batch_targets, sizes = student_batches([steps], images[None], targets[None])
+    walk = make_walk(network, ComputeConfig(), start.device, sizes, 0)
+    path, _ = walk.forward(start[None], walk.step.prepared(inputs), batch_targets, step_size[None])
     return [thetas[0] for thetas in path]

@@ -1,6 +1,6 @@
-"""Steps of the field's usual ConvNet, written out: forward, backward, and both along a direction.
+"""Steps of the field's standard ConvNet, written out: forward, backward, and the derivatives of both in a direction.
 
-Compiled code merges all that lies between two convolutions, and the convolutions may have another precision.
+Compiled code merges everything between two convolutions, and the convolutions may have another precision.
 """
 
 import contextlib
@@ -21,11 +21,13 @@ from cddlib.runtime.errors import UserError, is_out_of_memory
 from cddlib.training.step import Residuals, StepVJP
 
 OPTIONS: dict[str, Any] = {"combo_kernels": True, "split_reductions": False}
-"""Of the compiler: fewer and larger kernels, for on a GPU small steps take as long as their kernels are many."""
+"""Options of the compiler: fewer and larger kernels, since a GPU's time for a small step grows with their number."""
 MOST_SHAPES = 256
-"""Of batches, for which one process compiles."""
+"""Most batch shapes that one process compiles."""
 EPSILON = 1e-5
-"""Of the norm, as PyTorch has it."""
+"""What the norm adds to a variance; PyTorch's default."""
+Blocks = list[list[Tensor]]
+"""Some tensors of each block."""
 
 
 def is_standard_convnet(network: ConvNet) -> bool:
@@ -36,28 +38,27 @@ def is_standard_convnet(network: ConvNet) -> bool:
 
 
 class ConvNetStep:
-    """Steps of the ConvNet with instance norm, ReLU and average pooling, by its derivatives.
+    """Steps of the ConvNet with instance norm, ReLU and average pooling, from written-out derivatives.
 
-    A block maps x to pool(relu(γ n + β)), where n is conv(x; w) less its mean, times r, the inverse of its standard
-    deviation, for each image and channel. The convolution's bias changes nothing, so it is left out, and its gradient
-    is 0. Below, `d_` is a derivative along the direction λ, and `u_` the gradient of ℓ with respect to a quantity.
-    Channels of several networks lie side by side, and each convolution has its own as a group.
+    A block maps x to pool(relu(γ n + β)), where n = r (a − mean(a)), a = conv(x; w), and r is the inverse of a's
+    standard deviation, for each image and channel. The convolution's bias changes nothing, so it is left out, and its
+    gradient is 0. Below, `d_` marks a derivative in the direction λ, and `u_` the gradient of ℓ with respect to a
+    quantity. The channels of several networks are folded into one tensor, and each network is a group of a convolution.
     """
 
     def __init__(self, network: ConvNet, precision: str, compiled: bool) -> None:
         """Steps of `network`; see `is_standard_convnet`."""
         self._network = network
         self._precision = precision
-        self._low = torch.bfloat16 if precision == "bfloat16" else None
         self._paddings = network.paddings
         self._channels = network.shapes["conv0.weight"][1]
-        self._gradient, self._forward, self._vjp = self._step, self._remembered, self._derivatives
+        functions: list[Callable[..., Any]] = [self._loss_and_gradient, self._all_of_forward, self._derivatives]
         if compiled and not can_compile():
             not_compiled("there is no C++ compiler")
         elif compiled:
-            self._gradient = _compiled(self._step, "training steps")
-            self._forward = _compiled(self._remembered, "a student's steps")
-            self._vjp = _compiled(self._derivatives, "their derivatives")
+            names = ("training steps", "a student's steps", "their derivatives")
+            functions = [_compiled(function, name) for function, name in zip(functions, names, strict=True)]
+        self._gradient, self._forward, self._vjp = functions
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `TrainingStep`."""
@@ -67,7 +68,7 @@ class ConvNetStep:
             return self._gradient(theta.detach(), _channels_last(fold_networks(self.prepared(inputs))), targets)
 
     def prepared(self, inputs: Tensor) -> Tensor:
-        """See `TrainingStep`: a GPU's get channels of zeros, up to a multiple of four, as its convolutions like them."""
+        """See `TrainingStep`. On a GPU, channels of zeros are added up to a multiple of four, which is faster there."""
         missing = -inputs.shape[2] % 4 if inputs.is_cuda else 0
         if missing:
             inputs = F.pad(inputs, (0, 0, 0, 0, 0, missing))
@@ -81,20 +82,18 @@ class ConvNetStep:
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
         return gradient, Residuals((theta.detach(), blocks, head), size)
 
-    def vjp(self, memory: Residuals, direction: Tensor) -> StepVJP:
+    def vjp(self, residuals: Residuals, direction: Tensor) -> StepVJP:
         """See `TrainingStep`."""
-        theta, blocks, head = memory.content
+        theta, blocks, head = residuals.content
         with torch.no_grad(), _multiplying(self._precision, theta.device):
             inner, by_theta, by_inputs, by_targets = self._vjp(theta, blocks, head, direction)
         return StepVJP(inner, by_theta, unfold_networks(by_inputs, len(theta))[:, :, : self._channels], by_targets)
 
-    def _step(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return self._remembered(theta, x, targets)[:2]
+    def _loss_and_gradient(self, theta: Tensor, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self._all_of_forward(theta, x, targets)[:2]
 
-    def _remembered(
-        self, theta: Tensor, x: Tensor, y: Tensor
-    ) -> tuple[Tensor, Tensor, list[list[Tensor]], list[Tensor]]:
-        """ℓ, g; of each block x, n, r, and the gradients at its convolution and its output; and what the loss needs."""
+    def _all_of_forward(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Blocks, list[Tensor]]:
+        """ℓ and g; each block's x, n, r, u_x of its output, and u_a; and the classifier's features, p, u_logits, y."""
         w = self._views(theta, x)
         blocks = []
         for block, padding in enumerate(self._paddings):
@@ -124,45 +123,27 @@ class ConvNetStep:
             u_x, u_weight = _convolution_backward(u_a, x, self._kernel(weight), padding, len(theta), inputs=block > 0)
             u_x = u_x.to(theta) if block else x
             gradient[f"conv{block}.weight"] = u_weight.to(theta)
-            gradient[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
         return loss, self._vector(gradient, len(theta)), blocks, [features, p, u_logits, y]
 
-    def _derivatives(
-        self, theta: Tensor, blocks: list[list[Tensor]], head: list[Tensor], direction: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Those of `_remembered` along `direction`, and that of the loss."""
+    def _derivatives(self, theta: Tensor, blocks: Blocks, head: list[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
+        """⟨g, λ⟩ for λ = `direction`, and its derivatives by θ, X and Y."""
         w, d_w = self._views(theta, blocks[0][0]), self._views(direction, blocks[0][0])
-        moved: list[list[Tensor]] = []
-        d_x = None
-        for block, padding in enumerate(self._paddings):
-            x, n, r, *_ = blocks[block]
-            weight, d_weight = w[f"conv{block}.weight"], d_w[f"conv{block}.weight"]
-            if d_x is None:
-                d_a = self._convolve(x, d_weight, padding)
-            else:
-                d_x = self._lowered(d_x)
-                d_a = self._convolve(x, d_weight, padding) + self._convolve(d_x, weight, padding)
-            shift = _mean(n * d_a)
-            d_n = r * (d_a - _mean(d_a) - n * shift)
-            moved.append([d_n, -r * r * shift] + ([] if d_x is None else [d_x]))
-            d_z = self._scaled(n, d_w, block) + _wide(w[f"norm{block}.weight"]) * d_n
-            d_x = F.avg_pool2d(torch.where(self._scaled(n, w, block) > 0, d_z, 0), 2)
+        tangents, d_x = self._tangents(w, d_w, blocks)
         features, p, u_logits, y = head
-        assert d_x is not None  # there is at least one block
         d_maps = unfold_networks(d_x, len(theta))
         d_features = d_maps.flatten(2)
         top, d_top = w["classifier.weight"], d_w["classifier.weight"]
         d_logits = torch.baddbmm(d_w["classifier.bias"][:, None], features, d_top.mT) + d_features @ top.mT
         d_log_p = d_logits - (p * d_logits).sum(2, keepdim=True)
         d_u_logits = y.sum(2, keepdim=True) * p * d_log_p / y.shape[1]
-        found = {
+        gradient = {
             "classifier.weight": d_u_logits.mT @ features + u_logits.mT @ d_features,
             "classifier.bias": d_u_logits.sum(1),
         }
         d_u_x = _channels_last(fold_networks((d_u_logits @ top + u_logits @ d_top).view_as(d_maps)))
         for block, padding in reversed(list(enumerate(self._paddings))):
             x, n, r, u_x, u_a = blocks[block]
-            d_n, d_r, *d_xs = moved[block]
+            d_n, d_r, *d_xs = tangents[block]
             weight, d_weight = w[f"conv{block}.weight"], d_w[f"conv{block}.weight"]
             gamma, d_gamma = _wide(w[f"norm{block}.weight"]), _wide(d_w[f"norm{block}.weight"])
             on = self._scaled(n, w, block) > 0
@@ -172,32 +153,46 @@ class ConvNetStep:
             d_u_a = d_r * (u_n - _mean(u_n) - n * slope)
             d_u_a += r * (d_u_n - _mean(d_u_n) - d_n * slope - n * _mean(d_u_n * n + u_n * d_n))
             d_u_a = self._lowered(d_u_a)
-            found[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((2, 3)).sum(0)
-            found[f"norm{block}.bias"] = d_u_z.sum((2, 3)).sum(0)
+            gradient[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((2, 3)).sum(0)
+            gradient[f"norm{block}.bias"] = d_u_z.sum((2, 3)).sum(0)
             xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
             _, d_u_weight = _convolution_backward(u_as, xs, self._kernel(weight), padding, len(theta), inputs=False)
-            found[f"conv{block}.weight"] = d_u_weight.to(theta)
-            found[f"conv{block}.bias"] = torch.zeros_like(w[f"conv{block}.bias"])
+            gradient[f"conv{block}.weight"] = d_u_weight.to(theta)
             both = self._kernel(torch.cat([weight, d_weight], 1))
             u_both = torch.cat([u.unflatten(1, (len(theta), -1)) for u in (d_u_a, u_a)], 2).flatten(1, 2)
             u_both = u_both.contiguous(memory_format=torch.channels_last)
-            d_u_x, _ = _convolution_backward(u_both, x, both, padding, len(theta), weights=False)
-            d_u_x = d_u_x.to(theta)
-        return (u_logits * d_logits).sum((1, 2)), self._vector(found, len(theta)), d_u_x, -d_log_p / y.shape[1]
+            d_u_x = _convolution_backward(u_both, x, both, padding, len(theta), weights=False)[0].to(theta)
+        return (u_logits * d_logits).sum((1, 2)), self._vector(gradient, len(theta)), d_u_x, -d_log_p / y.shape[1]
+
+    def _tangents(self, w: dict[str, Tensor], d_w: dict[str, Tensor], blocks: Blocks) -> tuple[Blocks, Tensor]:
+        """Each block's d_n, d_r and, but for the first, d_x; and d_x of the last block's output."""
+        tangents: Blocks = []
+        d_xs: list[Tensor] = []
+        for block, padding in enumerate(self._paddings):
+            x, n, r, *_ = blocks[block]
+            d_xs = [self._lowered(d_x) for d_x in d_xs]
+            d_a = self._convolve(x, d_w[f"conv{block}.weight"], padding)
+            for d_x in d_xs:
+                d_a = d_a + self._convolve(d_x, w[f"conv{block}.weight"], padding)
+            shift = _mean(n * d_a)
+            d_n = r * (d_a - _mean(d_a) - n * shift)
+            tangents.append([d_n, -r * r * shift, *d_xs])
+            d_z = self._scaled(n, d_w, block) + _wide(w[f"norm{block}.weight"]) * d_n
+            d_xs = [F.avg_pool2d(torch.where(self._scaled(n, w, block) > 0, d_z, 0), 2)]
+        return tangents, d_xs[0]
 
     def _views(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """The parameters by name, with weights of zeros for the channels of zeros that inputs x have more."""
-        w = unflatten(self._network, theta)
-        missing = x.shape[1] // len(theta) - self._channels
+        """The parameters by name; those of the first convolution get zeros for the inputs' added channels."""
+        w, missing = unflatten(self._network, theta), x.shape[1] // len(theta) - self._channels
         if missing:
             w["conv0.weight"] = F.pad(w["conv0.weight"], (0, 0, 0, 0, 0, missing))
         return w
 
     def _lowered(self, x: Tensor) -> Tensor:
-        return x if self._low is None else x.to(self._low)
+        return x.to(torch.bfloat16) if self._precision == "bfloat16" else x
 
     def _kernel(self, weight: Tensor) -> Tensor:
-        """The weights of a convolution, channels last like what it sees."""
+        """A convolution's weights, channels last like its inputs."""
         return self._lowered(weight).flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
     def _convolve(self, x: Tensor, weight: Tensor, padding: int) -> Tensor:
@@ -208,13 +203,15 @@ class ConvNetStep:
 
     def _vector(self, pieces: dict[str, Tensor], count: int) -> Tensor:
         pieces["conv0.weight"] = pieces["conv0.weight"][:, : self._channels]
+        for block in range(len(self._paddings)):
+            pieces[f"conv{block}.bias"] = torch.zeros_like(pieces[f"norm{block}.bias"])
         return torch.cat([pieces[name].reshape(count, -1) for name in self._network.shapes], 1)
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """The order in memory in which compiled code is fastest, and one order: for another it would be compiled anew."""
+    """`x` in the memory order that is fastest; always the same one, since another would be compiled again."""
     x = x.detach()
-    if x.stride(1) == 1:  # of one channel, others count as this order too
+    if x.stride(1) == 1:  # PyTorch calls other orders of a single channel channels last too
         return x.contiguous(memory_format=torch.channels_last)
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
@@ -222,11 +219,11 @@ def _channels_last(x: Tensor) -> Tensor:
 def _convolution_backward(
     u: Tensor, x: Tensor, weight: Tensor, padding: int, groups: int, *, inputs: bool = True, weights: bool = True
 ) -> tuple[Any, Any]:
-    """The gradients at a convolution's inputs x and weights, from that at its output, of those that are wanted.
+    """The gradients with respect to a convolution's inputs x and weights, from that with respect to its output, u.
 
-    Unlike `torch.nn.grad.conv2d_input` it sees x, which lies channels last: cuDNN then computes in that order.
+    Unlike `torch.nn.grad.conv2d_input` it is given x, which is channels last: cuDNN then computes in that order.
     """
-    if not inputs:  # of the weights only the shape counts, and the order in memory
+    if not inputs:  # then only the shape and memory order of the weights matter
         weight = weight.new_empty([weight.shape[axis] for axis in (0, 2, 3, 1)]).permute(0, 3, 1, 2)
     geometry = ([1, 1], [padding, padding], [1, 1], False, [0, 0], groups)
     return torch.ops.aten.convolution_backward(u, x, weight, None, *geometry, [inputs, weights, False])[:2]
@@ -234,7 +231,7 @@ def _convolution_backward(
 
 @contextlib.contextmanager
 def _multiplying(precision: str, device: torch.device) -> Iterator[None]:
-    """Within, a GPU's float32 convolutions multiply TF32 numbers, or float32 ones where precision is ieee."""
+    """Inside, a GPU's convolutions round float32 to TF32 before they multiply, unless precision is ieee."""
     if device.type != "cuda":
         yield
         return
@@ -259,13 +256,10 @@ def _unpooled(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest") / 4
 
 
-# --- Compiling --------------------------------------------------------------------------------------------------
-
-
 def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """`function`, of which the second argument is a batch of tensors, compiled for each shape when it first comes.
+    """`function`, compiled for each shape of its second argument, a batch of images or the residuals of its blocks.
 
-    PyTorch keeps the result on disk for other processes. If it cannot compile, the function runs as it is.
+    PyTorch keeps compiled code on disk for other processes. If it cannot compile on a CPU, the function runs as it is.
     """
     faster = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS)
     known: dict[torch.Size, Callable[..., Any]] = {}
@@ -278,29 +272,29 @@ def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
         with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), progress:
             try:
                 result = faster(*arguments)
+                known[batch.shape] = faster
+                progress.update()
+                return result
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
                 reason = f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})"
-                if arguments[0].is_cuda:  # a GPU is too dear for steps that take much longer
+                if arguments[0].is_cuda:  # uncompiled steps take much longer, and a GPU's time is expensive
                     raise UserError(f"{reason}; --compiled False does without.") from error
                 not_compiled(reason)
-                known[batch.shape] = function
-                return function(*arguments)
-            progress.update()
-        known[batch.shape] = faster
-        return result
+        known[batch.shape] = function
+        return function(*arguments)
 
     return run
 
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether there is what PyTorch compiles with."""
+    """Whether there is a C++ compiler."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++"))
 
 
 @functools.cache
 def not_compiled(reason: str) -> None:
-    """Say once why."""
+    """Say once why steps are not compiled."""
     print(f"{reason}: steps run uncompiled, which takes longer.", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Training one network and measuring it: what buffering and evaluation share.
+"""Training one network for an epoch and testing it, for buffering and for evaluation.
 
-Plain SGD, or SGD along a direction that also makes the surroundings flat (GSAM, Zhuang et al. 2022), which is how FTD
-and its successors train experts.
+The optimiser follows the gradient, or a direction that also avoids sharp minima (GSAM, Zhuang et al. 2022), as FTD and
+its successors do for experts.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ class SharpnessConfig:
 
 
 Fetch = Callable[[Int64[Tensor, " b"]], tuple[Tensor, Tensor]]
-"""Network inputs and targets (classes, or a probability for each) at some indices."""
+"""Network inputs, and targets (classes or class probabilities), at some indices."""
 
 
 def fetch_real(data: Images, preprocessing: Preprocessing) -> Fetch:
-    """Real images: whitened once, where memory allows; else preprocessed batch by batch, and only bytes are kept."""
+    """Real images: whitened once if memory allows, otherwise preprocessed batch by batch."""
     whitened = preprocessing.whitened(data) if isinstance(preprocessing, Whitening) else None
     if whitened is not None:
         return lambda indices: (whitened[indices], data.labels[indices])
@@ -68,14 +68,14 @@ def train_epoch(
     compute: ComputeConfig | None = None,
 ) -> float:
     """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss."""
-    steps = make_step(network, compute or ComputeConfig(), theta.device)
-    captured = theta.is_cuda and isinstance(steps, ConvNetStep)
+    step = make_step(network, compute or ComputeConfig(), theta.device)
+    captured = theta.is_cuda and isinstance(step, ConvNetStep)
     total = torch.zeros((), device=theta.device)
     for indices in upload(torch.randperm(size, generator=generator), theta.device).split(batch_size):
         inputs, targets = fetch(indices)
         inputs = augment.apply(augment.draw(strategy, len(indices), generator), inputs)
-        shape = (inputs.shape, targets.dtype, threading.get_ident())
-        gradient = _graph(steps, *shape) if captured else steps.gradient  # type: ignore[arg-type]  # it has a hash
+        key = (step, inputs.shape, targets.dtype, threading.get_ident())
+        gradient = _graph(*key) if captured else step.gradient  # type: ignore[arg-type]  # hashable
         loss, theta.grad = _descent(gradient, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
         total += loss * len(indices)
@@ -83,9 +83,9 @@ def train_epoch(
 
 
 @functools.lru_cache(maxsize=16)
-def _graph(steps: TrainingStep, shape: torch.Size, targets: torch.dtype, thread: int) -> Graph:
+def _graph(step: TrainingStep, shape: torch.Size, targets: torch.dtype, thread: int) -> Graph:
     """A step's gradient as a graph, for inputs of a `shape` and targets of a type; every thread has its own."""
-    return Graph(steps.gradient)
+    return Graph(step.gradient)
 
 
 def _descent(
@@ -95,12 +95,13 @@ def _descent(
     targets: Tensor,
     sharpness: SharpnessConfig,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, and the direction to descend along.
+    """A batch's loss, and the vector that takes the place of its gradient.
 
-    GSAM: with g at θ and h at θ + e, where e is the step of length ρ along which the loss rises fastest, it is
-    h − α (g − its part along h): down in the surroundings' loss, and up in what of the loss does not change that.
+    GSAM: let g be the gradient at θ and h that at θ + e, where e is the step of length ρ that raises the loss most. The
+    vector is h − α (g − g's projection on h). It lowers the loss at θ + e; the second term raises the loss at θ in a
+    direction that, to first order, leaves the loss at θ + e as it is.
     """
-    loss, here = (found[0] for found in gradient(theta[None], inputs[None], targets[None]))
+    (loss,), (here,) = gradient(theta[None], inputs[None], targets[None])
     if sharpness.sharpness_radius == 0:
         return loss, here
     unit = theta.detach().abs() if sharpness.sharpness_adaptive else torch.ones_like(here)
@@ -118,7 +119,7 @@ def predict(network: Network, theta: Float[Tensor, " p"], fetch: Fetch, size: in
 
 
 def accuracy(network: Network, theta: Float[Tensor, " p"], data: Images, preprocessing: Preprocessing) -> float:
-    """Fraction of `data` that the network gets right; nan if its output is not finite, where argmax still finds one."""
+    """Fraction of `data` that the network classifies correctly; nan if its output is not finite."""
     logits = predict(network, theta, fetch_real(data, preprocessing), len(data.labels))
     if not bool(logits.isfinite().all()):
         return float("nan")

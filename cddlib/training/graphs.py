@@ -1,8 +1,7 @@
 """A function of tensors as one CUDA graph: captured once, then replayed without its Python and its launches.
 
-A student's walk makes thousands of small launches, which take longer to start than to run. A graph starts them
-all at once, and the parts of the work that do not depend on each other, as the walks of several students do, run beside
-each other in it (`branches`).
+A student's walk launches thousands of small kernels, which take longer to launch than to run. A graph launches them
+all at once, and the walks of several students, which do not depend on each other, run in parallel in it (`branches`).
 """
 
 import threading
@@ -12,20 +11,20 @@ import torch
 from torch import Tensor
 
 WARM_UP = 2
-"""Plain calls before the capture: they compile, choose algorithms and create the libraries' handles."""
+"""Plain calls before the capture, which compile, choose algorithms and create the libraries' handles."""
 
 _CAPTURING = threading.Lock()
-"""Of all threads one captures at a time."""
+"""Only one thread captures at a time."""
 
 
 class Graph:
-    """`function` of tensors on a GPU; every call has arguments of the shapes of the first.
+    """`function` of tensors on a GPU; all calls have arguments of the same shapes.
 
-    The function may not copy from or to the CPU, nor may its course depend on numbers on the GPU.
+    The function may not copy between GPU and CPU, and its course may not depend on numbers on the GPU.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
-        """A graph that the first call captures."""
+        """The first call captures the graph."""
         self._function = function
         self._captured: tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]] | None = None
 
@@ -35,37 +34,37 @@ class Graph:
         if self._captured is None:
             with _CAPTURING:
                 self._captured = self._capture(arguments)
-        graph, own, results = self._captured
-        for mine, given in zip(own, arguments, strict=True):
-            mine.copy_(given)
+        graph, static, results = self._captured
+        for buffer, argument in zip(static, arguments, strict=True):
+            buffer.copy_(argument)
         graph.replay()
         return tuple(result.clone() for result in results)
 
     def _capture(self, arguments: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]:
-        """The graph, and the tensors that it reads and writes."""
-        own = [argument.clone() for argument in arguments]
+        """The graph, and the static tensors that it reads and writes."""
+        static = [argument.clone() for argument in arguments]
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
-                self._function(*own)
+                self._function(*static)
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            results = self._function(*own)
-        return graph, own, results
+            results = self._function(*static)
+        return graph, static, results
 
 
 def branches(
     function: Callable[..., tuple[Tensor, ...]], streams: Sequence[torch.cuda.Stream], *stacked: Tensor
 ) -> tuple[Tensor, ...]:
-    """`function` of each row of `stacked`, a stream for each: its results, a row each, of tensors with one row."""
+    """`function` of each row of `stacked`, which keeps its leading axis of length 1, on its own stream; all results."""
     here = torch.cuda.current_stream()
-    found = []
+    results = []
     for row, stream in enumerate(streams):
         stream.wait_stream(here)
         with torch.cuda.stream(stream):
-            found.append(function(*(tensor[row : row + 1] for tensor in stacked)))
+            results.append(function(*(tensor[row : row + 1] for tensor in stacked)))
     for stream in streams:
         here.wait_stream(stream)
-    return tuple(torch.cat(rows) for rows in zip(*found, strict=True))
+    return tuple(torch.cat(rows) for rows in zip(*results, strict=True))

@@ -1,7 +1,7 @@
 """Peak memory of one segment's gradient as the student takes more steps: cddlib's walk beside the textbook's graph.
 
-And of the summed gradient of K segments, one after the other, at the first of the student steps, repeatedly. What a
-step remembers for its derivatives is not kept.
+And of the summed gradient of K segments, one after the other, at the first of the student steps, repeatedly. No
+residuals are kept.
 
     python tests/benchmarks/memory.py --to book/results/memory.json
 
@@ -17,12 +17,11 @@ from typing import Any
 
 import textbook
 import torch
-import torch.nn.functional as F
 import tyro
 
 import cddlib
 from cddbook.records import write_record
-from cddlib.data import augment
+from cddlib.data.augment import AugmentConfig
 from cddlib.matching.combine import weighted_sum
 from cddlib.matching.student import MatchingConfig
 from cddlib.runtime.device import resolve_device
@@ -62,16 +61,9 @@ def measure(options: Options, implementation: str, student_steps: int, segments:
     device = resolve_device(options.device)
     rng = cddlib.generator("memory")
     network = cddlib.ConvNet(cddlib.NetworkConfig(width=options.width), (3, 32, 32), 10)
-    start = network.init(rng)
-    target = start + 0.01 * torch.randn(start.shape, generator=rng)
-    images = torch.randn(options.images, 3, 32, 32, generator=rng)
-    targets = F.one_hot(torch.arange(options.images) % 10, 10).float()
-    steps = cddlib.plan_student(
-        MatchingConfig(student_steps=student_steps), options.images, augment.AugmentConfig().augment, rng
-    )
-    start, target, images, targets, step_size = (
-        tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
-    )
+    start, target, images, targets, step_size = textbook.noise(network, (3, 32, 32), options.images, rng, device)
+    student = MatchingConfig(student_steps=student_steps)
+    steps = cddlib.plan_student(student, options.images, AugmentConfig().augment, rng)
     variables = [images.requires_grad_(), step_size.requires_grad_()]
 
     recorder = Recorder(device)

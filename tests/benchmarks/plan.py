@@ -20,30 +20,20 @@ from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.files import read_json
 from cddlib.runtime.provenance import Recorder
 
+TWO = {"experts": 2}
+CIFAR = {"data": "cifar10", "width": 32}
 RUNS: dict[str, tuple[str, int, dict[str, Any], dict[str, Any]]] = {
     "digits, mtt, IPC 1": ("mtt", 1, {"data": "digits", "iterations": 60}, {"experts": 3}),
-    "digits, contra, IPC 10, K = 2": (
-        "contra",
-        10,
-        {"data": "digits", "iterations": 20, "segments": 2},
-        {"experts": 2},
-    ),
-    "digits, datm, IPC 1": ("datm", 1, {"data": "digits", "iterations": 60}, {"experts": 2}),
+    "digits, contra, IPC 10, K = 2": (*("contra", 10), {"data": "digits", "iterations": 20, "segments": 2}, TWO),
+    "digits, datm, IPC 1": ("datm", 1, {"data": "digits", "iterations": 60}, TWO),
     "CIFAR-10, mtt, IPC 1, width 32": (
         *("mtt", 1),
-        {"data": "cifar10", "width": 32, "iterations": 30, "evaluation_epochs": 200, "validate_every": 15},
+        {**CIFAR, "iterations": 30, "evaluation_epochs": 200, "validate_every": 15},
         {"experts": 1, "epochs": 3},
     ),
     "CIFAR-10, mtt, IPC 10, width 32": (
         *("mtt", 10),
-        {
-            "data": "cifar10",
-            "width": 32,
-            "iterations": 4,
-            "window_end": 2,
-            "evaluation_epochs": 20,
-            "validate_every": 2,
-        },
+        {**CIFAR, "iterations": 4, "window_end": 2, "evaluation_epochs": 20, "validate_every": 2},
         {"experts": 1, "epochs": 3},
     ),
 }

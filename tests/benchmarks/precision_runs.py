@@ -21,15 +21,8 @@ from cddlib.runtime.provenance import Recorder
 
 PRECISIONS = ("float32", "bfloat16")
 DIGITS: dict[str, Any] = {"iterations": 100, "validate_every": 0, "segments": 2, "evaluation_epochs": 300}
-CIFAR: dict[str, Any] = {
-    **DIGITS,
-    "compiled": True,
-    "zca": False,
-    "segments": 1,
-    "student_steps": 20,
-    "expert_epochs": 2,
-    "window_end": 2,
-}
+CIFAR = {**DIGITS, "compiled": True, "zca": False, "segments": 1}
+CIFAR |= {"student_steps": 20, "expert_epochs": 2, "window_end": 2}
 EXPERTS: dict[str, dict[str, Any]] = {
     "digits": {"experts": 3, "compiled": False},
     "cifar10": {"experts": 1, "epochs": 4, "compiled": True, "zca": False},

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -46,7 +47,6 @@ from cddlib.runtime.errors import is_out_of_memory
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.convnet_step import not_compiled
-from cddlib.training.engine import residual_budget
 from cddlib.training.epoch import fetch_real, train_epoch
 from cddlib.training.step import ComputeConfig
 
@@ -61,13 +61,11 @@ WAYS: dict[str, tuple[ComputeConfig | None, dict[str, str]]] = {
     "cddlib, least memory": (ComputeConfig(compiled=False), {"CDDLIB_KEPT_MB": "0"}),
     "cddlib, compiled": (ComputeConfig(compiled=True), {}),
     "cddlib, compiled, bfloat16": (ComputeConfig(compiled=True, precision="bfloat16"), {}),
-    "cddlib, one by one": (ComputeConfig(compiled=False), {}),
-    "cddlib, side by side": (ComputeConfig(compiled=False), {}),
-    "cddlib, compiled, one by one": (ComputeConfig(compiled=True), {}),
-    "cddlib, compiled, side by side": (ComputeConfig(compiled=True), {}),
+    **{f"cddlib, {how}": (ComputeConfig(compiled=False), {}) for how in ("one by one", "side by side")},
+    **{f"cddlib, compiled, {how}": (ComputeConfig(compiled=True), {}) for how in ("one by one", "side by side")},
 }
-"""How each is computed, None for the textbook's; and what is in the environment of its process. How many segments are
-matched side by side is cddlib's own choice, but for the last four."""
+"""How each implementation computes (None for the textbook's), and its process's environment. cddlib itself chooses how
+many segments it matches side by side, except in the last four."""
 BATCH = 256
 """Images of a training step."""
 NETWORKS = 5
@@ -87,7 +85,7 @@ class Point:
     segments: int = 1
     width: int = 128
     side: int = 32
-    """Of the images; the network has a block more for each time that it is twice 32."""
+    """Pixels along an image's side; the network has one more block each time that it doubles from 32."""
     images: int = 2048
     """Training images of an expert's epoch."""
     epochs: int = 30
@@ -109,7 +107,7 @@ CURVES: dict[str, tuple[dict[str, int], ...]] = {
     "width": tuple({"width": width} for width in (32, 64, 128, 256)),
     "segments": tuple({"segments": segments} for segments in (1, 2, 4, 8)),
 }
-"""One thing varied, of one image a class, ten student steps, one segment and `Point`'s other sizes."""
+"""One size varied; the others are one image a class, ten student steps, one segment and those of `Point`."""
 CURVED = ("cddlib", "cddlib, least memory")
 MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
 """Images a class, student steps, images a step."""
@@ -131,17 +129,10 @@ def convnet(point: Point) -> cddlib.ConvNet:
 
 
 def match(point: Point, device: torch.device, steps: int | None = None) -> list[Tensor]:
-    """Gradients of K segments with respect to images and step size, summed; or with students of some steps."""
-    network, rng = convnet(point), cddlib.generator("speed")
-    shape = (SHAPE[0], point.side, point.side)
-    start = network.init(rng)
-    target = start + 0.01 * torch.randn(start.shape, generator=rng)
-    size = point.ipc * CLASSES
-    images = torch.randn(size, *shape, generator=rng)
-    targets = F.one_hot(torch.arange(size) % CLASSES, CLASSES).float()
-    start, target, images, targets, step_size = (
-        tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))
-    )
+    """The sum of K segments' gradients by images and step size; `steps` replaces the point's student steps."""
+    network, rng, size = convnet(point), cddlib.generator("speed"), point.ipc * CLASSES
+    tensors = textbook.noise(network, (SHAPE[0], point.side, point.side), size, rng, device)
+    start, target, images, targets, step_size = tensors
     compute = WAYS[point.implementation][0]
     student = MatchingConfig(
         student_steps=steps or point.student_steps,
@@ -160,20 +151,19 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
         return total
     for turn in segment_chunks(network, student, images, len(plans[0][0].indices), len(plans)):
         count = len(plans[turn])
-        held_by_each = [torch.stack([x] * count) for x in (start, target, images, targets, step_size)]
-        variables = [held_by_each[2].requires_grad_(), held_by_each[4].requires_grad_()]
-        losses = matching_losses(network, *held_by_each, plans[turn], student, compute)
+        copies = [torch.stack([x] * count) for x in tensors]
+        variables = [copies[2].requires_grad_(), copies[4].requires_grad_()]
+        losses = matching_losses(network, *copies, plans[turn], student, compute)
         for sum_, gradient in zip(total, torch.autograd.grad(losses.sum(), variables), strict=True):
             sum_ += gradient.sum(0)
     return total
 
 
 def expert(point: Point, device: torch.device, steps: int | None = None) -> None:
-    """An expert's epoch; or some of its steps."""
+    """An expert's epoch, or `steps` of its steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size = BATCH * steps if steps else point.images
-    pixels, labels = real_images(size, device)
-    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    pixels, labels, normalisation = real_images(size, device)
     compute = WAYS[point.implementation][0]
     if compute:
         network = convnet(point)
@@ -189,11 +179,12 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
 
 
 @functools.cache
-def real_images(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pixels and labels; drawing them is no part of an epoch."""
+def real_images(size: int, device: torch.device) -> tuple[Tensor, Tensor, Normalisation]:
+    """Pixels, labels and what normalises them; drawing them is no part of an epoch."""
     rng = cddlib.generator("real images")
     pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8)
-    return pixels.to(device), torch.randint(CLASSES, (size,), generator=rng).to(device)
+    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    return pixels.to(device), torch.randint(CLASSES, (size,), generator=rng).to(device), normalisation
 
 
 def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
@@ -202,23 +193,16 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
     size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
     images = torch.randn(size, *SHAPE, generator=rng).to(device)
     labels = (torch.arange(size) % CLASSES).to(device)
-    pixels, answers = real_images(10 * epochs, device)
-    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    pixels, answers, normalisation = real_images(10 * epochs, device)
     compute = WAYS[point.implementation][0]
     if compute:
-        network = convnet(point)
-        names = tuple(map(str, range(CLASSES)))
         synthetic = SyntheticSet(
-            images=images,
-            labels=labels,
-            label_logits=None,
-            step_size=torch.tensor(0.01),
-            preprocessing=normalisation,
-            classes=names,
-        )
-        test, how = Images(pixels, answers), EvaluateConfig(evaluation_epochs=epochs, **dataclasses.asdict(compute))
+            images=images, labels=labels, label_logits=None, step_size=torch.tensor(0.01),
+            preprocessing=normalisation, classes=tuple(map(str, range(CLASSES))),
+        )  # fmt: skip
+        how = (EvaluateConfig(evaluation_epochs=epochs), STRATEGY, compute, Images(pixels, answers))
         for seed in range(networks):
-            accuracy_of_set(synthetic, network, how, STRATEGY, test, purpose="speed", seed=seed)
+            accuracy_of_set(synthetic, convnet(point), *how, purpose="speed", seed=seed)
         return
     inputs = normalisation(pixels)
     for _ in range(networks):
@@ -231,14 +215,14 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
 
 @functools.cache
 def operations(point: Point) -> float:
-    """Of the whole work, from those of one, two and three of its parts: student steps, training steps, or epochs."""
+    """Operations of the whole work, from those of one and three parts: student steps, training steps or epochs."""
     run, parts, times = WORKS[point.work](point)
-    found = []
-    for number in (1, 2, 3):
+    counts = []
+    for number in (1, 3):
         with FlopCounterMode(display=False) as counter:
             run(point, torch.device(point.device), number)
-        found.append(counter.get_total_flops())
-    return float(times * (found[0] + (parts - 1) * (found[2] - found[0]) / 2))
+        counts.append(counter.get_total_flops())
+    return float(times * (counts[0] + (parts - 1) * (counts[1] - counts[0]) / 2))
 
 
 WORKS: dict[str, Callable[[Point], tuple[Callable[..., None], int, int]]] = {
@@ -276,11 +260,6 @@ def timed(run: Callable[[], object], device: torch.device, least: float, most: i
     return found
 
 
-def median(values: list[float]) -> float:
-    """The middle one; of two, the lower."""
-    return sorted(values)[(len(values) - 1) // 2]
-
-
 def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     """Time, memory and rate of a point."""
     torch.set_num_threads(point.threads)
@@ -292,7 +271,6 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
         torch.cuda.empty_cache()
         os.environ.pop("CDDLIB_KEPT_MB", None)
         os.environ.update(WAYS[point.implementation][1])
-        residual_budget.cache_clear()
     before = recorder.report()["peak_memory_mb"]
     rate, count = convolution_rate(point, device), point.operations
     if count / rate > most_seconds:  # nothing is faster than that rate
@@ -311,12 +289,12 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
             raise
         return {"left_out": "not enough memory"}
     return {
-        "seconds": median(seconds),
+        "seconds": statistics.median_low(seconds),
         "repeats": len(seconds),
         "slowest": max(seconds),
         "peak_memory_mb": recorder.report()["peak_memory_mb"],
         "start_memory_mb": before,
-        "rate": count / median(seconds),
+        "rate": count / statistics.median_low(seconds),
         "convolution_rate": rate,
     }
 
@@ -415,9 +393,8 @@ def main(arguments: list[str] | None = None) -> None:
         one = dataclasses.replace(bare, implementation="textbook", segments=1, curve="", least_seconds=0.0)
         point = dataclasses.replace(bare, operations=bare.segments * operations(one))
         found = measured(point, options.seconds)
-        rows.append(
-            {**dataclasses.asdict(point), "name": described(point), **found, "commit": recorder.report()["commit"]}
-        )
+        named = {"name": described(point), **found, "commit": recorder.report()["commit"]}
+        rows.append({**dataclasses.asdict(point), **named})
         if "left_out" in found:
             said = f"   {found['left_out']}"
         else:

@@ -29,15 +29,23 @@ def matching_loss(
     return (theta - target).square().sum() / (start - target).square().sum()
 
 
+def noise(
+    network: cddlib.ConvNet, shape: tuple[int, int, int], size: int, rng: torch.Generator, device: torch.device
+) -> list[Tensor]:
+    """Parameters where a segment starts and ends, images and labels of ten classes, and a step size."""
+    start = network.init(rng)
+    target = start + 0.01 * torch.randn(start.shape, generator=rng)
+    images = torch.randn(size, *shape, generator=rng)
+    targets = F.one_hot(torch.arange(size) % 10, 10).float()
+    return [tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))]
+
+
 def convnet(config: cddlib.NetworkConfig, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
     """The ConvNet as a module, with instance norm, ReLU and average pooling."""
     channels, side, _ = shape
     layers: list[nn.Module] = []
     for _ in range(config.depth):
-        layers += [
-            nn.Conv2d(channels, config.width, 3, padding=1),
-            nn.GroupNorm(config.width, config.width),
-        ]
+        layers += [nn.Conv2d(channels, config.width, 3, padding=1), nn.GroupNorm(config.width, config.width)]
         layers += [nn.ReLU(), nn.AvgPool2d(2)]
         channels, side = config.width, side // 2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, classes))

@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import math
 import os
 import signal
 import statistics
@@ -32,6 +31,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,23 +151,19 @@ class Bench:
 
     def timed(self, run: Callable[[], object], *, most: int = 50) -> dict[str, Any]:
         """Median, least and most milliseconds of repeated runs after a first one, whose seconds count apart."""
-        began = time.perf_counter()
-        run()
-        self.wait()
-        first, found = time.perf_counter() - began, [math.inf]
-        while len(found) < 4 or (sum(found[1:]) < 1000 * self.sizes.seconds and len(found) <= most):
+
+        def once() -> float:
             began = time.perf_counter()
             run()
             self.wait()
-            found.append(1000 * (time.perf_counter() - began))
-        ms = found[1:]
-        return {
-            "ms": round(statistics.median(ms), 4),
-            "least": round(min(ms), 4),
-            "most": round(max(ms), 4),
-            "repeats": len(ms),
-            "first_seconds": round(first, 3),
-        }
+            return time.perf_counter() - began
+
+        first, ms = once(), [1000 * once() for _ in range(3)]
+        while sum(ms) < 1000 * self.sizes.seconds and len(ms) < most:
+            ms.append(1000 * once())
+        numbers = {"ms": statistics.median(ms), "least": min(ms), "most": max(ms)}
+        rounded = {name: round(value, 4) for name, value in numbers.items()}
+        return {**rounded, "repeats": len(ms), "first_seconds": round(first, 3)}
 
 
 # --- The machine ------------------------------------------------------------------------------------------------
@@ -200,29 +196,31 @@ Walk = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[students.StudentStep]]
 """Start, target, images, targets, step size and steps of a student."""
 
 
-def random_walk(bench: Bench, seed: int, steps: int, strategy: str = STRATEGY, batch: int | None = None) -> Walk:
+def random_walk(
+    bench: Bench, seed: int, steps: int, strategy: str = STRATEGY, batch: int | None = None, ipc: int = 1
+) -> Walk:
     """A student on random images, between random parameters and others that are near."""
-    rng, shape = cddlib.generator("gpu", seed), (3, bench.sizes.side, bench.sizes.side)
+    rng, size, side = cddlib.generator("gpu", seed), ipc * CLASSES, bench.sizes.side
     start = bench.network.init(rng)
     target = start + 0.01 * torch.randn(start.shape, generator=rng)
-    images = torch.randn(CLASSES, *shape, generator=rng)
-    targets = torch.rand(CLASSES, CLASSES, generator=rng).softmax(1)
-    plan = cddlib.plan_student(MatchingConfig(student_steps=steps, student_batch=batch), CLASSES, strategy, rng)
+    images = torch.randn(size, 3, side, side, generator=rng)
+    targets = torch.rand(size, CLASSES, generator=rng).softmax(1)
+    plan = cddlib.plan_student(MatchingConfig(student_steps=steps, student_batch=batch), size, strategy, rng)
     on = (tensor.to(bench.device) for tensor in (start, target, images, targets, torch.tensor(0.01)))
     return (*on, plan)  # type: ignore[return-value]
 
 
-def reference(network: cddlib.ConvNet, walk: Walk) -> list[Tensor]:
-    """Loss, and derivatives by images, targets and step size, by automatic differentiation in float64."""
-    start, target, *variables = (tensor.double() for tensor in walk[:5])
+def textbook_gradients(network: cddlib.ConvNet, walk: Walk, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Loss, and derivatives by images, targets and step size, by automatic differentiation."""
+    start, target, *variables = (tensor.detach().to(dtype) for tensor in walk[:5])
     for variable in variables:
         variable.requires_grad_()
     loss = textbook.matching_loss(network, start, target, *variables, walk[5])
     return [loss.detach(), *torch.autograd.grad(loss, variables)]
 
 
-def engine(network: cddlib.ConvNet, walks: Sequence[Walk], compute: ComputeConfig) -> list[list[Tensor]]:
-    """The same, of each of the students, which walk at once."""
+def cddlib_gradients(network: cddlib.ConvNet, walks: Sequence[Walk], compute: ComputeConfig) -> list[list[Tensor]]:
+    """The same for each of several students that are trained side by side, as cddlib computes it."""
     start, target, *variables = (torch.stack(tensors) for tensors in list(zip(*walks, strict=True))[:5])
     for variable in variables:
         variable.requires_grad_()
@@ -231,10 +229,11 @@ def engine(network: cddlib.ConvNet, walks: Sequence[Walk], compute: ComputeConfi
     return [[losses[k].detach(), *(gradient[k] for gradient in found)] for k in range(len(walks))]
 
 
-def compare(found: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
-    """How far loss, images' gradient and step size's gradient are from those wanted."""
-    loss, images, targets, step_size = (tensor.double().cpu() for tensor in found)
-    loss_, images_, targets_, step_size_ = (tensor.double().cpu() for tensor in wanted)
+def compare(found: list[Tensor], exact: list[Tensor]) -> dict[str, float]:
+    """The errors of a loss and its gradients by images, targets and step size."""
+    (loss, images, targets, step_size), (loss_, images_, targets_, step_size_) = (
+        [tensor.double().cpu() for tensor in tensors] for tensors in (found, exact)
+    )
     return {
         "loss": float((loss / loss_ - 1).abs()),
         "images": float((images - images_).norm() / images_.norm()),
@@ -250,30 +249,28 @@ def gradients(bench: Bench) -> Iterator[dict[str, Any]]:
     exact, rows = ComputeConfig(precision="ieee"), []
 
     def row(name: str, walk: Walk, found: list[Tensor]) -> None:
-        rows.append({"what": name, **compare(found, reference(network, walk))})
+        rows.append({"what": name, **compare(found, textbook_gradients(network, walk))})
 
     for change in CHANGES:
         walk = random_walk(bench, 0, few, change)
-        row(f"ieee, {change}", walk, engine(network, [walk], exact)[0])
+        row(f"ieee, {change}", walk, cddlib_gradients(network, [walk], exact)[0])
     unequal = random_walk(bench, 1, few, batch=CLASSES // 2 - 1)
-    row("ieee, batches of 4, 4 and 2", unequal, engine(network, [unequal], exact)[0])
+    row("ieee, batches of 4, 4 and 2", unequal, cddlib_gradients(network, [unequal], exact)[0])
     yield {"walks": rows}
     several = [random_walk(bench, seed, few) for seed in range(2, 5)]
-    together = engine(network, several, exact)
-    for number, (walk, found) in enumerate(zip(several, together, strict=True)):
-        row(f"ieee, {number + 1} of 3 at once", walk, found)
-    alone = engine(network, several[:1], exact)[0]
-    again = engine(network, several[:1], exact)[0]
-    graph_after_other = engine(network, several[1:2], exact)[0]
+    together = cddlib_gradients(network, several, exact)
+    for number, (walk, found) in enumerate(zip(several, together, strict=True), 1):
+        row(f"ieee, {number} of 3 at once", walk, found)
+    alone = cddlib_gradients(network, several[:1], exact)[0]
+    again = cddlib_gradients(network, several[:1], exact)[0]
+    graph_after_other = cddlib_gradients(network, several[1:2], exact)[0]
     for name, precision, compiled in (
         ("float32", "float32", False), ("ieee, compiled", "ieee", True), ("float32, compiled", "float32", True),
     ):  # fmt: skip
         config = ComputeConfig(precision=precision, compiled=compiled and bench.gpu)  # type: ignore[arg-type]
-        row(name, several[0], engine(network, several[:1], config)[0])
+        row(name, several[0], cddlib_gradients(network, several[:1], config)[0])
         yield {"walks": rows}
-    plain = losses._walk_for(network, MatchingConfig(), exact, bench.device, (CLASSES,) * few, True, 1)
-    inputs, wanted, _ = students.student_batches([several[0][5]], several[0][2][None], several[0][3][None])
-    loss, *_ = plain(several[0][0][None], several[0][1][None], inputs, wanted, several[0][4][None])
+    loss, *_ = without_graph(bench, several[0], exact)()
     yield {
         "walks": rows,
         "same": {
@@ -290,12 +287,10 @@ def synchronisations(bench: Bench, walk: Walk) -> int | None:
     """How many times the CPU waits for the GPU in one walk; None on a CPU."""
     if not bench.gpu:
         return None
-    import warnings
-
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
-        engine(bench.network, [walk], ComputeConfig(precision="ieee"))
+        cddlib_gradients(bench.network, [walk], ComputeConfig(precision="ieee"))
         torch.cuda.set_sync_debug_mode("default")
     return sum("synchroniz" in str(warning.message) for warning in said)
 
@@ -303,31 +298,18 @@ def synchronisations(bench: Bench, walk: Walk) -> int | None:
 # --- Speed ------------------------------------------------------------------------------------------------------
 
 
-def iteration(bench: Bench, ipc: int, steps: int, count: int, config: ComputeConfig | None) -> Callable[[], object]:
-    """An iteration's gradients on random images, in one of cddlib's ways; without a configuration in the textbook's."""
-    rng, size = cddlib.generator("speed", count), ipc * CLASSES
-    network, device = bench.network, bench.device
-    images = torch.randn(size, 3, bench.sizes.side, bench.sizes.side, generator=rng).to(device)
-    targets = F.one_hot(torch.arange(size) % CLASSES, CLASSES).float().to(device)
-    start = network.init(rng).to(device)
-    target = start + 0.01 * torch.randn(start.shape, generator=rng).to(device)
-    step_size = torch.tensor(0.01, device=device)
-    plans = [cddlib.plan_student(MatchingConfig(student_steps=steps), size, STRATEGY, rng) for _ in range(count)]
-    walks: list[Walk] = [(start, target, images, targets, step_size, plan) for plan in plans]
-
-    def textbook_() -> None:
-        for walk in walks:
-            variables = [walk[2].clone().requires_grad_(), walk[4].clone().requires_grad_()]
-            loss = textbook.matching_loss(network, *walk[:2], variables[0], walk[3], variables[1], walk[5])
-            torch.autograd.grad(loss, variables)
-
-    return functools.partial(engine, network, walks, config) if config else textbook_
+def iteration(bench: Bench, ipc: int, steps: int, count: int, config: ComputeConfig | None) -> Callable[[], Any]:
+    """An iteration's gradients on random images, as cddlib computes them; without a configuration as the textbook."""
+    walks = [random_walk(bench, seed, steps, ipc=ipc) for seed in range(count)]
+    if config:
+        return functools.partial(cddlib_gradients, bench.network, walks, config)
+    return lambda: [textbook_gradients(bench.network, walk, torch.float32) for walk in walks]
 
 
 def speed(bench: Bench) -> Iterator[dict[str, Any]]:
     """Milliseconds of everything, the fastest ways first, so that time cuts off the textbook's."""
     rows: list[dict[str, Any]] = []
-    compiled = bench.gpu
+    compute = ComputeConfig(compiled=bench.gpu)
 
     def row(name: str, run: Callable[[], object], **more: Any) -> dict[str, Any]:
         rows.append({"what": name, **more, **bench.timed(run)})
@@ -335,9 +317,9 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
         return {"rows": rows}
 
     ways = {
-        "cddlib": ComputeConfig(compiled=compiled),
+        "cddlib": compute,
         "cddlib, uncompiled": ComputeConfig(compiled=False),
-        "cddlib, bfloat16": ComputeConfig(compiled=compiled, precision="bfloat16"),
+        "cddlib, bfloat16": ComputeConfig(compiled=bench.gpu, precision="bfloat16"),
         "textbook": None,
     }
 
@@ -350,9 +332,11 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
     for way in ("cddlib, uncompiled", "textbook"):
         yield match(way, 1, bench.sizes.steps)
     if bench.gpu:
-        yield row("without a graph", without_graph(bench, ways["cddlib"]), way="cddlib", ipc=1, steps=bench.sizes.steps)
-    yield row("an expert's epoch", expert_epoch(bench, compiled), way="cddlib", images=bench.sizes.real_images)
-    yield row("a network's epochs", network_epochs(bench, compiled), way="cddlib", epochs=bench.sizes.epochs)
+        walk = random_walk(bench, 0, bench.sizes.steps)
+        plain = without_graph(bench, walk, compute)
+        yield row("without a graph", plain, way="cddlib", ipc=1, steps=bench.sizes.steps)
+    yield row("an expert's epoch", expert_epoch(bench, compute), way="cddlib", images=bench.sizes.real_images)
+    yield row("a network's epochs", network_epochs(bench, compute), way="cddlib", epochs=bench.sizes.epochs)
     yield match("cddlib, bfloat16", 1, bench.sizes.steps)
     for way in ("cddlib", "textbook", "cddlib, bfloat16"):
         yield match(way, *bench.sizes.more)
@@ -368,12 +352,12 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {"rows": rows, "kernels": kernels(iteration(bench, 1, bench.sizes.steps, 1, ways["cddlib"]))}
 
 
-def without_graph(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
-    """A walk whose compiled steps are launched one after the other."""
-    start, target, images, targets, step_size, plan = random_walk(bench, 0, bench.sizes.steps)
-    inputs, wanted, sizes = students.student_batches([plan], images[None], targets[None])
-    walk = losses._walk_for(bench.network, MatchingConfig(), compute, bench.device, sizes, True, 1)
-    return lambda: walk(start[None], target[None], inputs, wanted, step_size[None])
+def without_graph(bench: Bench, walk: Walk, compute: ComputeConfig) -> Callable[[], tuple[Tensor, ...]]:
+    """A walk whose steps are launched one after the other."""
+    start, target, images, targets, step_size, plan = walk
+    inputs, batch_targets, sizes = students.student_batches([plan], images[None], targets[None])
+    run = losses._Setting(bench.network, MatchingConfig(), compute, bench.device, sizes, True).walk(1)
+    return lambda: run(start[None], target[None], inputs, batch_targets, step_size[None])
 
 
 def kernels(run: Callable[[], object]) -> list[dict[str, Any]]:
@@ -389,7 +373,7 @@ def kernels(run: Callable[[], object]) -> list[dict[str, Any]]:
     ]
 
 
-def expert_epoch(bench: Bench, compiled: bool) -> Callable[[], object]:
+def expert_epoch(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
     """An epoch on random images."""
     size, shape = bench.sizes.real_images, (3, bench.sizes.side, bench.sizes.side)
     rng = cddlib.generator("expert")
@@ -399,13 +383,11 @@ def expert_epoch(bench: Bench, compiled: bool) -> Callable[[], object]:
     theta = bench.network.init(rng).to(bench.device).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr=0.01)
     fetch = fetch_real(Images(pixels, labels), normalise)
-    how: dict[str, Any] = {"batch_size": bench.sizes.batch, "strategy": STRATEGY, "generator": rng}
-    return lambda: train_epoch(
-        bench.network, theta, optimizer, fetch, size, **how, compute=ComputeConfig(compiled=compiled)
-    )
+    how: dict[str, Any] = {"batch_size": bench.sizes.batch, "strategy": STRATEGY, "generator": rng, "compute": compute}
+    return lambda: train_epoch(bench.network, theta, optimizer, fetch, size, **how)
 
 
-def network_epochs(bench: Bench, compiled: bool) -> Callable[[], object]:
+def network_epochs(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
     """Some epochs of a network on one image a class."""
     rng = cddlib.generator("network")
     images = torch.randn(CLASSES, 3, bench.sizes.side, bench.sizes.side, generator=rng).to(bench.device)
@@ -413,7 +395,7 @@ def network_epochs(bench: Bench, compiled: bool) -> Callable[[], object]:
     return lambda: train_network(
         bench.network, fetch_synthetic(images, targets), CLASSES, epochs=bench.sizes.epochs, learning_rate=0.01,
         batch_size=bench.sizes.batch, strategy=STRATEGY, purpose="speed", seed=0, device=bench.device,
-        compute=ComputeConfig(compiled=compiled),
+        compute=compute,
     )  # fmt: skip
 
 
@@ -473,14 +455,9 @@ def buffer_config(bench: Bench) -> cddlib.BufferConfig:
     """MTT's experts, which see all training images, but only the epochs that one image a class needs."""
     sizes = bench.sizes
     return cddlib.buffer_recipe(
-        sizes.data,
-        "mtt",
-        width=sizes.width,
-        experts=sizes.experts,
-        epochs=sizes.expert_epochs,
-        holdout=False,
+        sizes.data, "mtt", width=sizes.width, experts=sizes.experts, epochs=sizes.expert_epochs, holdout=False,
         compiled=bench.gpu,
-    )
+    )  # fmt: skip
 
 
 def experts(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -513,16 +490,14 @@ def precision(bench: Bench) -> Iterator[dict[str, Any]]:
         found = cddlib.synthetic.initialise(seeded.synthetic, dataset, buffer, seeded.seed, bench.device)
         rng = cddlib.generator("precision", number)
         expert, start = number % len(buffer.experts), number % config.schedule.window_end
-        ends = (
-            buffer.parameters(expert, epoch).to(bench.device)
-            for epoch in (start, start + config.schedule.expert_epochs)
-        )
+        epochs = (start, start + config.schedule.expert_epochs)
+        ends = (buffer.parameters(expert, epoch).to(bench.device) for epoch in epochs)
         plan = cddlib.plan_student(config.student, len(found.labels), config.augmentation.augment, rng)
         walk: Walk = (*ends, found.images, found.targets(), found.step_size, plan)  # type: ignore[assignment]
-        wanted = reference(buffer.network, walk)
+        wanted = textbook_gradients(buffer.network, walk)
         for name, compiled in (("ieee", False), ("float32", bench.gpu), ("bfloat16", False)):
             way = ComputeConfig(precision=name, compiled=compiled)  # type: ignore[arg-type]
-            rows.append({"precision": name, **compare(engine(buffer.network, [walk], way)[0], wanted)})
+            rows.append({"precision": name, **compare(cddlib_gradients(buffer.network, [walk], way)[0], wanted)})
         yield {"rows": rows}
 
 
@@ -545,19 +520,15 @@ def distil(bench: Bench) -> Iterator[dict[str, Any]]:
         config = run_config(bench, count, seed)
         cddlib.distill(config, bench.buffer, folder(bench, count, seed), root=bench.root, device=str(bench.device))
 
-    sets = 1 + sum(2 + MILESTONES for _ in names)
-    reserve = 2 + 0.8 * bench.sizes.networks * sets if bench.gpu else 0
-    with (
-        contextlib.suppress(Interrupted),
-        Ranks().graceful_stop("the iterations"),
-        stopping_after(bench.left - reserve),
-    ):
+    sets = 1 + len(names) * (2 + MILESTONES)
+    seconds = bench.left - (2 + 0.8 * bench.sizes.networks * sets if bench.gpu else 0)
+    with contextlib.suppress(Interrupted), Ranks().graceful_stop("the iterations"), stopping_after(seconds):
         in_threads([functools.partial(run, *name) for name in names], bench)
     yield {"runs": [run_record(bench, count, seed) for count, seed in names]}
 
 
 def folder(bench: Bench, count: int, seed: int) -> Path:
-    """Of a run."""
+    """The folder of a run."""
     return bench.to / f"k{count}-seed{seed}"
 
 
@@ -569,10 +540,8 @@ def run_record(bench: Bench, count: int, seed: int) -> dict[str, Any]:
     return {
         "segments": count, "seed": seed, "finished": (here / "result.json").exists(), "iterations": len(metrics) - 1,
         "config": read_json(here / "config.json"),
-        "losses": [line["losses"] for line in metrics[1:]],
+        **{name: [line[name] for line in metrics[1:]] for name in ("losses", "step_size", "seconds")},
         "starts": [[start for _, start in line["matched"]] for line in metrics[1:]],
-        "step_size": [line["step_size"] for line in metrics[1:]],
-        "seconds": [line["seconds"] for line in metrics[1:]],
     }  # fmt: skip
 
 
@@ -580,7 +549,8 @@ def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
     """Networks trained on each run's set, at its milestones and at the end, and on random real images."""
     dataset, preprocessing = cddlib.load(bench.sizes.data, bench.root), bench.buffer.preprocessing
     network, config = bench.buffer.network, run_config(bench, 1, 0)
-    test, rows = dataset.test.to(bench.device), []
+    test = dataset.test.to(bench.device)
+    accuracies: dict[tuple[int, int, int], list[float]] = {}
     random_real: list[float] = []
 
     def accuracy(images: Tensor, step_size: Tensor, seed: int) -> float:
@@ -588,16 +558,8 @@ def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
             images=images, labels=torch.arange(CLASSES), label_logits=None, step_size=step_size,
             preprocessing=preprocessing, classes=dataset.classes,
         ).to(bench.device)  # fmt: skip
-        return accuracy_of_set(
-            found,
-            network,
-            config.evaluation,
-            config.augmentation.augment,
-            config.compute,
-            test,
-            purpose="evaluation",
-            seed=seed,
-        )
+        how = (config.evaluation, config.augmentation.augment, config.compute)
+        return accuracy_of_set(found, network, *how, test, purpose="evaluation", seed=seed)
 
     for number in range(bench.sizes.networks):
         real = cddlib.synthetic.random_real(dataset.train, CLASSES, 1, cddlib.generator("random real", number))
@@ -606,12 +568,12 @@ def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
             here = folder(bench, count, seed)
             for path in (*sorted(here.glob("milestone-*.safetensors")), here / "checkpoint.safetensors"):
                 tensors, header = read_tensors(path, "state")
-                iteration = header["iteration"]
-                named = {"segments": count, "seed": seed, "iteration": iteration, "matched": iteration * count}
-                row = next((row for row in rows if named.items() <= row.items()), None)
-                if row is None:
-                    rows.append(row := {**named, "accuracies": []})
-                row["accuracies"].append(accuracy(tensors["images"], tensors["step_size"], number))
+                each = accuracies.setdefault((count, seed, header["iteration"]), [])
+                each.append(accuracy(tensors["images"], tensors["step_size"], number))
+                rows = [
+                    {"segments": k, "seed": s, "iteration": i, "matched": i * k, "accuracies": values}
+                    for (k, s, i), values in accuracies.items()
+                ]
                 yield {"rows": rows, "random_real": random_real}
 
 

@@ -24,7 +24,7 @@ from cddlib.distillation.checkpoint import State
 from cddlib.distillation.loop import initial_state, iterate
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching import loss as losses
-from cddlib.matching.student import MatchingConfig
+from cddlib.matching.student import MatchingConfig, Walk
 from cddlib.networks.convnet import parameter_count
 from cddlib.runtime.distributed import Ranks
 from cddlib.training import epoch as training
@@ -78,15 +78,10 @@ class PretendedGPU(TorchDispatchMode):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     """A pretended GPU. Graphs call what they would replay; autograd, which no fake tensor passes, gives zeros."""
-    for name, value in {
-        "_lazy_init": lambda: None,
-        "current_device": lambda: 0,
-        "Stream": lambda *device: None,
-        "mem_get_info": lambda *device: (10**10, 10**10),
-        "memory_reserved": lambda *device: 0,
-        "memory_allocated": lambda *device: 0,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    answers = {"_lazy_init": None, "current_device": 0, "Stream": None, "mem_get_info": (10**10, 10**10)}
+    answers |= {"memory_reserved": 0, "memory_allocated": 0}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, answer=answer: answer)
     monkeypatch.setattr(F, "grid_sample", lambda x, grid, **options: x + grid.sum())  # the real one asks the driver
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, variables, **options: [x.detach() for x in variables])
@@ -108,27 +103,18 @@ def one_after_the_other(function: Any, streams: list[None], *stacked: Tensor) ->
     return tuple(torch.cat(found) for found in zip(*rows, strict=True))
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"segments": 2},
-        {"segments": 2, "combine": "pcgrad"},
-        {"labels": "learned", "ema": 0.9},
-        {"labels": "teacher"},
-        {"ipc": 2, "subsets": 2},
-        {"ipc": 2, "student_batch": 7},
-        {"replay": 1, "consolidation": "ewc"},
-        {"match_step": "nearest"},
-        {"dropped_fraction": 0.1},
-        {"convex": True},
-    ],
-    ids=str,
-)
+CHANGED: list[dict[str, Any]] = [
+    {"segments": 2}, {"segments": 2, "combine": "pcgrad"}, {"labels": "learned", "ema": 0.9}, {"labels": "teacher"},
+    {"ipc": 2, "subsets": 2}, {"ipc": 2, "student_batch": 7}, {"replay": 1, "consolidation": "ewc"},
+    {"match_step": "nearest"}, {"dropped_fraction": 0.1}, {"convex": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CHANGED, ids=str)
 def test_an_iteration_keeps_to_its_device(
     changes: dict[str, Any], gpu: PretendedGPU, buffer: cddlib.Buffer, quick: dict[str, Any]
 ) -> None:
-    own = {"student_steps": 4, "augment": STRATEGY, "window_end": 3, **changes}
+    own = {"student_steps": 3, "augment": STRATEGY, "window_end": 3, **changes}
     config = cddlib.distill_recipe("mtt", "digits", **{**quick, **own})
     experts = buffer.convexified() if config.schedule.convex else cddlib.Buffer(buffer.folder)
     start = initial_state(config, cddlib.load("digits"), experts, torch.device("cpu"))
@@ -162,8 +148,9 @@ def test_a_walk_asks_for_nothing_and_its_convolutions_are_channels_last(side: in
         counts = []
         for steps in (2, 3):
             before = gpu.launches.copy()
-            walk = (ConvNetStep(network, "float32", False), (10,) * steps, MatchingConfig(), 10**6, 10**12, True)
-            losses._walk(*walk, *thetas, inputs[:, : 10 * steps], targets[:, : 10 * steps], step_size)
+            walk = Walk(ConvNetStep(network, "float32", False), (10,) * steps, 10**6, 10**12)
+            batches = inputs[:, : 10 * steps], targets[:, : 10 * steps]
+            losses._losses_and_gradients(walk, MatchingConfig(), True, *thetas, *batches, step_size)
             counts.append(gpu.launches - before)
     step = counts[1] - counts[0]
     assert (gpu.uploads, gpu.waits, gpu.unordered) == (0, 0, [])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cddlib
-from cddlib.matching.segments import SegmentsConfig, active_subset, draw_segments, window
+from cddlib.matching.segments import Segments, SegmentsConfig, active_subset, draw_segments, window
 
 
 @st.composite
@@ -32,31 +32,26 @@ def configurations(draw: st.DrawFn, **fixed: Any) -> SegmentsConfig:
     )
 
 
-def all_draws(
-    config: SegmentsConfig, iteration: int, monkeypatch: pytest.MonkeyPatch
-) -> list[cddlib.matching.segments.Segments]:
+def all_draws(config: SegmentsConfig, iteration: int) -> list[Segments]:
     """What comes of every value that the generator can return; they are equally likely."""
     lower, upper = window(config, iteration)
-    found = []
+    draws = []
     for value in range(upper - lower):
 
-        def randint(
-            high: int, size: tuple[int, ...], *, generator: torch.Generator, value: int = value
-        ) -> torch.Tensor:
+        def randint(high: int, size: tuple[int, ...], *, generator: Any, value: int = value) -> torch.Tensor:
             assert (high, size) == (upper - lower, ())
             return torch.tensor(value)
 
-        monkeypatch.setattr(torch, "randint", randint)
-        found.append(draw_segments(config, iteration, torch.Generator()))
-    monkeypatch.undo()
-    return found
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "randint", randint)
+            draws.append(draw_segments(config, iteration, torch.Generator()))
+    return draws
 
 
 @hypothesis.given(config=configurations(), iteration=st.integers(0, 60))
 def test_every_draw_is_spaced_inside_the_window(config: SegmentsConfig, iteration: int) -> None:
     lower, upper = window(config, iteration)
-    with pytest.MonkeyPatch.context() as patch:
-        draws = all_draws(config, iteration, patch)
+    draws = all_draws(config, iteration)
     for starts, anchor in draws:
         assert len(starts) == len(set(starts)) == config.segments
         assert lower <= min(starts) <= max(starts) < upper
@@ -66,76 +61,36 @@ def test_every_draw_is_spaced_inside_the_window(config: SegmentsConfig, iteratio
     assert anchors == list(range(lower, upper))  # MTT's uniform draw, exactly; so every epoch can be drawn
 
 
-def test_the_spacing_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spacing_by_hand() -> None:
     config = SegmentsConfig(segments=3, window_start=2, window_end=10)  # R = floor(8 / 3) = 2
-    assert [(*starts, anchor) for starts, anchor in all_draws(config, 0, monkeypatch)] == [
-        (2, 4, 6, 0),
-        (3, 5, 7, 0),
-        (2, 4, 6, 1),
-        (3, 5, 7, 1),
-        (2, 4, 6, 2),
-        (3, 5, 7, 2),
-        (4, 6, 8, 2),
-        (5, 7, 9, 2),
-    ]
+    found = [(starts[0], starts[-1], anchor) for starts, anchor in all_draws(config, 0)]
+    assert found == [(2, 6, 0), (3, 7, 0), (2, 6, 1), (3, 7, 1), (2, 6, 2), (3, 7, 2), (4, 8, 2), (5, 9, 2)]
 
 
+@pytest.mark.parametrize("convex", [False, True])
 @pytest.mark.parametrize("segments", [1, 4])
-def test_the_generator_draws_anchors_uniformly(segments: int) -> None:
-    config = SegmentsConfig(segments=segments, window_start=3, window_end=13)
+def test_the_generator_draws_anchors_uniformly(segments: int, convex: bool) -> None:
+    config = SegmentsConfig(segments=segments, window_start=3, window_end=13, convex=convex)
     rng = cddlib.generator("anchors")
-    counts: Counter[int] = Counter()
-    for _ in range(2000):
-        starts, anchor = draw_segments(config, 0, rng)
-        counts[starts[anchor]] += 1
-    assert sorted(counts) == list(range(3, 13))
-    assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 27.9  # chi-square, 9 degrees, p = 0.001
-
-
-def test_the_draw_depends_on_the_generator_alone() -> None:
-    config = SegmentsConfig(segments=3, window_end=40)
-
-    def draws(seed: int) -> list[Any]:
-        rng = torch.Generator().manual_seed(seed)
-        return [draw_segments(config, 0, rng) for _ in range(10)]
-
-    assert draws(0) == draws(0) != draws(1)
+    draws = [draw_segments(config, 0, rng) for _ in range(2000)]
+    anchors = [starts[anchor] - 3 for starts, anchor in draws]
+    assert len(set(anchors)) == (2000 if convex else 10)
+    for bins in ([int(anchor) for anchor in anchors], [int(10 * (anchor % 1)) for anchor in anchors])[: 1 + convex]:
+        counts = Counter(bins)
+        assert sorted(counts) == list(range(10))
+        assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 27.9  # chi-square, 9 degrees, p = 0.001
 
 
 # --- Curriculum -------------------------------------------------------------------------------------------------
 
 
-@hypothesis.given(config=configurations(), iteration=st.integers(0, 60))
-def test_the_window_grows_as_datm_s(config: SegmentsConfig, iteration: int) -> None:
-    hypothesis.assume(config.subsets == 1)
-    initial = config.window_end if config.window_end_initial is None else config.window_end_initial
-    grown = initial + ((config.window_end - initial) * iteration) // config.expansion_iterations
-    assert window(config, iteration) == (config.window_start, min(config.window_end, grown))
-
-
 def test_the_curriculum_by_hand() -> None:
     config = SegmentsConfig(window_start=1, window_end=20, window_end_initial=10, expansion_iterations=100)
-    assert [window(config, it) for it in (0, 9, 10, 99, 100, 10**6)] == [
-        (1, 10),
-        (1, 10),
-        (1, 11),
-        (1, 19),
-        (1, 20),
-        (1, 20),
-    ]
+    ends = [window(config, iteration) for iteration in (0, 9, 10, 99, 100, 10**6)]
+    assert ends == [(1, 10), (1, 10), (1, 11), (1, 19), (1, 20), (1, 20)]
 
 
 # --- Subsets ----------------------------------------------------------------------------------------------------
-
-
-def test_subsets_by_hand() -> None:
-    config = SegmentsConfig(subsets=3, iterations=7, window_start=1, window_end=12)
-    assert [active_subset(config, iteration) for iteration in range(7)] == [0, 0, 0, 1, 1, 2, 2]
-    assert [window(config, iteration) for iteration in (0, 2, 3, 4, 5, 6)] == [(1, 4)] * 2 + [(4, 8)] * 2 + [
-        (8, 12)
-    ] * 2
-    assert (active_subset(config, 7), window(config, 7)) == (2, (8, 12))  # measured after the last
-    assert active_subset(SegmentsConfig(iterations=2), 1) == 0
 
 
 @hypothesis.given(config=configurations())
@@ -177,84 +132,48 @@ def test_real_start_epochs_are_spaced_inside_the_window(config: SegmentsConfig, 
     assert starts[anchor] == pytest.approx(lower + share * (upper - lower))
 
 
-@pytest.mark.parametrize("segments", [1, 4])
-def test_real_anchors_are_uniform(segments: int) -> None:
-    config = SegmentsConfig(segments=segments, window_start=3, window_end=13, convex=True)
-    rng = cddlib.generator("real anchors")
-    anchors = []
-    for _ in range(2000):
-        starts, anchor = draw_segments(config, 0, rng)
-        anchors.append(starts[anchor])
-    assert len(set(anchors)) == 2000
-    for bins in ([int(anchor) - 3 for anchor in anchors], [int(10 * (anchor % 1)) for anchor in anchors]):
-        counts = Counter(bins)
-        assert sorted(counts) == list(range(10))
-        assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 27.9  # as above
-
-
 # --- Refused ----------------------------------------------------------------------------------------------------
+
+
+EMPTY = "is empty or starts before epoch 0; window_start must be 0 or more and below window_end."
+OUTSIDE = "it must lie above window_start (2) and not above window_end (20)."
+FEW = "has only {} start epochs{}; use at most {}."
+COUNTS = ("segments", "expert_epochs", "expansion_iterations", "iterations", "subsets", "concurrent_experts")
 
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"segments": 0}, "segments is 0; it must be at least 1."),
-        ({"expert": -1}, "expert is -1; it must be 0 or more."),
-        ({"replay": -1}, "replay is -1; it must be 0 or more."),
-        ({"expert_epochs": 0}, "expert_epochs is 0; it must be at least 1."),
-        ({"expansion_iterations": 0}, "expansion_iterations is 0; it must be at least 1."),
-        ({"iterations": 0}, "iterations is 0; it must be at least 1."),
-        ({"subsets": 0}, "subsets is 0; it must be at least 1."),
+        *(({name: 0}, f"{name} is 0; it must be at least 1.") for name in COUNTS),
+        *(({name: -1}, f"{name} is -1; it must be 0 or more.") for name in ("expert", "replay")),
         (
             {"subsets": 2, "window_end_initial": 10},
             "subsets is 2 and window_end_initial is 10; a window is either cut into parts or grows.",
         ),
         (
-            {"segments": 6, "subsets": 4, "window_end": 20},
-            "segments is 6, but the window [0, 20) has only 5 start epochs for each of 4 subsets; use at most 5.",
+            {"segments": 6, "subsets": 4},
+            f"segments is 6, but the window [0, 20) {FEW.format(5, ' for each of 4 subsets', 5)}",
         ),
         (
-            {"segments": 7, "subsets": 3, "window_end": 20},
-            "segments is 7, but the window [0, 20) has only 6 start epochs for each of 3 subsets; use at most 6.",
+            {"segments": 7, "subsets": 3},
+            f"segments is 7, but the window [0, 20) {FEW.format(6, ' for each of 3 subsets', 6)}",
         ),
+        ({"segments": 21}, f"segments is 21, but the window [0, 20) {FEW.format(20, '', 20)}"),
+        ({"subsets": 21}, f"subsets is 21, but the window [0, 20) {FEW.format(20, '', 20)}"),
         (
-            {"window_start": 20, "window_end": 20},
-            "the window [20, 20) is empty or starts before epoch 0; "
-            "window_start must be 0 or more and below window_end.",
+            {"segments": 4, "window_start": 1, "window_end_initial": 4},
+            f"segments is 4, but the window [1, 4) {FEW.format(3, '', 3)}",
         ),
-        (
-            {"window_start": -1, "window_end": 20},
-            "the window [-1, 20) is empty or starts before epoch 0; "
-            "window_start must be 0 or more and below window_end.",
-        ),
-        (
-            {"segments": 21, "window_end": 20},
-            "segments is 21, but the window [0, 20) has only 20 start epochs; use at most 20.",
-        ),
-        (
-            {"segments": 4, "window_start": 1, "window_end": 20, "window_end_initial": 4},
-            "segments is 4, but the window [1, 4) has only 3 start epochs; use at most 3.",
-        ),
-        (
-            {"window_start": 2, "window_end": 20, "window_end_initial": 2},
-            "window_end_initial is 2; it must lie above window_start (2) and not above window_end (20).",
-        ),
-        (
-            {"window_end": 20, "window_end_initial": 21},
-            "window_end_initial is 21; it must lie above window_start (0) and not above window_end (20).",
-        ),
+        ({"window_start": 20}, f"the window [20, 20) {EMPTY}"),
+        ({"window_start": -1}, f"the window [-1, 20) {EMPTY}"),
+        ({"window_start": 2, "window_end_initial": 2}, f"window_end_initial is 2; {OUTSIDE}"),
+        ({"window_start": 2, "window_end_initial": 21}, f"window_end_initial is 21; {OUTSIDE}"),
     ],
 )
 def test_impossible_configurations_are_refused(values: dict[str, int], sentence: str) -> None:
     with pytest.raises(cddlib.UserError) as refused:
-        SegmentsConfig(**values)
+        SegmentsConfig(window_end=20, **values)
     assert str(refused.value) == sentence
-
-
-def test_more_subsets_than_start_epochs_are_refused() -> None:
-    with pytest.raises(cddlib.UserError) as refused:
-        SegmentsConfig(subsets=21, window_end=20)
-    assert str(refused.value) == "subsets is 21, but the window [0, 20) has only 20 start epochs; use at most 20."
 
 
 def test_expert_and_replay_change_no_segment() -> None:
@@ -267,32 +186,14 @@ def test_expert_and_replay_change_no_segment() -> None:
             assert found == wanted
 
 
-def test_segments_end_inside_the_trajectory() -> None:
-    config = SegmentsConfig(window_end=4, expert_epochs=3)
-    config.check_epochs(6)  # the last segment goes from epoch 3 to epoch 6
+@pytest.mark.parametrize(("convex", "epochs"), [(False, 6), (True, 7)])
+def test_segments_end_inside_the_trajectory(convex: bool, epochs: int) -> None:
+    """The last segment goes from epoch 3 to 6; a convexified one may start just before epoch 4."""
+    config = SegmentsConfig(window_end=4, expert_epochs=3, convex=convex)
+    config.check_epochs(epochs)
     with pytest.raises(cddlib.UserError) as refused:
-        config.check_epochs(5)
+        config.check_epochs(epochs - 1)
     assert str(refused.value) == (
-        "segments start before epoch 4 and are 3 epochs long, but the experts stop at epoch 5; "
-        "window_end + expert_epochs may be at most 6."
+        f"segments start before epoch 4 and are 3 epochs long, but the experts stop at epoch {epochs - 1}; "
+        f"window_end + expert_epochs may be at most 6."
     )
-
-
-def test_real_segments_end_inside_the_trajectory() -> None:
-    """The last may start just before epoch 4, and so end just before epoch 7."""
-    config = SegmentsConfig(window_end=4, expert_epochs=3, convex=True)
-    config.check_epochs(7)
-    with pytest.raises(cddlib.UserError) as refused:
-        config.check_epochs(6)
-    assert str(refused.value) == (
-        "segments start before epoch 4 and are 3 epochs long, but the experts stop at epoch 6; "
-        "window_end + expert_epochs may be at most 6."
-    )
-
-
-def test_the_last_segment_of_a_buffer_can_be_read(buffer: cddlib.Buffer) -> None:
-    config = SegmentsConfig(window_end=5, expert_epochs=2)
-    config.check_epochs(buffer.epochs)
-    last = config.window_end - 1 + config.expert_epochs
-    assert last == buffer.epochs
-    assert not torch.equal(buffer.parameters(0, last), buffer.parameters(0, last - 1))

@@ -4,6 +4,7 @@ import gc
 from typing import Any
 
 import pytest
+import textbook
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,37 +18,28 @@ from cddlib.training.epoch import SharpnessConfig, fetch_real, train_epoch
 SIZE, BATCH, CLASSES = 22, 8, 3
 
 
-class Gsam:
-    """GSAM as an optimiser around another one, a tensor at a time (Zhuang et al. 2022, after the public one)."""
+def gsam(
+    model: nn.Module, sgd: torch.optim.Optimizer, config: SharpnessConfig, inputs: Tensor, targets: Tensor
+) -> float:
+    """A step of GSAM around another optimiser, in two passes (Zhuang et al. 2022, after the public one)."""
+    parameters = list(model.parameters())
+    w = nn.utils.parameters_to_vector(parameters).detach()
 
-    def __init__(self, base: torch.optim.Optimizer, radius: float, weight: float, *, adaptive: bool) -> None:
-        self.base, self.radius, self.weight, self.adaptive = base, radius, weight, adaptive
-        self.parameters = base.param_groups[0]["params"]
+    def gradient(at: Tensor) -> tuple[float, Tensor]:
+        nn.utils.vector_to_parameters(at, parameters)
+        loss = F.cross_entropy(model(inputs), targets)
+        return loss.item(), torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
 
-    def step(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-        def gradients() -> tuple[Tensor, list[Tensor]]:
-            self.base.zero_grad()
-            loss = F.cross_entropy(model(inputs), targets)
-            loss.backward()
-            return loss.detach(), [parameter.grad.clone() for parameter in self.parameters]
-
-        loss, old = gradients()
-        scaled = [w.detach().abs() * g if self.adaptive else g for w, g in zip(self.parameters, old, strict=True)]
-        norm = sum(float((s**2).sum()) for s in scaled) ** 0.5
-        before = [parameter.detach().clone() for parameter in self.parameters]
-        with torch.no_grad():
-            for parameter, gradient in zip(self.parameters, old, strict=True):
-                factor = parameter**2 if self.adaptive else 1.0
-                parameter += self.radius * factor * gradient / norm
-        _, perturbed = gradients()
-        inner = sum(float((a * b).sum()) for a, b in zip(old, perturbed, strict=True))
-        squared = sum(float((b**2).sum()) for b in perturbed)
-        with torch.no_grad():
-            for parameter, first, a, b in zip(self.parameters, before, old, perturbed, strict=True):
-                parameter.copy_(first)
-                parameter.grad = b - self.weight * (a - inner / squared * b)
-        self.base.step()
-        return float(loss)
+    loss, old = gradient(w.clone())
+    scale = w.abs() if config.sharpness_adaptive else torch.ones_like(w)
+    _, perturbed = gradient(w + config.sharpness_radius * scale**2 * old / (scale * old).norm())
+    nn.utils.vector_to_parameters(w, parameters)
+    across = old - old @ perturbed / perturbed.norm() ** 2 * perturbed
+    vector = perturbed - config.sharpness_weight * across
+    for parameter, piece in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = piece.view_as(parameter)
+    sgd.step()
+    return loss
 
 
 def problem(dtype: torch.dtype = torch.double) -> tuple[cddlib.ConvNet, Tensor, Tensor, Tensor]:
@@ -61,14 +53,9 @@ def problem(dtype: torch.dtype = torch.double) -> tuple[cddlib.ConvNet, Tensor, 
 
 def module(network: cddlib.ConvNet, theta: Tensor) -> nn.Module:
     """The same network of modules."""
-
-    def block(channels: int) -> list[nn.Module]:
-        return [nn.Conv2d(channels, 4, 3, padding=1), nn.GroupNorm(4, 4), nn.ReLU(), nn.AvgPool2d(2)]
-
-    found = nn.Sequential(*block(1), *block(4), nn.Flatten(), nn.Linear(16, CLASSES)).to(theta.dtype)
-    nn.utils.vector_to_parameters(theta.clone(), found.parameters())
-    assert [tuple(parameter.shape) for parameter in found.parameters()] == list(network.shapes.values())
-    return found
+    model = textbook.convnet(network.config, (1, 8, 8), CLASSES).to(theta.dtype)
+    nn.utils.vector_to_parameters(theta.clone(), model.parameters())
+    return model
 
 
 def train(
@@ -77,20 +64,13 @@ def train(
     """Some epochs of `train_epoch` with momentum and weight decay."""
     theta = theta.clone().requires_grad_()
     optimizer = torch.optim.SGD([theta], lr=0.2, momentum=0.5, weight_decay=0.01)
-    losses = [
-        train_epoch(
-            network,
-            theta,
-            optimizer,
-            lambda indices: (images[indices], labels[indices]),
-            SIZE,
-            batch_size=BATCH,
-            strategy="crop_scale_rotate",
-            generator=cddlib.generator("epoch", epoch),
-            **rest,
-        )
-        for epoch in range(epochs)
-    ]
+    rest |= {"batch_size": BATCH, "strategy": "crop_scale_rotate"}
+
+    def epoch(number: int) -> float:
+        rng = cddlib.generator("epoch", number)
+        return train_epoch(network, theta, optimizer, lambda i: (images[i], labels[i]), SIZE, generator=rng, **rest)
+
+    losses = [epoch(number) for number in range(epochs)]
     return theta.detach(), losses
 
 
@@ -104,16 +84,15 @@ def batches(images: Tensor, labels: Tensor, epoch: int) -> list[tuple[Tensor, Te
 
 
 @pytest.mark.parametrize("adaptive", [True, False])
-@pytest.mark.parametrize(("radius", "weight"), [(0.01, 0.3), (0.5, 0.0), (0.5, 0.3), (0.5, 1.0), (2.0, 0.4)])
+@pytest.mark.parametrize(("radius", "weight"), [(0.01, 0.3), (0.5, 0.0), (2.0, 1.0)])
 def test_gsam_is_the_optimiser_s(radius: float, weight: float, adaptive: bool) -> None:
     network, theta, images, labels = problem()
     sharpness = SharpnessConfig(sharpness_radius=radius, sharpness_weight=weight, sharpness_adaptive=adaptive)
     found, losses = train(network, theta, images, labels, sharpness=sharpness)
     model = module(network, theta)
     sgd = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5, weight_decay=0.01)
-    optimizer = Gsam(sgd, radius, weight, adaptive=adaptive)
     wanted_losses = [
-        sum(optimizer.step(model, *batch) * len(batch[1]) for batch in batches(images, labels, epoch)) / SIZE
+        sum(gsam(model, sgd, sharpness, *batch) * len(batch[1]) for batch in batches(images, labels, epoch)) / SIZE
         for epoch in range(2)
     ]
     wanted = nn.utils.parameters_to_vector(model.parameters()).detach()
@@ -144,14 +123,6 @@ def test_only_flat_experts_cost_a_second_pass(monkeypatch: pytest.MonkeyPatch, r
     monkeypatch.setattr(cddlib.ConvNet, "side_by_side", lambda *arguments: calls.append(1) or forward(*arguments))
     train(*problem(), epochs=1, sharpness=SharpnessConfig(sharpness_radius=radius))
     assert len(calls) == passes * 3  # batches
-
-
-def test_flat_experts_see_targets_of_any_kind() -> None:
-    network, theta, images, labels = problem()
-    sharpness = SharpnessConfig(sharpness_radius=0.1)
-    hard, _ = train(network, theta, images, labels, sharpness=sharpness)
-    soft, _ = train(network, theta, images, F.one_hot(labels, CLASSES).double(), sharpness=sharpness)
-    torch.testing.assert_close(hard, soft)
 
 
 @pytest.mark.parametrize("field", ["sharpness_radius", "sharpness_weight"])

@@ -1,4 +1,4 @@
-"""Steps: the derived ones against automatic differentiation, memories kept or not, compiling and doing without."""
+"""Steps: the written-out ones against automatic differentiation, with residuals kept or not, compiled or not."""
 
 import functools
 import gc
@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -25,12 +26,14 @@ from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
 from cddlib.networks.zoo import build_network
 from cddlib.runtime import device as devices
 from cddlib.runtime import distributed
+from cddlib.training import convnet_step
 from cddlib.training import engine as engines
 from cddlib.training.convnet_step import ConvNetStep, is_standard_convnet
 from cddlib.training.engine import make_step, worth_compiling
 from cddlib.training.step import AutogradStep, ComputeConfig
 
 USUAL = NetworkConfig(depth=2, width=6)
+ENGINES = [AutogradStep, functools.partial(ConvNetStep, precision="float32", compiled=False)]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -62,6 +65,10 @@ def agree(engine: Any, network: Network, *networks: tuple[Tensor, ...]) -> None:
     gradient, memory = engine.forward(*step)
     along = engine.vjp(memory, direction)
     loss, alone = engine.gradient(*step)
+    classes = step[2].argmax(2)
+    by_class = engine.gradient(*step[:2], classes)
+    for found, wanted in zip(by_class, engine.gradient(*step[:2], F.one_hot(classes, 5).double()), strict=True):
+        torch.testing.assert_close(found, wanted)
     for k, (theta, inputs, targets, _) in enumerate(networks):
         wanted, derivatives = obvious(network, *networks[k])
         torch.testing.assert_close(gradient[k], wanted, rtol=1e-9, atol=1e-11)
@@ -69,6 +76,12 @@ def agree(engine: Any, network: Network, *networks: tuple[Tensor, ...]) -> None:
             torch.testing.assert_close(found[k], value, rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(alone[k], wanted, rtol=1e-9, atol=1e-11)
         torch.testing.assert_close(loss[k], F.cross_entropy(network(theta, inputs), targets), rtol=1e-9, atol=1e-11)
+
+
+def all_results(step: Any, theta: Tensor, inputs: Tensor, targets: Tensor, direction: Tensor) -> list[Tensor]:
+    """Everything that a step computes."""
+    gradient, residuals = step.forward(theta, inputs, targets)
+    return [gradient, *step.gradient(theta, inputs, targets), *step.vjp(residuals, direction)]
 
 
 def alone(*tensors: Tensor) -> list[Tensor]:
@@ -112,18 +125,6 @@ def test_steps_of_any_network_are_those_of_automatic_differentiation(config: Net
         agree(AutogradStep(network), network, *(tuple(arguments) for _, *arguments in several))
 
 
-@pytest.mark.parametrize("engine", [AutogradStep, lambda network: ConvNetStep(network, "float32", False)])
-def test_classes_are_as_good_as_their_probabilities(engine: Any) -> None:
-    network, theta, inputs, _, _ = problem((2, 8, 8))
-    classes = torch.tensor([3, 0, 4, 3])
-    by_class, by_probability = (
-        engine(network).gradient(*alone(theta, inputs, targets))
-        for targets in (classes, F.one_hot(classes, 5).double())
-    )
-    for found, wanted in zip(by_class, by_probability, strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
 UNUSUAL = [
     NetworkConfig(depth=2, width=4, norm=norm, activation=activation, pooling=pooling)
     for norm, activation, pooling in (
@@ -134,14 +135,14 @@ UNUSUAL = [
 ]
 
 
-def test_only_the_usual_convnet_is_derived() -> None:
+def test_only_the_standard_convnet_is_written_out() -> None:
     fast = ComputeConfig(precision="bfloat16", compiled=True)
     usual = build_network(USUAL, (3, 8, 8), 5)
     assert isinstance(make_step(usual, ComputeConfig(), CPU), AutogradStep)
     assert isinstance(make_step(usual, ComputeConfig(), CUDA), ConvNetStep)
-    assert isinstance(make_step(usual, ComputeConfig(precision="bfloat16"), CPU), ConvNetStep)
-    assert isinstance(make_step(usual, ComputeConfig(compiled=True), CPU), ConvNetStep)
-    assert make_step(usual, fast, CPU) is make_step(usual, ComputeConfig(precision="bfloat16", compiled=True), CPU)
+    for compute in (ComputeConfig(precision="bfloat16"), ComputeConfig(compiled=True), fast):
+        assert isinstance(make_step(usual, compute, CPU), ConvNetStep)
+        assert make_step(usual, compute, CPU) is make_step(usual, compute, CPU)
     odd = build_network(USUAL, (3, 10, 10), 5)  # its second pooling leaves out the last pixel
     others = [build_network(config, (3, 8, 8), 5) for config in (*UNUSUAL, NetworkConfig(network="mlp"))]
     for network in (odd, *others):
@@ -149,7 +150,7 @@ def test_only_the_usual_convnet_is_derived() -> None:
             assert isinstance(make_step(network, fast, device), AutogradStep)
 
 
-@pytest.mark.parametrize("engine", [AutogradStep, lambda network: ConvNetStep(network, "float32", False)])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("gap", [0.0, 200.0, 1e4])
 def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
     """Where probabilities are less than the least number."""
@@ -162,24 +163,22 @@ def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_compiled_code_sees_one_order_in_memory(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Augmentations give several, and for each it would be compiled."""
-    seen = set()
-
-    def compiled(function: Any, **options: Any) -> Any:
-        return lambda theta, inputs, *others: (seen.add(inputs.stride()), function(theta, inputs, *others))[1]
-
-    monkeypatch.setattr(torch, "compile", compiled)
+def test_compiled_code_sees_one_memory_order(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Augmentations give several, and it would be compiled for each."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: Mock(wraps=function))
     network, theta, inputs, targets, _ = problem((channels, 8, 8))
-    engine = ConvNetStep(network, "float32", True)
+    step = ConvNetStep(network, "float32", True)
+    seen = Mock(wraps=step._gradient)
+    monkeypatch.setattr(step, "_gradient", seen)
     orders = (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT)
     for networks in (1, 2):
-        wanted = AutogradStep(network).gradient(*(x.expand(networks, *x.shape) for x in (theta, inputs, targets)))
+        repeated = [x.expand(networks, *x.shape) for x in (theta, inputs, targets)]
+        wanted = AutogradStep(network).gradient(*repeated)
         for other in orders:
             for several in (torch.stack([other] * networks), other.expand(networks, *other.shape)):
-                found = engine.gradient(theta.expand(networks, -1), several, targets.expand(networks, -1, -1))
-                torch.testing.assert_close(found, wanted)
-    assert seen == {(64 * total, 1, 8 * total, total) for total in (channels, 2 * channels)}
+                torch.testing.assert_close(step.gradient(repeated[0], several, repeated[2]), wanted)
+    strides = {call.args[1].stride() for call in seen.call_args_list}
+    assert strides == {(64 * total, 1, 8 * total, total) for total in (channels, 2 * channels)}
 
 
 def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
@@ -187,9 +186,8 @@ def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
         x.float() if isinstance(x, Tensor) else x for x in problem((3, 16, 16), batch=8)
     )
     found, exact = [], []
-    for engine, results in ((ConvNetStep(network, "bfloat16", False), found), (AutogradStep(network), exact)):
-        gradient, memory = engine.forward(*alone(theta, inputs, targets))
-        results += [gradient, *engine.vjp(memory, direction[None])]
+    for step, results in ((ConvNetStep(network, "bfloat16", False), found), (AutogradStep(network), exact)):
+        results += all_results(step, *alone(theta, inputs, targets, direction))
     for a, b in zip(found, exact, strict=True):
         assert a.dtype == torch.float32
         assert 1e-5 < (a - b).norm() / b.norm() < 0.2  # a bfloat16 has 8 bits
@@ -197,11 +195,11 @@ def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
     assert all(tensor.dtype == torch.float32 for tensor in heads)
 
 
-# --- Memories ---------------------------------------------------------------------------------------------------
+# --- Residuals --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compute", [ComputeConfig(), ComputeConfig(precision="bfloat16")], ids=["autograd", "derived"])
-def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compute", [ComputeConfig(), ComputeConfig(precision="bfloat16")], ids=["autograd", "convnet"])
+def test_keeping_residuals_changes_no_bit(compute: ComputeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = cddlib.generator("memories")
     network = build_network(USUAL, (2, 8, 8), 5)
     start, target = network.init(rng), network.init(rng)
@@ -210,76 +208,76 @@ def test_keeping_memories_changes_no_bit(compute: ComputeConfig, monkeypatch: py
     step_size = torch.tensor(0.05, requires_grad=True)
     config = MatchingConfig(student_steps=7, student_batch=4)
     plan = plan_student(config, 10, AugmentConfig().augment, rng)
-    engine, taken = make_step(network, compute, CPU), 0
-    take = engine.forward
-
-    def counted(*arguments: Any) -> Any:
-        nonlocal taken
-        taken += 1
-        return take(*arguments)
-
-    monkeypatch.setattr(engine, "forward", counted)
-    one = take(*alone(start, images[:4].detach(), targets[:4]))[1].size
+    step = make_step(network, compute, CPU)
+    forward = Mock(wraps=step.forward)
+    one = step.forward(*alone(start, images[:4].detach(), targets[:4]))[1].size
+    monkeypatch.setattr(step, "forward", forward)
     results = []
-    for budget, more in ((0, 7), (3 * one, 4), (100 * one, 0)):
+    for budget, again in ((0, 7), (3 * one, 4), (100 * one, 0)):
         monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device, budget=budget: budget)
-        taken = 0
+        forward.reset_mock()
         loss = matching_loss(network, start, target, images, targets, step_size, plan, config, compute)
-        gradients = torch.autograd.grad(loss, (images, step_size))
-        assert taken == 7 + more
-        results.append([loss.detach(), *gradients])
+        results.append([loss.detach(), *torch.autograd.grad(loss, (images, step_size))])
+        assert forward.call_count == 7 + again
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_without_gradients_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: pytest.fail("asked for room"))
+    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: pytest.fail("asked for memory"))
     network, theta, inputs, targets, direction = problem((2, 8, 8))
     plan = plan_student(MatchingConfig(student_steps=2), 4, "none", cddlib.generator(0))
     with torch.no_grad():
         matching_loss(network, theta, theta + direction, inputs, targets, torch.tensor(0.1).double(), plan)
 
 
-@pytest.mark.parametrize("engine", [AutogradStep, lambda network: ConvNetStep(network, "float32", False)])
-def test_a_memory_s_size_is_what_it_holds_and_it_is_freed(engine: Any) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_residuals_know_their_size_and_are_freed(engine: Any) -> None:
     network, theta, inputs, targets, _ = problem((2, 8, 8))
-    steps_ = engine(network)
-    sizes = [steps_.forward(*alone(theta, inputs, targets))[1].size for _ in range(2)]
-    doubled = steps_.forward(*alone(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1)))[1].size
-    assert sizes[0] == sizes[1] < doubled < 2 * sizes[0] + 8 * len(theta)
-    maps = 8 * 4 * 6 * (8 * 8 + 4 * 4)  # bytes of what the two convolutions give
-    assert 2 * maps < sizes[0] < 12 * maps + 8 * 10 * len(theta)
+    step = engine(network)
+    first, second = (step.forward(*alone(theta, inputs, targets))[1].size for _ in range(2))
+    doubled = step.forward(*alone(theta, inputs.repeat(2, 1, 1, 1), targets.repeat(2, 1)))[1].size
+    assert first == second < doubled < 2 * first + 8 * len(theta)
+    maps = 8 * 4 * 6 * (8 * 8 + 4 * 4)  # bytes of the two convolutions' outputs
+    assert 2 * maps < first < 12 * maps + 8 * 10 * len(theta)
     gc.collect()
     gc.disable()
     try:
-        _, memory = steps_.forward(*alone(theta, inputs, targets))
-        last = memory.content[1][-1]
+        _, residuals = step.forward(*alone(theta, inputs, targets))
+        last = residuals.content[1][-1]
         held = weakref.ref(last[-1] if isinstance(last, list) else last)
-        del memory, last
-        assert held() is None, "a memory lives on"
+        del residuals, last
+        assert held() is None, "residuals live on"
     finally:
         gc.enable()
 
 
 @pytest.fixture
-def fresh_room() -> Any:
+def budget(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.delenv("CDDLIB_KEPT_MB", raising=False)
     engines._budget_of_machine.cache_clear()
     yield engines.residual_budget
     engines._budget_of_machine.cache_clear()
 
 
-def test_room_is_an_eighth_of_what_is_free(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 8 * 10**9
-    monkeypatch.delenv("CDDLIB_KEPT_MB", raising=False)
-    monkeypatch.setattr(engines, "free_memory", lambda device: free)
-    assert fresh_room(CPU) == 10**9
-    assert fresh_room(CUDA) == 4 * 10**9, "a GPU is nobody else's"
-    free = 4 * 10**9
-    assert fresh_room(CPU) == 10**9, "it is measured once"
-    assert fresh_room(CUDA) == 2 * 10**9
+def test_residuals_may_take_an_eighth_of_the_free_memory(budget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for free, half in ((8 * 10**9, 4 * 10**9), (4 * 10**9, 2 * 10**9)):
+        monkeypatch.setattr(engines, "free_memory", lambda device, free=free: free)
+        assert budget(CPU) == 10**9, "it is measured once"
+        assert budget(CUDA) == half, "half of a GPU, which nobody else uses"
     engines._budget_of_machine.cache_clear()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert fresh_room(CPU) == 125 * 10**6
+    assert budget(CPU) == 125 * 10**6
+
+
+def test_the_budget_can_be_set(budget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
+    assert budget(CPU) == 3 * 2**20
+    for wrong in ("", "-1", "many", "1.5", "²"):
+        monkeypatch.setenv("CDDLIB_KEPT_MB", wrong)
+        sentence = f"CDDLIB_KEPT_MB is '{wrong}'; it must be a number of MB, 0 or more"
+        with pytest.raises(cddlib.UserError, match=sentence):
+            budget(CPU)
 
 
 @pytest.mark.parametrize(
@@ -295,18 +293,6 @@ def test_a_container_may_have_less_than_the_machine(
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         (tmp_path / "memory.current").write_text(f"{used}\n")
     assert devices.free_memory(CPU) == wanted
-
-
-def test_room_can_be_set(fresh_room: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
-    assert fresh_room(CPU) == 3 * 2**20
-    for wrong in ("", "-1", "many", "1.5", "²"):
-        engines._budget_of_machine.cache_clear()
-        monkeypatch.setenv("CDDLIB_KEPT_MB", wrong)
-        with pytest.raises(
-            cddlib.UserError, match=f"CDDLIB_KEPT_MB is '{wrong}'; it must be a number of MB, 0 or more"
-        ):
-            fresh_room(CPU)
 
 
 # --- Compiling --------------------------------------------------------------------------------------------------
@@ -337,72 +323,73 @@ COMPILED = """
 import torch, cddlib
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.networks.zoo import build_network
-from cddlib.training.engine import make_step
-from cddlib.training.step import ComputeConfig
+from cddlib.training.convnet_step import ConvNetStep
 torch.set_num_threads(1)
 rng = cddlib.generator("compiled")
 network = build_network(NetworkConfig(depth=1, width=4), (1, 8, 8), 3)
 theta, direction = (torch.stack([network.init(rng) for _ in range(2)]) for _ in range(2))
 inputs, targets = torch.randn(2, 3, 1, 8, 8, generator=rng), torch.rand(2, 3, 3, generator=rng)
 results = []
-for compiled in (True, True, False):
-    compute = ComputeConfig(precision="bfloat16" if not compiled else "float32", compiled=compiled)
-    engine = make_step(network, compute, torch.device("cpu"))
-    if not compiled:
-        engine = type(engine)(network, "float32", False)
-    gradient, memory = engine.forward(theta, inputs, targets)
-    results.append([gradient, *engine.gradient(theta, inputs, targets), *engine.vjp(memory, direction)])
+compiled = ConvNetStep(network, "float32", True)
+for step in (compiled, compiled, ConvNetStep(network, "float32", False)):
+    gradient, residuals = step.forward(theta, inputs, targets)
+    results.append([gradient, *step.gradient(theta, inputs, targets), *step.vjp(residuals, direction)])
 for twice, once, plain in zip(*results):
     assert torch.equal(twice, once)
     torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)
 """
 
 
-def run_compiled(tmp_path: Path, **environment: str) -> str:
-    """What the script says on standard error; types are not checked in it, which would be compiled too."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED],
-        env={**inherited, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
 def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
-    said = run_compiled(tmp_path)
+    """In a process where types are not checked; else the checks would be compiled too."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    environment = {**inherited, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     for what in ("training steps", "a student's steps", "their derivatives"):
-        assert f"compiling {what} for batches of 3" in said
-    assert "uncompiled" not in said
+        assert f"compiling {what} for batches of 3" in done.stderr
+    assert "uncompiled" not in done.stderr
     assert any(tmp_path.iterdir()), "nothing is kept for other processes"
 
 
-def test_without_a_compiler_there_is_one_notice(tmp_path: Path) -> None:
-    said = run_compiled(tmp_path, PATH="/nowhere", CXX="no-such-compiler")
-    assert said.count("there is no C++ compiler: steps run uncompiled, which takes longer.") == 1
-    assert "compiling" not in said
+@pytest.fixture
+def notices(capfd: pytest.CaptureFixture[str]) -> Any:
+    """What standard error says since the test began."""
+    convnet_step.not_compiled.cache_clear()
+    yield lambda: capfd.readouterr().err
+    convnet_step.not_compiled.cache_clear()
 
 
-def test_where_compiling_fails_there_is_one_notice(tmp_path: Path) -> None:
-    compiler = tmp_path / "broken"
-    compiler.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    said = run_compiled(tmp_path / "cache", CXX=str(compiler))
-    assert said.count("steps run uncompiled, which takes longer.") == 1
-    assert "PyTorch cannot compile here" in said
+@pytest.mark.parametrize(
+    ("patched", "reason"),
+    [
+        ((convnet_step, "can_compile", lambda: False), "there is no C++ compiler"),
+        ((torch, "compile", lambda function, **options: raising("no luck")), "PyTorch cannot compile here (no luck)"),
+    ],
+)
+def test_without_compiling_there_is_one_notice(
+    patched: Any, reason: str, notices: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*patched)
+    network, *arguments = problem((2, 8, 8))
+    step, plain = ConvNetStep(network, "float32", True), ConvNetStep(network, "float32", False)
+    results = [all_results(each, *alone(*arguments)) for each in (step, step, plain)]
+    assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
+    assert notices().splitlines() == [f"{reason}: steps run uncompiled, which takes longer."]
 
 
-def test_want_of_memory_while_compiling_is_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def starved(*arguments: Any) -> None:
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+def raising(message: str) -> Any:
+    """A function that only raises."""
+    return Mock(side_effect=RuntimeError(message))
 
-    monkeypatch.setattr(torch, "compile", lambda function, **options: starved)
-    network, theta, inputs, targets, _ = problem((2, 8, 8))
+
+def test_running_out_of_memory_is_no_want_of_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+    monkeypatch.setattr(torch, "compile", lambda function, **options: raising(message))
+    network, *arguments, _ = problem((2, 8, 8))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        ConvNetStep(network, "float32", True).forward(*alone(theta, inputs, targets))
+        ConvNetStep(network, "float32", True).forward(*alone(*arguments))
 
 
 def test_each_shape_is_announced_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -422,10 +409,8 @@ def test_channels_of_zeros_change_nothing(networks: int) -> None:
     """A GPU's convolutions like a multiple of four."""
     network, theta, inputs, targets, direction = problem((3, 8, 8))
     theta, inputs, targets, direction = (torch.stack([x] * networks) for x in (theta, inputs, targets, direction))
-    engine = ConvNetStep(network, "float32", False)
-    results = []
-    for seen in (inputs, F.pad(inputs, (0, 0, 0, 0, 0, 1))):
-        gradient, memory = engine.forward(theta, seen, targets)
-        results.append([gradient, *engine.vjp(memory, direction)])
+    step = ConvNetStep(network, "float32", False)
+    padded = F.pad(inputs, (0, 0, 0, 0, 0, 1))
+    results = [all_results(step, theta, seen, targets, direction) for seen in (inputs, padded)]
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)

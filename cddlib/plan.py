@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cddlib.data.dataset import VALIDATION_FRACTION, load
+from cddlib.data.dataset import VALIDATION_FRACTION, Sizes, sizes_of
 from cddlib.distillation.config import DistillConfig
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import SCORER_EPOCHS, SCORERS
@@ -42,24 +42,6 @@ LONGEST_SECONDS = 0.3
 """How long one step may take: if it would take longer, fewer images are timed."""
 MOST_IMAGES = 500
 """The largest batch that is timed."""
-
-
-class Sizes(NamedTuple):
-    """How large a data set is."""
-
-    shape: tuple[int, int, int]
-    classes: int
-    train: int
-    test: int
-
-
-_SIZES = {
-    "fashion_mnist": Sizes((1, 28, 28), 10, 60_000, 10_000),
-    "cifar10": Sizes((3, 32, 32), 10, 50_000, 10_000),
-    "cifar100": Sizes((3, 32, 32), 100, 50_000, 10_000),
-    "tiny_imagenet": Sizes((3, 64, 64), 200, 100_000, 10_000),
-    "imagenet": Sizes((3, 64, 64), 1000, 1_281_167, 50_000),
-}
 
 
 class Cost(NamedTuple):
@@ -91,14 +73,6 @@ class _Step(NamedTuple):
 
 _Work = Sequence[tuple[_Step, int | float]]
 """Kinds of step, each with the number of images that take part."""
-
-
-def sizes_of(name: str, root: Path | None) -> Sizes:
-    """How large a data set is; one of no fixed size has to be prepared already (`UserError`)."""
-    if name in _SIZES:
-        return _SIZES[name]
-    dataset = load(name, root)
-    return Sizes(dataset.shape, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels))
 
 
 def buffer_of(config: DistillConfig, **overrides: Any) -> BufferConfig:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import cddlib
+from cddlib.data.dataset import sizes_of
 from cddlib.networks.convnet import NetworkConfig, parameter_count
-from cddlib.plan import Cost, Sizes, buffer_of, costs_table, plan, sizes_of
+from cddlib.plan import Cost, Sizes, buffer_of, costs_table, plan
 from cddlib.runtime.errors import UserError
 from cddlib.training import counting
 from cddlib.training.counting import PeakMemory, count

@@ -49,7 +49,7 @@ class ProbeHook:
     def after_iteration(self, run: Run) -> dict[str, Any]:
         """`probe_losses`, `gradient_similarity` and `accumulated_error`, each where it is due."""
         config, synthetic, expert = run.config, run.synthetic, self.probe_expert
-        run.buffer.check_expert("probe_expert", expert)
+        self.check(config, run.buffer)
         measured: dict[str, Any] = {}
         if self.probe_starts and run.due(self.probe_every):
             measured["probe_losses"] = self.probes(run).losses(synthetic)
@@ -61,6 +61,17 @@ class ProbeHook:
                 config, run.buffer, synthetic, expert=expert, seed=config.seed
             )
         return measured
+
+    def check(self, config: DistillConfig, buffer: Buffer) -> None:
+        """Raise `UserError` unless the experts have every segment that it follows."""
+        buffer.check_expert("probe_expert", self.probe_expert)
+        length = config.schedule.expert_epochs
+        latest = buffer.epochs - length
+        if self.probe_starts and self.probe_starts[-1] > latest:
+            raise UserError(
+                f"probe_starts is {self.probe_starts}, but the experts stop at epoch {buffer.epochs} and segments are "
+                f"{length} epochs long; probes may start at epoch {latest} at the latest."
+            )
 
     def probes(self, run: Run) -> "Probes":
         """The segments that it follows."""
@@ -95,17 +106,8 @@ class Probes:
             expert: whose.
             seed: the students' seed.
             device: where they train.
-
-        Raises:
-            UserError: a segment ends after the experts do.
         """
         length = config.schedule.expert_epochs
-        latest = buffer.epochs - length
-        if starts and starts[-1] > latest:
-            raise UserError(
-                f"probe_starts is {tuple(starts)}, but the experts stop at epoch {buffer.epochs} and segments are "
-                f"{length} epochs long; probes may start at epoch {latest} at the latest."
-            )
         self.config, self.network, self.starts, self.seed = config, buffer.network, tuple(starts), seed
         self.ends = [
             tuple(buffer.parameters_on(device, expert, epoch) for epoch in (start, start + length)) for start in starts

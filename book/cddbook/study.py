@@ -251,7 +251,10 @@ def run_study(
             raise UserError(f"{name} is {value}; it must be 0 or more.")
     if not runs:
         raise UserError("there is nothing to run; give at least one seed, replicate and variant.")
-    description = {"config": as_dict(base), "runs": list(runs), "networks": networks, "buffer_id": Buffer(buffer).id}
+    experts = Buffer(buffer)
+    for config in runs.values():
+        config.probes.check(config.distillation, experts)
+    description = {"config": as_dict(base), "runs": list(runs), "networks": networks, "buffer_id": experts.id}
     description |= {"keep_stopped": True} if keep_stopped else {}
     with locked(out / ".lock"):
         if (out / "study.json").exists():

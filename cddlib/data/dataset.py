@@ -14,7 +14,7 @@ import reprlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -251,3 +251,32 @@ def _digits() -> Dataset:
     every = Images(images, torch.from_numpy(bunch.target).long())
     train, test = stratified_split(every.labels, 0.2)
     return Dataset("digits", every.select(train), every.select(test), tuple(str(name) for name in bunch.target_names))
+
+
+# --- Sizes ------------------------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """How large a data set is."""
+
+    shape: tuple[int, int, int]
+    classes: int
+    train: int
+    test: int
+
+
+_SIZES = {
+    "fashion_mnist": Sizes((1, 28, 28), 10, 60_000, 10_000),
+    "cifar10": Sizes((3, 32, 32), 10, 50_000, 10_000),
+    "cifar100": Sizes((3, 32, 32), 100, 50_000, 10_000),
+    "tiny_imagenet": Sizes((3, 64, 64), 200, 100_000, 10_000),
+    "imagenet": Sizes((3, 64, 64), 1000, 1_281_167, 50_000),
+}
+
+
+def sizes_of(name: str, root: Path | None) -> Sizes:
+    """How large a data set is; one of no fixed size has to be prepared already (`UserError`)."""
+    if name in _SIZES:
+        return _SIZES[name]
+    dataset = load(name, root)
+    return Sizes(dataset.shape, len(dataset.classes), len(dataset.train.labels), len(dataset.test.labels))

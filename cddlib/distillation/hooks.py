@@ -12,7 +12,6 @@ hook that changes nothing which the run writes has none::
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -53,7 +52,7 @@ class TensorBoard:
 
     def after_iteration(self, run: Run) -> dict[str, Any]:
         """See `Hook`; it adds nothing to the metrics."""
-        writer = _writer(run.folder / "tensorboard")
+        writer = _writer(run)
         for name, value in run.metrics.items():
             for index, number in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(number, (int, float)) and name != "iteration":
@@ -64,9 +63,18 @@ class TensorBoard:
         return {}
 
 
-@functools.lru_cache(maxsize=1)
-def _writer(folder: Path) -> Any:
-    """The event file of a run."""
-    with needing("the hook TensorBoard", "tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(folder))
+_WRITERS: dict[Path, Any] = {}
+"""The event file of the run that was watched last."""
+
+
+def _writer(run: Run) -> Any:
+    """The event file of a run; events of iterations that it does again are taken back."""
+    folder = run.folder / "tensorboard"
+    if folder not in _WRITERS:
+        with needing("the hook TensorBoard", "tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+        for earlier in _WRITERS.values():
+            earlier.close()
+        _WRITERS.clear()
+        _WRITERS[folder] = SummaryWriter(str(folder), purge_step=run.iteration)
+    return _WRITERS[folder]

@@ -45,11 +45,10 @@ from scaling_model import (
 
 import cddlib
 from cddbook.records import write_record
-from cddlib.data.dataset import load
+from cddlib.data.dataset import load, sizes_of
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import initial_state, iterate
 from cddlib.matching.student import plan_student
-from cddlib.plan import sizes_of
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.provenance import Recorder

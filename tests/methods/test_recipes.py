@@ -8,9 +8,10 @@ import pytest
 from cddbook.study import parse_grid
 from cddbook.tables import published
 from cddlib import DistillConfig, buffer_recipe, distill_recipe
+from cddlib.data.dataset import sizes_of
 from cddlib.methods.catalogue import METHODS
 from cddlib.methods.recipes import CELLS, ROWS, read_rows, recipes_table, source
-from cddlib.plan import buffer_of, plan, sizes_of
+from cddlib.plan import buffer_of, plan
 from cddlib.runtime.config import flat
 from cddlib.runtime.errors import UserError
 

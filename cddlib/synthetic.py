@@ -148,7 +148,7 @@ class SyntheticSet:
             preprocessing = preprocessing_from(fitted, (channels, height, width))
             variables: dict[str, Any] = {"label_logits": None, **tensors}
             return SyntheticSet(**variables, preprocessing=preprocessing, classes=classes, subsets=header["subsets"])
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} is not a synthetic set ({error}).") from None
 
 

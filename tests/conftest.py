@@ -46,6 +46,12 @@ def quick() -> dict[str, object]:
     }
 
 
+@pytest.fixture(scope="session")
+def recipe(quick: dict[str, Any]) -> Callable[..., cddlib.DistillConfig]:
+    """Configurations of a second; `validate_every=0` for those that need the last iterate."""
+    return lambda **overrides: cddlib.distill_recipe("contra", **{**quick, "segments": 2, **overrides})
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--records book/results` keeps what tests measured as the book's records; `make soak` says how."""
     parser.addoption("--records", type=Path, default=None, help="folder for the records of tests that measure")

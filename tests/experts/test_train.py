@@ -131,7 +131,7 @@ def test_experts_of_long_training_are_compiled_unless_told_otherwise(
     wanted = {(1, None): False, (2, None): True, (2, False): False, (1, True): True}
     for number, ((epochs, asked), answer) in enumerate(wanted.items()):
         compiled.clear()
-        engine._steps.cache_clear()
+        engine._make_step.cache_clear()
         trained = train(recipe(experts=1, epochs=epochs, compiled=asked), tmp_path / str(number))
         assert trained.config["compiled"] is answer and bool(compiled) is answer
 

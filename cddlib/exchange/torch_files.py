@@ -49,6 +49,8 @@ def _check_archive(path: Path) -> None:
     """Raise an error unless the archive is whole, uncompressed, and names only builders of tensors."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
+        if any(entry.compress_size != entry.file_size for entry in entries):
+            raise ValueError("its entries are compressed")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise ValueError("its entries are longer than the file")
         for entry in entries:

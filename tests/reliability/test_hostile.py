@@ -230,6 +230,13 @@ def itself(path: Path) -> None:
     torch.save(content, path)
 
 
+def swollen(path: Path) -> None:
+    """An entry of a few bytes that says it takes two gigabytes of the file, which are asked for when it is read."""
+    whole = archive(path, pickle.dumps([1, 2], 2)).read_bytes()
+    size = whole.index(b"PK\x01\x02") + 20
+    path.write_bytes(whole[:size] + struct.pack("<I", 2**31 - 1) + whole[size + 4 :])
+
+
 SHARED = "tensors that share their numbers"
 PT: dict[str, tuple[Callable[[Path], object], str]] = {
     "overlapping tensors": (overlapping, SHARED),
@@ -249,8 +256,9 @@ PT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a tensor without numbers": (lambda path: torch.save(torch.ones(8, device="meta"), path), "it names torch._utils"),
     "compression": (
         lambda path: archive(path, b"\x80\x02" + b"N" * 10**6 + b".", zipfile.ZIP_DEFLATED),
-        "its entries are longer than",
+        "its entries are compressed",
     ),
+    "a long entry in a short file": (swollen, "its entries are compressed"),
 }
 
 

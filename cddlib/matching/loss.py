@@ -59,7 +59,7 @@ def matching_loss(
 
     Differentiable with respect to `images`, `targets` (class probabilities) and `step_size`, exactly unless `config`
     asks for another gradient; not with respect to `start` and `target`. Peak memory is that of one step (for a ConvNet
-    on a CPU, of at most `PART` images), the images and the parameter vector of each step, and the residuals. Their
+    on a CPU, of at most `PART` pixels), the images and the parameter vector of each step, and the residuals. Their
     `cddlib.training.engine.residual_budget` changes no bit of the result.
 
     Raises:

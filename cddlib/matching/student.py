@@ -16,8 +16,9 @@ from cddlib.runtime.errors import UserError
 from cddlib.training.engine import make_step, operations
 from cddlib.training.step import ComputeConfig, Residuals, TrainingStep
 
-PART = 64
-"""Most images of a batch that a CPU computes at a time; more are no faster. A GPU takes as many as fit its memory."""
+PART = 2**16
+"""Pixels of a batch that a CPU computes at a time, those of 64 CIFAR images; more are no faster. A GPU takes as many
+images as fit its memory."""
 MAPS_OF_A_STEP = 72
 """How many times the size of all convolutions' outputs a GPU's step and its derivatives may occupy. They need half of
 that; the other half is for residuals."""
@@ -186,10 +187,10 @@ def make_walk(
     """
     part_size = sys.maxsize
     if isinstance(network, ConvNet) and network.config.norm != "batch":
-        config, part_size = network.config, PART
+        config, part_size = network.config, max(1, PART // network.side**2)
         if device.type == "cuda":
             maps = sum(4 * config.width * (network.side // 2**block) ** 2 for block in range(config.depth))
-            part_size = max(PART, budget // (MAPS_OF_A_STEP * maps))
+            part_size = max(part_size, budget // (MAPS_OF_A_STEP * maps))
     return Walk(make_step(network, compute, device), batch_sizes, part_size, budget)
 
 

@@ -4,10 +4,6 @@ Compiled code merges everything between two convolutions, and the convolutions m
 """
 
 import contextlib
-import functools
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,14 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cddlib.networks.convnet import ConvNet, fold_networks, unflatten, unfold_networks
-from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError, is_out_of_memory
+from cddlib.training.compiling import can_compile, compile_function, not_compiled
 from cddlib.training.step import Residuals, StepVJP
 
-OPTIONS: dict[str, Any] = {"combo_kernels": True, "split_reductions": False}
-"""Options of the compiler: fewer and larger kernels, since a GPU's time for a small step grows with their number."""
-MOST_SHAPES = 256
-"""Most batch shapes that one process compiles."""
 EPSILON = 1e-5
 """What the norm adds to a variance; PyTorch's default."""
 Blocks = list[list[Tensor]]
@@ -57,7 +48,7 @@ class ConvNetStep:
             not_compiled("there is no C++ compiler")
         elif compiled:
             names = ("training steps", "a student's steps", "their derivatives")
-            functions = [_compiled(function, name) for function, name in zip(functions, names, strict=True)]
+            functions = [compile_function(function, name) for function, name in zip(functions, names, strict=True)]
         self._gradient, self._forward, self._vjp = functions
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +84,9 @@ class ConvNetStep:
         return self._all_of_forward(theta, x, targets)[:2]
 
     def _all_of_forward(self, theta: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Blocks, list[Tensor]]:
-        """ℓ and g; each block's x, n, r, u_x of its output, and u_a; and the classifier's features, p, u_logits, y."""
+        """ℓ and g, and the residuals: each block's x, n, r, u_x of its output, u_a, and means over the pixels of u_z
+        and of u_z n, where z = γ n + β; and the classifier's features, p, u_logits, y.
+        """
         w = self._views(theta, x)
         blocks = []
         for block, padding in enumerate(self._paddings):
@@ -101,9 +94,9 @@ class ConvNetStep:
             a = self._convolve(x, w[f"conv{block}.weight"], padding)
             a = a - _mean(a)
             r = (_mean(a * a) + EPSILON).rsqrt()
-            n = a * r
+            n = self._lowered(a * r)
             blocks.append([x, n, r])
-            x = F.avg_pool2d(F.relu(self._scaled(n, w, block)), 2)
+            x = _pooled(F.relu(self._scaled(n, w, block)))
         maps = unfold_networks(x, len(theta))
         features = maps.flatten(2)
         log_p = torch.baddbmm(w["classifier.bias"][:, None], features, w["classifier.weight"].mT).log_softmax(2)
@@ -115,11 +108,10 @@ class ConvNetStep:
             x, n, r = blocks[block]
             weight = w[f"conv{block}.weight"]
             u_z = torch.where(self._scaled(n, w, block) > 0, _unpooled(u_x), 0)
-            u_n = _wide(w[f"norm{block}.weight"]) * u_z
-            u_a = self._lowered(r * (u_n - _mean(u_n) - n * _mean(u_n * n)))
-            blocks[block] += [u_x, u_a]
-            gradient[f"norm{block}.weight"] = (u_z * n).sum((2, 3)).sum(0)
-            gradient[f"norm{block}.bias"] = u_z.sum((2, 3)).sum(0)
+            level, slope = _mean(u_z), _mean(u_z * n)
+            u_a = self._lowered(r * _wide(w[f"norm{block}.weight"]) * (u_z - level - n * slope))
+            blocks[block] += [u_x, u_a, level, slope]
+            self._norm_gradient(gradient, block, n, level, slope)
             u_x, u_weight = _convolution_backward(u_a, x, self._kernel(weight), padding, len(theta), inputs=block > 0)
             u_x = u_x.to(theta) if block else x
             gradient[f"conv{block}.weight"] = u_weight.to(theta)
@@ -142,26 +134,24 @@ class ConvNetStep:
         }
         d_u_x = _channels_last(fold_networks((d_u_logits @ top + u_logits @ d_top).view_as(d_maps)))
         for block, padding in reversed(list(enumerate(self._paddings))):
-            x, n, r, u_x, u_a = blocks[block]
+            x, n, r, u_x, u_a, level, slope = blocks[block]
             d_n, d_r, *d_xs = tangents[block]
             weight, d_weight = w[f"conv{block}.weight"], d_w[f"conv{block}.weight"]
             gamma, d_gamma = _wide(w[f"norm{block}.weight"]), _wide(d_w[f"norm{block}.weight"])
             on = self._scaled(n, w, block) > 0
             u_z, d_u_z = torch.where(on, _unpooled(u_x), 0), torch.where(on, _unpooled(d_u_x), 0)
-            u_n, d_u_n = gamma * u_z, d_gamma * u_z + gamma * d_u_z
-            slope = _mean(u_n * n)
-            d_u_a = d_r * (u_n - _mean(u_n) - n * slope)
-            d_u_a += r * (d_u_n - _mean(d_u_n) - d_n * slope - n * _mean(d_u_n * n + u_n * d_n))
-            d_u_a = self._lowered(d_u_a)
-            gradient[f"norm{block}.weight"] = (d_u_z * n + u_z * d_n).sum((2, 3)).sum(0)
-            gradient[f"norm{block}.bias"] = d_u_z.sum((2, 3)).sum(0)
+            d_level, d_slope = _mean(d_u_z), _mean(d_u_z * n + u_z * d_n)
+            d_u_a = (d_r * gamma + r * d_gamma) * (u_z - level - n * slope)
+            d_u_a = self._lowered(d_u_a + r * gamma * (d_u_z - d_level - d_n * slope - n * d_slope))
+            self._norm_gradient(gradient, block, n, d_level, d_slope)
             xs, u_as = torch.cat([x, *d_xs]), torch.cat([d_u_a, u_a]) if d_xs else d_u_a
             _, d_u_weight = _convolution_backward(u_as, xs, self._kernel(weight), padding, len(theta), inputs=False)
             gradient[f"conv{block}.weight"] = d_u_weight.to(theta)
-            both = self._kernel(torch.cat([weight, d_weight], 1))
-            u_both = torch.cat([u.unflatten(1, (len(theta), -1)) for u in (d_u_a, u_a)], 2).flatten(1, 2)
-            u_both = u_both.contiguous(memory_format=torch.channels_last)
-            d_u_x = _convolution_backward(u_both, x, both, padding, len(theta), weights=False)[0].to(theta)
+            ways = ((d_u_a, self._kernel(weight)), (u_a, self._kernel(d_weight)))
+            d_u_x, other = (
+                _convolution_backward(u, x, kernel, padding, len(theta), weights=False)[0] for u, kernel in ways
+            )
+            d_u_x = d_u_x.to(theta) + other
         return (u_logits * d_logits).sum((1, 2)), self._vector(gradient, len(theta)), d_u_x, -d_log_p / y.shape[1]
 
     def _tangents(self, w: dict[str, Tensor], d_w: dict[str, Tensor], blocks: Blocks) -> tuple[Blocks, Tensor]:
@@ -175,10 +165,10 @@ class ConvNetStep:
             for d_x in d_xs:
                 d_a = d_a + self._convolve(d_x, w[f"conv{block}.weight"], padding)
             shift = _mean(n * d_a)
-            d_n = r * (d_a - _mean(d_a) - n * shift)
+            d_n = self._lowered(r * (d_a - _mean(d_a) - n * shift))
             tangents.append([d_n, -r * r * shift, *d_xs])
             d_z = self._scaled(n, d_w, block) + _wide(w[f"norm{block}.weight"]) * d_n
-            d_xs = [F.avg_pool2d(torch.where(self._scaled(n, w, block) > 0, d_z, 0), 2)]
+            d_xs = [_pooled(torch.where(self._scaled(n, w, block) > 0, d_z, 0))]
         return tangents, d_xs[0]
 
     def _views(self, theta: Tensor, x: Tensor) -> dict[str, Tensor]:
@@ -200,6 +190,12 @@ class ConvNetStep:
 
     def _scaled(self, n: Tensor, w: dict[str, Tensor], block: int) -> Tensor:
         return _wide(w[f"norm{block}.weight"]) * n + _wide(w[f"norm{block}.bias"])
+
+    @staticmethod
+    def _norm_gradient(gradient: dict[str, Tensor], block: int, n: Tensor, level: Tensor, slope: Tensor) -> None:
+        """Enter a norm's gradient, from the means over the pixels of u_z and of u_z n."""
+        pixels = n.shape[2] * n.shape[3]
+        gradient[f"norm{block}.weight"], gradient[f"norm{block}.bias"] = pixels * slope.sum(0), pixels * level.sum(0)
 
     def _vector(self, pieces: dict[str, Tensor], count: int) -> Tensor:
         pieces["conv0.weight"] = pieces["conv0.weight"][:, : self._channels]
@@ -251,50 +247,12 @@ def _wide(per_channel: Tensor) -> Tensor:
     return per_channel.flatten()[:, None, None]
 
 
+def _pooled(x: Tensor) -> Tensor:
+    """Average pooling over 2x2 pixels, as arithmetic that the compiler merges with what comes before it."""
+    upper, lower = x[:, :, ::2], x[:, :, 1::2]
+    return (upper[..., ::2] + upper[..., 1::2] + lower[..., ::2] + lower[..., 1::2]) / 4
+
+
 def _unpooled(x: Tensor) -> Tensor:
     """The gradient before an average pooling whose output's gradient is `x`."""
     return F.interpolate(x, scale_factor=2, mode="nearest") / 4
-
-
-def _compiled(function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """`function`, compiled for each shape of its second argument, a batch of images or the residuals of its blocks.
-
-    PyTorch keeps compiled code on disk for other processes. If it cannot compile on a CPU, the function runs as it is.
-    """
-    faster = torch.compile(function, fullgraph=True, dynamic=False, options=OPTIONS)
-    known: dict[torch.Size, Callable[..., Any]] = {}
-
-    def run(*arguments: Any) -> Any:
-        batch = arguments[1][0][0] if isinstance(arguments[1], list) else arguments[1]
-        if batch.shape in known:
-            return known[batch.shape](*arguments)
-        progress = Ranks().progress(total=1, desc=f"compiling {what} for batches of {len(batch)}", leave=False)
-        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES), progress:
-            try:
-                result = faster(*arguments)
-                known[batch.shape] = faster
-                progress.update()
-                return result
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                reason = f"PyTorch cannot compile here ({' '.join(str(error).split())[:200]})"
-                if arguments[0].is_cuda:  # uncompiled steps take much longer, and a GPU's time is expensive
-                    raise UserError(f"{reason}; --compiled False does without.") from error
-                not_compiled(reason)
-        known[batch.shape] = function
-        return function(*arguments)
-
-    return run
-
-
-@functools.cache
-def can_compile() -> bool:
-    """Whether there is a C++ compiler."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++", "c++"))
-
-
-@functools.cache
-def not_compiled(reason: str) -> None:
-    """Say once why steps are not compiled."""
-    print(f"{reason}: steps run uncompiled, which takes longer.", file=sys.stderr)

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cddlib.networks.convnet import ConvNet, Network, parameter_count
 from cddlib.runtime.device import free_memory
 from cddlib.runtime.errors import UserError
-from cddlib.training.convnet_step import ConvNetStep, can_compile, is_standard_convnet
+from cddlib.training.compiling import can_compile
+from cddlib.training.convnet_step import ConvNetStep, is_standard_convnet
 from cddlib.training.step import AutogradStep, ComputeConfig, TrainingStep
 
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 4e13}

@@ -13,6 +13,7 @@ again, with the same bits.
 Several networks of one kind take their steps side by side, each with its own parameters, batch and direction.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -77,6 +78,8 @@ class AutogradStep:
     def __init__(self, network: Network) -> None:
         """Steps of `network`."""
         self._network = network
+        self._sizes: dict[tuple[torch.Size, torch.dtype], int] = {}
+        """Bytes of a step's residuals, counted once for each kind of input, because counting takes time."""
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `TrainingStep`."""
@@ -93,20 +96,22 @@ class AutogradStep:
 
     def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
         """See `TrainingStep`."""
-        sizes: dict[int, int] = {}
+        key, sizes = (inputs.shape, inputs.dtype), dict[int, int]()
 
         def count(saved: Tensor) -> Tensor:
             sizes[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
             return saved.detach()  # the graph would hold itself otherwise
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+        counting = torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved)
+        with torch.enable_grad(), contextlib.nullcontext() if key in self._sizes else counting:
             leaves = [x.detach().requires_grad_() for x in (theta, inputs, targets)]
             log_p = side_by_side(self._network, leaves[0], leaves[1]).log_softmax(2)
             loss = -(leaves[2] * log_p).sum(2).mean(1)
             (gradient,) = torch.autograd.grad(loss.sum(), leaves[0], create_graph=True)
         for leaf in leaves:  # these live without the graph, too
             sizes.pop(leaf.untyped_storage().data_ptr(), None)
-        return gradient.detach(), Residuals((gradient, leaves), sum(sizes.values()))
+        self._sizes.setdefault(key, sum(sizes.values()))
+        return gradient.detach(), Residuals((gradient, leaves), self._sizes[key])
 
     def vjp(self, residuals: Residuals, direction: Tensor) -> StepVJP:
         """See `TrainingStep`."""

@@ -46,7 +46,7 @@ from cddlib.runtime.device import keep_freed_memory, resolve_device
 from cddlib.runtime.errors import is_out_of_memory
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
-from cddlib.training.convnet_step import not_compiled
+from cddlib.training.compiling import not_compiled
 from cddlib.training.epoch import fetch_real, train_epoch
 from cddlib.training.step import ComputeConfig
 

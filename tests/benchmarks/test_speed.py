@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cddbook.figures import ch8_speed as speed_figures
-from cddlib.training import convnet_step
+from cddlib.training import compiling, convnet_step
 
 LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}
 NAMES = ["textbook", "textbook, keeping memory", "cddlib", "cddlib, least memory"]
@@ -28,7 +28,7 @@ def speed() -> Any:
 @pytest.fixture(scope="module")
 def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the benchmark writes of little work, in this process, where nothing is compiled; in two parts."""
-    convnet_step.not_compiled.cache_clear()  # what other tests of this process were told
+    compiling.not_compiled.cache_clear()  # what other tests of this process were told
     path, every, most = tmp_path_factory.mktemp("speed") / "speed.json", speed.points, [5]
 
     def few(options: Any) -> list[Any]:
@@ -89,7 +89,7 @@ def test_what_is_not_compiled_is_not_called_compiled(speed: Any, monkeypatch: py
     monkeypatch.setattr("cddlib.matching.student.make_step", make_step)
     point = speed.Point(work="match", implementation="cddlib, compiled", operations=1e6, **LITTLE)
     assert speed.measure(point, 100.0) == {"left_out": "cannot be compiled here"}
-    convnet_step.not_compiled.cache_clear()
+    compiling.not_compiled.cache_clear()
 
 
 def test_all_ways_give_one_gradient(speed: Any) -> None:

@@ -111,8 +111,8 @@ def test_gradient_is_exact_with_every_augmentation(dsa: str) -> None:
 @pytest.mark.parametrize(("norm", "largest"), [("instance", 3), ("layer", 3), ("none", 3), ("batch", 7)])
 @pytest.mark.parametrize("kept", ["0", "1000"])
 def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where images do not depend on their batch, a step takes `PART` of them at a time."""
-    monkeypatch.setattr("cddlib.matching.student.PART", 3)
+    """Where images do not depend on their batch, a step takes at most `PART` pixels of them at a time."""
+    monkeypatch.setattr("cddlib.matching.student.PART", 3 * 8**2)
     monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: int(kept) * 2**20)
     problem = Problem(dsa=DSA, norm=norm)
     step = make_step(problem.network, ComputeConfig(), torch.device("cpu"))
@@ -269,7 +269,7 @@ def test_students_side_by_side_are_students_one_by_one(
     step = fields.pop("step", None)
     asked, rng = MatchingConfig(student_steps=4, **config), cddlib.generator("side by side")
     built = cddlib.build_network(cddlib.NetworkConfig(**fields), (2, 8, 8), CLASSES)
-    monkeypatch.setattr("cddlib.matching.student.PART", 4)
+    monkeypatch.setattr("cddlib.matching.student.PART", 4 * 8**2)
     monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: budget)
     if step:
         monkeypatch.setattr("cddlib.matching.student.make_step", lambda *given: step(built, "float32", False))

@@ -26,7 +26,7 @@ from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
 from cddlib.networks.zoo import build_network
 from cddlib.runtime import device as devices
 from cddlib.runtime import distributed
-from cddlib.training import convnet_step
+from cddlib.training import compiling, convnet_step
 from cddlib.training import engine as engines
 from cddlib.training.convnet_step import ConvNetStep, is_standard_convnet
 from cddlib.training.engine import make_step, worth_compiling
@@ -356,9 +356,9 @@ def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
 @pytest.fixture
 def notices(capfd: pytest.CaptureFixture[str]) -> Any:
     """What standard error says since the test began."""
-    convnet_step.not_compiled.cache_clear()
+    compiling.not_compiled.cache_clear()
     yield lambda: capfd.readouterr().err
-    convnet_step.not_compiled.cache_clear()
+    compiling.not_compiled.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ import nbformat
 import papermill
 
 import cddlib
-from cddbook.claims import claims_table, committed_findings
+from cddbook.claims import committed_findings, summary_table
 from cddbook.tables import (
     markdown,
     measured_table,
@@ -130,7 +130,7 @@ def main() -> None:
     generated = {
         "api": api(),
         "provenance": provenance(executed),
-        "claims": claims_table(committed_findings()),
+        "claims": summary_table(committed_findings()),
         "methods-overview": methods_table(),
         "methods-published": published_tables(),
         "methods-measured": measured_table(ROOT / "book" / "results"),

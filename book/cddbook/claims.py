@@ -2,12 +2,14 @@
 
 A verdict is mechanical. Each claim is written as an effect that the paper expects to be positive, measured once a
 replicate (its own expert or seed). If the 95 % confidence interval of the mean (Student's t over replicates) lies
-above zero the claim is *confirmed* in that setting, below zero *contradicted*, and else it is *not settled*.
+above zero the claim is *confirmed* in that setting, below zero *contradicted*, and else it is *not settled*. Intervals
+are not corrected for their number: of twenty effects that are zero, one is settled by chance.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,13 +19,15 @@ from cddbook import correlation
 from cddbook.findings import (
     Correlations,
     Effect,
+    Price,
     Record,
-    at_equal_iterations,
+    at_equal,
     comparison,
     correlations,
     curves,
     effect,
     paired,
+    probes_at_equal,
 )
 from cddbook.records import read_record
 from cddbook.tables import markdown
@@ -56,9 +60,13 @@ CLAIMS = {
     "C5": "Concurrent matching makes correlations positive, does not forget, and helps more than EWC and SI.",
     "C6": "Concurrent matching gives better accuracy.",
     "C7": "It transfers better to other architectures, and is lossless at 20 % of CIFAR.",
-    "C8": "It needs no more memory; an iteration takes longer in proportion to K.",
+    "C8": "It needs no more memory, an iteration takes longer in proportion to K, and it converges faster.",
 }
 """The paper's claims, as its abstract and public reviews report them."""
+
+PRICES: dict[Price, str] = {"iteration": "iterations each", "matched": "matched segments each"}
+"""What two variants are compared at; equal numbers of matched segments are equal compute. The end of a comparison's
+runs, for which nothing is said, is at equal compute too."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,17 +90,20 @@ def verdict(found: Effect) -> Verdict:
 def _finding(claim: str, setting: str, measure: str, found: Effect, unit: str = "") -> Finding:
     """A measure with its interval; one with a unit is shown times 100."""
     low, mean, high = ((100 if unit else 1) * value for value in (found.low, found.mean, found.high))
-    interval = f" [{low:+.2f}, {high:+.2f}]" if found.count > 1 else ""
-    shown = f"{mean:+.2f}{unit}{interval}, n = {found.count}"
+    interval = f" [{low:+.2f}, {high:+.2f}], n =" if found.count > 1 else ", n ="
+    if found.count > 1 and high - low <= 1e-9:  # an interval of no width measures no spread
+        interval = ", the same in all"
+    shown = f"{mean:+.2f}{unit}{interval} {found.count}"
     return Finding(claim=claim, setting=setting, measure=measure, effect=shown, verdict=verdict(found))
 
 
 def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding]:
     """What a correlation study says about C1, C2, C3 and C5."""
     losses, changes = study.pearson(), study.pearson(changes=True)
+    signs = [[study.p_values_of_losses(sign) for sign in (-1, 1)], [study.p_values(sign) for sign in (-1, 1)]]
     pairs = [
-        _of_pairs(setting, "losses correlate negatively (t test, Holm)", losses, study.p_values_of_losses()),
-        _of_pairs(setting, "changes correlate negatively (permutation test, Holm)", changes, study.p_values()),
+        _of_pairs(setting, "losses (t test, Holm)", losses, *signs[0]),
+        _of_pairs(setting, "changes of losses (permutation test, Holm)", changes, *signs[1]),
     ]
     rows = []
     if ipc in (1, 50):
@@ -101,21 +112,20 @@ def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding
         shares = [correlation.negative_shares(matrix) for matrix in losses]
         rows.append(("C2", measure, effect([sign * (below - above) for below, above in shares]), ""))
     others = [float(correlation.off_diagonal(matrix).mean()) for matrix in study.net_change()]
-    measure = "the others' losses against the start, after matching one alone"
-    rows.append(("C3", measure, effect(others), " %"))
-    extra = [float(correlation.off_diagonal(matrix).mean() - np.diagonal(matrix).mean()) for matrix in study.rise()]
-    measure = "rise of a loss above its lowest value, of the others minus of the one matched"
-    rows.append(("C3", measure, effect(extra), " %"))
-    for of_changes, what in ((False, "losses"), (True, "changes")):
-        matrices = [study.pearson_in(control, changes=of_changes) for control in ("sequential", "concurrent")]
+    rows.append(("C3", "change of the others' losses while one segment alone is matched", effect(others), " %"))
+    for of_changes, what in ((False, "losses"), (True, "changes of losses")):
         sequential, concurrent = (
-            np.array([(correlation.off_diagonal(m) < 0).mean() for m in repeated]) for repeated in matrices
+            np.array([(correlation.off_diagonal(m) < 0).mean() for m in study.pearson_in(control, changes=of_changes)])
+            for control in ("sequential", "concurrent")
         )
-        measure = (
-            f"share of pairs whose {what} correlate negatively within a run: sequential ({sequential.mean():.0%}) "
-            f"minus concurrent ({concurrent.mean():.0%})"
-        )
+        measure = f"share of pairs whose {what} correlate negatively within a run, sequential minus concurrent"
         rows.append(("C5", measure, effect(sequential - concurrent), ""))
+    sequential, concurrent = (
+        np.array([correlation.off_diagonal(m).mean() for m in study.cosines(control, -1)])
+        for control in ("sequential", "concurrent")
+    )
+    measure = "cosine between the segments' gradients in the end, concurrent minus sequential"
+    rows.append(("C5", measure, effect(concurrent - sequential), ""))
     return pairs + [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows]
 
 
@@ -136,42 +146,47 @@ def _of_images(studies: Mapping[str, tuple[int, Correlations]]) -> list[Finding]
 
 
 def _of_pairs(
-    setting: str, measure: str, matrices: Float[np.ndarray, "replicates p p"], p_values: Float[np.ndarray, "p p"]
+    setting: str,
+    what: str,
+    matrices: Float[np.ndarray, "replicates p p"],
+    negative: Float[np.ndarray, "p p"],
+    positive: Float[np.ndarray, "p p"],
 ) -> Finding:
-    """C1: confirmed if any pair is negative beyond chance, contradicted if every pair is positive beyond chance."""
-    pairs = correlation.off_diagonal(p_values)
-    mean = correlation.off_diagonal(matrices.mean(axis=0))
-    positive = correlation.holm(correlation.t_test(np.array([correlation.off_diagonal(-m) for m in matrices])))
-    return Finding(
-        claim="C1",
-        setting=setting,
-        measure=f"pairs whose {measure}",
-        effect=f"{(pairs < 0.05).sum()} of {len(pairs)}; mean correlation {mean.min():+.2f} to {mean.max():+.2f}",
-        verdict="confirmed" if (pairs < 0.05).any() else "contradicted" if (positive < 0.05).all() else "not settled",
-    )
+    """C1: whether more pairs correlate negatively than positively, and how many do so beyond chance."""
+    below, above = (int((correlation.off_diagonal(p_values) < 0.05).sum()) for p_values in (negative, positive))
+    surplus = effect([-np.sign(correlation.off_diagonal(matrix)).mean() for matrix in matrices])
+    measure = f"share of pairs whose {what} correlate negatively while one is matched, minus share of the others"
+    found = _finding("C1", setting, measure, surplus)
+    beyond = f"; beyond chance {below} of {correlation.off_diagonal(negative).size} negative, {above} positive"
+    return dataclasses.replace(found, effect=found.effect + beyond)
 
 
-def _of_comparison(setting: str, record: Record, concurrent: str, sequential: str) -> list[Finding]:
-    """What a comparison says about C3, C4, C5 and C6."""
-    table = comparison(record)
-    between = effect(table[table["variant"] == sequential]["between"].dropna().tolist())
-    less = f"{sequential} minus {concurrent} at equal compute"
-    error, forgetting = (paired(table, column, sequential, concurrent) for column in ("error", "forgetting"))
-    rows = [
-        ("C3", "change of a segment's loss between two visits under ordinary sampling", between, " %"),
-        ("C4", f"accumulated error, {less}, relative to the expert's way", error, " %"),
-        ("C5", f"average forgetting, {less}", forgetting, " % of a loss of 1"),
-    ]
-    for remedy in sorted({"ewc", "si"} & set(table["variant"])):
-        measure = f"test accuracy, {concurrent} minus {remedy.upper()} at equal compute"
-        rows.append(("C5", measure, paired(table, "test", concurrent, remedy), " points"))
-    iteration, ahead = at_equal_iterations(curves(record), concurrent, sequential)
-    if iteration > 0:
-        measure = f"validation accuracy, {concurrent} minus {sequential} after {iteration} iterations each"
-        rows.append(("C6", measure, ahead, " points"))
-    measure = f"test accuracy, {concurrent} minus {sequential} at equal compute"
-    rows.append(("C6", measure, paired(table, "test", concurrent, sequential), " points"))
-    return [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows]
+def _of_comparison(setting: str, record: Record) -> list[Finding]:
+    """What a comparison says about C3 to C6 and C8: every number of segments against one at a time."""
+    table, curve = comparison(record), curves(record)
+    variants = list(table["variant"].cat.categories)
+    single = next(name for name in ("K=1", "sequential") if name in variants)
+    between = effect(table[table["variant"] == single]["between"].dropna().tolist())
+    rows = [("C3", f"change of a segment's loss between two visits, {single}", between, " %")]
+    for several in (name for name in variants if (name.startswith("K=") and name != single) or name == "concurrent"):
+        error = paired(table, "error", single, several)
+        measure = f"accumulated error over the expert's way, {single} minus {several} at equal compute"
+        rows.append(("C4", measure, error, " %"))
+        tested = paired(table, "test", several, single)
+        rows.append(("C6", f"test accuracy, {several} minus {single} at equal compute", tested, " points"))
+        for price, words in PRICES.items():
+            most, differences = probes_at_equal(price, record, single, several)
+            less = f"{single} minus {several} after {most} {words}"
+            rows.append(("C5", f"average forgetting, {less}", differences["forgetting"], " % of a loss of 1"))
+            rows.append(("C8", f"mean loss of the probes, {less}", differences["loss"], " % of a loss of 1"))
+            most, ahead = at_equal(price, curve, several, single)
+            if most > 0:
+                measure = f"validation accuracy, {several} minus {single} after {most} {words}"
+                rows.append(("C6", measure, ahead, " points"))
+        for remedy in sorted({"ewc", "si"} & set(variants)):
+            ahead = paired(table, "test", several, remedy)
+            rows.append(("C5", f"test accuracy, {several} minus {remedy.upper()}", ahead, " points"))
+    return [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows if found.count]
 
 
 def _of_memory(record: Record) -> Finding:
@@ -206,8 +221,7 @@ def findings(
     found = [finding for setting, (ipc, study) in studies.items() for finding in _of_correlation(setting, study, ipc)]
     found += _of_images(studies)
     for setting, record in comparison_records.items():
-        names = ("K=4", "K=1") if any(name.startswith("K=4/") for name in record["runs"]) else None
-        found += _of_comparison(setting, record, *(names or ("concurrent", "sequential")))
+        found += _of_comparison(setting, record)
     if memory is not None:
         needed = "needs other architectures and sets of 1,000 images a class"
         found.append(Finding(claim="C7", setting="", measure=needed, effect="", verdict="not tested"))
@@ -230,3 +244,31 @@ def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)
         rows += [("", f.setting, f.measure, f.effect, f"**{f.verdict}**") for f in found if f.claim == claim]
     titles = ["claim", "setting", "measure", "effect [95 % interval]", "verdict"]
     return markdown(pd.DataFrame(rows, columns=titles))
+
+
+def summary_table(found: Sequence[Finding]) -> str:
+    """Markdown: a row a claim, with how many measures confirm it, contradict it, and leave it open."""
+    rows = []
+    for claim, sentence in CLAIMS.items():
+        counts = Counter(finding.verdict for finding in found if finding.claim == claim)
+        open_ = "not tested" if counts["not tested"] else counts["not settled"]
+        rows.append((f"**{claim}** {sentence}", counts["confirmed"], counts["contradicted"], open_))
+    return markdown(pd.DataFrame(rows, columns=["claim", "confirmed", "contradicted", "not settled"]))
+
+
+def in_words(found: Sequence[Finding], claims: Sequence[str]) -> str:
+    """Markdown: what the findings say about each of `claims`, in sentences."""
+    paragraphs = []
+    for claim in claims:
+        mine = [finding for finding in found if finding.claim == claim]
+        counts = Counter(finding.verdict for finding in mine)
+        tally = ", ".join(f"{counts[name]} {name}" for name in get_args(Verdict) if counts[name])
+        lines = [f"**{claim}. {CLAIMS[claim]}** Measures: {tally or 'none'}."]
+        for name in ("confirmed", "contradicted"):
+            groups: dict[str, list[str]] = {}
+            for finding in mine:
+                if finding.verdict == name:
+                    groups.setdefault(finding.measure, []).append(f"{finding.setting}: {finding.effect}")
+            lines += [f"- *{name.capitalize()}*: {measure}. {'; '.join(where)}." for measure, where in groups.items()]
+        paragraphs.append("\n".join(lines[:1] + [""] * (len(lines) > 1) + lines[1:]))
+    return "\n\n".join(paragraphs)

@@ -53,11 +53,6 @@ def net_change(losses: Curves) -> Matrices:
     return losses[..., -1, :] / losses[..., 0, :] - 1
 
 
-def rise(losses: Curves) -> Matrices:
-    """(L_j(end) − min L_j) / min L_j in the run that matched i: what j had won on the way, and lost again."""
-    return losses[..., -1, :] / losses.min(axis=-2) - 1
-
-
 def cosines(products: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
     """Cosines of the angles between vectors with these inner products."""
     lengths = np.sqrt(np.diagonal(products))

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,10 @@ from cddbook import continual, correlation
 from cddbook.study import lines_of
 
 Record = Mapping[str, Any]
+
+SETTLED = 3
+"""Measurements of the probes that are left out, the one before the first iteration among them. The first steps away
+from real images lower every loss far more than all later ones, whichever segment they match."""
 
 
 # --- Effects ----------------------------------------------------------------------------------------------------
@@ -33,7 +37,7 @@ class Effect:
 def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
     """Summarise repeated measurements; a single one, or nan among them, settles nothing."""
     array = np.asarray(values, dtype=float)
-    mean, count = float(array.mean()), len(array)
+    mean, count = float(array.mean()) if len(array) else math.nan, len(array)
     if count < 2:
         return Effect(mean=mean, std=math.nan, low=-math.inf, high=math.inf, count=count)
     std = float(array.std(ddof=1))
@@ -46,7 +50,7 @@ def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correlations:
-    """What a correlation study measured, replicate by replicate."""
+    """What a correlation study measured, replicate by replicate, after its first `SETTLED` measurements."""
 
     starts: tuple[int, ...]
     losses: Float[np.ndarray, "replicates matched times measured"]
@@ -58,12 +62,8 @@ class Correlations:
         return correlation.pearson(correlation.changes(self.losses) if changes else self.losses)
 
     def net_change(self) -> Float[np.ndarray, "replicates matched measured"]:
-        """Relative change of a loss when the row's segment alone has been matched."""
+        """Relative change of a loss while the row's segment alone is matched."""
         return correlation.net_change(self.losses)
-
-    def rise(self) -> Float[np.ndarray, "replicates matched measured"]:
-        """How far a loss has risen above its lowest value when the row's segment alone has been matched."""
-        return correlation.rise(self.losses)
 
     def pearson_in(self, control: str, *, changes: bool = False) -> Float[np.ndarray, "replicates p p"]:
         """Correlation of the probes' losses (or of their changes) within a `sequential` or `concurrent` run."""
@@ -76,14 +76,14 @@ class Correlations:
             [correlation.between_draws(np.asarray(g[when]["products"]["images"])) for g in self.similarity[control]]
         )
 
-    def p_values(self) -> Float[np.ndarray, "matched measured"]:
-        """P-values of "the changes' correlation is not negative" (permutation test, Holm); 1 on the diagonal."""
+    def p_values(self, sign: int = -1) -> Float[np.ndarray, "matched measured"]:
+        """P-values of "the changes' correlation has not the `sign`" (permutation test, Holm); 1 on the diagonal."""
         ranks = np.stack([correlation.changes(losses) for losses in self.losses])
-        return self._corrected(lambda i, j: correlation.permutation_test(ranks[:, i, :, i], ranks[:, i, :, j]))
+        return self._corrected(lambda i, j: correlation.permutation_test(ranks[:, i, :, i], -sign * ranks[:, i, :, j]))
 
-    def p_values_of_losses(self) -> Float[np.ndarray, "matched measured"]:
-        """P-values of "the losses' correlation is not negative" (t over replicates, Holm); 1 on the diagonal."""
-        matrices = self.pearson()
+    def p_values_of_losses(self, sign: int = -1) -> Float[np.ndarray, "matched measured"]:
+        """P-values of "the losses' correlation does not have the `sign`" (t test, Holm); 1 on the diagonal."""
+        matrices = -sign * self.pearson()
         return self._corrected(lambda i, j: float(correlation.t_test(matrices[:, i, j])))
 
     def _corrected(self, p_value: Callable[[int, int], float]) -> Float[np.ndarray, "matched measured"]:
@@ -99,7 +99,8 @@ def correlations(record: Record) -> Correlations:
     folders = sorted({name.split("/")[0] for name in record["runs"]}, key=lambda name: int(name.split("-")[1]))
 
     def probed(name: str) -> list[list[float]]:
-        return [losses for _, losses in record["runs"][name]["metrics"]["probe_losses"]]
+        losses = [losses for _, losses in record["runs"][name]["metrics"]["probe_losses"]]
+        return losses[min(SETTLED, len(losses) - 3) :]  # correlations of changes need two of them
 
     controls = ("sequential", "concurrent")
     return Correlations(
@@ -136,10 +137,24 @@ class ComparedRun:
         return int(self.config["segments"] + self.config["replay"])
 
     @property
-    def probes(self) -> tuple[continual.Scores, continual.Visits]:
-        """Losses of the probes, and the visits of the stages between."""
-        lines = lines_of(self.metrics)
-        return continual.probe_table(lines, self.config["probe_starts"], self.config["probe_expert"])
+    def measured(self) -> list[int]:
+        """The iterations after which the probes were measured."""
+        return [iteration for iteration, _ in self.metrics["probe_losses"]]
+
+    def probes(
+        self, measured: Sequence[int] | None = None, skip: int = SETTLED
+    ) -> tuple[continual.Scores, continual.Visits]:
+        """Losses of the probes after the iterations `measured`, by default all of them, without the first `skip`; and
+        the visits of the stages between.
+        """
+        chosen = set(self.measured if measured is None else measured)
+        lines = [
+            line if line["iteration"] in chosen else {key: line[key] for key in line.keys() - {"probe_losses"}}
+            for line in lines_of(self.metrics)
+        ]
+        losses, visits = continual.probe_table(lines, self.config["probe_starts"], self.config["probe_expert"])
+        first = max(0, min(skip, len(losses) - 2))
+        return losses[first:], visits[first:]
 
     @property
     def last_error(self) -> dict[str, np.ndarray]:
@@ -168,7 +183,7 @@ def comparison(record: Record) -> pd.DataFrame:
     """
     rows = []
     for run in runs_of(record):
-        losses, visits = run.probes
+        losses, visits = run.probes()
         between = continual.changes_between_visits(losses, visits)
         error = {key: values[-1] for key, values in run.last_error.items()}
         tests = [accuracy for entry in run.evaluations for accuracy in entry["synthetic"]]
@@ -212,8 +227,45 @@ def paired(table: pd.DataFrame, column: str, first: str, second: str) -> Effect:
     return effect((values[first] - values[second]).dropna().tolist())
 
 
-def at_equal_iterations(table: pd.DataFrame, first: str, second: str) -> tuple[int, Effect]:
-    """The last iteration at which both variants were validated, and `first` minus `second` there, seed by seed."""
-    both = [set(table[table["variant"] == name]["iteration"]) for name in (first, second)]
-    iteration = max(both[0] & both[1])
-    return iteration, paired(table[table["iteration"] == iteration], "accuracy", first, second)
+Price = Literal["iteration", "matched"]
+"""What two runs have had equally much of: iterations, or matched segments, which is compute."""
+
+
+def at_equal(price: Price, table: pd.DataFrame, first: str, second: str) -> tuple[int, Effect]:
+    """The largest price at which both variants were validated, and `first` minus `second` there, seed by seed.
+
+    Args:
+        price: a column of `table`.
+        table: from `curves`.
+        first: a variant.
+        second: another.
+    """
+    both = [set(table[table["variant"] == name][price]) for name in (first, second)]
+    most = max(both[0] & both[1])
+    return most, paired(table[table[price] == most], "accuracy", first, second)
+
+
+def probes_at_equal(price: Price, record: Record, first: str, second: str) -> tuple[int, dict[str, Effect]]:
+    """The largest price at which the probes of both variants were measured, and `first` minus `second`, seed by seed:
+    the `loss` there, a mean over the probes, and the average `forgetting` on the way.
+
+    Both variants count the measurements at the same prices only: more of them find more forgetting.
+    """
+    differences: dict[str, list[float]] = {"loss": [], "forgetting": []}
+    runs = {(run.variant, run.seed): run for run in runs_of(record)}
+    most = 0
+    for seed in sorted({seed for variant, seed in runs if variant == first}):
+        pair = [runs[first, seed], runs[second, seed]]
+        costs = [run.cost if price == "matched" else 1 for run in pair]
+        at = [{iteration * cost for iteration in run.measured} for run, cost in zip(pair, costs, strict=True)]
+        common = sorted(at[0] & at[1])
+        most = common[-1]
+        values = []
+        for run, cost in zip(pair, costs, strict=True):
+            losses, visits = run.probes([place // cost for place in common])
+            values.append((float(losses[-1].mean()), continual.average_forgetting(-losses, visits)))
+        for key, one, other in zip(differences, *values, strict=True):
+            differences[key].append(one - other)
+    return most, {
+        key: effect([value for value in values if not math.isnan(value)]) for key, values in differences.items()
+    }

@@ -55,10 +55,9 @@ def test_pearson_against_corrcoef(losses: np.ndarray, changes: bool) -> None:
             assert found[i, j] == pytest.approx(np.corrcoef(own, other)[0, 1], abs=1e-12)
 
 
-def test_net_change_and_rise_by_hand() -> None:
+def test_net_change_by_hand() -> None:
     losses = np.array([[[2.0, 4.0], [0.5, 9.0], [1.0, 5.0]], [[1.0, 8.0], [9.0, 4.0], [3.0, 2.0]]])
     np.testing.assert_allclose(correlation.net_change(losses), [[-0.5, 0.25], [2.0, -0.75]])
-    np.testing.assert_allclose(correlation.rise(losses), [[1.0, 0.25], [2.0, 0.0]])
 
 
 # --- Gradients --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def heat_maps(
     significant: Float[np.ndarray, "p p"] | None = None,
     labels: tuple[str, str] = ("measured: start epoch", "matched: start epoch"),
 ) -> Figure:
-    """Means over replicates, one panel a matrix, white at zero.
+    """Means ± standard deviations over replicates, one panel a matrix, white at zero.
 
     Args:
         matrices: by title.
@@ -36,15 +36,16 @@ def heat_maps(
         rows, columns, figsize=(2.8 * columns + 0.6, 3.0 * rows), squeeze=False, sharex=True, sharey=True
     )
     for panel, (axis, (title, repeated)) in enumerate(zip(axes.flat, matrices.items(), strict=False)):
-        mean = repeated.mean(axis=0)
+        mean, spread = repeated.mean(axis=0), repeated.std(axis=0, ddof=min(1, len(repeated) - 1))
         text = np.array([[f"{value:.2f}".replace("0.", ".") for value in row] for row in mean], dtype=object)
         if significant is not None and panel == 0:
             text += np.where(significant < 0.05, "*", "")
+        text += np.vectorize(lambda value: f"\n±{value:.2f}".replace("0.", "."))(spread)
         sns.heatmap(
             mean,
             annot=text,
             fmt="",
-            annot_kws={"fontsize": 8},
+            annot_kws={"fontsize": 7},
             cmap="vlag",  # blue to red through white, told apart by colour-blind readers
             vmin=-limit,
             vmax=limit,

@@ -16,9 +16,9 @@ def probe_losses(record: Record, variants: Sequence[str]) -> Figure:
     figure, axes = plt.subplots(1, len(variants), figsize=(3.8 * len(variants), 3.6), sharey=True, squeeze=False)
     for axis, variant in zip(axes[0], variants, strict=True):
         runs = [run for run in runs_of(record) if run.variant == variant]
-        starts, visits = runs[0].config["probe_starts"], runs[0].probes[1]
+        starts, visits = runs[0].config["probe_starts"], runs[0].probes(skip=0)[1]
         matched = runs[0].cost * np.array([iteration for iteration, _ in runs[0].metrics["probe_losses"]])
-        losses = np.stack([run.probes[0] for run in runs])
+        losses = np.stack([run.probes(skip=0)[0] for run in runs])
         mean, spread = losses.mean(axis=0), losses.std(axis=0, ddof=1) if len(losses) > 1 else np.zeros_like(losses[0])
         for probe, color in enumerate(sns.color_palette("viridis", len(starts))):
             label = f"t = {starts[probe]}"

@@ -4,10 +4,11 @@
 #     book/record.sh ROOT RUNS [NAME…]
 #
 # ROOT holds the data sets (see `cddlib data`), RUNS is a folder for the runs; without names every record is made.
-# Every command resumes where it was stopped. JOBS processes share the runs, and OMP_NUM_THREADS cores are shared by
-# them. The settings are small enough for a CPU: networks of width 32, few and short student steps, few iterations.
-# Learning rates and first step sizes were chosen in trials of a minute, so that the probes' losses fall. On a GPU:
-# WIDTH=128 JOBS=1 book/record.sh ROOT RUNS.
+# Every command resumes where it was stopped: MINUTES=90 book/record.sh ROOT RUNS works for so long and says what is
+# left. JOBS processes share the runs (0: one after the other in one process), and OMP_NUM_THREADS cores are shared by
+# them. The cells come in the order of what they decide for what they cost: first the tuned comparison of K at width 32
+# (an hour or two of one core), then the published network (hours), then the first, short studies, whose learning rates
+# were chosen in trials of a minute, so that the probes' losses fall.
 set -euo pipefail
 
 root=$1 runs=$2
@@ -15,6 +16,32 @@ shift 2
 jobs=${JOBS:-3}
 width=${WIDTH:-32}
 results=book/results
+end=$((SECONDS + 60 * ${MINUTES:-1000000}))
+
+within() { # COMMAND OPTIONS…: stopped, like by Ctrl-C, when the time is over
+    local left=$((end - SECONDS))
+    [ $left -gt 0 ] && timeout --foreground --signal INT $left "$@"
+}
+
+cddlib() { within python -m cddlib "$@"; }
+cddbook() { within python -m cddbook "$@"; }
+
+mtt="--method mtt --data cifar10 --root $root --ipc 1 --jobs $jobs"
+tuned="$mtt --buffer $runs/cifar10-short --student-steps 20 --window-end 4 --lr-step-size 1e-6 --compiled True"
+published="$mtt --buffer $runs/cifar10-published --precision bfloat16"
+
+buffers-short() { cddlib buffer --method mtt --data cifar10 --root "$root" --width "$width" --experts 8 --epochs 6 --out "$runs/cifar10-short"; }
+rates() { # K ITERATIONS: 320 matched segments
+    study "rates-cifar10-ipc1-k$1" search "$tuned --segments $1 --iterations $2 --validate-every $2 --validation-runs 3 --vary lr_images=100,300,1000 step_size=0.02,0.06 --seeds 2"
+}
+rates-cifar10-ipc1-k1() { rates 1 320; }
+rates-cifar10-ipc1-k2() { rates 2 160; }
+rates-cifar10-ipc1-k4() { rates 4 80; }
+segments-cifar10-ipc1-tuned() { study segments-cifar10-ipc1-tuned compare "$tuned --what segments --counts 1 2 4 --lr-images 300 --step-size 0.02 --iterations 800 --validate-every 200 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 16 --seeds 3 --networks 10"; }
+
+buffers-published() { cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"; }
+segments-cifar10-ipc1-published() { study segments-cifar10-ipc1-published compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"; }
+
 cifar10="--method mtt --data cifar10 --root $root --buffer $runs/cifar10 --window-end 18 --jobs $jobs"
 ipc1="--ipc 1 --student-steps 20 --lr-images 100 --step-size 0.012 --lr-step-size 1e-7"
 ipc10="--ipc 10 --student-steps 12 --student-batch 50 --lr-images 200 --step-size 0.014 --lr-step-size 1e-6"
@@ -26,7 +53,7 @@ digits_probes="--probe-starts 0 2 4 6 8 10"
 buffers() {
     cddlib buffer --data digits --out "$runs/digits"
     cddlib buffer --data cifar10 --root "$root" --width "$width" --experts 3 --epochs 20 --no-holdout --out "$runs/cifar10"
-    python -m cddbook record "$runs/cifar10" --to $results/study-buffer-cifar10.json
+    cddbook record "$runs/cifar10" --to $results/study-buffer-cifar10.json
     cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"
 }
 
@@ -34,8 +61,8 @@ study() { # NAME COMMAND OPTIONS…
     local name=$1 command=$2
     shift 2
     # shellcheck disable=SC2068 # the options are words
-    python -m cddbook "$command" $@ --out "$runs/$name"
-    python -m cddbook record "$runs/$name" --to "$results/$name.json"
+    cddbook "$command" $@ --out "$runs/$name"
+    cddbook record "$runs/$name" --to "$results/$name.json"
 }
 
 correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 6"; }
@@ -69,13 +96,19 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
         cddlib buffer --method $name --data digits --ipc $ipc --out "$runs/$experts"
         cddlib distill --method $name --data digits --ipc $ipc --buffer "$runs/$experts" --out "$runs/method-digits-$name"
         cddlib evaluate "$runs/method-digits-$name" --runs 5
-        python -m cddbook record "$runs/method-digits-$name" --to "$results/method-digits-$name.json"
+        cddbook record "$runs/method-digits-$name" --to "$results/method-digits-$name.json"
     done
 }
 
-all="buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
+all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1-tuned
+ buffers-published segments-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
  segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50 $searches methods"
+left=""
 for name in ${@:-$all}; do
-    echo "== $name"
-    "$name"
+    if [ $SECONDS -lt $end ]; then
+        echo "== $name"
+        "$name" || { [ $SECONDS -ge $end ] || exit 1; }
+    fi
+    [ $SECONDS -lt $end ] || left="$left $name"
 done
+[ -z "$left" ] || echo "The time is over; left:$left"

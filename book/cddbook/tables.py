@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from cddbook import correlation
-from cddbook.findings import Correlations, Record, effect
+from cddbook.findings import Correlations, Record, comparison, effect
 from cddbook.records import read_record
 from cddlib.data.dataset import DATA_NAMES
 from cddlib.methods.catalogue import METHODS, Method
@@ -85,6 +85,45 @@ def published_table(data: str) -> str:
 def published_tables() -> str:
     """All of them, one after the other."""
     return "\n\n".join(published_table(data) for data in DATA_NAMES if len(published(data)))
+
+
+BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
+"""The paper's data sets."""
+
+
+def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Record) -> str:
+    """Every cell of the paper's benchmark: what was published, what was measured here, and in which setting.
+
+    Args:
+        studies: records of comparisons of segment counts on `BENCHMARK`.
+        distil: the record of `make gpu`'s distillations.
+        evaluated: the record of their tests.
+    """
+    measured: dict[tuple[str, int], list[str]] = {}
+    for record in studies.values():
+        config, table = record["config"], comparison(record)
+        tested = [f"{name} {mean_sd(t['test'], scale=100.0)}" for name, t in table.groupby("variant", observed=True)]
+        setting = f"width {config['width']}, N = {config['student_steps']}, {config['iterations']} segments"
+        what = f"{', '.join(tested)} ({setting}, {table['seed'].nunique()} seeds)"
+        measured.setdefault((config["data"], config["ipc"]), []).append(what)
+    config = distil["runs"][0]["config"]
+    runs = {(run["segments"], run["seed"]): run["iterations"] for run in distil["runs"]}
+    tests = pd.DataFrame(evaluated["rows"])
+    last = tests[tests["iteration"] == [runs[key] for key in zip(tests["segments"], tests["seed"], strict=True)]]
+    tested = [f"K={k} {mean_sd(t['accuracies'].map(np.mean), scale=100.0)}" for k, t in last.groupby("segments")]
+    setting = f"width {config['width']}, N = {config['student_steps']}, {min(runs.values())} to {max(runs.values())} of"
+    what = f"{', '.join(tested)} ({setting} {config['iterations']} iterations, {last['seed'].nunique()} seeds)"
+    measured.setdefault((config["data"], config["ipc"]), []).append(what)
+    rows = []
+    for data in BENCHMARK:
+        cells = published(data).pivot(index="ipc", columns="method", values="mean")
+        for ipc in CELLS[data]:
+            row = {"data": data, "IPC": str(ipc)}
+            for method in ("random_real", "mtt", "tesla", "ftd", "datm"):
+                value = cells[method].get(ipc, math.nan) if method in cells else math.nan
+                row[method.replace("_", " ")] = "" if math.isnan(value) else f"{value:.1f}"
+            rows.append({**row, "measured here": "<br>".join(measured.get((data, ipc), ["not run"]))})
+    return markdown(rows)
 
 
 # --- Records of single runs -------------------------------------------------------------------------------------

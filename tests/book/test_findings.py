@@ -315,3 +315,20 @@ def test_comparisons_in_a_table_and_in_words():
     assert "random real images 25.0 ± 5.1 (24 networks)" in tables.baselines_in_words(record)
     words = tables.provenance_in_words(record)
     assert "12 runs, 12 minutes" in words and "`0123456789ab`" in words and "IPC 1" in words
+
+
+def test_the_benchmark_has_every_cell_with_what_was_measured():
+    record = comparison_record()
+    record["config"] |= {"data": "cifar100", "ipc": 10, "iterations": 96}
+    config = {"data": "cifar10", "ipc": 1, "width": 128, "student_steps": 50, "iterations": 5000}
+    distil = {"runs": [{"segments": 1, "seed": s, "iterations": 70 + s, "config": config} for s in (0, 1)]}
+    tests = [
+        {"segments": 1, "seed": s, "iteration": i, "accuracies": [a]}
+        for s, i, a in ((0, 50, 0), (0, 70, 0.4), (1, 71, 0.5))
+    ]
+    rows = tables.benchmark_table({"toy": record}, distil, {"rows": tests}).splitlines()[2:]
+    assert len(rows) == sum(len(tables.CELLS[data]) for data in tables.BENCHMARK)
+    filled = [row for row in rows if "not run" not in row]
+    assert "| cifar10 | 1 | 15.4 | 46.3 |" in filled[0]
+    assert "K=1 45.0 ± 7.1 (width 128, N = 50, 70 to 71 of 5000 iterations, 2 seeds) |" in filled[0]
+    assert "concurrent 61.5 ± 1.3 (width 8, N = 3, 96 segments, 4 seeds) |" in filled[1] and len(filled) == 2

@@ -322,11 +322,12 @@ def points(options: argparse.Namespace) -> list[Point]:
         for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
     ]
     works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
+    works += [{"work": "match", "student_steps": 20, "width": 32}, {"work": "evaluate", "width": 32}]
     found = []
     for work in works:
         names = [name for name in ways if work.get("segments", 1) == 1 or name in ONCE]
         names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
-        found += [Point(**shared, **work, implementation=name) for name in names if name not in apart]
+        found += [Point(**{**shared, **work}, implementation=name) for name in names if name not in apart]
         if work.get("segments") == 4 and (work["ipc"] == 1 or (gpu and work["ipc"] == 10)):
             found += [Point(**shared, **work, implementation=name) for name in apart if gpu == ("compiled" in name)]
     for segments, name in itertools.product(SEGMENTS, ways):
@@ -357,10 +358,11 @@ def described(point: Point) -> str:
     if point.curve:
         (name,) = CURVES[point.curve][0]
         return f"match, {point.curve}: {getattr(point, name)}"
+    width = "" if point.width == 128 or point.side != 32 else f", width {point.width}"
     if point.work == "match":
         side = "" if point.side == 32 else f", {point.side} × {point.side} pixels"
-        return f"match, IPC {point.ipc}, N = {point.student_steps}, K = {point.segments}{side}"
-    return "expert, an epoch" if point.work == "expert" else f"{NETWORKS} evaluation networks, IPC {point.ipc}"
+        return f"match, IPC {point.ipc}, N = {point.student_steps}, K = {point.segments}{side}{width}"
+    return "expert, an epoch" if point.work == "expert" else f"{NETWORKS} evaluation networks, IPC {point.ipc}{width}"
 
 
 def main(arguments: list[str] | None = None) -> None:

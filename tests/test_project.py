@@ -182,6 +182,15 @@ def complete_spans() -> list[str]:
     return sorted(span for span in spans if re.search(" (data \\w+|--out|--to)", span))
 
 
+def test_no_line_of_code_is_cut_off():
+    """The pages show 88 columns."""
+    blocks = [block for page in PAGES for block in re.findall(r"^```.*?\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
+    blocks += ["".join(c["source"]) for cells in CELLS.values() for c in cells if c["cell_type"] == "code"]
+    code = [line for block in blocks for line in block.splitlines()]
+    assert len(code) > 500
+    assert [line for line in code if len(line) > 88] == []
+
+
 @pytest.mark.parametrize("line", documented("papermill "))
 def test_documented_papermill_lines_name_parameters_that_exist(line):
     words = shlex.split(line, comments=True)
@@ -223,7 +232,7 @@ def readme_block(language: str, containing: str) -> str:
 
 
 def test_readme_commands(small_digits, capsys):
-    for line in readme_block("bash", "cddlib buffer").splitlines():
+    for line in readme_block("bash", "cddlib buffer").replace("\\\n", "").splitlines():
         if line.startswith("cddlib"):
             assert cli.main(shlex.split(line)[1:]) == 0, line
     assert "random real images" in capsys.readouterr().out

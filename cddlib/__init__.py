@@ -10,7 +10,7 @@ From real images to a tested synthetic set::
     record = cddlib.evaluate_run(Path("runs/contra"), runs=3)
 
 The rooms, each importing only from those before it: runtime, data, networks, training, experts, matching, synthetic,
-evaluate, distillation, methods, exchange, plan, verify, commands, cli.
+protocol, evaluate, distillation, methods, exchange, plan, verify, commands, cli.
 """
 
 from cddlib.data.dataset import Dataset, load

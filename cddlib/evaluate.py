@@ -4,7 +4,7 @@ On the command line::
 
     cddlib evaluate runs/contra --runs 3
 
-Networks learn by the published protocol (`cddlib.training.protocol`), at the learned step size. Beside it, by the same
+Networks learn by the published protocol (`cddlib.protocol`), at the learned step size. Beside it, by the same
 protocol, random real images of the same number, and all training images for about as many steps; these two train at
 the reference codes' 0.01, because they have no learned step size.
 
@@ -24,6 +24,7 @@ from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig, Images, load
 from cddlib.networks.convnet import Network, NetworkConfig
 from cddlib.networks.zoo import build_network
+from cddlib.protocol import fetch_synthetic, train_network
 from cddlib.runtime.config import as_dict, config_hash, from_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
@@ -34,7 +35,6 @@ from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import at_work
 from cddlib.synthetic import SyntheticSet, random_real
 from cddlib.training.epoch import accuracy, fetch_real
-from cddlib.training.protocol import fetch_synthetic, train_network
 from cddlib.training.step import ComputeConfig
 
 REAL_LEARNING_RATE = 0.01

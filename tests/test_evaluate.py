@@ -57,8 +57,12 @@ def reference(images: torch.Tensor, targets: torch.Tensor, *, epochs: int, rate:
     return theta
 
 
+@pytest.mark.parametrize("steps_at_once", [1, 4, 100])
 @pytest.mark.parametrize("epochs", [1, 2, 4, 5])
-def test_networks_are_trained_by_the_published_protocol(epochs: int) -> None:
+def test_networks_are_trained_by_the_published_protocol(
+    epochs: int, steps_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cddlib.protocol.AT_ONCE", steps_at_once * 4 * 8 * 8 * 4)
     rng = torch.Generator().manual_seed(0)
     images, targets = torch.randn(10, 1, 8, 8, generator=rng), torch.rand(10, 10, generator=rng).softmax(1)
     found = train_network(
@@ -166,7 +170,7 @@ def test_no_network_starts_where_an_expert_or_another_purpose_did(buffer: Buffer
     untrained = {"epochs": 0, "learning_rate": 1.0, "batch_size": 1, "strategy": "none", "device": CPU}
     starts = [buffer.parameters(expert, 0) for expert in range(len(buffer.experts))]
     for purpose, seed in itertools.product(("validation", "evaluation"), range(3)):
-        fetch = lambda indices: (indices, indices)  # noqa: E731 - never called: nothing is trained in 0 epochs
+        fetch = lambda indices: (indices, indices)  # noqa: E731 - nothing is trained in 0 epochs
         starts.append(train_network(buffer.network, fetch, 0, purpose=purpose, seed=seed, **untrained))
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(starts, 2))
 

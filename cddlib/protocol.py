@@ -1,0 +1,109 @@
+"""The published protocol, by which networks learn a synthetic set in evaluation and in validation.
+
+SGD with momentum 0.9 and weight decay 5e-4, a tenth of the learning rate from half time on, DSA on every batch. Unlike
+the published loop, momentum survives the drop of the rate, and there are 1000 epochs, not 1001.
+
+Images do not change while a network learns them, so the batches of many steps are augmented at once. On a GPU these
+steps are one graph.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cddlib.data import augment
+from cddlib.matching.student import StudentStep, student_batches
+from cddlib.networks.convnet import Network
+from cddlib.runtime.random import generator
+from cddlib.training.convnet_step import ConvNetStep
+from cddlib.training.engine import make_step
+from cddlib.training.epoch import Fetch
+from cddlib.training.graphs import Graph
+from cddlib.training.step import ComputeConfig, TrainingStep
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+AT_ONCE = 2**24
+"""Bytes of the batches that are augmented at once, or those of one batch."""
+
+
+def train_network(
+    network: Network,
+    fetch: Fetch,
+    size: int,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    strategy: str,
+    purpose: str,
+    seed: int,
+    device: torch.device,
+    begun: Float[Tensor, " p"] | None = None,
+    compute: ComputeConfig | None = None,
+) -> Float[Tensor, " p"]:
+    """Train a network by the published protocol on `size` examples; returns its parameters.
+
+    It is fresh, or goes on from `begun`. A fresh one's initialisation belongs to `purpose` (validation, evaluation) and
+    `seed`: no expert ever started there, and a network that helped to select a synthetic set does not test it.
+    """
+    theta = network.init(generator(purpose, seed, "init")) if begun is None else begun
+    theta = theta.to(device)[None]
+    velocity = torch.zeros_like(theta)
+    step = make_step(network, compute or ComputeConfig(), device)
+    plan = list(_plan(epochs, size, batch_size, strategy, generator(purpose, seed, "epochs")))
+    rates = torch.full((len(plan),), learning_rate)
+    rates[(epochs + 1) // 2 * -(-size // batch_size) :] *= 0.1
+    rates = rates.to(device)
+    image = fetch(torch.zeros(1, dtype=torch.int64, device=device))[0]
+    number = max(1, AT_ONCE // (min(batch_size, max(1, size)) * image.nbytes))
+    for first in range(0, len(plan), number):
+        steps = plan[first : first + number]
+        inputs, targets = fetch(torch.cat([indices for indices, _ in steps]).to(device))
+        places = torch.arange(len(inputs)).split([len(indices) for indices, _ in steps])
+        again = [StudentStep(place, draw) for place, (_, draw) in zip(places, steps, strict=True)]
+        inputs, targets, sizes = student_batches([again], inputs[None], targets[None])
+        descend: Callable[..., tuple[Tensor, ...]] = functools.partial(_descend, step, sizes)
+        if theta.is_cuda and isinstance(step, ConvNetStep):
+            descend = _graph(step, sizes, targets.dtype, threading.get_ident())
+        theta, velocity = descend(theta, velocity, inputs, targets, rates[first : first + number])
+    return theta[0]
+
+
+def _plan(epochs: int, size: int, batch_size: int, strategy: str, rng: torch.Generator) -> Iterator[StudentStep]:
+    """Every step's images and their augmentation: each epoch is a pass in random order."""
+    for _ in range(epochs):
+        for indices in torch.randperm(size, generator=rng).split(batch_size):
+            yield StudentStep(indices, augment.draw(strategy, len(indices), rng))
+
+
+def _descend(
+    step: TrainingStep,
+    sizes: Sequence[int],
+    theta: Tensor,
+    velocity: Tensor,
+    inputs: Tensor,
+    targets: Tensor,
+    rates: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Parameters and momentum after a step on each of the batches, whose `sizes` add up to the second axis."""
+    batches = zip(inputs.split(sizes, 1), targets.split(sizes, 1), rates, strict=True)
+    for images, answers, rate in batches:
+        _, gradient = step.gradient(theta, images, answers)
+        velocity = (velocity * MOMENTUM).add_(gradient.add(theta, alpha=WEIGHT_DECAY))
+        theta = torch.addcmul(theta, rate, velocity, value=-1)
+    return theta, velocity
+
+
+@functools.lru_cache(maxsize=16)
+def _graph(step: TrainingStep, sizes: tuple[int, ...], targets: torch.dtype, thread: int) -> Graph:
+    """Steps on batches of these sizes, with targets of a type, as a graph; every thread has its own."""
+    return Graph(functools.partial(_descend, step, sizes))
+
+
+def fetch_synthetic(images: Float[Tensor, "n c h w"], targets: Float[Tensor, "n classes"]) -> Fetch:
+    """Synthetic images, which are in the network's input space already."""
+    return lambda indices: (images[indices], targets[indices])

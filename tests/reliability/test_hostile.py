@@ -535,9 +535,6 @@ IMAGES = {
 def test_images_that_cost_too_much(
     write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bounded: None
 ) -> None:
-    """In the worker processes that decode."""
-    monkeypatch.setattr(PREPARE, "_PARALLEL", 0)
-    monkeypatch.setattr(PREPARE, "_usable_cpus", lambda: 1)
     for part in ("train", "val"):
         (tmp_path / "images" / part / "a").mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "images" / part / "a" / "0.png")

@@ -6,13 +6,11 @@ names the file. Checksums find damage; they do not prove who wrote a file.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import reprlib
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,15 +128,12 @@ def verify_checksum(text: str | bytes, where: str) -> dict[str, Any]:
         UserError: the value is damaged; `where` names its source.
     """
     value = parse_json(text, where)
-    found = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
-    if found is None:
-        raise UserError(f"{where} has no checksum: it is damaged, or another program wrote it.")
     try:
-        whole = add_checksum(value)[CHECKSUM] == found
-    except RecursionError:  # lists that are nested just not too deeply to be parsed
+        whole = value.pop(CHECKSUM) == add_checksum(value)[CHECKSUM]
+    except (AttributeError, KeyError, TypeError, RecursionError):  # no table, or lists that are nested too deeply
         whole = False
     if not whole:
-        raise UserError(f"{where} is damaged: its contents do not have the checksum that it names.")
+        raise UserError(f"{where} does not have the checksum of its contents: it is damaged, or of another program.")
     return value
 
 
@@ -158,20 +153,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_bytes(path: Path) -> bytes:
     """The contents of a small file; raises `UserError` if it is missing or cannot be read."""
-    try:
-        _check_ends(path)
+    with _reading(path):
         return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _check_ends(path: Path) -> None:
-    """Raise `OSError` for a pipe or a device: whoever reads one may wait, or read, forever."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "it is a pipe or a device")
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within, a file that cannot be read ends in a `UserError`."""
+    try:
+        if not path.is_file():  # whoever reads a pipe or a device may wait, or read, forever
+            raise UserError(f"{path} is not a file." if path.exists() else f"{path} does not exist.")
+        yield
+    except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{path}: {error}") from None
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------
@@ -199,15 +197,8 @@ def write_tensors(
 
 def open_tensors(path: Path, framework: str = "pt") -> Any:
     """A lazy reader (`safetensors.safe_open`) of `path`, which checks no digest; raises `UserError` if it cannot be."""
-    try:
-        _check_ends(path)
+    with _reading(path):
         return safe_open(path, framework=framework)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (SafetensorError, OSError) as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"{path}: {error}") from None
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
 
 
 def read_header(file: Any, path: Path, kind: str) -> dict[str, Any]:

@@ -281,12 +281,10 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage) -> None:
             call("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("place", ["first label", "an image", "last byte"])
-def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) -> None:
-    path = write_cache(tmp_path, random_arrays())
+def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path) -> None:
+    path = write_cache(tmp_path, ARRAYS)
     content = bytearray(path.read_bytes())
-    labels = 8 + int.from_bytes(content[:8], "little")
-    content[{"first label": labels, "an image": len(content) // 2, "last byte": -1}[place]] ^= 1
+    content[-1] ^= 1
     path.write_bytes(content)
     recipe = cddlib.buffer_recipe("cifar10", "mtt", width=4, depth=1, experts=1, epochs=1)
     with pytest.raises(UserError) as refused:
@@ -294,8 +292,8 @@ def test_a_flipped_bit_is_noticed_by_whoever_trains(tmp_path: Path, place: str) 
     damaged = data.load("cifar10", tmp_path)
     found = data.fingerprint(damaged.train, damaged.test)
     assert str(refused.value) == (
-        f"{path} is damaged: its images and labels have the fingerprint {found}, not "
-        f"{fingerprint_of(random_arrays())}, which it names; delete it and run `cddlib data cifar10` again."
+        f"{path} is damaged: its images and labels have the fingerprint {found}, not {fingerprint_of(ARRAYS)}, which "
+        f"it names; delete it and run `cddlib data cifar10` again."
     )
     assert not (tmp_path / "buffer").exists()
 

@@ -4,7 +4,6 @@ Every kind of work is done once undisturbed. Whatever happens to it afterwards, 
 files.
 """
 
-import contextlib
 import functools
 import io
 import os
@@ -163,16 +162,13 @@ def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any], repeats: 
             child = work.child(folder, rare)
             if child.wait_until(child.heeds):
                 time.sleep(0.6 * work.seconds * float(torch.rand((), generator=rng)))
-                with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by now
-                    for worker in psutil.Process(child.process.pid).children():  # a terminal tells all
-                        worker.send_signal(signal.SIGINT)
                 child.signal(number)
             code, said = child.wait(), child.said
             if "finishing" not in said:  # the signal came when all was done, or not at all
                 break
             assert code == 128 + number, said
             times[number] += 1
-            assert re.match(r"\ncddlib: finishing the (epoch|iteration|network|batch); a second signal stops", said)
+            assert re.match(r"\ncddlib: finishing the (epoch|iteration|network|image); a second signal stops", said)
             assert re.search(r"\n\ncddlib: stopped.*; the same command resumes\.\n$", said), said
             if "all was finished" in said:
                 break

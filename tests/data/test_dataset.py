@@ -272,10 +272,9 @@ def test_a_cached_file_without_a_header_is_refused(tmp_path: Path) -> None:
         data.load("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:5], lambda b: b"", lambda b: b"no" * 999])
-def test_a_damaged_file_is_refused(tmp_path: Path, damage) -> None:
-    path = write_cache(tmp_path, random_arrays())
-    path.write_bytes(damage(path.read_bytes()))
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = write_cache(tmp_path, ARRAYS)
+    path.write_bytes(path.read_bytes()[:-1])
     for call in (cddlib.load, cddlib.prepare):
         with pytest.raises(UserError, match=r"cifar10\.safetensors is truncated or not a safetensors file"):
             call("cifar10", tmp_path)

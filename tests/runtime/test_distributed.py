@@ -220,7 +220,7 @@ def test_the_digits_recipe_with_eight_segments(
 
 def distil_backwards(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
     """Distil in one process that takes the segments in reverse order."""
-    Ranks.share = lambda _self, work: work[::-1]  # type: ignore[method-assign] # this process ends with the test
+    Ranks.portion = lambda _self, work: work[::-1]  # type: ignore[method-assign] # this process ends with the test
     cddlib.distill(config, buffer, out, device="cpu")
 
 

@@ -38,23 +38,29 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file below the folder of `path`, flush it to disk, then rename it to `path`."""
-    folder = path.with_name(f".{path.name}.tmp")  # a folder, for safetensors has a temporary file of its own
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary folder in the folder of `path`, in which something is written before it gets that name."""
+    folder = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a killed process
-    temporary = folder / path.name
     try:
-        with writing(path):
-            folder.mkdir(parents=True)
-            write(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        folder.mkdir(parents=True)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file below the folder of `path`, flush it to disk, then rename it to `path`."""
+    with writing(path), _beside(path) as folder:  # a folder, for safetensors has a temporary file of its own
+        temporary = folder / path.name
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def link_or_copy(source: Path, goal: Path) -> None:
@@ -77,14 +83,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that gets the name `folder` when all is written; raises `UserError` if that is not empty."""
     refuse_filled(folder)
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
-    temporary.mkdir(parents=True)
-    try:
+    with _beside(folder) as temporary:
         yield temporary
         os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- Checksums --------------------------------------------------------------------------------------------------
@@ -220,11 +221,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path} holds a tensor that cannot be read ({' '.join(str(error).split())[:200]}).") from None
-    if not isinstance(digests, dict) or tensors.keys() != digests.keys():
-        raise UserError(f"{path} is damaged: it does not hold the tensors that its header names.")
-    for name, tensor in tensors.items():
-        if signature(tensor) != digests[name]:
-            raise UserError(f"{path} is damaged: {name} does not have the digest that the header names.")
+    if digests != {name: signature(tensor) for name, tensor in tensors.items()}:
+        raise UserError(f"{path} is damaged: its tensors do not have the digests that its header names.")
     return tensors, header
 
 

@@ -157,16 +157,15 @@ def test_another_kind_of_file_is_named(written: Path) -> None:
 
 GOOD = files.signature(MATRIX)
 OTHERS = (MATRIX + 1, MATRIX.reshape(3, 2), MATRIX.view(torch.int32))
-NO_TENSORS = "{} is damaged: it does not hold the tensors that its header names."
-NO_DIGEST = "{} is damaged: a does not have the digest that the header names."
+UNFIT = "{} is damaged: its tensors do not have the digests that its header names."
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
         ({"digests": {"a": GOOD}}, "the header of {} does not have the checksum of its contents: "),
-        *((files.add_checksum({"digests": said}), NO_TENSORS) for said in (1, {}, None, {"a": GOOD, "b": ""})),
-        *((files.add_checksum({"digests": {"a": files.signature(other)}}), NO_DIGEST) for other in OTHERS),
+        *((files.add_checksum({"digests": said}), UNFIT) for said in (1, {}, None, {"a": GOOD, "b": ""})),
+        *((files.add_checksum({"digests": {"a": files.signature(other)}}), UNFIT) for other in OTHERS),
     ],
 )
 def test_a_header_that_does_not_fit_is_named(tmp_path: Path, header: dict[str, Any], message: str) -> None:

@@ -97,7 +97,7 @@ class Kind(NamedTuple):
 
 
 EVERY_EPOCH = {"cddlib.experts.expert.UNFINISHED_SECONDS": 0.0}
-BATCHES = {"cddlib.data.download._BATCH": 8, "cddlib.data.download._DURABLE": 2}
+BATCHES = {"cddlib.data.download._BATCH": 16}
 BUFFER = "buffer --width 8 --momentum 0.9"
 EXPERTS = "--width 8 --window-end 4 --student-steps 2 --evaluation-epochs 2 --buffer {room}/buffer"
 LONG = f"distill {EXPERTS} --iterations 30 --validate-every 10 --checkpoint-every 3 --segments 4"
@@ -112,7 +112,6 @@ KINDS = {
     "remedy": Kind(f"{LONG} --method datm --consolidation si --out"),
     "evaluate": Kind("evaluate --runs 3", begins="distill"),
     "data": Kind(f"{DATA} --size 16 --root", patched=BATCHES),
-    "data, in processes": Kind(f"{DATA} --size 16 --root", patched={**BATCHES, "cddlib.data.download._PARALLEL": 1}),
     # the second run diverges
     "study": Kind(f"{STUDY} --iterations 8 --vary lr_step_size=1e-5,1e3 --out"),
     "study, in a process": Kind(f"{STUDY} --iterations 8 --vary lr_step_size=1e-5,1e3 --jobs 1 --out"),

@@ -175,7 +175,7 @@ def streaming_table(results: Path) -> str:
     rows.append((cache, "", f"{mapped['fingerprint']['anonymous_mb']:.0f}"))
     rows.append(("before it was opened", "", f"{mapped['before']['anonymous_mb']:.0f}"))
     table = pd.DataFrame(rows, columns=["what", "seconds", "memory, without mapped files (MB)"])
-    return markdown(table) + f"\n\nMeasured on: {record['device']}, {streamed['workers']} processes."
+    return markdown(table) + f"\n\nMeasured on: {record['device']}, {streamed['workers']} workers."
 
 
 def provenance(records: Mapping[str, Record]) -> str:

@@ -10,18 +10,17 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from cddlib.runtime.errors import UserError, needing
+from cddlib.runtime.errors import UserError, as_user_error, needing
 from cddlib.runtime.files import check_classes, open_tensors, parse_json, read_header
 from cddlib.runtime.random import generator
 
@@ -30,7 +29,6 @@ DATA_NAMES = ("digits", "fashion_mnist", "cifar10", "cifar100", *FROM_FOLDER)
 VALIDATION_FRACTION = 0.1
 CHUNK = 4096
 """Images that are read at a time where all of them are needed."""
-TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,9 +190,6 @@ def load(name: str, root: Path | None = None) -> Dataset:
 def _read(name: str, path: Path) -> Dataset:
     """Check a cached data set and map its images."""
     file = open_tensors(path, "np")  # "pt" maps it writable: refused if it is longer than the memory
-    missing = set(TENSORS) - set(file.keys())
-    if missing:
-        raise UserError(f"{path} lacks the tensors {', '.join(sorted(missing))}: it is not a cddlib data set.")
     metadata = file.metadata() or {}
     if "dataset" not in metadata and "classes" in metadata:  # of another program, which records no fingerprint
         header = {"classes": parse_json(metadata["classes"], f"the header of {path}")}
@@ -204,33 +199,24 @@ def _read(name: str, path: Path) -> Dataset:
     with open(path, "rb") as stored:
         length = int.from_bytes(stored.read(8), "little")
         layout = json.loads(stored.read(length))  # what `open_tensors` has checked
-    shape = layout["train_images"]["shape"]
     parts = {}
-    for part in ("train", "test"):
-        wrong = _wrong_layout(part, layout, shape)
-        labels = np.zeros(0) if wrong else file.get_tensor(f"{part}_labels")
-        if not wrong and (labels.min() < 0 or labels.max() >= len(classes)):
-            wrong = f"{part}_labels reach from {labels.min()} to {labels.max()}, with {len(classes)} classes named"
-        if wrong:
-            raise UserError(f"{path} is not a cddlib data set: {wrong:.300}.")
-        images = layout[f"{part}_images"]
-        mapped = map_images(path, 8 + length + images["data_offsets"][0], tuple(images["shape"]))
-        parts[part] = Images(mapped, torch.from_numpy(labels))
-    if recorded is not None and not (isinstance(recorded, str) and re.fullmatch("[0-9a-f]{16}", recorded)):
-        raise UserError(f"{path} is not a cddlib data set: its fingerprint is {reprlib.repr(recorded)}.")
+    with as_user_error(path, "a cddlib data set"):
+        shape = layout["train_images"]["shape"][1:]
+        for part in ("train", "test"):
+            images, answers = layout[f"{part}_images"], layout[f"{part}_labels"]
+            n = images["shape"][:1]
+            found = f"{images['dtype']}{images['shape']} and {answers['dtype']}{answers['shape']}"
+            if found != f"U8{n + shape} and I64{n}" or len(shape) != 3 or 0 in n + shape:
+                raise TypeError(f"{part}_images and {part}_labels are {found}, not U8[n, c, h, w] and I64[n]")
+            labels = torch.from_numpy(file.get_tensor(f"{part}_labels"))
+            lowest, highest = labels.aminmax()
+            if lowest < 0 or highest >= len(classes):
+                raise TypeError(f"{part}_labels reach from {lowest} to {highest}, with {len(classes)} classes named")
+            mapped = map_images(path, 8 + length + images["data_offsets"][0], tuple(images["shape"]))
+            parts[part] = Images(mapped, labels)
+        if recorded is not None and not re.fullmatch("[0-9a-f]{16}", recorded):
+            raise TypeError(f"its fingerprint is {recorded:.99}")
     return Dataset(name, parts["train"], parts["test"], classes, recorded, path)
-
-
-def _wrong_layout(part: str, layout: dict[str, Any], shape: list[int]) -> str | None:
-    """What is wrong with the types and shapes of the training or test images of a file, or of their labels."""
-    images, answers = layout[f"{part}_images"], layout[f"{part}_labels"]
-    if images["dtype"] != "U8" or len(images["shape"]) != 4 or images["shape"][1:] != shape[1:]:
-        return f"{part}_images is {images['dtype']}{images['shape']}, not U8[n, c, h, w]"
-    if answers["dtype"] != "I64" or answers["shape"] != images["shape"][:1]:
-        return f"{part}_labels is {answers['dtype']}{answers['shape']}, not I64{images['shape'][:1]}"
-    if 0 in images["shape"]:
-        return f"{part} has no images"
-    return None
 
 
 def map_images(path: Path, offset: int, shape: tuple[int, ...]) -> UInt8[Tensor, "n c h w"]:

@@ -6,9 +6,10 @@ On the command line::
     cddlib data tiny_imagenet --source tiny-imagenet-200      # from a folder you have
     cddlib data imagenet --source ILSVRC2012                  # likewise: 1.3 million images, 16 GB
 
-The images of a folder are decoded in parallel and written straight to their places in the file, so that memory holds
-a few batches whatever their number. Beside the unfinished file lies a record of how many images are on the disk, with
-their digest: asked again for the same images, an interrupted run goes on from there and ends with the same bytes.
+The images of a folder are decoded in parallel and appended to an unfinished file, so that memory holds a batch at most,
+whatever their number. A record beside it says how many of them are on the disk, with their digest: asked again for the
+same images, an interrupted run goes on from there and ends with the same bytes. At the end the data set is written from
+the unfinished file, which is then deleted: until then the disk holds the images twice.
 
 A folder's images may be anyone's, see `cddlib.data.pictures`. CIFAR's archives hold pickles; torchvision unpacks
 archives and unpickles files only if they have the checksums that it knows.
@@ -16,34 +17,31 @@ archives and unpickles files only if they have the checksums that it knows.
 
 import contextlib
 import hashlib
-import json
 import os
-import signal
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from jaxtyping import UInt8
+from PIL.Image import DecompressionBombWarning
+from torch import Tensor
 
 from cddlib.data.dataset import Images, check_data_name, default_root, fingerprint, load, map_images
-from cddlib.data.pictures import Pictures
-from cddlib.runtime.device import end_with_parent
+from cddlib.data.pictures import read_picture
 from cddlib.runtime.distributed import Interrupted, Ranks
-from cddlib.runtime.errors import UserError, out_of_memory_hint
-from cddlib.runtime.files import add_checksum, read_json, write_json, write_tensors, writing
-from cddlib.runtime.run_folder import locked
+from cddlib.runtime.errors import UserError, out_of_memory_hint, require
+from cddlib.runtime.files import read_json, write_json, write_tensors, writing
+from cddlib.runtime.run_folder import at_work, locked
 
 _DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 """Classes of `torchvision.datasets`."""
 _SIZE = 64
-_BATCH = 64
-"""Images that a worker process decodes at a time."""
-_DURABLE = 16
-"""Batches after which the images so far are flushed to disk and recorded."""
-_PARALLEL = 1024
-"""Images from which on it pays to start worker processes."""
+_BATCH = 512
+"""Images that wait for a thread or for the disk at most; after as many, those so far are recorded."""
 
 Samples = list[tuple[str, int]]
 """Image files and their classes."""
@@ -72,27 +70,39 @@ def prepare(name: str, root: Path | None = None, *, source: Path | None = None, 
     path = root / f"{name}.safetensors"
     if name == "digits":
         raise UserError("digits comes with scikit-learn; nothing needs to be prepared.")
-    if size < 1:
-        raise UserError(f"size is {size}; it must be at least 1.")
+    require(1, size=size)
     if size != _SIZE and name != "imagefolder":
         raise UserError(f"size is {size}, but {name} has a size of its own; only imagefolder takes one.")
+    lock = root / f".{name}.lock"
     if path.exists():
         _ = load(name, root).fingerprint  # which refuses a damaged file
+    elif name in _DOWNLOADS:
+        with locked(lock):
+            _download(path, name)
     else:
-        listing = None if name in _DOWNLOADS else _listing(name, source)
-        with locked(root / f".{name}.lock"), writing(path):
-            if listing is None:
-                _download(path, name)
-            else:
-                _stream(path, *listing, size)
-    with contextlib.suppress(OSError):  # there is one only if a process was killed just here
-        _record_of(path).unlink()
+        test, train, classes = _listing(name, source)
+        with at_work(lock, "the image") as ranks:
+            images = _decoded(path, [file for file, _ in test + train], size, ranks)
+            parts = zip(images.split([len(test), len(train)]), (test, train), strict=True)
+            found = [Images(part, torch.tensor([label for _, label in samples])) for part, samples in parts]
+            _write(path, train=found[1], test=found[0], classes=classes)
+    with contextlib.suppress(OSError):  # a folder where nobody may write
+        for unfinished in _unfinished(path):
+            unfinished.unlink(missing_ok=True)
     return path
 
 
-def _record_of(path: Path) -> Path:
-    """The file that says how much of the unfinished file is on the disk."""
-    return path.with_suffix(".progress.json")
+def _unfinished(path: Path) -> tuple[Path, Path]:
+    """The images that are decoded so far, and the record of how many of them are on the disk."""
+    return path.with_suffix(".partial"), path.with_suffix(".progress.json")
+
+
+def _write(path: Path, *, train: Images, test: Images, classes: list[str]) -> None:
+    """Write a data set; its images may be mapped files."""
+    tensors = {"train_images": train.store, "train_labels": train.labels}
+    tensors |= {"test_images": test.store, "test_labels": test.labels}
+    header = {"classes": classes, "fingerprint": fingerprint(train, test)}
+    write_tensors(path, tensors, "dataset", header, digests=False)
 
 
 def _download(path: Path, name: str) -> None:
@@ -115,10 +125,7 @@ def _download(path: Path, name: str) -> None:
         # torchvision keeps CIFAR as n x h x w x c and Fashion-MNIST as n x h x w
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1)
         parts[part] = Images(images, torch.as_tensor(fetched.targets).long())
-    tensors = {f"{part}_images": images.store for part, images in parts.items()}
-    tensors |= {f"{part}_labels": images.labels for part, images in parts.items()}
-    header = {"classes": list(fetched.classes), "fingerprint": fingerprint(*parts.values())}
-    write_tensors(path, tensors, "dataset", header, digests=False)
+    _write(path, **parts, classes=list(fetched.classes))
 
 
 # --- What is in a folder ----------------------------------------------------------------------------------------
@@ -164,127 +171,61 @@ def _annotated(annotations: Path, class_to_idx: dict[str, int]) -> Samples:
 # --- From a folder into the file --------------------------------------------------------------------------------
 
 
-def _stream(path: Path, test: Samples, train: Samples, classes: list[str], size: int) -> None:
-    """Write the file image by image, or go on where an earlier call for the same images stopped."""
-    files = [file for file, _ in test + train]
-    partial = path.with_suffix(".partial")
-    partial.touch()
-    ranks = Ranks()  # one process, which heeds signals
-    with ranks.graceful_stop("the batch"), open(partial, "r+b") as file:
-        unfinished = _Unfinished(file, _record_of(path), _head(test, train, classes, size), files, 3 * size**2)
-        try:
-            with tqdm(desc=f"reading {path.stem}", initial=unfinished.done, total=len(files), unit="image") as progress:
-                for number, batch in enumerate(_decode(files[unfinished.done :], size), start=1):
-                    for image in batch:
-                        if isinstance(image, UserError):
-                            raise image
-                        unfinished.append(image)
-                    progress.update(len(batch))
-                    if number % _DURABLE == 0:
-                        unfinished.sync()
-                    if ranks.asked and unfinished.done < len(files):
-                        done = f"image {unfinished.done} of {len(files)}"
-                        raise Interrupted(f"stopped after {done}, which is saved", ranks.asked)
-        except RuntimeError as error:  # torch's, wherever this process was
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError(
-                f"a process that decodes images was killed, perhaps for want of memory ({str(error).rstrip('. ')}); "
-                f"the same command goes on from image {unfinished.done}: on fewer processors (taskset) in less memory."
-            ) from None
-        finally:
-            unfinished.sync()
-        written = map_images(partial, unfinished.start, (len(files), 3, size, size))
-        parts = [
-            Images(images, torch.tensor([label for _, label in samples]))
-            for images, samples in zip(written.split([len(test), len(train)]), (test, train), strict=True)
-        ]
-        file.seek(0)
-        file.write(_head(test, train, classes, size, fingerprint(parts[1], parts[0])))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _decoded(path: Path, files: list[str], size: int, ranks: Ranks) -> UInt8[Tensor, "n c h w"]:
+    """All images, mapped from the unfinished file, after those were decoded that an earlier call did not."""
+    partial, record = _unfinished(path)
+    source = hashlib.sha256(b"\0".join([str(size).encode(), *map(os.fsencode, files)])).hexdigest()
+    with writing(partial), open(partial, "a+b") as file:
+        digest, done = _resume(file, record, source, 3 * size**2)
+
+        def sync() -> None:
+            """Have the images on the disk, then record how many they are."""
+            file.flush()
+            os.fsync(file.fileno())
+            write_json(record, {"source": source, "images": done, "sha256": digest.hexdigest()})
+
+        with ranks.progress(desc=f"reading {path.stem}", initial=done, total=len(files), unit="image") as bar:
+            try:
+                for image in _read(files[done:], size):
+                    file.write(image)
+                    done += 1  # and Python heeds no signal before the digest has it, too
+                    digest.update(image)
+                    bar.update()
+                    if done % _BATCH == 0:
+                        sync()
+                    if ranks.asked and done < len(files):
+                        raise Interrupted(f"stopped after image {done} of {len(files)}, which is saved", ranks.asked)
+            finally:
+                sync()
+    return map_images(partial, 0, (len(files), 3, size, size))
 
 
-class _Unfinished:
-    """The file that images are appended to, and a record of how many of them are on the disk.
+def _read(files: list[str], size: int) -> Iterator[bytes]:
+    """The pixels of image files in order, decoded by as many threads as PyTorch has."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DecompressionBombWarning)  # `read_picture` refuses smaller ones
+        for start in range(0, len(files), _BATCH):
+            yield from pool.map(lambda file: read_picture(file, size), files[start : start + _BATCH])
 
-    Attributes:
-        start: the byte at which the images begin.
-        done: how many images the file has.
+
+def _resume(file: BufferedRandom, record: Path, source: str, image_bytes: int) -> tuple[Any, int]:
+    """The digest of the images in the file that an earlier call for this `source` recorded, and how many they are.
+
+    Raises:
+        UserError: the images there are not those that were recorded.
     """
-
-    def __init__(self, file: BinaryIO, record: Path, head: bytes, files: list[str], image_bytes: int) -> None:
-        """Go behind the images that an earlier call for the same `files` recorded, or begin anew.
-
-        Raises:
-            UserError: the images there are not those that were recorded.
-        """
-        self.file, self.record, self.start = file, record, len(head)
-        self.source = hashlib.sha256(b"\0".join([head, *map(os.fsencode, files)])).hexdigest()
-        self.done, self.digest = 0, hashlib.sha256()
-        earlier = read_json(record) if record.exists() else {}
-        images = earlier["images"] if earlier.get("source") == self.source else 0
-        if images == 0 or os.fstat(file.fileno()).st_size < self.start + images * image_bytes:  # gone, or cut off
-            self.sync()  # first, lest an older record vouch for what follows
-            file.truncate(0)
-            file.write(head)
-            return
-        file.seek(self.start)
-        for _ in range(images):
-            self.digest.update(file.read(image_bytes))
-        self.done = images
-        if self.digest.hexdigest() != earlier.get("sha256"):
-            raise UserError(
-                f"{file.name} is damaged: its first {images} images are not those that were read; delete it and run "
-                f"the same command again."
-            )
-
-    def append(self, image: bytes) -> None:
-        """Write an image, from whose end on the next call goes on."""
-        self.file.write(image)
-        self.digest.update(image)
-        self.done += 1
-
-    def sync(self) -> None:
-        """Have the images on the disk, then record how many they are."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        write_json(self.record, {"source": self.source, "images": self.done, "sha256": self.digest.hexdigest()})
-
-
-def _head(test: Samples, train: Samples, classes: list[str], size: int, fingerprint: str = "0" * 16) -> bytes:
-    """All but the images: the beginning of the file that `cddlib.runtime.files.write_tensors` would write.
-
-    The images follow, those for testing first: labels come before them because their numbers are wider.
-    """
-    labels = [np.array([label for _, label in samples], dtype="<i8") for samples in (test, train)]
-    header: dict[str, Any] = {
-        "__metadata__": {"dataset": json.dumps(add_checksum({"classes": classes, "fingerprint": fingerprint}))}
-    }
-    end = 0
-    for kind, dtype, width, shape in (("labels", "I64", 8, []), ("images", "U8", 3 * size**2, [3, size, size])):
-        for part, n in (("test", len(test)), ("train", len(train))):
-            begin, end = end, end + n * width
-            header[f"{part}_{kind}"] = {"dtype": dtype, "shape": [n, *shape], "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(part.tobytes() for part in labels)])
-
-
-def _decode(files: list[str], size: int) -> DataLoader:
-    """Batches of images in order, decoded by as many processes as there are processors if it pays to start them."""
-    decoder = Pictures(files, size)
-    workers = 0 if len(files) < _PARALLEL else _usable_cpus()
-    return DataLoader(decoder, batch_size=_BATCH, collate_fn=list, num_workers=workers, worker_init_fn=_begin_worker)
-
-
-def _begin_worker(_number: int) -> None:
-    """What a worker process does first: a terminal sends it the signal too that the one which started it heeds."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
-
-
-def _usable_cpus() -> int:
-    """Processors that this process may use, where the system tells; else all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    earlier = read_json(record) if record.exists() else {}
+    done = earlier["images"] if earlier.get("source") == source else 0
+    if done * image_bytes > os.fstat(file.fileno()).st_size:  # it is gone, or cut off
+        done = 0
+    if done == 0:
+        record.unlink(missing_ok=True)  # first, lest it vouch for what follows
+    file.truncate(done * image_bytes)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256")
+    if done and digest.hexdigest() != earlier.get("sha256"):
+        raise UserError(
+            f"{file.name} is damaged: its first {done} images are not those that were read; delete it and run the same "
+            f"command again."
+        )
+    return digest, done

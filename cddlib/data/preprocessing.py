@@ -139,16 +139,14 @@ def preprocessing_from(tensors: dict[str, Tensor], shape: tuple[int, int, int]) 
     Raises:
         TypeError: they are not the tensors of one.
     """
-    channels, size, whitens = shape[0], math.prod(shape), "eigenvalues" in tensors
-    wanted = {"mean": [size], "eigenvectors": [size, size], "eigenvalues": [size]}
-    if not whitens:
-        wanted = {"mean": [channels], "std": [channels]}
+    kind, divisor = (Whitening, "eigenvalues") if "eigenvalues" in tensors else (Normalisation, "std")
+    d = math.prod(shape) if kind is Whitening else shape[0]
+    wanted = {"mean": [d], divisor: [d], **({"eigenvectors": [d, d]} if kind is Whitening else {})}
     found = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if found != wanted:
         raise TypeError(f"its shapes are {found}, not {wanted}")
     if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise TypeError("its numbers are not finite float32")
-    divisor = "eigenvalues" if whitens else "std"
     if not bool((tensors[divisor] > 0).all()):
         raise TypeError(f"{divisor} has to be positive")
-    return Whitening(**tensors) if whitens else Normalisation(**tensors)
+    return kind(**tensors)

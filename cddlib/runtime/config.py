@@ -6,6 +6,7 @@ of fields are unique among all sections of a configuration, so a file, a flag an
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import reprlib
 import types
@@ -82,8 +83,7 @@ def check_types(kind: Any, values: dict[str, Any]) -> None:
     hints = field_types(kind)
     for name in values.keys() & hints.keys():
         if not _has_type(values[name], hints[name]):
-            hint = hints[name]
-            wanted = hint.__name__ if isinstance(hint, type) else str(hint).removeprefix("typing.")
+            wanted = inspect.formatannotation(hints[name])
             raise TypeError(f"{name} is {reprlib.repr(values[name])}, which is not of type {wanted}")
 
 

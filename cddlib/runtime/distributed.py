@@ -17,16 +17,14 @@ import re
 import signal
 import sys
 import threading
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
 from cddlib.runtime.errors import UserError
@@ -56,39 +54,20 @@ def joined() -> Iterator[None]:
         return
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    number = os.environ["RANK"]
     try:
-        store = _fresh_store(rank, count) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else None
+        store, rank, count = next(rendezvous("env://"))
+        if os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun keeps its store, with addresses of ranks that died
+            store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     except RuntimeError as error:
-        raise UserError(f"process {rank} did not find the other {count - 1} ({_reason(error)}).") from None
+        others = int(os.environ["WORLD_SIZE"]) - 1
+        raise UserError(f"process {number} did not find the other {others} ({_reason(error)}).") from None
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _fresh_store(rank: int, count: int) -> Store:
-    """Torchrun's store, through which ranks tell each other their addresses, without those of ranks that died.
-
-    Torchrun keeps it when it starts ranks again, and who reads an address before it is replaced waits for the dead. So
-    the first rank names a round, the others sign it, and it confirms the signatures: a round of dead ranks bears
-    others.
-    """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=datetime.timedelta(minutes=30))
-    signature = uuid.uuid4().hex
-    if rank == 0:
-        store.set("round", signature)
-        store.set(f"{signature}/all", " ".join(store.get(f"{signature}/{o}").decode() for o in range(1, count)))
-        return PrefixStore(signature, store)
-    while True:
-        name = store.get("round").decode()
-        store.set(f"{name}/{rank}", signature)
-        if store.check([f"{name}/all"]) and signature.encode() in store.get(f"{name}/all"):
-            return PrefixStore(name, store)
-        time.sleep(0.02)
 
 
 def _reason(error: RuntimeError) -> str:
@@ -103,14 +82,13 @@ class Ranks:
         """The ranks of torch's default process group, if there is one."""
         several = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self._told = 0
         self.stopping = False
         """Whether any rank had been asked to stop at the last `sum`: the same on all of them."""
 
     @property
     def asked(self) -> int:
         """The signal that asked this process, or another rank at the last `sum`, to stop; or 0."""
-        return _asked or self._told
+        return _asked
 
     @property
     def first(self) -> bool:
@@ -143,7 +121,8 @@ class Ranks:
             tensor.copy_(part.view_as(tensor))
         self.stopping = bool(wishes > 0)
         if self.stopping:
-            self._told = self._told or signal.SIGTERM
+            global _asked
+            _asked = _asked or signal.SIGTERM
 
     def wait(self) -> None:
         """Go on when all ranks have come here."""
@@ -163,12 +142,9 @@ class Ranks:
         numbers = torch.zeros(self.count, dtype=torch.float64)
         numbers[self.rank] = found
         self.sum(numbers)
-        every = [int(number) for number in numbers.tolist()]
-        if len(set(every)) > 1:
-            raise UserError(
-                f"{what} is {', '.join(map(str, every))} for the processes of this run; all of them have to see one "
-                f"folder, and the same files in it."
-            )
+        if len(numbers.unique()) > 1:
+            every = ", ".join(f"{number:.0f}" for number in numbers)
+            raise UserError(f"{what} is {every} for the processes of this run; all have to see the same files.")
 
     @contextlib.contextmanager
     def graceful_stop(self, what: str) -> Iterator[None]:

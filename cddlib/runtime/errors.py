@@ -16,6 +16,17 @@ class Diverged(UserError):
     """The numbers of a run are no longer usable."""
 
 
+def require(
+    least: int, *, most: float | int | None = None, below: float | int | None = None, **values: float | int
+) -> None:
+    """Raise `UserError` for one of the `values` that is less than `least`, more than `most`, or not `below`."""
+    limits = {"at least": least, "at most": most, "below": below}
+    allowed = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+    for name, value in values.items():
+        if not value >= least or (most is not None and value > most) or (below is not None and value >= below):
+            raise UserError(f"{name} is {value}; it must be {allowed}.")
+
+
 @contextlib.contextmanager
 def needing(what: str, package: str) -> Iterator[None]:
     """Within, a package that is not installed ends in a `UserError`: `what` needs it.
@@ -32,9 +43,9 @@ def needing(what: str, package: str) -> Iterator[None]:
 
 
 _OUT_OF_MEMORY = re.compile(
-    "an.t allocate memory|annot allocate memory|bad_alloc|could not create a primitive$|is killed by signal: Killed"
+    "an.t allocate memory|annot allocate memory|bad_alloc|could not create a primitive$|can't start new thread"
 )
-"""How the system, PyTorch, C++, oneDNN and a worker process that the system ended say that memory ran out."""
+"""How the system, PyTorch, C++, oneDNN and Python say that memory ran out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,13 +6,11 @@ names the file. Checksums find damage; they do not prove who wrote a file.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import reprlib
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,23 +38,29 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"cannot write {path}: {error.strerror}") from None
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file below the folder of `path`, flush it to disk, then rename it to `path`."""
-    folder = path.with_name(f".{path.name}.tmp")  # a folder, for safetensors has a temporary file of its own
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A temporary folder in the folder of `path`, in which something is written before it gets that name."""
+    folder = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(folder, ignore_errors=True)  # of a killed process
-    temporary = folder / path.name
     try:
-        with writing(path):
-            folder.mkdir(parents=True)
-            write(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+        folder.mkdir(parents=True)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file below the folder of `path`, flush it to disk, then rename it to `path`."""
+    with writing(path), _beside(path) as folder:  # a folder, for safetensors has a temporary file of its own
+        temporary = folder / path.name
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def link_or_copy(source: Path, goal: Path) -> None:
@@ -79,14 +83,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that gets the name `folder` when all is written; raises `UserError` if that is not empty."""
     refuse_filled(folder)
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process
-    temporary.mkdir(parents=True)
-    try:
+    with _beside(folder) as temporary:
         yield temporary
         os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 # --- Checksums --------------------------------------------------------------------------------------------------
@@ -130,15 +129,12 @@ def verify_checksum(text: str | bytes, where: str) -> dict[str, Any]:
         UserError: the value is damaged; `where` names its source.
     """
     value = parse_json(text, where)
-    found = value.pop(CHECKSUM, None) if isinstance(value, dict) else None
-    if found is None:
-        raise UserError(f"{where} has no checksum: it is damaged, or another program wrote it.")
     try:
-        whole = add_checksum(value)[CHECKSUM] == found
-    except RecursionError:  # lists that are nested just not too deeply to be parsed
+        whole = value.pop(CHECKSUM) == add_checksum(value)[CHECKSUM]
+    except (AttributeError, KeyError, TypeError, RecursionError):  # no table, or lists that are nested too deeply
         whole = False
     if not whole:
-        raise UserError(f"{where} is damaged: its contents do not have the checksum that it names.")
+        raise UserError(f"{where} does not have the checksum of its contents: it is damaged, or of another program.")
     return value
 
 
@@ -158,20 +154,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_bytes(path: Path) -> bytes:
     """The contents of a small file; raises `UserError` if it is missing or cannot be read."""
-    try:
-        _check_ends(path)
+    with _reading(path):
         return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _check_ends(path: Path) -> None:
-    """Raise `OSError` for a pipe or a device: whoever reads one may wait, or read, forever."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "it is a pipe or a device")
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Within, a file that cannot be read ends in a `UserError`."""
+    try:
+        if not path.is_file():  # whoever reads a pipe or a device may wait, or read, forever
+            raise UserError(f"{path} is not a file." if path.exists() else f"{path} does not exist.")
+        yield
+    except (SafetensorError, OSError) as error:
+        if is_out_of_memory(error):
+            raise MemoryError(f"{path}: {error}") from None
+        if isinstance(error, SafetensorError):
+            raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------
@@ -199,15 +198,8 @@ def write_tensors(
 
 def open_tensors(path: Path, framework: str = "pt") -> Any:
     """A lazy reader (`safetensors.safe_open`) of `path`, which checks no digest; raises `UserError` if it cannot be."""
-    try:
-        _check_ends(path)
+    with _reading(path):
         return safe_open(path, framework=framework)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
-    except (SafetensorError, OSError) as error:
-        if is_out_of_memory(error):
-            raise MemoryError(f"{path}: {error}") from None
-        raise UserError(f"{path} is truncated or not a safetensors file ({error}).") from None
 
 
 def read_header(file: Any, path: Path, kind: str) -> dict[str, Any]:
@@ -229,11 +221,8 @@ def read_tensors(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, An
         if is_out_of_memory(error):
             raise
         raise UserError(f"{path} holds a tensor that cannot be read ({' '.join(str(error).split())[:200]}).") from None
-    if not isinstance(digests, dict) or tensors.keys() != digests.keys():
-        raise UserError(f"{path} is damaged: it does not hold the tensors that its header names.")
-    for name, tensor in tensors.items():
-        if signature(tensor) != digests[name]:
-            raise UserError(f"{path} is damaged: {name} does not have the digest that the header names.")
+    if digests != {name: signature(tensor) for name, tensor in tensors.items()}:
+        raise UserError(f"{path} is damaged: its tensors do not have the digests that its header names.")
     return tensors, header
 
 

@@ -2,9 +2,9 @@
 
 import importlib.metadata
 import platform
+import re
 import resource
 import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,13 +24,13 @@ def _commit() -> str | None:
     return commit + ("+dirty" if dirty else "")
 
 
-def _processor() -> str:
-    """The processor's name."""
+def _proc(file: str, pattern: str) -> str | None:
+    """What Linux says of the machine or of this process in a file below /proc; None on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found = re.search(pattern, Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return None
+    return found and found[1]
 
 
 class Recorder:
@@ -50,11 +50,12 @@ class Recorder:
         """Seconds, peak memory of the process in MB (of the GPU, if on one), versions, hardware, commit, date."""
         versions = {name: _version(name) for name in ("cddlib", "torchvision", "numpy")}
         gpu = self._device.type == "cuda"
+        processor = _proc("cpuinfo", r"^model name\s*: (.+)") or platform.processor() or platform.machine()
         return {
             "seconds": self.seconds(),
             "peak_memory_mb": _peak_memory_mb(self._device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
-            "device": torch.cuda.get_device_name(self._device) if gpu else _processor(),
+            "device": torch.cuda.get_device_name(self._device) if gpu else processor,
             "threads": torch.get_num_threads(),
             "commit": self._commit,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -73,9 +74,5 @@ def _peak_memory_mb(device: torch.device) -> float:
     """Highest allocated memory of the GPU, or highest resident set of this process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says on Linux begins with the peak of the process that started this one
-        (peak,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return round(int(peak) * 1024 / 1e6, 1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    peak = _proc("self/status", r"^VmHWM:\s*(\d+)")  # getrusage's begins with that of the process that started this one
+    return round(int(peak) * 1024 / 1e6 if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 1)

@@ -261,7 +261,7 @@ def test_another_configuration_is_refused(buffer: Buffer) -> None:
 def test_missing_and_damaged_descriptions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no buffer; train one with `cddlib buffer --out "):
         Buffer(tmp_path)
-    damaged = ("{", "cannot be read as JSON"), ("{}", "has no checksum"), ("[]", "has no checksum")
+    damaged = ("{", "cannot be read as JSON"), *((text, "does not have the checksum of its") for text in ("{}", "[]"))
     for text, message in (*damaged, (json.dumps(files.add_checksum({})), "is not a buffer's")):
         (tmp_path / "buffer.json").write_text(text)
         for call in (Buffer, partial(train, recipe())):

@@ -4,7 +4,6 @@ Every kind of work is done once undisturbed. Whatever happens to it afterwards, 
 files.
 """
 
-import contextlib
 import functools
 import io
 import os
@@ -42,7 +41,7 @@ def note(notes: dict[str, Any], what: str, **entry: Any) -> None:
 
 # --- Kills ------------------------------------------------------------------------------------------------------
 
-KINDS = ("buffer", "distill", "remedy", "evaluate", "data", "data, in processes", "study")
+KINDS = ("buffer", "distill", "remedy", "evaluate", "data", "study")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -124,19 +123,6 @@ def test_a_killed_study_takes_its_processes_with_it(works: Works, notes: dict[st
     note(notes, "kills", work="study", kills=1, when="with a process of its own", identical=True)
 
 
-def test_a_killed_worker_is_missed(works: Works, notes: dict[str, Any]) -> None:
-    """As the system does with one of several processes when memory runs out: the others say so, and end."""
-    work = works["data, in processes"]
-    folder = work.begin()
-    child = work.child(folder)
-    process = psutil.Process(child.process.pid)
-    assert child.wait_until(lambda: child.heeds() and bool(process.children()))
-    process.children()[0].kill()
-    assert_one_sentence(child.wait(), child.said, r"a process that decodes images was killed, perhaps .* the same comm")
-    work.assert_resumes(folder)
-    note(notes, "kills", work="data, in processes", kills=1, when="one of its processes", identical=True)
-
-
 # --- Signals ----------------------------------------------------------------------------------------------------
 
 SAVED = {
@@ -164,7 +150,7 @@ def check_saved(kind: str, folder: Path, found: re.Match[str]) -> None:
         assert read_json(folder / "imagefolder.progress.json")["images"] == int(found[1])
 
 
-@pytest.mark.parametrize("kind", ["buffer", "distill", "evaluate", "data", "data, in processes"])
+@pytest.mark.parametrize("kind", ["buffer", "distill", "evaluate", "data"])
 def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
     """It finishes what it is at, says what is saved, and goes on from there as if nothing had been."""
     work, rng, times = works[kind], generator("signal", kind), {signal.SIGINT: 0, signal.SIGTERM: 0}
@@ -176,16 +162,13 @@ def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any], repeats: 
             child = work.child(folder, rare)
             if child.wait_until(child.heeds):
                 time.sleep(0.6 * work.seconds * float(torch.rand((), generator=rng)))
-                with contextlib.suppress(psutil.NoSuchProcess):  # it may have ended by now
-                    for worker in psutil.Process(child.process.pid).children():  # a terminal tells all
-                        worker.send_signal(signal.SIGINT)
                 child.signal(number)
             code, said = child.wait(), child.said
             if "finishing" not in said:  # the signal came when all was done, or not at all
                 break
             assert code == 128 + number, said
             times[number] += 1
-            assert re.match(r"\ncddlib: finishing the (epoch|iteration|network|batch); a second signal stops", said)
+            assert re.match(r"\ncddlib: finishing the (epoch|iteration|network|image); a second signal stops", said)
             assert re.search(r"\n\ncddlib: stopped.*; the same command resumes\.\n$", said), said
             if "all was finished" in said:
                 break

@@ -41,7 +41,7 @@ from cddbook import profiles
 from cddbook.records import read_record
 from cddbook.study import study_record
 from cddlib.data.download import prepare
-from cddlib.data.pictures import Pictures
+from cddlib.data.pictures import read_picture
 from cddlib.evaluate import Trainer
 from cddlib.exchange.torch_files import LARGEST_PICKLE, read_torch_file
 from cddlib.experts import expert
@@ -274,12 +274,6 @@ def test_archives_that_cost_too_much(case: str, tmp_path: Path, bounded: None) -
 # --- Files without an end ---------------------------------------------------------------------------------------
 
 
-def read_image(path: Path) -> None:
-    found = Pictures([str(path)], 4)[0]
-    if isinstance(found, UserError):
-        raise found
-
-
 @pytest.mark.parametrize("kind", ["pipe", "device"])
 @pytest.mark.parametrize(
     "read",
@@ -287,7 +281,7 @@ def read_image(path: Path) -> None:
         read_json,
         read_record,
         read_torch_file,
-        read_image,
+        lambda path: read_picture(str(path), 4),
         lambda path: read_tensors(path, "synthetic"),
         lambda path: parse_metrics(path, ""),
     ],
@@ -532,12 +526,7 @@ IMAGES = {
 
 
 @pytest.mark.parametrize("write", IMAGES, ids=range(len(IMAGES)))
-def test_images_that_cost_too_much(
-    write: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bounded: None
-) -> None:
-    """In the worker processes that decode."""
-    monkeypatch.setattr(PREPARE, "_PARALLEL", 0)
-    monkeypatch.setattr(PREPARE, "_usable_cpus", lambda: 1)
+def test_images_that_cost_too_much(write: Callable[[Path], object], tmp_path: Path, bounded: None) -> None:
     for part in ("train", "val"):
         (tmp_path / "images" / part / "a").mkdir(parents=True)
         Image.new("L", (4, 4)).save(tmp_path / "images" / part / "a" / "0.png")

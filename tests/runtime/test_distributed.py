@@ -35,7 +35,6 @@ from cddlib.distillation.checkpoint import CHECKPOINT, milestone_path
 from cddlib.distillation.optimizer import SetOptimizer
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime import device as devices
-from cddlib.runtime import distributed
 from cddlib.runtime.distributed import Interrupted, Ranks
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json, read_tensors, tensor_digest
@@ -221,7 +220,7 @@ def test_the_digits_recipe_with_eight_segments(
 
 def distil_backwards(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
     """Distil in one process that takes the segments in reverse order."""
-    Ranks.share = lambda _self, work: work[::-1]  # type: ignore[method-assign] # this process ends with the test
+    Ranks.portion = lambda _self, work: work[::-1]  # type: ignore[method-assign] # this process ends with the test
     cddlib.distill(config, buffer, out, device="cpu")
 
 
@@ -303,7 +302,7 @@ def heed_two_signals() -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
         ranks.wait()
-    return ranks.asked
+        return ranks.asked
 
 
 def test_a_rank_that_is_gone_is_noticed() -> None:
@@ -331,19 +330,6 @@ def test_ranks_that_see_different_folders_are_refused(buffer: Buffer, quick: dic
 def distil_apart(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
     """Distil in a folder that the other rank does not see."""
     cddlib.distill(config, buffer, out.with_name(f"{out.name}-{dist.get_rank()}"), device="cpu")
-
-
-def test_ranks_that_start_again_are_not_told_the_addresses_of_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torchrun keeps its store between attempts; in each one the others come before the first."""
-    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    monkeypatch.setenv("MASTER_ADDR", "localhost")
-    monkeypatch.setenv("MASTER_PORT", str(server.port))
-    for attempt in range(3):
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            others = [pool.submit(distributed._fresh_store, rank, 3) for rank in (1, 2)]
-            time.sleep(0.2)
-            distributed._fresh_store(0, 3).set("address", str(attempt))
-            assert [other.result().get("address") for other in others] == [str(attempt).encode()] * 2
 
 
 def test_commands_that_are_not_divided_are_refused() -> None:

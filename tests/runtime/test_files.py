@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from cddbook import records
 from cddlib.runtime import files
 from cddlib.runtime.errors import UserError
 
@@ -71,43 +70,30 @@ values = st.dictionaries(
 )
 
 
-@hypothesis.given(value=values)
-def test_what_has_a_checksum_comes_back(value: dict[str, Any]) -> None:
-    summed = files.add_checksum(value)
-    assert summed.keys() - value.keys() == {"checksum"}
-    shuffled = dict(reversed(summed.items()))
-    for text in (json.dumps(summed), json.dumps(shuffled, indent=3), json.dumps(summed).encode()):
-        assert files.verify_checksum(text, "it") == value
-
-
 @hypothesis.given(value=values, position=st.integers(0, 2**20), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_noticed_or_changes_nothing(value: dict[str, Any], position: int, bit: int) -> None:
+def test_what_has_a_checksum_comes_back_or_is_damaged(value: dict[str, Any], position: int, bit: int) -> None:
     text = bytearray(json.dumps(files.add_checksum(value)).encode())
+    assert files.verify_checksum(bytes(text), "it") == value
     text[position % len(text)] ^= 1 << bit
     try:
         found = files.verify_checksum(bytes(text), "it")
     except UserError as error:
-        assert str(error).startswith(("it is damaged: ", "it has no checksum: ", "it cannot be read as JSON: "))
+        assert str(error).startswith((UNSEALED, "it cannot be read as JSON: "))
     else:  # 1e5 is 1E5, and a space is a tab
         assert json.dumps(found, sort_keys=True) == json.dumps(value, sort_keys=True)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"a": 1}', "it has no checksum: it is damaged, or another program wrote it."),
-        ("[1]", "it has no checksum: it is damaged, or another program wrote it."),
-        ('{"a": 1, "checksum": "0123456789abcdef"}', "it is damaged: its contents do not have the checksum that it"),
-        ('{"a": 1, "checksum": 3}', "it is damaged: its contents do not have the checksum that it names."),
-        ('{"a": ', "it cannot be read as JSON: "),
-        ("[" * 10**5, "it cannot be read as JSON: "),
-        (b"\xff\xfe\x00", "it cannot be read as JSON: "),
-    ],
-)
-def test_what_has_no_right_checksum_is_refused(text: str | bytes, message: str) -> None:
+UNSEALED = "it does not have the checksum of its contents: it is damaged, or of another program."
+
+
+UNREADABLE = ('{"a": ', "[" * 10**5, b"\xff\xfe\x00")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1]", '{"a": 1, "checksum": "0123456789abcdef"}', *UNREADABLE])
+def test_what_has_no_right_checksum_is_refused(text: str | bytes) -> None:
     with pytest.raises(UserError) as refused:
         files.verify_checksum(text, "it")
-    assert str(refused.value).startswith(message)
+    assert str(refused.value).startswith("it cannot be read as JSON: " if text in UNREADABLE else UNSEALED)
 
 
 def test_digests_are_of_bytes_and_of_numbers(tmp_path: Path) -> None:
@@ -123,20 +109,12 @@ def test_digests_are_of_bytes_and_of_numbers(tmp_path: Path) -> None:
 # --- JSON -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [files.read_json, files.open_tensors, records.read_record])
+@pytest.mark.parametrize("read", [files.read_json, files.open_tensors])
 def test_a_missing_file_is_named(tmp_path: Path, read) -> None:
     with pytest.raises(UserError, match=r"none\.x does not exist\.$"):
         read(tmp_path / "none.x")
-
-
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00", None])
-@pytest.mark.parametrize("read", [files.read_json, records.read_record])
-def test_broken_json_is_named(tmp_path: Path, content: bytes | None, read) -> None:
-    path = tmp_path / "a.json"
-    path.mkdir() if content is None else path.write_bytes(content)
-    reason = "cannot be read: Is a directory" if content is None else "cannot be read as JSON: "
-    with pytest.raises(UserError, match=rf"a\.json {reason}"):
-        read(path)
+    with pytest.raises(UserError, match=f"{tmp_path} is not a file"):
+        read(tmp_path)
 
 
 # --- Tensors ----------------------------------------------------------------------------------------------------
@@ -160,23 +138,13 @@ def test_tensors_and_header_come_back(written: Path) -> None:
     assert (tensors["none"].shape, tensors["one"].item()) == ((0, 2), 3)
 
 
-def test_the_order_of_tensors_does_not_matter(written: Path, tmp_path: Path) -> None:
-    tensors, header = files.read_tensors(written, "thing")
-    for number in range(5):
-        files.write_tensors(tmp_path / "again", dict(sorted(tensors.items(), reverse=number % 2 > 0)), "thing", header)
-        assert files.read_tensors(tmp_path / "again", "thing")[1] == header
-    assert (tmp_path / "again").stat().st_size == written.stat().st_size
-
-
 def test_files_that_are_no_safetensors_are_named(written: Path, tmp_path: Path) -> None:
     whole = written.read_bytes()
-    for content in (b"", b"garbage" * 99, whole[:-1], whole + b"x", None):
+    for content in (b"", b"garbage" * 99, whole[:-1], whole + b"x"):
         path = tmp_path / "b.safetensors"
-        path.mkdir() if content is None else path.write_bytes(content)
-        for read in (files.open_tensors, lambda path: files.read_tensors(path, "thing")):
-            with pytest.raises(UserError, match=r"b\.safetensors is truncated or not a safetensors file \("):
-                read(path)
-        path.rmdir() if content is None else path.unlink()
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"b\.safetensors is truncated or not a safetensors file \("):
+            files.read_tensors(path, "thing")
 
 
 def test_another_kind_of_file_is_named(written: Path) -> None:
@@ -189,17 +157,15 @@ def test_another_kind_of_file_is_named(written: Path) -> None:
 
 GOOD = files.signature(MATRIX)
 OTHERS = (MATRIX + 1, MATRIX.reshape(3, 2), MATRIX.view(torch.int32))
-NO_TENSORS = "PATH is damaged: it does not hold the tensors that its header names."
-NO_DIGEST = "PATH is damaged: a does not have the digest that the header names."
+UNFIT = "{} is damaged: its tensors do not have the digests that its header names."
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({**files.add_checksum({"digests": {"a": GOOD}}), "more": 1}, "the header of PATH is damaged: its contents do"),
-        ({"digests": {"a": GOOD}}, "the header of PATH has no checksum: it is damaged, or another program wrote it."),
-        *((files.add_checksum({"digests": said}), NO_TENSORS) for said in (1, {}, None, {"a": GOOD, "b": ""})),
-        *((files.add_checksum({"digests": {"a": files.signature(other)}}), NO_DIGEST) for other in OTHERS),
+        ({"digests": {"a": GOOD}}, "the header of {} does not have the checksum of its contents: "),
+        *((files.add_checksum({"digests": said}), UNFIT) for said in (1, {}, None, {"a": GOOD, "b": ""})),
+        *((files.add_checksum({"digests": {"a": files.signature(other)}}), UNFIT) for other in OTHERS),
     ],
 )
 def test_a_header_that_does_not_fit_is_named(tmp_path: Path, header: dict[str, Any], message: str) -> None:
@@ -209,7 +175,7 @@ def test_a_header_that_does_not_fit_is_named(tmp_path: Path, header: dict[str, A
     save_file({"a": MATRIX}, path, metadata={"thing": json.dumps(header)})
     with pytest.raises(UserError) as refused:
         files.read_tensors(path, "thing")
-    assert str(refused.value).startswith(message.replace("PATH", str(path)))
+    assert str(refused.value).startswith(message.format(path))
 
 
 def test_a_flipped_bit_in_any_byte_is_noticed(written: Path) -> None:

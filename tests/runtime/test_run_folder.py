@@ -1,6 +1,7 @@
 """Run folders: seeds, metrics, locks, refusals, devices, memory, provenance."""
 
 import ast
+import concurrent.futures
 import contextlib
 import errno
 import fcntl
@@ -9,7 +10,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -78,15 +78,12 @@ def test_metrics_start_empty(metrics_file: Path) -> None:
     "damage",
     [
         lambda lines: [*lines[:2], lines[2].replace(b"0.5", b"0.6"), *lines[3:]],
-        lambda lines: [*lines[:2], b"\n", *lines[3:]],
         lambda lines: [lines[0], lines[2], lines[1], *lines[3:]],
-        lambda lines: lines[:2] + lines[3:],
-        lambda lines: [lines[0], *lines],
         lambda lines: lines[:4],
         lambda lines: [*lines[:4], lines[4][:-1]],
         lambda lines: [],
     ],
-    ids=["changed", "emptied", "reordered", "lost", "doubled", "short", "cut", "none"],
+    ids=["changed", "reordered", "short", "cut", "none"],
 )
 def test_lines_that_are_not_those_that_were_written_are_refused(metrics_file: Path, damage) -> None:
     digests = {iteration: digest_until(metrics_file, iteration) for iteration in (4, 5)}
@@ -144,23 +141,19 @@ def test_one_process_at_a_time_has_a_folder(tmp_path: Path) -> None:
 
 
 def test_one_thread_at_a_time_has_a_folder(tmp_path: Path) -> None:
-    said: list[str] = []
-
-    def enter() -> None:
+    def enter() -> str:
         try:
             with run_folder.locked(tmp_path / ".lock"):
-                said.append("entered")
+                return "entered"
         except UserError as error:
-            said.append(str(error))
+            return str(error)
 
-    for held in (run_folder.locked(tmp_path / ".lock"), contextlib.nullcontext()):
-        with held:
-            enter()
-            other = threading.Thread(target=enter)
-            other.start()
-            other.join()
-    assert all(sentence.startswith(f"{tmp_path} is in use: other work holds .lock; ") for sentence in said[:2])
-    assert said[2:] == ["entered", "entered"]
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        with contextlib.suppress(ZeroDivisionError), run_folder.locked(tmp_path / ".lock"):
+            for said in (enter(), other.submit(enter).result()):
+                assert said.startswith(f"{tmp_path} is in use: other work holds .lock; ")
+            raise ZeroDivisionError
+        assert (enter(), other.submit(enter).result()) == ("entered", "entered")
 
 
 def test_work_has_its_folder_and_finishes_what_it_is_at(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -176,17 +169,9 @@ def test_work_has_its_folder_and_finishes_what_it_is_at(tmp_path: Path, capfd: p
         assert not ranks.asked
 
 
-def test_a_folder_is_free_when_the_work_in_it_fails(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), run_folder.locked(tmp_path / ".lock"):
-        raise ZeroDivisionError
-    command = [sys.executable, "-c", HOLD, str(tmp_path / ".lock")]
-    assert subprocess.run(command, capture_output=True, text=True, input="").stdout == "locked\n"
-
-
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_file_systems_without_locks_are_used_without(tmp_path: Path, monkeypatch, number: int) -> None:
+def test_file_systems_without_locks_are_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: object) -> None:
-        raise OSError(number, "No locks available")
+        raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     for _ in range(2):

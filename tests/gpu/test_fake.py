@@ -168,12 +168,12 @@ def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU,
         preprocessing=cddlib.data.preprocessing.fit_preprocessing(dataset, zca=zca),
     )
     with gpu:
-        on_gpu, how = synthetic.to(CUDA), EvaluateConfig(evaluation_epochs=3)
+        on_gpu, how = synthetic.to(CUDA), EvaluateConfig(evaluation_epochs=30)
         uploads = gpu.uploads
         test = dataset.test.to(CUDA)
         found = accuracy_of_set(on_gpu, network, how, STRATEGY, ComputeConfig(), test, purpose="evaluation", seed=0)
     assert found == 1.0
-    assert gpu.uploads - uploads <= 8 + 2 * how.evaluation_epochs, "more copies than a permutation and a draw an epoch"
+    assert gpu.uploads - uploads <= 20, "the steps that one graph takes share their copies"
 
 
 def test_a_cpu_is_told_that_this_is_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from cddlib.protocol import fetch_synthetic, train_network
 from cddlib.runtime.config import as_dict, config_hash, from_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError, as_user_error, out_of_memory_hint
+from cddlib.runtime.errors import UserError, as_user_error, out_of_memory_hint, require
 from cddlib.runtime.files import file_digest, read_json, write_json
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
@@ -54,11 +54,8 @@ class EvaluateConfig:
     """Images a step."""
 
     def __post_init__(self) -> None:
-        for name in ("evaluation_epochs", "evaluation_batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.evaluation_epochs > MOST_EPOCHS:
-            raise UserError(f"evaluation_epochs is {self.evaluation_epochs}; it must be at most {MOST_EPOCHS}.")
+        require(1, most=MOST_EPOCHS, evaluation_epochs=self.evaluation_epochs)
+        require(1, evaluation_batch=self.evaluation_batch)
 
 
 def accuracy_of_set(
@@ -141,8 +138,7 @@ def evaluate_run(
         The record: accuracies on the test images under `synthetic`, `random_real` and `full`, their summary, the
         learning rates, and the network. A network that diverges counts as 0, and is named under `diverged`.
     """
-    if runs < 1:
-        raise UserError(f"runs is {runs}; it must be at least 1.")
+    require(1, runs=runs)
     trainer = Trainer(run, network, root=root, device=device)
     identity = {
         "synthetic_sha256": file_digest(run / "synthetic.safetensors"),

@@ -110,9 +110,9 @@ def test_summary_has_the_sample_standard_deviation() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("evaluation_epochs", 0, "it must be at least 1."),
+        ("evaluation_epochs", 0, "it must be at least 1 and at most 100000."),
         ("evaluation_batch", 0, "it must be at least 1."),
-        ("evaluation_epochs", 100_001, "it must be at most 100000."),
+        ("evaluation_epochs", 100_001, "it must be at least 1 and at most 100000."),
     ],
 )
 def test_impossible_trainings_are_refused(name: str, value: int, message: str) -> None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.runtime.random import generator
 
 
@@ -48,12 +48,8 @@ class SegmentsConfig:
     def __post_init__(self) -> None:
         start, end, first_end = self.window_start, self.window_end, self.window_end_initial
         counts = ("iterations", "segments", "expert_epochs", "expansion_iterations", "subsets", "concurrent_experts")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("expert", "replay"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        require(1, **{name: getattr(self, name) for name in counts})
+        require(0, expert=self.expert, replay=self.replay)
         if self.expert is not None and self.concurrent_experts > 1:
             raise UserError(
                 f"expert is {self.expert} and concurrent_experts is {self.concurrent_experts}; leave one of them out."

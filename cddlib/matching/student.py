@@ -12,7 +12,7 @@ from torch import Tensor
 from cddlib.data import augment
 from cddlib.networks.convnet import ConvNet, Network
 from cddlib.runtime.device import upload
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.training.engine import make_step, operations
 from cddlib.training.step import ComputeConfig, Residuals, TrainingStep
 
@@ -45,13 +45,10 @@ class MatchingConfig:
     """Most segments whose students are trained side by side; by default as many as fill the processor."""
 
     def __post_init__(self) -> None:
-        for name in ("student_steps", "student_batch", "side_by_side"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}; it must be at least 1.")
+        sizes = {name: getattr(self, name) for name in ("student_steps", "student_batch", "side_by_side")}
+        require(1, **sizes)
+        require(0, below=1, dropped_fraction=self.dropped_fraction)
         self.check_students(self.side_by_side or 1)
-        if not 0 <= self.dropped_fraction < 1:
-            raise UserError(f"dropped_fraction is {self.dropped_fraction}; it must be 0 or more and below 1.")
 
     def check_students(self, side_by_side: int) -> None:
         """Raise `UserError` if so many students cannot be trained side by side."""

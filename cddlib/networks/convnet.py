@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 
 Architecture = Literal["convnet", "alexnet", "vgg11", "resnet18", "densenet121", "vit", "mlp"]
 Norm = Literal["instance", "batch", "group", "layer", "none"]
@@ -42,9 +42,8 @@ class NetworkConfig:
     """Pooling over 2x2 pixels at the end of each block; of the ConvNet, others ignore it."""
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width"):
-            if not 1 <= getattr(self, name) <= LIMITS[name]:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {LIMITS[name]}.")
+        require(1, most=LIMITS["depth"], depth=self.depth)
+        require(1, most=LIMITS["width"], width=self.width)
         if self.network == "convnet" and self.norm == "group" and self.width % 4:
             raise UserError(f"width is {self.width}; with norm 'group' it must be a multiple of 4.")
         if self.network in ("vgg11", "resnet18", "densenet121") and self.norm not in ("instance", "batch"):

@@ -17,12 +17,17 @@ class Diverged(UserError):
 
 
 def require(
-    least: int, *, most: float | int | None = None, below: float | int | None = None, **values: float | int
+    least: int, *, most: float | int | None = None, below: float | int | None = None, **values: float | int | None
 ) -> None:
-    """Raise `UserError` for one of the `values` that is less than `least`, more than `most`, or not `below`."""
+    """Raise `UserError` for one of the `values` that is less than `least`, more than `most`, or not `below`.
+
+    A value may be None, which is not one.
+    """
     limits = {"at least": least, "at most": most, "below": below}
     allowed = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
     for name, value in values.items():
+        if value is None:
+            continue
         if not value >= least or (most is not None and value > most) or (below is not None and value >= below):
             raise UserError(f"{name} is {value}; it must be {allowed}.")
 

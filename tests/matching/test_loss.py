@@ -437,7 +437,7 @@ FRACTIONS = (-0.1, 1.0, 1.5, float("nan"), float("inf"))
     ("field", "value", "allowed"),
     [
         *((field, 0, "at least 1") for field in ("student_steps", "student_batch", "side_by_side")),
-        *(("dropped_fraction", value, "0 or more and below 1") for value in FRACTIONS),
+        *(("dropped_fraction", value, "at least 0 and below 1") for value in FRACTIONS),
     ],
 )
 def test_impossible_students_are_refused(field: str, value: float, allowed: str) -> None:

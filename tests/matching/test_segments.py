@@ -145,7 +145,7 @@ COUNTS = ("segments", "expert_epochs", "expansion_iterations", "iterations", "su
     ("values", "sentence"),
     [
         *(({name: 0}, f"{name} is 0; it must be at least 1.") for name in COUNTS),
-        *(({name: -1}, f"{name} is -1; it must be 0 or more.") for name in ("expert", "replay")),
+        *(({name: -1}, f"{name} is -1; it must be at least 0.") for name in ("expert", "replay")),
         (
             {"subsets": 2, "window_end_initial": 10},
             "subsets is 2 and window_end_initial is 10; a window is either cut into parts or grows.",

@@ -25,7 +25,7 @@ import nbformat
 import papermill
 
 import cddlib
-from cddbook.claims import committed_findings, summary_table
+from cddbook.claims import claims_table, committed_findings, summary_table
 from cddbook.tables import (
     markdown,
     measured_table,
@@ -127,10 +127,12 @@ def main() -> None:
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         print(f"executing {source.name}", flush=True)
         executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
+    found = committed_findings()
     generated = {
         "api": api(),
         "provenance": provenance(executed),
-        "claims": summary_table(committed_findings()),
+        "claims": summary_table(found),
+        "claims-table": claims_table(found),
         "methods-overview": methods_table(),
         "methods-published": published_tables(),
         "methods-measured": measured_table(ROOT / "book" / "results"),

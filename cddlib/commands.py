@@ -193,7 +193,7 @@ def plan_run(
         root=root,
         device=device,
     )
-    print(costs_table(costs))
+    print(costs_table(costs, devices))
 
 
 def recipes(*, method: str | None = None, data: str | None = None) -> None:

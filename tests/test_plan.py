@@ -134,8 +134,8 @@ def test_time_is_measured_and_said_in_words(monkeypatch) -> None:
     ],
 )
 def test_the_sentence_comes_first(seconds: float | None, memory: int, devices: int, sentence: str) -> None:
-    costs = [Cost(stage, 1e12, memory, 0, seconds, devices) for stage in ("experts", "distillation", "evaluation")]
-    assert costs_table(costs).splitlines()[0] == sentence
+    costs = [Cost(stage, 1e12, memory, 0, seconds) for stage in ("experts", "distillation", "evaluation")]
+    assert costs_table(costs, devices).splitlines()[0] == sentence
 
 
 def test_experts_are_those_of_the_method_on_the_students_network() -> None:

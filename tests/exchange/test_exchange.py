@@ -169,11 +169,10 @@ def test_files_are_read_in_numeric_order(tmp_path: Path) -> None:
     paths = [tmp_path / f"replay_buffer_{number}.pt" for number in range(11)]
     for path, trajectory in zip(paths, experts, strict=True):
         torch.save([trajectory], path)
-    for number, files in enumerate((tmp_path, sorted(paths))):
-        found = import_buffer(files, tmp_path / f"out{number}", DIGITS, device="cpu")
-        for expert in range(11):
-            wanted = torch.cat([tensor.flatten() for tensor in experts[expert][0]])
-            assert torch.equal(found.parameters(expert, 0), wanted)
+    found = import_buffer(tmp_path, tmp_path / "out", DIGITS, device="cpu")
+    for expert in range(11):
+        wanted = torch.cat([tensor.flatten() for tensor in experts[expert][0]])
+        assert torch.equal(found.parameters(expert, 0), wanted)
 
 
 def test_an_imported_buffer_can_be_distilled(buffer: Buffer, tmp_path: Path, quick: dict[str, object]) -> None:
@@ -254,7 +253,7 @@ DAMAGE = {
     "repeated epochs": (repeat, SAME),
     "shorter expert": (
         lambda content: content.append([[tensor.clone() for tensor in epoch] for epoch in content[0][:2]]),
-        r"expert 1, has 2 epochs and .*replay_buffer_0\.pt, expert 0, has 3; all need the same\.$",
+        r"replay_buffer_0\.pt, expert 1, has 1 epochs and the first one 2; all need the same\.$",
     ),
     "no epochs": (lambda content: content.__setitem__(0, content[0][:1]), r"expert 0, is a list of 1; it must be a l"),
     "no experts": (lambda content: content.clear(), r"replay_buffer_0\.pt is a list of 0; it must be a list of traj"),
@@ -296,8 +295,6 @@ def test_places_without_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no replay_buffer_\*\.pt\.$"):
         import_buffer(tmp_path / "empty", tmp_path / "out", DIGITS)
-    with pytest.raises(UserError, match=r"^the list of files holds no replay_buffer_\*\.pt\.$"):
-        import_buffer([], tmp_path / "out", DIGITS)
     with pytest.raises(UserError, match=r"none\.pt is not a file\.$"):
         import_buffer(tmp_path / "none.pt", tmp_path / "out", DIGITS)
 
@@ -458,9 +455,9 @@ WRONG = {
         torch.ones(10, 3, 8, 8),
         r"images_best\.pt is float32\[10, 3, 8, 8\]; it must be float",
     ),
-    "no whole IPC": ("images", torch.ones(9, 1, 8, 8), r"images_best\.pt is float32\[9, 1, 8, 8\]; digits needs a ten"),
-    "no images": ("images", torch.ones(0, 1, 8, 8), r"images_best\.pt is float32\[0, 1, 8, 8\]; digits needs a tensor"),
-    "a list": ("images", [ONES], r"images_best\.pt is a list of 1; digits needs a tensor of images, as many for each"),
+    "no whole IPC": ("images", torch.ones(9, 1, 8, 8), r"images_best\.pt is float32\[9, 1, 8, 8\]; it must be a tens"),
+    "no images": ("images", torch.ones(0, 1, 8, 8), r"images_best\.pt is float32\[0, 1, 8, 8\]; it must be a ten"),
+    "a list": ("images", [ONES], r"is a list of 1; it must be a tensor of images, as many for each of the 10 classes"),
     "bytes": ("images", ONES.byte(), r"images_best\.pt is uint8\[10, 1, 8, 8\]; it must be float32\[10, 1, 8, 8\]\.$"),
     "a nan": ("images", ONES * float("nan"), r"images_best\.pt holds numbers that are not finite\.$"),
     "absurdly many": (

@@ -320,10 +320,8 @@ def replay_buffer(folder: Path) -> Loader:
         torch.save([epochs], folder / name)
 
     def read(path: Path) -> Any:
-        experts = published._trajectories(path)
-        return [
-            [signature(theta) for theta in published._snapshots(expert, where, network)] for where, expert in experts
-        ]
+        experts = published._read_experts([path], network)
+        return [[signature(theta) for theta in snapshots] for _, _, snapshots in experts]
 
     return Loader(folder / "a", folder / "b", read)
 

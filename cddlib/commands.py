@@ -248,8 +248,7 @@ def import_images(
     """
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a run; choose another folder with --out.")
-    step_size = config.synthetic.step_size if lr is None else None
-    synthetic = import_set(images, labels, config.data, lr=lr, step_size=step_size, root=root)
+    synthetic = import_set(images, labels, config.data, step_size=lr or config.synthetic.step_size, root=root)
     config = replace(config, ipc=synthetic.ipc)
     fingerprint = load(config.data.data, root).fingerprint
     write_json(out / "config.json", {**as_dict(config), "data_fingerprint": fingerprint, "imported": True})

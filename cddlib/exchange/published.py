@@ -166,13 +166,7 @@ def _save(path: Path, value: object) -> None:
 
 
 def import_set(
-    images: Path,
-    labels: Path,
-    config: DataConfig,
-    *,
-    lr: Path | None = None,
-    step_size: float | None = None,
-    root: Path | None = None,
+    images: Path, labels: Path, config: DataConfig, *, step_size: Path | float, root: Path | None = None
 ) -> SyntheticSet:
     """Read a synthetic set of MTT, TESLA, FTD, ATT, DATM or PAD.
 
@@ -186,42 +180,36 @@ def import_set(
             the same codes hold pictures with the whitening undone, in spite of their name, and are refused.
         labels: ``labels_best.pt``, int64 (C·IPC) or float32 logits (C·IPC, C).
         config: the data set, for class names and preprocessing, and whether the images are whitened.
-        lr: ``lr_best.pt``, the learned step size, which DATM and PAD save.
-        step_size: the step size where no file has it (MTT, TESLA, FTD and ATT never save it).
+        step_size: ``lr_best.pt``, where DATM and PAD save it, or the number (MTT, TESLA, FTD and ATT never save it).
         root: folder of the data sets, see `cddlib.data.dataset.default_root`.
 
     Raises:
-        UserError: a file is missing, damaged, holds more than one tensor or does not fit the data set; not exactly
-            one of `lr` and `step_size` is given, or it is not positive.
+        UserError: a file is missing, damaged, holds more than one tensor or does not fit the data set; or the step
+            size is not positive.
     """
     if images.name.startswith("images_zca_"):
         whitened = images.name.replace("_zca", "", 1)
         raise UserError(f"{images} holds pictures with the whitening undone; import {whitened} instead.")
-    if (lr is None) == (step_size is None):
-        given = "neither" if lr is None else "both"
-        raise UserError(f"{given} of lr and step_size given; one is needed (a file, or the number if no file has it).")
-    step = torch.tensor(step_size, dtype=torch.float32) if lr is None else _read_step_size(lr)
+    step = _read_step_size(step_size) if isinstance(step_size, Path) else torch.tensor(step_size, dtype=torch.float32)
     if not 0 < step.item() < float("inf"):
-        raise UserError(f"the step size{f' in {lr}' if lr else ''} is {step.item():g}; it must be positive.")
+        place = f" in {step_size}" if isinstance(step_size, Path) else ""
+        raise UserError(f"the step size{place} is {step.item():g}; it must be positive.")
     dataset = load(config.data, root)
     classes = len(dataset.classes)
-    content, marks = read_torch_file(images), read_torch_file(labels)
-    n = len(content) if isinstance(content, Tensor) and content.ndim else 0
+    pixels, marks = read_torch_file(images), read_torch_file(labels)
+    n = len(pixels) if isinstance(pixels, Tensor) and pixels.ndim else 0
     if n == 0 or n % classes:
         wanted = f"a tensor of images, as many for each of the {classes} classes of {dataset.name}"
-        raise wrong_value(str(images), content, wanted)
-    pixels = check_tensor(content, str(images), torch.float32, (n, *dataset.shape))
+        raise wrong_value(str(images), pixels, wanted)
     by_place = torch.arange(classes).repeat_interleave(n // classes)
     soft = isinstance(marks, Tensor) and marks.is_floating_point()
     marks = check_tensor(marks, str(labels), *((torch.float32, (n, classes)) if soft else (torch.int64, (n,))))
     if not soft and len(wrong := torch.nonzero(marks != by_place)):
-        place = int(wrong[0])
-        raise UserError(
-            f"{labels} is not class-major: image {place} of {n} has label {int(marks[place])}, not "
-            f"{int(by_place[place])}."
-        )
+        first = int(wrong[0])
+        found = f"image {first} of {n} has label {int(marks[first])}, not {int(by_place[first])}"
+        raise UserError(f"{labels} is not class-major: {found}.")
     return SyntheticSet(
-        images=pixels,
+        images=check_tensor(pixels, str(images), torch.float32, (n, *dataset.shape)),
         labels=by_place,
         label_logits=marks if soft else None,
         step_size=step,

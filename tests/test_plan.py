@@ -148,5 +148,6 @@ def test_impossible_values_are_refused() -> None:
         with pytest.raises(UserError, match=rf"^{name} is {value}; it must be at least 1\.$"):
             plan(buffer_of(config), config, measure=False, **{name: value})
 
+
 def test_sizes_of_data_without_a_file() -> None:
     assert sizes_of("digits", None) == ((1, 8, 8), 10, 1438, 359)

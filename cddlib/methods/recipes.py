@@ -68,7 +68,7 @@ def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, *
     return configure(DistillConfig, **values)
 
 
-def buffer_recipe(data: str, method: str = "mtt", ipc: int = 1, **overrides: Any) -> BufferConfig:
+def buffer_recipe(data: str = "digits", method: str = "mtt", ipc: int = 1, **overrides: Any) -> BufferConfig:
     """How `method` trains experts on `data`, for `ipc` synthetic images per class; MTT's experts if none is named.
 
     Any field of `BufferConfig` can be given as a keyword.

@@ -602,7 +602,7 @@ def test_options_that_choose_a_recipe(notes: dict[str, Any]) -> None:
             words.append(PIECES[first % len(PIECES)] + PIECES[second % len(PIECES)] * (second % 3 == 0))
         chosen = cli.recipe_choices(words)
         try:
-            experts = cli._buffer_recipe(chosen, holdout=True)
+            experts = cli.chosen_buffer_recipe(chosen)
             assert cli.chosen_recipe(chosen).data.data == experts.data.data
         except OSError as error:  # of a name that no file can have, which `main` reports
             raise UserError(f"the system says {error}") from None

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from cddlib.methods.recipes import buffer_recipe, distill_recipe
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.config import field_types
 from cddlib.runtime.device import keep_freed_memory
-from cddlib.runtime.distributed import Interrupted, Ranks, joined
+from cddlib.runtime.distributed import Ranks, joined
 from cddlib.runtime.errors import UserError, needing, out_of_memory_hint
 
 DESCRIPTION = "Dataset distillation by concurrent trajectory matching. In order: data, buffer, distill, evaluate."
@@ -70,12 +71,9 @@ def run(
     except OSError as error:
         print(f"cddlib: {error}; what was finished before is kept, and the same command resumes.", file=sys.stderr)
         return 1
-    except Interrupted as stop:
-        print(f"\ncddlib: {stop}; the same command resumes.", file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        print("\ncddlib: interrupted; the same command resumes.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"\ncddlib: {str(stop) or 'interrupted'}; the same command resumes.", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
     return 0
 
 
@@ -96,14 +94,14 @@ def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
         "import-set": commands.import_images,
     }
     command = arguments[0] if arguments else ""
-    recipe: DistillConfig | BufferConfig | None = None
     if Ranks().count > 1 and command not in DIVIDED:
         raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
     if command in ("plan", "distill", "import-set"):
-        recipe = chosen_recipe(recipe_choices(arguments))
+        functions[command] = functools.partial(functions[command], config=chosen_recipe(recipe_choices(arguments)))
     elif command in ("buffer", "import-buffer"):
-        recipe = _buffer_recipe(recipe_choices(arguments), holdout=command == "buffer")
-    if recipe is not None:
+        recipe = chosen_buffer_recipe(recipe_choices(arguments))
+        if command == "import-buffer":  # the published codes hold no images out
+            recipe = dataclasses.replace(recipe, holdout=False)
         functions[command] = functools.partial(functions[command], config=recipe)
     return functions
 
@@ -119,10 +117,9 @@ def recipe_choices(arguments: list[str]) -> dict[str, Any]:
         return {}  # tyro says what is wrong
 
 
-def _buffer_recipe(chosen: dict[str, Any], *, holdout: bool) -> BufferConfig:
-    """How the chosen method trains experts. The published codes, whose buffers are imported, hold no images out."""
-    recipe = buffer_recipe(chosen.get("data", "digits"), chosen.get("method", "mtt"), chosen.get("ipc", 1))
-    return dataclasses.replace(recipe, holdout=recipe.holdout and holdout)
+def chosen_buffer_recipe(chosen: dict[str, Any]) -> BufferConfig:
+    """How the chosen method trains experts."""
+    return buffer_recipe(**{name: chosen[name] for name in chosen.keys() & {"method", "data", "ipc"}})
 
 
 def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:
@@ -133,7 +130,3 @@ def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:
     experts = Buffer(folder).config
     fields = [name for section in (NetworkConfig, AugmentConfig, DataConfig) for name in field_types(section)]
     return distill_recipe(**{**{name: experts[name] for name in fields}, **chosen})
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,6 @@
 """What each command does. `cddlib.cli` finds them by name and turns their arguments into options."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -184,16 +183,9 @@ def plan_run(
         measure: Run a few steps on this machine to predict the time.
     """
     given = {name: value for name, value in (("experts", experts), ("epochs", epochs)) if value is not None}
-    costs = plan(
-        buffer_of(config, **given),
-        config,
-        networks=networks,
-        devices=devices,
-        measure=measure,
-        root=root,
-        device=device,
-    )
-    print(costs_table(costs))
+    trained = buffer_of(config, **given)
+    costs = plan(trained, config, networks=networks, devices=devices, measure=measure, root=root, device=device)
+    print(costs_table(costs, devices))
 
 
 def recipes(*, method: str | None = None, data: str | None = None) -> None:
@@ -248,8 +240,7 @@ def import_images(
     """
     if (out / "config.json").exists():
         raise UserError(f"{out} holds a run; choose another folder with --out.")
-    step_size = config.synthetic.step_size if lr is None else None
-    synthetic = import_set(images, labels, config.data, lr=lr, step_size=step_size, root=root)
+    synthetic = import_set(images, labels, config.data, step_size=lr or config.synthetic.step_size, root=root)
     config = replace(config, ipc=synthetic.ipc)
     fingerprint = load(config.data.data, root).fingerprint
     write_json(out / "config.json", {**as_dict(config), "data_fingerprint": fingerprint, "imported": True})
@@ -271,8 +262,6 @@ def export(folder: tyro.conf.Positional[Path], *, to: Path, form: Literal["png",
             raise UserError(f"{folder} holds a buffer, which can be written as pt only, not as {form}.")
         export_buffer(Buffer(folder), to)
     else:
-        synthetic = SyntheticSet.load(folder / "synthetic.safetensors")
-        write: dict[str, Callable[[SyntheticSet, Path], object]]
-        write = {"png": export_png, "parquet": export_parquet, "pt": export_set}
-        write[form](synthetic, to)
+        write = {"png": export_png, "parquet": export_parquet, "pt": export_set}[form]
+        write(SyntheticSet.load(folder / "synthetic.safetensors"), to)
     print(f"wrote {to}")

@@ -34,7 +34,7 @@ from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
 from cddlib.training import counting
-from cddlib.training.epoch import SharpnessConfig, predict, train_epoch
+from cddlib.training.epoch import predict, train_epoch
 
 MEASURED_SECONDS = 0.5
 """How long each kind of step is repeated, at least; the first one is not counted."""
@@ -56,8 +56,6 @@ class Cost(NamedTuple):
     """Bytes that it leaves on disk."""
     seconds: float | None
     """Wall time, or None if nothing was measured."""
-    devices: int
-    """Number of equal devices that divide it among them."""
 
 
 class _Step(NamedTuple):
@@ -71,7 +69,7 @@ class _Step(NamedTuple):
     """Time for one image; 0 if it was not measured."""
 
 
-_Work = Sequence[tuple[_Step, int | float]]
+_Work = Sequence[tuple[_Step, int]]
 """Kinds of step, each with the number of images that take part."""
 
 
@@ -115,69 +113,58 @@ def plan(
 
 
 def _buffering(experts: BufferConfig, meter: "_Meter") -> Cost:
-    sizes, test = meter.sizes, meter.test()
+    sizes, step = meter.sizes, meter.training(experts.batch_size)
     validation = round(VALIDATION_FRACTION * sizes.train)
     train = sizes.train - validation * experts.holdout
-    seen = sum(b - a for a, b in map(experts.curriculum.bounds, range(experts.epochs))) * train
-    step = meter.training(experts.batch_size, experts.sharpness)
-    expert = [(step, seen), (test, validation * (experts.epochs + 1) + sizes.test)]
-    ranking = (
-        [(meter.training(experts.batch_size), SCORERS * SCORER_EPOCHS * train)]
-        if experts.curriculum.ranks_images
-        else []
-    )
+    seen = round(train * sum(b - a for a, b in map(experts.curriculum.bounds, range(experts.epochs))))
+    gradients = 2 if experts.sharpness.sharpness_radius > 0 else 1
+    expert = [(step, gradients * seen), (meter.test, validation * (experts.epochs + 1) + sizes.test)]
+    ranking = [(step, SCORERS * SCORER_EPOCHS * train * experts.curriculum.ranks_images)]
     trajectory = 4 * meter.parameters * (experts.epochs + 1)
-    memory = step.memory + trajectory + math.prod(sizes.shape) * (sizes.train + sizes.test)
+    memory = step.memory + trajectory + meter.pixels * (sizes.train + sizes.test)
     return meter.cost("experts", experts.experts, expert, ranking, memory, experts.experts * trajectory)
 
 
 def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> Cost:
-    sizes, test = meter.sizes, meter.test()
-    images = config.synthetic.ipc * sizes.classes
-    subset = images // config.schedule.subsets
+    schedule, classes = config.schedule, meter.sizes.classes
+    images = config.synthetic.ipc * classes
+    subset = images // schedule.subsets
     batch = min(config.student.student_batch or subset, subset)
-    most = chunk_size(meter.network, config.student, device_type, sizes.shape, batch)
-    students = min(most, -(-config.schedule.segments_in_all // meter.devices))  # who take their steps side by side
+    most = chunk_size(meter.network, config.student, device_type, meter.sizes.shape, batch)
+    students = min(most, -(-schedule.segments_in_all // meter.devices))  # who take their steps side by side
     step = meter.student(batch, students)
-    labelled = [(test, config.schedule.iterations * images)] if config.synthetic.labels == "teacher" else []
-    student = [(step, config.schedule.iterations * config.student.student_steps * batch), *labelled]
+    labelled = (meter.test, schedule.iterations * images * (config.synthetic.labels == "teacher"))
+    student = [(step, schedule.iterations * config.student.student_steps * batch), labelled]
 
-    times = 0 if config.validate_every == 0 else 1 + -(-config.schedule.iterations // config.validate_every)
-    validation = round(VALIDATION_FRACTION * sizes.train)
-    trained = images * config.evaluation.evaluation_epochs * (config.schedule.subsets + 1) // 2
+    validation = round(VALIDATION_FRACTION * meter.sizes.train)
+    times = 0 if config.validate_every == 0 else 1 + -(-schedule.iterations // config.validate_every)
+    trained = images * config.evaluation.evaluation_epochs * (schedule.subsets + 1) // 2
     network = meter.training(min(config.evaluation.evaluation_batch, images))
-    checks = [(network, times * config.validation_runs * trained)]
-    checks += [(test, times * config.validation_runs * validation), *labelled]
+    runs = times * config.validation_runs
+    checks = [(network, runs * trained), (meter.test, runs * validation), labelled]
 
-    set_bytes = 4 * images * (math.prod(sizes.shape) + sizes.classes)
-    sets = (
-        3 + 2 * students + (1 if config.combination.combine == "mean" else config.schedule.segments_in_all)
-    )  # and gradients
     path = 4 * meter.parameters * (config.student.student_steps + 3)
-    memory = students * (step.memory + path) + sets * set_bytes + math.prod(sizes.shape) * validation
+    set_bytes = 4 * images * (meter.pixels + classes)
+    sets = 3 + 2 * students + (1 if config.combination.combine == "mean" else schedule.segments_in_all)  # and gradients
+    memory = students * (step.memory + path) + sets * set_bytes + meter.pixels * validation
     disk = 4 * set_bytes  # the set; and the checkpoint: variables, momentum, best
-    return meter.cost("distillation", config.schedule.segments_in_all, student, checks, memory, disk)
+    return meter.cost("distillation", schedule.segments_in_all, student, checks, memory, disk)
 
 
 def _evaluation(config: DistillConfig, networks: int, meter: "_Meter") -> Cost:
-    sizes, images = meter.sizes, config.synthetic.ipc * meter.sizes.classes
-    batches = config.evaluation.evaluation_epochs * -(-images // config.evaluation.evaluation_batch)
-    epochs = max(1, round(batches / -(-sizes.train // config.evaluation.evaluation_batch)))
-    on_set, on_real = map(
-        meter.training, (min(config.evaluation.evaluation_batch, images), config.evaluation.evaluation_batch)
-    )
-    trained = (
-        images * config.evaluation.evaluation_epochs * (config.schedule.subsets + 3) // 2
-    )  # on the set, and on random real images
-    network = [(on_set, trained), (on_real, epochs * sizes.train), (meter.test(), 3 * sizes.test)]
-    memory = on_real.memory + math.prod(sizes.shape) * (sizes.train + sizes.test)
+    sizes, images, batch = meter.sizes, config.synthetic.ipc * meter.sizes.classes, config.evaluation.evaluation_batch
+    epochs = config.evaluation.evaluation_epochs
+    real_epochs = max(1, round(epochs * -(-images // batch) / -(-sizes.train // batch)))
+    trained = images * epochs * (config.schedule.subsets + 3) // 2  # on the set, and on random real images
+    on_set, on_real = meter.training(min(batch, images)), meter.training(batch)
+    network = [(on_set, trained), (on_real, real_epochs * sizes.train), (meter.test, 3 * sizes.test)]
+    memory = on_real.memory + meter.pixels * (sizes.train + sizes.test)
     return meter.cost("evaluation", networks, network, [], memory, 0)
 
 
-def costs_table(costs: Sequence[Cost]) -> str:
-    """The costs as a sentence, and below it a table, a line a stage."""
+def costs_table(costs: Sequence[Cost], devices: int = 1) -> str:
+    """The costs on so many devices as a sentence, and below it a table, a line a stage."""
     known = [cost.seconds for cost in costs if cost.seconds is not None]
-    devices = costs[0].devices
     where = "on this machine" if devices == 1 else f"on {devices} devices like this machine's"
     duration = f"About {_duration(sum(known))} {where}" if known else "No time was measured"
     memory = f"{_bytes(max(cost.memory for cost in costs))} of memory{' on each' if devices > 1 else ''}"
@@ -205,12 +192,13 @@ class _Meter:
 
     def __init__(self, config: DistillConfig, sizes: Sizes, devices: int, device: torch.device | None) -> None:
         self.config, self.sizes, self.devices, self.device = config, sizes, devices, device
+        self.pixels = math.prod(sizes.shape)
         self.network = build_network(config.network, sizes.shape, sizes.classes)
         self.parameters = parameter_count(self.network)
         what = {"config": config.network, "shape": sizes.shape, "classes": sizes.classes}
         self.count = functools.partial(counting.count, **what)
-        self.training, self.test = functools.cache(self._training), functools.cache(self._test)
         if device:
+            self.seconds = functools.cache(functools.partial(_seconds, device=device))
             self.rng = generator("plan")
             self.theta = self.network.init(self.rng).to(device).requires_grad_()
             self.images = torch.randn(MOST_IMAGES, *sizes.shape, generator=self.rng).to(device)
@@ -219,60 +207,56 @@ class _Meter:
 
     def cost(self, stage: str, times: int, each: _Work, once: _Work, memory: int, disk: int) -> Cost:
         """The sum: `times` times the steps of `each`, divided among the devices, and the steps of `once`."""
-        divided = -(-times // self.devices)
-        flops = sum(times * step.flops * images for step, images in each)
+        flops = times * sum(step.flops * images for step, images in each)
         flops += sum(step.flops * images for step, images in once)
-        seconds = sum(divided * step.seconds * images for step, images in each)
+        seconds = -(-times // self.devices) * sum(step.seconds * images for step, images in each)
         seconds += sum(step.seconds * images for step, images in once)
-        return Cost(stage, flops, memory, disk, seconds if self.device else None, self.devices)
+        return Cost(stage, flops, memory, disk, seconds if self.device else None)
 
-    def _training(self, batch: int, sharpness: SharpnessConfig | None = None) -> _Step:
-        """A step of SGD; of an expert, with a second gradient if its minima shall be flat."""
-        gradients = 2 if sharpness and sharpness.sharpness_radius > 0 else 1
+    def training(self, batch: int) -> _Step:
+        """A step of SGD."""
+        return _Step(*self.count(counting.descend, batch=batch), self._time(self._train, batch))
 
-        def run(size: int) -> None:
-            network = self.network, self.theta, torch.optim.SGD([self.theta], lr=0.0)
-            options: dict[str, Any] = {
-                "strategy": self.config.augmentation.augment,
-                "generator": self.rng,
-                "sharpness": sharpness,
-            }
-            train_epoch(*network, self.fetch, size, batch_size=size, **options)
-
-        flops, memory = self.count(counting.descend, batch=batch)
-        return _Step(gradients * flops, memory, self._time(run, batch))
-
-    def _test(self) -> _Step:
+    @functools.cached_property
+    def test(self) -> _Step:
         """The classification of images."""
-        seconds = self._time(lambda size: predict(self.network, self.theta, self.fetch, size), MOST_IMAGES)
-        return _Step(*self.count(counting.classify, batch=2), seconds)
+        return _Step(*self.count(counting.classify, batch=2), self._time(self._classify, MOST_IMAGES))
 
     def student(self, batch: int, students: int) -> _Step:
         """A step of a student, forward and back, of so many side by side."""
-        config = replace(self.config, student_steps=2, student_batch=None)
-
-        def run(size: int) -> None:
-            rate = torch.tensor(config.synthetic.step_size, device=self.device)
-            start, images, targets, rates = (
-                tensor.detach().expand(students, *tensor.shape).contiguous()
-                for tensor in (self.theta, self.images[:size], self.targets[:size], rate)
-            )
-            variables = [images.requires_grad_(), rates.requires_grad_()]
-            steps = [plan_student(config.student, size, config.augmentation.augment, self.rng) for _ in range(students)]
-            losses = matching_losses(self.network, start, start + 1, images, targets, rates, steps, config.student)
-            torch.autograd.grad(losses.sum(), variables)
-
         back, memory = self.count(counting.walk_back, batch=batch)
         forward, _ = self.count(counting.descend, batch=batch)
-        return _Step(forward + back, memory, self._time(run, batch) / (2 * students))
+        seconds = self._time(functools.partial(self._match, students), batch) / (2 * students)
+        return _Step(forward + back, memory, seconds)
+
+    def _train(self, size: int) -> None:
+        optimizer, strategy = torch.optim.SGD([self.theta], lr=0.0), self.config.augmentation.augment
+        how: dict[str, Any] = {"batch_size": size, "strategy": strategy, "generator": self.rng}
+        train_epoch(self.network, self.theta, optimizer, self.fetch, size, **how)
+
+    def _classify(self, size: int) -> None:
+        predict(self.network, self.theta, self.fetch, size)
+
+    def _match(self, students: int, size: int) -> None:
+        """Two steps of students side by side."""
+        config = replace(self.config.student, student_steps=2, student_batch=None)
+        rate = torch.tensor(self.config.synthetic.step_size, device=self.device)
+        start, images, targets, rates = (
+            tensor.detach().expand(students, *tensor.shape).contiguous()
+            for tensor in (self.theta, self.images[:size], self.targets[:size], rate)
+        )
+        variables = [images.requires_grad_(), rates.requires_grad_()]
+        steps = [plan_student(config, size, self.config.augmentation.augment, self.rng) for _ in range(students)]
+        losses = matching_losses(self.network, start, start + 1, images, targets, rates, steps, config)
+        torch.autograd.grad(losses.sum(), variables)
 
     def _time(self, run: Callable[[int], object], batch: int) -> float:
         """Seconds for one image of `run` on a batch: of all its images, or of as many as can be timed in passing."""
         if self.device is None:
             return 0.0
         few = min(batch, 4)
-        many = max(few, int(LONGEST_SECONDS / _seconds(run, few, 0.0, self.device)))
-        return _seconds(run, min(batch, many, MOST_IMAGES), MEASURED_SECONDS, self.device)
+        many = max(few, int(LONGEST_SECONDS / self.seconds(run, few, 0.0)))
+        return self.seconds(run, min(batch, many, MOST_IMAGES), MEASURED_SECONDS)
 
 
 def _seconds(run: Callable[[int], object], images: int, at_least: float, device: torch.device) -> float:

@@ -11,13 +11,13 @@ network and an evaluation network again. On the same machine, with as many threa
 same; on another, rounding differs, and so do later digits.
 """
 
+import collections
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from cddlib.data.dataset import load
@@ -44,8 +44,8 @@ TOLERANCE = 0.02
 ACCURACY = 0.05
 """The same for a network's accuracy after a whole training, as a fraction of the images."""
 
-Pairs = list[tuple[float, float]]
-"""Numbers found now, each with what was written."""
+Pairs = dict[str, list[tuple[Any, Any]]]
+"""Numbers or vectors found now, each with what was written, by what they are; (0, 0) for a checksum that is right."""
 
 
 class Check(NamedTuple):
@@ -91,141 +91,110 @@ def verify(
         raise UserError(f"sample is {sample}; it must be at least 1.")
     if not 0 <= tolerance < math.inf:
         raise UserError(f"tolerance is {tolerance}; it must be a finite number, 0 or more.")
-    dev = resolve_device(device)
     if (folder / "buffer.json").exists():
-        return _verify_buffer(Buffer(folder), sample, tolerance, root, dev)
-    if buffer is None:
+        found = _recompute_buffer(Buffer(folder), sample, root, resolve_device(device))
+    elif buffer is None:
         raise UserError(f"{folder} holds no buffer; to verify a distillation, give its experts with --buffer.")
-    return _verify_distillation(folder, Buffer(buffer), sample, tolerance, root, dev)
+    else:
+        found = _recompute_distillation(folder, Buffer(buffer), sample, root, device)
+    return [_compare(what, pairs, tolerance) for what, pairs in found.items()]
 
 
-def _verify_buffer(
-    buffer: Buffer, sample: int, tolerance: float, root: Path | None, device: torch.device
-) -> list[Check]:
+def _recompute_buffer(buffer: Buffer, sample: int, root: Path | None, device: torch.device) -> Pairs:
     for expert, known in enumerate(tqdm(buffer.experts, desc="checksums", unit="expert")):
         path = expert_path(buffer.folder, expert)
         if file_digest(path) != known["sha256"]:
             raise UserError(f"{path} is damaged: it does not have the SHA-256 that buffer.json names.")
-    checks = [Check("checksums of the experts", len(buffer.experts), 0.0, 0.0)]
+    read_json(buffer.folder / "result.json")
     dataset = load(buffer.data["name"], root)
     buffer.check_data(dataset)
     config = from_dict(BufferConfig, buffer.config)
     fitted = fit_preprocessing(dataset, zca=config.data.zca).tensors()
-    pairs = [(fitted[name], tensor) for name, tensor in buffer.preprocessing.tensors().items()]
-    checks.append(_tensors("preprocessing", pairs, tolerance))
-    read_json(buffer.folder / "result.json")
+    found: Pairs = collections.defaultdict(list)
+    found["checksums of the experts"] = [(0, 0)] * len(buffer.experts)
+    found["preprocessing"] = [(fitted[name], written) for name, written in buffer.preprocessing.tensors().items()]
     if buffer.config.get("imported"):
-        return checks
+        return found
     training = ExpertTraining(config, buffer.network, dataset, buffer.folder, device, Ranks())
     rng = generator("verify", buffer.id)
-    vectors, losses, accuracies = [], [], []
     for expert in tqdm(torch.randperm(len(buffer.experts), generator=rng)[:sample].tolist(), desc="training an epoch"):
         # with momentum, only the first epoch depends on nothing but the parameters before it
         epoch = 1 + int(torch.randint(1 if config.momentum else config.epochs, (), generator=rng))
-        before, written = buffer.parameters(expert, epoch - 1), buffer.parameters(expert, epoch)
+        before, known = buffer.parameters(expert, epoch - 1), buffer.experts[expert]
         theta = before.clone().to(device)
         loss = training.epoch(expert, epoch, theta, training.optimizer(theta))
-        losses.append((loss, buffer.experts[expert]["train_loss"][epoch - 1]))
         theta = theta.detach()
-        vectors.append((theta.cpu() - before, written - before))
-        again = training.accuracy(theta, training.validation)
-        accuracies.append((again, buffer.experts[expert]["validation_accuracy"][epoch]))
-    return [
-        *checks,
-        _tensors("steps of an epoch", vectors, tolerance),
-        _numbers("training losses", losses, tolerance),
-        _accuracies("validation accuracies of experts", accuracies),
-    ]
+        accuracy = training.accuracy(theta, training.validation)
+        found["steps of an epoch"].append((theta.cpu() - before, buffer.parameters(expert, epoch) - before))
+        found["training losses"].append((loss, known["train_loss"][epoch - 1]))
+        found["validation accuracies of experts"].append((accuracy, known["validation_accuracy"][epoch]))
+    return found
 
 
-def _verify_distillation(
-    run: Path, buffer: Buffer, sample: int, tolerance: float, root: Path | None, device: torch.device
-) -> list[Check]:
+def _recompute_distillation(run: Path, buffer: Buffer, sample: int, root: Path | None, device: str) -> Pairs:
     settings = read_json(run / "config.json")
     if settings.get("imported"):
         raise UserError(f"{run} was imported from files of another program; it holds nothing that can be recomputed.")
-    trainer = Trainer(run, None, root=root, device=str(device))
+    trainer = Trainer(run, None, root=root, device=device)
     with as_user_error(run / "config.json", "a distillation's configuration"):
         config = from_dict(DistillConfig, settings)
     if settings.get("buffer_id") != buffer.id:
         raise UserError(f"{run} matched the buffer {settings.get('buffer_id')}, but {buffer.folder} is {buffer.id}.")
-    result = read_json(run / "result.json")
-    lines = read_metrics(run)
-    kept = milestones(run)
+    result, lines, kept = read_json(run / "result.json"), read_metrics(run), milestones(run)
     for path in [run / CHECKPOINT, *(milestone_path(run, iteration) for iteration in kept)]:
         read_tensors(path, "state")
-    checks = [Check("checksums of files and lines of metrics", len(kept) + len(lines) + 4, 0.0, 0.0)]
     buffer = buffer.convexified() if config.schedule.convex else buffer
-    initial = initial_state(config, trainer.dataset, buffer, device).synthetic
-    checks += _verify_iterations(run, config, buffer, initial, lines, sample, tolerance)
-    accuracies: Pairs = []
+    initial = initial_state(config, trainer.dataset, buffer, trainer.device).synthetic
+    found: Pairs = {"checksums of files and lines of metrics": [(0, 0)] * (len(kept) + len(lines) + 4)}
+    found |= _recompute_iterations(run, config, buffer, initial, lines, sample)
+    accuracies = found["accuracies of networks trained on the set"] = []
     if result["validation_accuracy"] is not None:
         written = lines[result["selected_iteration"]]["validation_accuracy"][0]
-        validation = trainer.dataset.split[1].to(device)
+        validation = trainer.dataset.split[1].to(trainer.device)
         accuracies.append((validation_accuracy(trainer.synthetic, config, buffer, validation, 0), written))
     for path in sorted(run.glob("evaluation-*.json")):
         record = read_json(path)
-        tested = Trainer(run, from_dict(NetworkConfig, record["network"]), root=root, device=str(device))
+        tested = Trainer(run, from_dict(NetworkConfig, record["network"]), root=root, device=device)
         now = tested.accuracy("synthetic", record["seed"])
         accuracies.append((0.0 if math.isnan(now) else now, record["accuracies"]["synthetic"][0]))
-    return [*checks, _accuracies("accuracies of networks trained on the set", accuracies)]
+    return found
 
 
-def _verify_iterations(
-    run: Path,
-    config: DistillConfig,
-    buffer: Buffer,
-    initial: SyntheticSet,
-    lines: Sequence[dict[str, Any]],
-    sample: int,
-    tolerance: float,
-) -> list[Check]:
+def _recompute_iterations(
+    run: Path, config: DistillConfig, buffer: Buffer, initial: SyntheticSet, lines: list[dict[str, Any]], sample: int
+) -> Pairs:
     """The set before the first iteration, and the iterations that follow each milestone."""
-    losses: Pairs = []
-    lengths: Pairs = []
-    step_sizes: Pairs = []
-    starts: list[tuple[Tensor, Tensor]] = []
+    found: Pairs = collections.defaultdict(list)
+    lengths: tuple[list[float], list[float]] = [], []
     for iteration in tqdm(milestones(run), desc="iterations from milestones"):
         state = State(config, initial.copy())
         state.read(milestone_path(run, iteration))
         if iteration == 0:
-            starts = list(zip(initial.copy().variables(), state.synthetic.copy().variables(), strict=True))
+            written = state.synthetic.copy().variables()
+            found["the set before the first iteration"] += zip(initial.copy().variables(), written, strict=True)
         for line in lines[iteration + 1 :][:sample]:
             again = iterate(state, config, buffer, Ranks())
             if again["matched"] != line["matched"]:
                 raise UserError(f"{run} matched other segments in iteration {line['iteration']} than its seed draws.")
-            losses += zip(again["losses"], line["losses"], strict=True)
-            lengths += zip(again["gradient_norms"], line["gradient_norms"], strict=True)
-            step_sizes.append((again["step_size"], line["step_size"]))
-    now, then = torch.tensor(lengths).reshape(-1, 2).unbind(1)
-    return [
-        _tensors("the set before the first iteration", starts, tolerance),
-        _numbers("losses", losses, tolerance),
-        # as one vector: where rounding turns a ReLU on, a single gradient can be some percent longer
-        _tensors("lengths of gradients", [(now, then)], tolerance),
-        _numbers("step sizes", step_sizes, tolerance),
-    ]
+            found["losses"] += zip(again["losses"], line["losses"], strict=True)
+            found["step sizes"].append((again["step_size"], line["step_size"]))
+            for norms, record in zip(lengths, (again, line), strict=True):
+                norms += record["gradient_norms"]
+    # as one vector: where rounding turns a ReLU on, a single gradient can be some percent longer
+    found["lengths of gradients"] = [lengths]
+    return found
 
 
-def _numbers(what: str, pairs: Pairs, tolerance: float) -> Check:
-    """Numbers found now, each with what was written."""
-    differences = [abs(found - written) / max(abs(written), 1e-12) for found, written in pairs]
-    return Check(what, len(pairs), _largest(differences), tolerance)
-
-
-def _accuracies(what: str, pairs: Pairs) -> Check:
-    return Check(what, len(pairs), _largest([abs(found - written) for found, written in pairs]), ACCURACY)
-
-
-def _tensors(what: str, pairs: Sequence[tuple[Tensor, Tensor]], tolerance: float) -> Check:
-    """Tensors found now, each with what was written; the difference is that of the lengths of vectors."""
-    differences = [float((found - written).norm() / written.norm().clamp(min=1e-12)) for found, written in pairs]
-    return Check(what, sum(found.numel() for found, _ in pairs), _largest(differences), tolerance)
-
-
-def _largest(differences: Sequence[float]) -> float:
-    """The largest of them, 0 of none; nan, which passes no check, if there is one among them."""
-    return math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0)
+def _compare(what: str, pairs: list[tuple[Any, Any]], tolerance: float) -> Check:
+    """The largest difference of a pair, relative to what was written, except for accuracies."""
+    absolute = "accuracies" in what
+    numbers, largest = 0, torch.zeros((), dtype=torch.float64)
+    for pair in pairs:
+        found, written = (torch.as_tensor(value, dtype=torch.float64) for value in pair)
+        size = 1.0 if absolute else written.norm().clamp(min=1e-12)
+        largest = torch.maximum(largest, (found - written).norm() / size)  # nan, which passes no check, stays
+        numbers += found.numel()
+    return Check(what, numbers, float(largest), ACCURACY if absolute else tolerance)
 
 
 def checks_table(checks: Sequence[Check]) -> str:

@@ -1,6 +1,5 @@
 """Commands beside the main way: recipes, plan, other networks, files of other programs."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,8 @@ def run(*arguments: object) -> int:
 def distilled(buffer: Buffer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with learned labels, and two images a class."""
     folder = tmp_path_factory.mktemp("run")
-    config = cddlib.distill_recipe(
-        *("datm", "digits", 2),
-        width=8,
-        window_end=4,
-        iterations=2,
-        student_steps=3,
-        evaluation_epochs=2,
-    )
+    short = {"width": 8, "window_end": 4, "iterations": 2, "student_steps": 3, "evaluation_epochs": 2}
+    config = cddlib.distill_recipe("datm", "digits", 2, **short)
     cddlib.distill(config, buffer, folder, device="cpu")
     return folder
 
@@ -58,13 +51,6 @@ def test_plan_says_what_each_stage_takes(capsys) -> None:
     assert capsys.readouterr().err == "cddlib: devices is 0; it must be at least 1.\n"
 
 
-def test_plan_measures(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("cddlib.plan.MEASURED_SECONDS", 0.05)
-    options = ["--iterations", "2", "--width", "4", "--evaluation-epochs", "2", "--experts", "1", "--epochs", "14"]
-    assert run("plan", *options, "--device", "cpu") == 0
-    assert len(re.findall(r"\d (?:seconds|minutes|hours|days)(?:$| on )", capsys.readouterr().out, re.MULTILINE)) == 4
-
-
 def test_another_network_is_evaluated_and_recorded_apart(distilled: Path, capsys) -> None:
     before = set(distilled.glob("evaluation-*.json"))
     options = ["--runs", "1", "--no-baselines", "--device", "cpu"]
@@ -90,9 +76,8 @@ def test_a_set_goes_out_as_pt_and_comes_back_to_be_evaluated(distilled: Path, tm
     options = ["--data", "digits", "--width", "8", "--evaluation-epochs", "2", "--out", tmp_path / "theirs"]
     assert run("import-set", *files, "--lr", tmp_path / "pt" / "lr_best.pt", *options) == 0
     assert "20 images of 10 classes" in capsys.readouterr().out
-    ours, theirs = (
-        cddlib.SyntheticSet.load(folder / "synthetic.safetensors") for folder in (distilled, tmp_path / "theirs")
-    )
+    folders = distilled, tmp_path / "theirs"
+    ours, theirs = (cddlib.SyntheticSet.load(folder / "synthetic.safetensors") for folder in folders)
     assert ours.images.equal(theirs.images) and ours.label_logits.equal(theirs.label_logits)
     assert ours.step_size.equal(theirs.step_size) and theirs.ipc == 2
     assert run("evaluate", tmp_path / "theirs", "--runs", "1", "--device", "cpu") == 0

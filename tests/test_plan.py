@@ -1,6 +1,7 @@
 """The cost plan: operations and memory against a count by hand, and how they grow with the run."""
 
 import itertools
+import re
 import time
 
 import pytest
@@ -9,12 +10,10 @@ import torch
 import cddlib
 from cddlib.data.dataset import sizes_of
 from cddlib.networks.convnet import NetworkConfig, parameter_count
-from cddlib.plan import Cost, Sizes, buffer_of, costs_table, plan
+from cddlib.plan import Cost, buffer_of, costs_table, plan
 from cddlib.runtime.errors import UserError
 from cddlib.training import counting
 from cddlib.training.counting import PeakMemory, count
-
-CIFAR = Sizes((3, 32, 32), 10, 50_000, 10_000)
 
 
 def count_wide(step: counting.Step, batch: int) -> tuple[float, int]:
@@ -93,9 +92,8 @@ def test_devices_share_segments_and_experts_and_students_take_steps_side_by_side
     alone = plan(buffer_of(config, experts=1), config, device="cpu")[0]
     assert experts.seconds == pytest.approx(-(-5 // devices) * alone.seconds)
     p = parameter_count(cddlib.build_network(config.network, (1, 8, 8), 10))
-    least = 4 * (
-        p * (config.student.student_steps + 3) + 2 * 10 * (64 + 10)
-    )  # parameters on the way; gradients of the set
+    # parameters on the way; gradients of the set
+    least = 4 * (p * (config.student.student_steps + 3) + 2 * 10 * (64 + 10))
     assert (share - 1) * least <= beside.memory - one.memory <= (share - 1) * one.memory
 
 
@@ -121,8 +119,7 @@ def test_time_is_measured_and_said_in_words(monkeypatch) -> None:
     costs = plan(buffer_of(config, experts=1), config, device="cpu")
     assert time.process_time() - began < 10
     assert all(cost.seconds is not None and 0 < cost.seconds < 1000 for cost in costs)
-    lines = costs_table(costs).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["experts", "distillation", "evaluation"]
+    assert len(re.findall(r"\d (?:seconds|minutes|hours)(?:$| on )", costs_table(costs), re.MULTILINE)) == 4
 
 
 @pytest.mark.parametrize(
@@ -134,27 +131,15 @@ def test_time_is_measured_and_said_in_words(monkeypatch) -> None:
     ],
 )
 def test_the_sentence_comes_first(seconds: float | None, memory: int, devices: int, sentence: str) -> None:
-    costs = [Cost(stage, 1e12, memory, 0, seconds, devices) for stage in ("experts", "distillation", "evaluation")]
-    assert costs_table(costs).splitlines()[0] == sentence
+    costs = [Cost(stage, 1e12, memory, 0, seconds) for stage in ("experts", "distillation", "evaluation")]
+    assert costs_table(costs, devices).splitlines()[0] == sentence
 
 
 def test_experts_are_those_of_the_method_on_the_students_network() -> None:
     config = cddlib.distill_recipe("datm", "cifar10", 50, width=32, zca=False)
     experts = buffer_of(config, epochs=60)
-    assert (experts.network.width, experts.data.zca, experts.epochs, experts.sharpness.sharpness_radius) == (
-        32,
-        False,
-        60,
-        0.01,
-    )
+    assert (experts.network.width, experts.data.zca, experts.epochs) == (32, False, 60)
     assert cddlib.replace(experts, epochs=100, width=128, zca=True) == cddlib.buffer_recipe("cifar10", "datm", 50)
-
-
-def test_sizes_of_prepared_and_of_known_data() -> None:
-    assert sizes_of("digits", None) == Sizes((1, 8, 8), 10, 1438, 359)
-    assert sizes_of("cifar10", None) == CIFAR
-    with pytest.raises(UserError, match="imagefolder is not in"):
-        sizes_of("imagefolder", None)
 
 
 def test_impossible_values_are_refused() -> None:
@@ -162,3 +147,7 @@ def test_impossible_values_are_refused() -> None:
     for name, value in itertools.product(("devices", "networks"), (0, -1)):
         with pytest.raises(UserError, match=rf"^{name} is {value}; it must be at least 1\.$"):
             plan(buffer_of(config), config, measure=False, **{name: value})
+
+
+def test_sizes_of_data_without_a_file() -> None:
+    assert sizes_of("digits", None) == ((1, 8, 8), 10, 1438, 359)

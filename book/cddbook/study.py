@@ -31,7 +31,7 @@ from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
-from cddlib.methods.recipes import _parse, distill_recipe
+from cddlib.methods.recipes import distill_recipe, parse_value
 from cddlib.runtime.config import as_dict, configure, field_types, replace
 from cddlib.runtime.device import end_with_parent, keep_freed_memory, resolve_device
 from cddlib.runtime.errors import Diverged, UserError, as_user_error
@@ -52,7 +52,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
         if field not in field_types(DistillConfig) or not values:
             raise UserError(f"{text!r} is not a field of a distillation with values, like lr_images=10,30.")
         try:
-            grid[field] = [_parse(field, token) for token in values.split(",")]
+            grid[field] = [parse_value(field, token) for token in values.split(",")]
         except (KeyError, ValueError):
             raise UserError(f"{text!r} has a value that {field} cannot take.") from None
     return grid

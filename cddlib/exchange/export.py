@@ -10,7 +10,6 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from cddlib.exchange.published import plain
 from cddlib.runtime.errors import UserError, needing
 from cddlib.runtime.files import whole_folder, write_atomically
 from cddlib.synthetic import SyntheticSet
@@ -20,7 +19,7 @@ def _pngs(synthetic: SyntheticSet) -> list[bytes]:
     """Each image as a PNG file."""
     from torchvision.transforms.v2.functional import to_pil_image
 
-    levels: UInt8[Tensor, "n c h w"] = (plain(synthetic).pictures() * 255).round().to(torch.uint8)
+    levels: UInt8[Tensor, "n c h w"] = (synthetic.pictures() * 255).round().to(torch.uint8).cpu()
     files = []
     for image in levels:
         file = io.BytesIO()
@@ -103,7 +102,7 @@ def export_parquet(synthetic: SyntheticSet, path: Path) -> Path:
             pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
         ),
         "label": pa.array(synthetic.labels.tolist(), pa.int64()),
-        "soft_label": pa.array(plain(synthetic).targets().tolist(), pa.list_(pa.float32(), classes)),
+        "soft_label": pa.array(synthetic.targets().tolist(), pa.list_(pa.float32(), classes)),
     }
     metadata = {
         "huggingface": json.dumps({"info": {"features": features}}),

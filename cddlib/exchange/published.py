@@ -6,19 +6,17 @@ them has to say so. No code in a file is ever run, and what is written appears w
 """
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cddlib.data.dataset import DataConfig, Dataset, load
+from cddlib.data.dataset import DataConfig, load
 from cddlib.data.preprocessing import fit_preprocessing
-from cddlib.exchange.torch_files import check_tensor, describe_value, read_torch_file
+from cddlib.exchange.torch_files import check_tensor, read_torch_file, wrong_value
 from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, write_trajectory
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.train import describe
@@ -34,7 +32,7 @@ from cddlib.training.epoch import accuracy
 
 
 def import_buffer(
-    files: Path | Sequence[Path], out: Path, config: BufferConfig, *, root: Path | None = None, device: str = "auto"
+    files: Path, out: Path, config: BufferConfig, *, root: Path | None = None, device: str = "auto"
 ) -> Buffer:
     """Turn ``replay_buffer_*.pt`` files of MTT, FTD, DATM and their kin into a buffer.
 
@@ -44,7 +42,7 @@ def import_buffer(
     accuracies of earlier epochs are unknown (None), and so is the seed. Memory holds one expert at a time.
 
     Args:
-        files: a folder with ``replay_buffer_*.pt``, one such file, or several; read in numeric order.
+        files: a folder with ``replay_buffer_*.pt``, read in numeric order, or one such file.
         out: the buffer's folder, new or empty.
         config: what the files do not say. Its `experts` and `epochs` are replaced by what the files hold.
         root: folder of the data sets, see `cddlib.data.dataset.default_root`.
@@ -57,12 +55,36 @@ def import_buffer(
     refuse_filled(out)
     dev = resolve_device(device)
     recorder = Recorder(dev)
-    paths = _replay_files(files)
+    paths = sorted(files.glob("replay_buffer_*.pt"), key=lambda path: (len(path.name), path.name))
+    if files.is_dir() and not paths:
+        raise UserError(f"{files} holds no replay_buffer_*.pt.")
     dataset = load(config.data.data, root)
     network = build_network(config.network, dataset.shape, len(dataset.classes))
+    preprocessing = fit_preprocessing(dataset, zca=config.data.zca)
+    parts, seen = [part.to(dev) for part in (dataset.split[1], dataset.test)], preprocessing.to(dev)
+    experts: list[dict[str, object]] = []
+    epochs = 0
     with whole_folder(out) as folder:
-        experts = _write_experts(paths, folder, config, dataset, network, dev)
-        epochs = len(experts[0]["validation_accuracy"]) - 1
+        write_tensors(folder / PREPROCESSING, preprocessing.tensors(), "preprocessing")
+        for where, source, snapshots in _read_experts(paths or [files], network):
+            length = len(snapshots) - 1
+            epochs = epochs or length
+            if length != epochs:
+                raise UserError(f"{where} has {length} epochs and the first one {epochs}; all need the same.")
+            validation, test = (accuracy(network, snapshots[-1].to(dev), part, seen) for part in parts)
+            if math.isnan(validation + test):
+                raise Diverged(f"{where} diverged: its output at the last epoch is not finite.")
+            record = {
+                "buffer": "imported",
+                "seed": None,
+                "train_loss": [],
+                "validation_accuracy": [None] * epochs + [validation],
+                "test_accuracy": test,
+                "source": source,
+            }
+            path = expert_path(folder, len(experts))
+            write_trajectory(path, network, snapshots, record)
+            experts.append({"file": path.name, "sha256": file_digest(path), **record})
         counted = replace(config, experts=len(experts), epochs=epochs, compiled=False)
         described = {**as_dict(counted), "imported": True}  # so that `train_buffer` does not add experts of its own
         write_json(folder / "buffer.json", {"config": described, "data": describe(dataset), "experts": experts})
@@ -70,88 +92,41 @@ def import_buffer(
     return Buffer(out)
 
 
-def _replay_files(files: Path | Sequence[Path]) -> list[Path]:
-    if isinstance(files, Path):
-        found = list(files.glob("replay_buffer_*.pt")) if files.is_dir() else [files]
-    else:
-        found = list(files)
-    if not found:
-        raise UserError(f"{files if isinstance(files, Path) else 'the list of files'} holds no replay_buffer_*.pt.")
-    return sorted(found, key=lambda path: [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)])
-
-
-def _trajectories(path: Path) -> Iterator[tuple[str, object]]:
-    """What stands for each expert in the file, with words that say where it is."""
-    content = read_torch_file(path)
-    if not isinstance(content, list) or not content:
-        raise UserError(f"{path} is {describe_value(content)}; it must be a list of trajectories.")
-    for index, trajectory in enumerate(content):
-        yield f"{path}, expert {index},", trajectory
+def _read_experts(paths: list[Path], network: Network) -> Iterator[tuple[str, dict[str, object], list[Tensor]]]:
+    """Every expert of the files: words that say where it is, its record, and its parameter vectors, all checked."""
+    for path in tqdm(paths, desc="importing", unit="file"):
+        content, digest = read_torch_file(path), file_digest(path)
+        if not isinstance(content, list) or not content:
+            raise wrong_value(str(path), content, "a list of trajectories")
+        for number, trajectory in enumerate(content):
+            where = f"{path}, expert {number},"
+            yield where, {"file": path.name, "sha256": digest, "expert": number}, _snapshots(trajectory, where, network)
 
 
 def _snapshots(trajectory: object, where: str, network: Network) -> list[Tensor]:
     """The parameter vectors of an expert, all of them checked."""
     if not isinstance(trajectory, list) or len(trajectory) < 2:
-        raise UserError(
-            f"{where} is {describe_value(trajectory)}; it must be a list of the initialisation and the epochs."
-        )
+        raise wrong_value(where, trajectory, "a list of the initialisation and the epochs")
     snapshots: list[Tensor] = []
     for epoch, tensors in enumerate(trajectory):
+        here = f"{where} epoch {epoch},"
         if not isinstance(tensors, list) or len(tensors) != len(network.shapes):
-            raise UserError(
-                f"{where} epoch {epoch}, is {describe_value(tensors)}; it must be a list of the {len(network.shapes)} "
-                f"parameters of the network that the configuration describes."
-            )
-        parameters = [
-            check_tensor(value, f"{where} epoch {epoch}, parameter {name}", torch.float32, shape).flatten()
-            for value, (name, shape) in zip(tensors, network.shapes.items(), strict=True)
-        ]
-        theta = torch.cat(parameters)
-        earlier = next((number for number, other in enumerate(snapshots) if torch.equal(other, theta)), None)
-        if earlier is not None:
-            raise UserError(
-                f"{where} has the same parameters at epochs {earlier} and {epoch}: they were saved without being "
-                f"copied, as the published codes do on a CPU, and the expert cannot be recovered."
-            )
+            wanted = f"a list of the {len(network.shapes)} parameters of the network that the configuration describes"
+            raise wrong_value(here, tensors, wanted)
+        theta = torch.cat(
+            [
+                check_tensor(value, f"{here} parameter {name}", torch.float32, shape).flatten()
+                for value, (name, shape) in zip(tensors, network.shapes.items(), strict=True)
+            ]
+        )
+        for earlier, other in enumerate(snapshots):
+            if torch.equal(other, theta):
+                raise UserError(
+                    f"{where} has the same parameters at epochs {earlier} and {epoch}: they were saved without being "
+                    f"copied, as the published codes do on a CPU, and the expert cannot be recovered."
+                )
         snapshots.append(theta)
     return snapshots
-
-
-def _write_experts(
-    paths: list[Path], folder: Path, config: BufferConfig, dataset: Dataset, network: Network, device: torch.device
-) -> list[dict[str, Any]]:
-    """Write preprocessing and trajectories; returns what `buffer.json` says of each expert."""
-    preprocessing = fit_preprocessing(dataset, zca=config.data.zca)
-    write_tensors(folder / PREPROCESSING, preprocessing.tensors(), "preprocessing")
-    validation, test = dataset.split[1].to(device), dataset.test.to(device)
-    preprocessing = preprocessing.to(device)
-    experts: list[dict[str, Any]] = []
-    lengths: dict[str, int] = {}
-    for path in tqdm(paths, desc="importing", unit="file"):
-        trajectories = list(_trajectories(path))
-        source = file_digest(path)
-        for index, (where, trajectory) in enumerate(trajectories):
-            snapshots = _snapshots(trajectory, where, network)
-            lengths[where] = len(snapshots)
-            first, length = next(iter(lengths.items()))
-            if len(snapshots) != length:
-                raise UserError(f"{where} has {len(snapshots)} epochs and {first} has {length}; all need the same.")
-            last = snapshots[-1].to(device)
-            held_out, tested = (accuracy(network, last, part, preprocessing) for part in (validation, test))
-            if math.isnan(held_out + tested):
-                raise Diverged(f"{path}, expert {index}: it diverged, its output at the last epoch is not finite.")
-            record = {
-                "buffer": "imported",
-                "seed": None,
-                "train_loss": [],
-                "validation_accuracy": [None] * (length - 1) + [held_out],
-                "test_accuracy": tested,
-                "source": {"file": path.name, "sha256": source, "expert": index},
-            }
-            written = expert_path(folder, len(experts))
-            write_trajectory(written, network, snapshots, record)
-            experts.append({"file": written.name, "sha256": file_digest(written), **record})
-    return experts
 
 
 def export_buffer(buffer: Buffer, folder: Path, *, experts_per_file: int = 10) -> list[Path]:
@@ -170,19 +145,20 @@ def export_buffer(buffer: Buffer, folder: Path, *, experts_per_file: int = 10) -
     """
     if experts_per_file < 1:
         raise UserError(f"experts_per_file is {experts_per_file}; it must be at least 1.")
-    starts = range(0, len(buffer.experts), experts_per_file)
+    number = len(buffer.experts)
+    paths = [folder / f"replay_buffer_{file}.pt" for file in range(math.ceil(number / experts_per_file))]
     with whole_folder(folder) as temporary:
-        for number, start in enumerate(tqdm(starts, desc="exporting", unit="file")):
+        for path, start in zip(tqdm(paths, desc="exporting"), range(0, number, experts_per_file), strict=True):
             # cloned: who loads a view holds its whole vector
             trajectories = [
                 [
                     [tensor.clone() for tensor in unflatten(buffer.network, buffer.parameters(expert, epoch)).values()]
                     for epoch in range(buffer.epochs + 1)
                 ]
-                for expert in range(start, min(start + experts_per_file, len(buffer.experts)))
+                for expert in range(number)[start : start + experts_per_file]
             ]
-            _save(temporary / f"replay_buffer_{number}.pt", trajectories)
-    return [folder / f"replay_buffer_{number}.pt" for number in range(len(starts))]
+            _save(temporary / path.name, trajectories)
+    return paths
 
 
 def _save(path: Path, value: object) -> None:
@@ -190,13 +166,7 @@ def _save(path: Path, value: object) -> None:
 
 
 def import_set(
-    images: Path,
-    labels: Path,
-    config: DataConfig,
-    *,
-    lr: Path | None = None,
-    step_size: float | None = None,
-    root: Path | None = None,
+    images: Path, labels: Path, config: DataConfig, *, step_size: Path | float, root: Path | None = None
 ) -> SyntheticSet:
     """Read a synthetic set of MTT, TESLA, FTD, ATT, DATM or PAD.
 
@@ -210,64 +180,49 @@ def import_set(
             the same codes hold pictures with the whitening undone, in spite of their name, and are refused.
         labels: ``labels_best.pt``, int64 (C·IPC) or float32 logits (C·IPC, C).
         config: the data set, for class names and preprocessing, and whether the images are whitened.
-        lr: ``lr_best.pt``, the learned step size, which DATM and PAD save.
-        step_size: the step size where no file has it (MTT, TESLA, FTD and ATT never save it).
+        step_size: ``lr_best.pt``, where DATM and PAD save it, or the number (MTT, TESLA, FTD and ATT never save it).
         root: folder of the data sets, see `cddlib.data.dataset.default_root`.
 
     Raises:
-        UserError: a file is missing, damaged, holds more than one tensor or does not fit the data set; not exactly
-            one of `lr` and `step_size` is given, or it is not positive.
+        UserError: a file is missing, damaged, holds more than one tensor or does not fit the data set; or the step
+            size is not positive.
     """
     if images.name.startswith("images_zca_"):
-        raise UserError(f"{images} holds pictures with the whitening undone; import {_whitened_name(images)} instead.")
-    if (lr is None) == (step_size is None):
-        given = "neither" if lr is None else "both"
-        raise UserError(f"{given} of lr and step_size given; one is needed (a file, or the number if no file has it).")
-    step = torch.tensor(step_size, dtype=torch.float32) if lr is None else _read_step_size(lr)
+        whitened = images.name.replace("_zca", "", 1)
+        raise UserError(f"{images} holds pictures with the whitening undone; import {whitened} instead.")
+    step = _read_step_size(step_size) if isinstance(step_size, Path) else torch.tensor(step_size, dtype=torch.float32)
     if not 0 < step.item() < float("inf"):
-        raise UserError(f"the step size{f' in {lr}' if lr else ''} is {step.item():g}; it must be positive.")
+        place = f" in {step_size}" if isinstance(step_size, Path) else ""
+        raise UserError(f"the step size{place} is {step.item():g}; it must be positive.")
     dataset = load(config.data, root)
     classes = len(dataset.classes)
-    content = read_torch_file(images)
-    n = len(content) if isinstance(content, Tensor) and content.ndim else 0
+    pixels, marks = read_torch_file(images), read_torch_file(labels)
+    n = len(pixels) if isinstance(pixels, Tensor) and pixels.ndim else 0
     if n == 0 or n % classes:
-        raise UserError(
-            f"{images} is {describe_value(content)}; {dataset.name} needs a tensor of images, as many for each of its "
-            f"{classes} classes."
-        )
-    pixels = check_tensor(content, str(images), torch.float32, (n, *dataset.shape))
+        wanted = f"a tensor of images, as many for each of the {classes} classes of {dataset.name}"
+        raise wrong_value(str(images), pixels, wanted)
     by_place = torch.arange(classes).repeat_interleave(n // classes)
-    marks = read_torch_file(labels)
     soft = isinstance(marks, Tensor) and marks.is_floating_point()
-    logits = check_tensor(marks, str(labels), torch.float32, (n, classes)) if soft else None
-    if logits is None:
-        hard = check_tensor(marks, str(labels), torch.int64, (n,))
-        wrong = torch.nonzero(hard != by_place).flatten()
-        if len(wrong):
-            place = int(wrong[0])
-            raise UserError(
-                f"{labels} is not class-major: image {place} of {n} has label {int(hard[place])}, not "
-                f"{int(by_place[place])}."
-            )
+    marks = check_tensor(marks, str(labels), *((torch.float32, (n, classes)) if soft else (torch.int64, (n,))))
+    if not soft and len(wrong := torch.nonzero(marks != by_place)):
+        first = int(wrong[0])
+        found = f"image {first} of {n} has label {int(marks[first])}, not {int(by_place[first])}"
+        raise UserError(f"{labels} is not class-major: {found}.")
     return SyntheticSet(
-        images=pixels,
+        images=check_tensor(pixels, str(images), torch.float32, (n, *dataset.shape)),
         labels=by_place,
-        label_logits=logits,
+        label_logits=marks if soft else None,
         step_size=step,
         preprocessing=fit_preprocessing(dataset, zca=config.zca),
         classes=dataset.classes,
     ).copy()  # out of the mapped files
 
 
-def _whitened_name(images: Path) -> str:
-    return images.name.replace("_zca", "", 1)
-
-
 def _read_step_size(path: Path) -> Float[Tensor, ""]:
     value = read_torch_file(path)
     if not isinstance(value, Tensor) or value.numel() != 1:
-        raise UserError(f"{path} is {describe_value(value)}; it must be a step size, one number.")
-    return check_tensor(value, str(path), torch.float32, tuple(value.shape)).reshape(())
+        raise wrong_value(str(path), value, "a step size, one number")
+    return check_tensor(value.reshape(()), str(path), torch.float32, ())
 
 
 def export_set(synthetic: SyntheticSet, folder: Path) -> list[Path]:
@@ -280,18 +235,13 @@ def export_set(synthetic: SyntheticSet, folder: Path) -> list[Path]:
     Raises:
         UserError: `folder` is not empty.
     """
-    own = plain(synthetic)
+    soft, hard = synthetic.label_logits, synthetic.labels
     values = {
-        "images_best.pt": own.images,
-        "labels_best.pt": own.labels if own.label_logits is None else own.label_logits,
-        "lr_best.pt": own.step_size,
+        "images_best.pt": synthetic.images,
+        "labels_best.pt": hard if soft is None else soft,
+        "lr_best.pt": synthetic.step_size,
     }
     with whole_folder(folder) as temporary:
         for name, value in values.items():
-            _save(temporary / name, value)
+            _save(temporary / name, value.detach().cpu().clone())
     return [folder / name for name in values]
-
-
-def plain(synthetic: SyntheticSet) -> SyntheticSet:
-    """The set on the CPU, outside any graph, in memory of its own."""
-    return synthetic.to(torch.device("cpu")).copy()

@@ -49,26 +49,21 @@ def _check_archive(path: Path) -> None:
     """Raise an error unless the archive is whole, uncompressed, and names only builders of tensors."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
-        if any(entry.compress_size != entry.file_size for entry in entries):
-            raise ValueError("its entries are compressed")
-        if sum(entry.file_size for entry in entries) > path.stat().st_size:
-            raise ValueError("its entries are longer than the file")
+        lengths = [entry.file_size for entry in entries]
+        if lengths != [entry.compress_size for entry in entries] or sum(lengths) > path.stat().st_size:
+            raise ValueError("its entries are compressed, or longer than the file")
         for entry in entries:
             if entry.filename.endswith("/data.pkl"):
                 if entry.file_size > LARGEST_PICKLE:
                     raise ValueError(f"its list of tensors has more than {LARGEST_PICKLE} bytes")
-                _check_names(archive.read(entry))
+                for instruction, argument, _ in pickletools.genops(archive.read(entry)):
+                    if instruction.name == "PROTO" and argument != 2:
+                        raise ValueError(f"its pickle has protocol {argument}, not 2")
+                    if instruction.name == "GLOBAL" and not _BUILDERS.fullmatch(str(argument)):
+                        raise ValueError(f"it names {str(argument).replace(' ', '.', 1)}")
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"its entry {damaged} does not have the CRC-32 that the archive names")
-
-
-def _check_names(pickle: bytes) -> None:
-    for instruction, argument, _ in pickletools.genops(pickle):
-        if instruction.name == "PROTO" and argument != 2:
-            raise ValueError(f"its pickle has protocol {argument}, not 2")
-        if instruction.name == "GLOBAL" and not _BUILDERS.fullmatch(str(argument)):
-            raise ValueError(f"it names {str(argument).replace(' ', '.', 1)}")
 
 
 def _refuse_sharing(content: object, path: Path) -> None:
@@ -88,18 +83,19 @@ def _refuse_sharing(content: object, path: Path) -> None:
         waiting += value if isinstance(value, list) else []
 
 
-def describe_value(value: object) -> str:
-    """The type of a value, for a sentence."""
+def wrong_value(what: str, value: object, wanted: str) -> UserError:
+    """The error of a `value` that is not what is `wanted`."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+        found = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    else:
+        found = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+    return UserError(f"{what} is {found}; it must be {wanted}.")
 
 
 def check_tensor(value: object, what: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """`value` itself, if it is a tensor of that type and shape with finite numbers."""
     if not isinstance(value, Tensor) or (value.dtype, tuple(value.shape)) != (dtype, shape):
-        wanted = f"{str(dtype).removeprefix('torch.')}{list(shape)}"
-        raise UserError(f"{what} is {describe_value(value)}; it must be {wanted}.")
+        raise wrong_value(what, value, f"{str(dtype).removeprefix('torch.')}{list(shape)}")
     if not bool(value.isfinite().all()):
         raise UserError(f"{what} holds numbers that are not finite.")
     return value.detach()

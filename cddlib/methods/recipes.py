@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from cddlib.data.dataset import check_data_name
 from cddlib.distillation.config import DistillConfig
 from cddlib.experts.config import BufferConfig
-from cddlib.methods.catalogue import METHODS, Method
+from cddlib.methods.catalogue import METHODS
 from cddlib.runtime.config import check_types, configure, field_types
 from cddlib.runtime.errors import UserError
 
@@ -38,7 +38,6 @@ CELLS = {
 _STAND_IN = {"imagefolder": "tiny_imagenet", "imagenet": "tiny_imagenet"}
 """Data sets whose values a method takes for one that neither it nor its bases have rows for; without their ZCA."""
 
-
 Kind = Literal["published", "searched", "derived"]
 """Whether values are the authors', were found by search (recorded in `book/results`), or come from another cell."""
 
@@ -48,13 +47,6 @@ class Row(NamedTuple):
 
     kind: Kind
     values: dict[str, Any]
-
-
-class Source(NamedTuple):
-    """Where a recipe's values are from."""
-
-    kind: Kind
-    text: str
 
 
 def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **overrides: Any) -> DistillConfig:
@@ -76,7 +68,7 @@ def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, *
     return configure(DistillConfig, **values)
 
 
-def buffer_recipe(data: str, method: str = "mtt", ipc: int = 1, **overrides: Any) -> BufferConfig:
+def buffer_recipe(data: str = "digits", method: str = "mtt", ipc: int = 1, **overrides: Any) -> BufferConfig:
     """How `method` trains experts on `data`, for `ipc` synthetic images per class; MTT's experts if none is named.
 
     Any field of `BufferConfig` can be given as a keyword.
@@ -87,9 +79,9 @@ def buffer_recipe(data: str, method: str = "mtt", ipc: int = 1, **overrides: Any
     return configure(BufferConfig, **_values(BufferConfig, method, data, ipc, overrides))
 
 
-def source(method: str, data: str, ipc: int) -> Source:
-    """Where the values of a recipe are from."""
-    return _resolve(_method(method), data, ipc)[1]
+def source(method: str, data: str, ipc: int) -> tuple[Kind, str]:
+    """Where the values of a recipe are from: the kind, and in words."""
+    return _resolve(method, data, ipc)[1]
 
 
 def recipes_table(method: str | None = None, data: str | None = None) -> str:
@@ -98,15 +90,14 @@ def recipes_table(method: str | None = None, data: str | None = None) -> str:
     Raises:
         UserError: unknown method or data set.
     """
-    methods = list(METHODS) if method is None else [_method(method).name]
     if data is not None and data not in CELLS:
         raise UserError(f"data is {data!r}; there are recipes for {', '.join(CELLS)}.")
-    rows = [_row(m, d, ipc) for m in methods for d in (CELLS if data is None else [data]) for ipc in CELLS[d]]
-    table = [list(rows[0]), ["-"] * len(rows[0]), *([str(cell) for cell in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table[1] = ["-" * width for width in widths]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in table)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    methods, cells = [method] if method else METHODS, [data] if data else CELLS
+    rows = [_row(m, d, ipc) for m in methods for d in cells for ipc in CELLS[d]]
+    lines = [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def _row(method: str, data: str, ipc: int) -> dict[str, object]:
@@ -134,52 +125,44 @@ def _row(method: str, data: str, ipc: int) -> dict[str, object]:
     }
 
 
-def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise UserError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}.")
-    return METHODS[name]
-
-
 def _values(config_type: type, method: str, data: str, ipc: int, overrides: dict[str, Any]) -> dict[str, Any]:
     """The recipe's values for the fields of `config_type`, and the overrides, which may be anything in a notebook."""
-    unknown = sorted(overrides.keys() - field_types(config_type).keys())
-    if unknown:
+    fields = field_types(config_type)
+    if unknown := sorted(overrides.keys() - fields.keys()):
         raise UserError(f"{unknown[0]!r} is not a field of {config_type.__name__}.")
     try:
         check_types(config_type, overrides)
     except TypeError as error:
         raise UserError(f"{error}.") from None
     check_data_name(data)
-    values = {"data": data, **_DATA.get(data, {}), **_resolve(_method(method), data, ipc)[0]}
-    return {name: value for name, value in values.items() if name in field_types(config_type)} | overrides
+    values = {"data": data, **_DATA.get(data, {}), **_resolve(method, data, ipc)[0]}
+    return {name: value for name, value in values.items() if name in fields} | overrides
 
 
-def _rows(method: Method, data: str) -> dict[int, Row]:
-    """The method's own rows for a data set, by IPC."""
-    return {ipc: row for (name, of, ipc), row in ROWS.items() if (name, of) == (method.name, data)}
-
-
-def _resolve(method: Method, data: str, ipc: int) -> tuple[dict[str, Any], Source]:
+def _resolve(method: str, data: str, ipc: int) -> tuple[dict[str, Any], tuple[Kind, str]]:
     """The recipe's values, and their source."""
-    lineage = [method]
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
+    lineage = [METHODS[method]]
     while lineage[0].base:
         lineage.insert(0, lineage[0].base)
-    known = data if any(_rows(m, data) for m in lineage) else _STAND_IN[data]
+    names = {m.name for m in lineage}
+    known = data if any(name in names and of == data for name, of, _ in ROWS) else _STAND_IN[data]
     values: dict[str, Any] = {}
-    origin = Source("derived", "")
+    origin: tuple[Kind, str] = "derived", ""
     closest = math.inf  # how far the IPC of the rows that were used is from the one wanted
     for m in lineage:
         values |= m.settings
-        rows = _rows(m, known)
+        rows = {of_ipc: row for (name, of, of_ipc), row in ROWS.items() if (name, of) == (m.name, known)}
         nearest = min(rows, key=lambda row_ipc: abs(row_ipc - ipc), default=None)
         if nearest is None or abs(nearest - ipc) > closest:
             continue
         closest = abs(nearest - ipc)
         values |= rows[nearest].values
-        origin = Source("derived", f"{m.name}'s values for {known}, IPC {nearest}")
-        if m is method and (known, nearest) == (data, ipc):
+        origin = "derived", f"{m.name}'s values for {known}, IPC {nearest}"
+        if (m.name, known, nearest) == (method, data, ipc):
             kind = rows[nearest].kind
-            origin = Source(kind, "a search recorded in book/results" if kind == "searched" else m.source)
+            origin = kind, "a search recorded in book/results" if kind == "searched" else m.source
     if known != data:
         values.pop("zca", None)
     return values, origin
@@ -198,13 +181,14 @@ def read_rows(lines: Iterable[str]) -> dict[tuple[str, str, int], Row]:
     return rows
 
 
-def _parse_line(line: dict[str, str]) -> dict[str, Any]:
-    return {field: _parse(field, token) for field, token in line.items() if token}
+def parse_value(field: str, token: str) -> Any:
+    """The value that `token` stands for in a configuration's `field`.
 
-
-def _parse(field: str, token: str) -> Any:
-    """The value that `token` stands for in a configuration's `field`."""
-    kind = (field_types(BufferConfig) | field_types(DistillConfig))[field]
+    Raises:
+        KeyError: no configuration has the field, or it is a switch and `token` neither true nor false.
+        ValueError: `token` is no number, where the field is one.
+    """
+    kind = _FIELDS[field]
     if isinstance(kind, types.UnionType):
         if token == "none":
             return None
@@ -214,8 +198,16 @@ def _parse(field: str, token: str) -> Any:
     return kind(token) if kind in (int, float) else token
 
 
-_TABLES = {name: Path(__file__).with_name(f"{name}.csv").read_text().splitlines() for name in ("cells", "data_sets")}
-ROWS = read_rows(_TABLES["cells"])
+def _read(name: str) -> list[str]:
+    return Path(__file__).with_name(name).read_text().splitlines()
+
+
+def _parse_line(line: dict[str, str]) -> dict[str, Any]:
+    return {field: parse_value(field, token) for field, token in line.items() if token}
+
+
+_FIELDS = field_types(BufferConfig) | field_types(DistillConfig)
+ROWS = read_rows(_read("cells.csv"))
 """The values of every (method, data set, IPC) that has some of its own."""
-_DATA = {line.pop("data"): _parse_line(line) for line in csv.DictReader(_TABLES["data_sets"])}
+_DATA = {line.pop("data"): _parse_line(line) for line in csv.DictReader(_read("data_sets.csv"))}
 """What experts and students of a data set have in common, and its experts, where no method says otherwise."""

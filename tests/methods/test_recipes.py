@@ -148,7 +148,7 @@ def test_contra_is_datm_or_on_small_data_mtt_with_four_segments(data: str, ipc: 
 @pytest.mark.parametrize("ipc", [3, 1000])
 def test_every_data_set_and_ipc_has_a_recipe(data: str, ipc: int) -> None:
     config = distill_recipe("contra", data, ipc)
-    assert (config.data.data, config.synthetic.ipc, source("contra", data, ipc).kind) == (data, ipc, "derived")
+    assert (config.data.data, config.synthetic.ipc, source("contra", data, ipc)[0]) == (data, ipc, "derived")
     config.schedule.check_epochs(buffer_recipe(data, "contra", ipc).epochs)
 
 

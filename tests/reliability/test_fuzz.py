@@ -320,10 +320,8 @@ def replay_buffer(folder: Path) -> Loader:
         torch.save([epochs], folder / name)
 
     def read(path: Path) -> Any:
-        experts = published._trajectories(path)
-        return [
-            [signature(theta) for theta in published._snapshots(expert, where, network)] for where, expert in experts
-        ]
+        experts = published._read_experts([path], network)
+        return [[signature(theta) for theta in snapshots] for _, _, snapshots in experts]
 
     return Loader(folder / "a", folder / "b", read)
 
@@ -600,7 +598,7 @@ def test_options_that_choose_a_recipe(notes: dict[str, Any]) -> None:
             words.append(PIECES[first % len(PIECES)] + PIECES[second % len(PIECES)] * (second % 3 == 0))
         chosen = cli.recipe_choices(words)
         try:
-            experts = cli._buffer_recipe(chosen, holdout=True)
+            experts = cli.chosen_buffer_recipe(chosen)
             assert cli.chosen_recipe(chosen).data.data == experts.data.data
         except OSError as error:  # of a name that no file can have, which `main` reports
             raise UserError(f"the system says {error}") from None

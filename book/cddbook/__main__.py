@@ -3,29 +3,31 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from cddbook.records import collect, write_record
+from cddbook.records import collect, study_record, write_record
 from cddbook.study import (
     Comparison,
     StudyConfig,
     comparison_runs,
     correlation_runs,
-    parse_grid,
     remedies,
     run_study,
     search_runs,
     segment_counts,
     settings_by_accuracy,
-    study_record,
 )
 from cddlib import cli
 from cddlib.commands import Device, Root
+from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
+from cddlib.methods.recipes import _parse
+from cddlib.runtime.config import field_types
+from cddlib.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,24 @@ def _print_finished(count: int, place: Place) -> None:
     print(f"{count} runs are finished; `python -m cddbook record {place.out} --to FILE` gathers them")
 
 
+def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Fields and their values, from texts like `lr_images=10,30`.
+
+    Raises:
+        UserError: a text of another form, a field that a distillation does not have, or a value that is not one.
+    """
+    grid = {}
+    for text in texts:
+        field, _, values = text.partition("=")
+        if field not in field_types(DistillConfig) or not values:
+            raise UserError(f"{text!r} is not a field of a distillation with values, like lr_images=10,30.")
+        try:
+            grid[field] = [_parse(field, token) for token in values.split(",")]
+        except (KeyError, ValueError):
+            raise UserError(f"{text!r} has a value that {field} cannot take.") from None
+    return grid
+
+
 def search(*, config: Config, place: At, vary: tuple[str, ...], seeds: int = 2) -> None:
     """Distil with every combination of some settings, and rank them by validation accuracy.
 
@@ -112,10 +132,8 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
         folder: Folder of a buffer, a distillation, or a study.
         to: The record to write.
     """
-    if (folder / "study.json").exists():
-        write_record(to, study_record(folder), indent=None)
-    else:
-        write_record(to, collect(folder))
+    is_study = (folder / "study.json").exists()
+    write_record(to, study_record(folder) if is_study else collect(folder), indent=None if is_study else 1)
     print(f"wrote {to}")
 
 
@@ -131,8 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
     """The commands by name, with the recipe that `arguments` choose as defaults."""
     recipe = StudyConfig(distillation=cli.chosen_recipe(cli.recipe_choices(arguments)))
-    studies: dict[str, Callable[..., None]] = {"correlate": correlate, "compare": compare, "search": search}
-    return {**{name: functools.partial(study, config=recipe) for name, study in studies.items()}, "record": record}
+    studies: tuple[Callable[..., None], ...] = (correlate, compare, search)
+    return {**{study.__name__: functools.partial(study, config=recipe) for study in studies}, "record": record}
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _curves(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Of one K's losses, a column a seed, where all seeds have one."""
-    return table.pivot(index=column, columns="seed", values="loss").dropna()
+    """Of one K's losses, a row a seed, where all seeds have one."""
+    return table.pivot(index="seed", columns=column, values="loss").dropna(axis=1)
 
 
 def loss_curves(table: pd.DataFrame) -> Figure:
@@ -124,9 +124,7 @@ def loss_curves(table: pd.DataFrame) -> Figure:
     for axis, column in zip(axes, ("matched", "iteration"), strict=True):
         for (k, mine), marker in zip(table.groupby("K"), MARKERS, strict=False):
             by_seed = _curves(mine, column)
-            mean, spread = by_seed.mean(axis=1), by_seed.std(axis=1).fillna(0)
-            label = f"K = {k}"
-            band(axis, mean.index, mean, spread, marker=marker, markevery=0.15, markersize=4, label=label)
+            band(axis, by_seed.columns, by_seed, marker=marker, markevery=0.15, markersize=4, label=f"K = {k}")
         axis.set(xlabel=EQUAL[column])
     axes[0].set_ylabel("matching loss")
     axes[1].legend()
@@ -144,8 +142,7 @@ def loss_caption(table: pd.DataFrame) -> str:
 
 def loss_alt(table: pd.DataFrame) -> str:
     """What `loss_curves` looks like."""
-    means = {k: _curves(mine, "iteration").mean(axis=1) for k, mine in table.groupby("K")}
-    ends = {k: (mean.iloc[0], mean.iloc[-1]) for k, mean in means.items()}
+    ends = {k: _curves(mine, "iteration").mean().iloc[[0, -1]] for k, mine in table.groupby("K")}
     parts = [f"that of K = {k} {'falls' if b < a else 'rises'} from {a:.2f} to {b:.2f}" for k, (a, b) in ends.items()]
     return f"Lines of the matching loss against matched segments, left, and iterations, right: {_listed(parts)}."
 

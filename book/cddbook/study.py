@@ -176,13 +176,12 @@ def first_similarities(
     base: StudyConfig, buffer: Buffer, *, root: Path | None = None, device: str = "auto"
 ) -> list[dict[str, Any]]:
     """`Probes.gradient_similarity` of the initial synthetic set, once an expert: its probes, and a seed of its own."""
-    dev, config = resolve_device(device), base.distillation
+    config, similarities = base.distillation, []
     dataset = load(config.data.data, root)
-    similarities = []
     for expert in range(len(buffer.experts)):
         seed = config.seed + expert
-        synthetic = initialise(config.synthetic, dataset, buffer, seed, dev)
-        probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed, device=dev)
+        synthetic = initialise(config.synthetic, dataset, buffer, seed, resolve_device(device))
+        probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed)
         similarities.append(probes.gradient_similarity(synthetic, config.optimizer.rates(synthetic)))
     return similarities
 

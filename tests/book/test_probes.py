@@ -54,7 +54,7 @@ class Problem:
         return self.probes_of(STARTS)
 
     def probes_of(self, starts: tuple[int, ...], expert: int = 1, seed: int = 7) -> Probes:
-        return Probes(self.config, self.buffer, starts=starts, expert=expert, seed=seed, device=CPU)
+        return Probes(self.config, self.buffer, starts=starts, expert=expert, seed=seed)
 
     def losses(self) -> list[float]:
         return self.probes.losses(self.synthetic)
@@ -257,7 +257,7 @@ def test_probes_that_the_buffer_does_not_hold_are_refused(
     ("fields", "sentence"),
     [
         ({"probe_starts": (1, 1)}, "probe_starts is (1, 1); epochs must be 0 or more, ascending, each once."),
-        ({"probe_expert": -1}, "probe_expert is -1; it must be 0 or more."),
+        ({"probe_expert": -1}, "probe_expert is -1; it must be at least 0."),
         ({"error_every": -1}, "error_every is -1; it must be at least 0."),
         ({"similarity_every": 5}, "similarity_every is 5, but probe_starts names no segments."),
     ],

@@ -9,18 +9,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from cddbook import study
 from cddbook.records import collect, study_record, write_record
-from cddbook.study import (
-    Comparison,
-    StudyConfig,
-    comparison_runs,
-    correlation_runs,
-    remedies,
-    run_study,
-    search_runs,
-    segment_counts,
-    settings_by_accuracy,
-)
 from cddlib import cli
 from cddlib.commands import Device, Root
 from cddlib.distillation.config import DistillConfig
@@ -44,7 +34,7 @@ class Place:
     device: Device = "auto"
 
 
-Config = Annotated[StudyConfig, tyro.conf.arg(name="")]
+Config = Annotated[study.StudyConfig, tyro.conf.arg(name="")]
 At = Annotated[Place, tyro.conf.arg(name="")]
 
 
@@ -56,8 +46,8 @@ def correlate(*, config: Config, place: At, replicates: int = 3) -> None:
         place: Folders and device.
         replicates: Times that everything is repeated, each with a seed and an expert of its own.
     """
-    runs = correlation_runs(config, replicates, len(Buffer(place.buffer).experts))
-    run_study(config, runs, **vars(place))
+    runs = study.correlation_runs(config, replicates, len(Buffer(place.buffer).experts))
+    study.run_study(config, runs, **vars(place))
     _print_finished(len(runs), place)
 
 
@@ -65,7 +55,7 @@ def compare(
     *,
     config: Config,
     place: At,
-    what: Comparison = "segments",
+    what: study.Comparison = "segments",
     counts: tuple[int, ...] = (1, 2, 4, 8),
     seeds: int = 3,
     networks: int = 3,
@@ -80,9 +70,10 @@ def compare(
         seeds: Distillations of each variant.
         networks: Networks that test each synthetic set.
     """
-    variants = segment_counts(counts) if what == "segments" else remedies(config.distillation.schedule.segments)
-    runs = comparison_runs(config, variants, seeds)
-    run_study(config, runs, networks=networks, **vars(place))
+    segments = config.distillation.schedule.segments
+    variants = study.segment_counts(counts) if what == "segments" else study.remedies(segments)
+    runs = study.comparison_runs(config, variants, seeds)
+    study.run_study(config, runs, networks=networks, **vars(place))
     _print_finished(len(runs), place)
 
 
@@ -117,11 +108,11 @@ def search(*, config: Config, place: At, vary: tuple[str, ...], seeds: int = 2) 
         vary: Fields with the values to try, as lr_images=10,30,100
         seeds: Distillations of each combination.
     """
-    runs = search_runs(config, parse_grid(vary), seeds)
-    found = run_study(config, runs, keep_stopped=True, **vars(place))
+    runs = study.search_runs(config, parse_grid(vary), seeds)
+    found = study.run_study(config, runs, keep_stopped=True, **vars(place))
     for reason in (run["stopped"] for run in found["runs"].values() if "stopped" in run):
         print(f"counted as 0 %: {reason}")
-    for setting, accuracies in settings_by_accuracy(found).items():
+    for setting, accuracies in study.settings_by_accuracy(found).items():
         print(f"{100 * sum(accuracies) / len(accuracies):5.1f} %  {setting.replace(',', '  ')}")
 
 
@@ -148,9 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
     """The commands by name, with the recipe that `arguments` choose as defaults."""
-    recipe = StudyConfig(distillation=cli.chosen_recipe(cli.recipe_choices(arguments)))
+    recipe = study.StudyConfig(distillation=cli.chosen_recipe(cli.recipe_choices(arguments)))
     studies: tuple[Callable[..., None], ...] = (correlate, compare, search)
-    return {**{study.__name__: functools.partial(study, config=recipe) for study in studies}, "record": record}
+    return {**{command.__name__: functools.partial(command, config=recipe) for command in studies}, "record": record}
 
 
 if __name__ == "__main__":

@@ -116,10 +116,7 @@ def _measured(run: Path) -> dict[str, Any]:
 def lines_of(metrics: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
     """The lines that `metrics` of a record were made from, in order, as far as it keeps them."""
     lines: dict[int, dict[str, Any]] = {}
-    for key in DENSE:
-        for iteration, value in zip(metrics["iteration"], metrics.get(key, []), strict=False):
-            lines.setdefault(iteration, {})[key] = value
-    for key in SPARSE:
-        for iteration, value in metrics.get(key, []):
+    for key, values in metrics.items():
+        for iteration, value in zip(metrics["iteration"], values, strict=True) if key in DENSE else values:
             lines.setdefault(iteration, {"iteration": iteration})[key] = value
     return [lines[iteration] for iteration in sorted(lines)]

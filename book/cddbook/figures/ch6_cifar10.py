@@ -95,17 +95,17 @@ def equal_table(table: pd.DataFrame, value: str) -> str:
 
 def equal_sentence(table: pd.DataFrame, value: str) -> str:
     """In which of these comparisons the largest K differs from the smallest beyond the spread of the seeds."""
-    places: dict[str, list[str]] = {"lower than": [], "higher than": [], "": []}
+    low, high = f"that of K = {min(table['K'])}", f"the {NAMES[value]} of K = {max(table['K'])}"
+    signs = {
+        -1: f"is lower than {low}",
+        1: f"is higher than {low}",
+        0: f"cannot be told apart from {low} with these seeds",
+    }
+    places: dict[int, list[str]] = {sign: [] for sign in signs}
     for where, by_seed in at_equal(table, value).items():
         found = _difference(by_seed)
-        places["lower than" if found.high < 0 else "higher than" if found.low > 0 else ""].append(where)
-    low, high = min(table["K"]), max(table["K"])
-    said = [
-        f"{_listed(where)} the {NAMES[value]} of K = {high} "
-        + (f"is {how} that of K = {low}." if how else f"cannot be told apart from that of K = {low} with these seeds.")
-        for how, where in places.items()
-        if where
-    ]
+        places[(found.low > 0) - (found.high < 0)].append(where)
+    said = [f"{_listed(places[sign])} {high} {how}." for sign, how in signs.items() if places[sign]]
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
 
 
@@ -193,9 +193,12 @@ def tested(evaluated: Record | None, distil: Record) -> str:
         row |= {"test accuracy, %": mean_sd(mine["accuracy"], scale=100.0), "sets": str(len(mine))}
         rows.append({**row, "networks a set": " to ".join(_ends(mine["networks"]))})
     real = pd.Series(evaluated["random_real"])
-    rows.append(
-        {"set": "random real images", "test accuracy, %": mean_sd(real, scale=100.0), "networks a set": len(real)}
-    )
+    row = {
+        "set": "random real images",
+        "test accuracy, %": mean_sd(real, scale=100.0),
+        "networks a set": str(len(real)),
+    }
+    rows.append(row)
     better = f"{(table['accuracy'] > real.max()).sum()} of {len(table)} sets"
     said = (
         "Mean ± standard deviation over sets, whose accuracy is the mean over their networks; for random real images "

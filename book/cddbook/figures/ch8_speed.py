@@ -99,10 +99,9 @@ def law(record: Mapping[str, Any], implementation: str) -> tuple[float, float, f
     """Seconds = a + b operations, fitted to the curves in relative error; a, b, and the largest relative error."""
     table = measurements(record, curves=True)
     rows = table[table["implementation"] == implementation].dropna(subset="seconds")
-    seconds, operations = rows["seconds"].to_numpy(float), rows["operations"].to_numpy(float)
-    scaled = np.stack([1 / seconds, operations / seconds], axis=1)
-    (a, b), *_ = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)
-    return float(a), float(b), float(np.abs(scaled @ [a, b] - 1).max())
+    seconds, operations = rows["seconds"].astype(float), rows["operations"].astype(float)
+    b, a = np.polyfit(operations, seconds, deg=1, w=1 / seconds)
+    return float(a), float(b), float(((a + b * operations) / seconds - 1).abs().max())
 
 
 def curves(record: Mapping[str, Any], varied: Mapping[str, str]) -> Figure:

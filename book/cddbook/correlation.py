@@ -99,11 +99,7 @@ def negative_shares(matrix: Matrix) -> tuple[float, float]:
 
 
 def permutation_test(
-    first: Float[np.ndarray, "replicates times"],
-    second: Float[np.ndarray, "replicates times"],
-    *,
-    permutations: int = 9999,
-    seed: int = 0,
+    first: Float[np.ndarray, "replicates times"], second: Float[np.ndarray, "replicates times"]
 ) -> float:
     """P-value of "the correlation is not negative", one-sided: small where it is negative beyond chance.
 
@@ -111,14 +107,13 @@ def permutation_test(
     is as low as the observed one. Give it `changes` of losses, not losses: times of a trend cannot be exchanged.
     Momentum makes neighbouring changes alike, so that small p-values are somewhat too small.
     """
-    rng = np.random.default_rng(seed)
     centred = [np.asarray(x) - np.mean(x, axis=1, keepdims=True) for x in (first, second)]
     spreads = [x.std(axis=1, keepdims=True) for x in centred]
     standard = [x / np.where(s > 0, s, np.inf) for x, s in zip(centred, spreads, strict=True)]
     observed = (standard[0] * standard[1]).mean()
-    shuffled = np.broadcast_to(standard[1], (permutations, *standard[1].shape))
-    chance = (standard[0] * rng.permuted(shuffled, axis=2)).mean(axis=(1, 2))
-    return float((1 + (chance <= observed + 1e-12).sum()) / (permutations + 1))
+    shuffled = np.random.default_rng(0).permuted(np.broadcast_to(standard[1], (9999, *standard[1].shape)), axis=2)
+    chance = (standard[0] * shuffled).mean(axis=(1, 2))
+    return float((1 + (chance <= observed + 1e-12).sum()) / (1 + len(chance)))
 
 
 def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..."]:

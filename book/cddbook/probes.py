@@ -1,9 +1,8 @@
 """Probes: a fixed set of segments that a run follows, whatever it matches."""
 
-import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ class ProbeHook:
         if self.probe_starts and run.due(self.probe_every):
             measured["probe_losses"] = probes.losses(synthetic)
         if run.due(self.similarity_every):
-            measured["gradient_similarity"] = probes.gradient_similarity(synthetic, config.optimizer.rates(synthetic))
+            measured["gradient_similarity"] = probes.gradient_similarity(synthetic)
         if run.due(self.error_every):
             measured["accumulated_error"] = accumulated_error(config, run.buffer, synthetic, **whose)
         return measured
@@ -118,12 +117,8 @@ class Probes:
         with torch.no_grad():
             return [loss for losses, _ in self.in_turns(synthetic) for loss in losses.tolist()]
 
-    def gradient_similarity(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
+    def gradient_similarity(self, synthetic: SyntheticSet) -> dict[str, Any]:
         """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
-
-        Args:
-            synthetic: where to measure; it is not changed.
-            rates: learning rate of each of its variables, in the order of `variable_tensors`.
 
         Returns:
             JSON values. `losses` (P), `after` (P x P: row stepped on, column measured) and `products`, for each
@@ -135,7 +130,7 @@ class Probes:
         for found, variables in (turn for draw in (0, 1) for turn in self.in_turns(synthetic, draw=draw)):
             gradients += zip(*torch.autograd.grad(found.sum(), variables), strict=True)
             losses += found.tolist()
-        count, after = len(self.starts), []
+        count, rates, after = len(self.starts), self.config.optimizer.rates(synthetic), []
         for gradient in gradients[:count]:
             stepped = synthetic.copy()
             for variable, rate, slope in zip(stepped.variables(), rates, gradient, strict=True):
@@ -186,7 +181,7 @@ def accumulated_error(
     origin = buffer.parameters(expert, 0).to(device)
     student, star = origin, origin
     error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
-    found: dict[str, list[float | int]] = collections.defaultdict(list)
+    rows: list[dict[str, float | int]] = []
     length = config.schedule.expert_epochs
     for end in range(length, buffer.epochs + 1, length):
         following = buffer.parameters(expert, end).to(device)
@@ -198,16 +193,8 @@ def accumulated_error(
         error = student - star
         matching_sum += matching
         initialisation_sum += initialisation
-        lengths = {
-            "error": error,
-            "matching": matching,
-            "initialisation": initialisation,
-            "matching_sum": matching_sum,
-            "initialisation_sum": initialisation_sum,
-            "travelled": star - origin,
-        }
-        found["epoch"].append(end)
-        for name, vector in lengths.items():
-            found[name].append(vector.norm().item())
-        found["identity"].append(((error - summed).norm() / error.norm()).item())
-    return dict(found)
+        vectors = {"error": error, "matching": matching, "initialisation": initialisation}
+        vectors |= {"matching_sum": matching_sum, "initialisation_sum": initialisation_sum, "travelled": star - origin}
+        lengths = {name: vector.norm().item() for name, vector in vectors.items()}
+        rows.append({"epoch": end, **lengths, "identity": ((error - summed).norm() / error.norm()).item()})
+    return {name: [row[name] for row in rows] for name in rows[0]}

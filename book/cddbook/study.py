@@ -172,17 +172,15 @@ def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
     return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
 
 
-def first_similarities(
-    base: StudyConfig, buffer: Buffer, *, root: Path | None = None, device: str = "auto"
-) -> list[dict[str, Any]]:
+def first_similarities(base: StudyConfig, buffer: Buffer, *, device: str = "auto") -> list[dict[str, Any]]:
     """`Probes.gradient_similarity` of the initial synthetic set, once an expert: its probes, and a seed of its own."""
     config, similarities = base.distillation, []
-    dataset = load(config.data.data, root)
+    dataset = load(config.data.data)
     for expert in range(len(buffer.experts)):
         seed = config.seed + expert
         synthetic = initialise(config.synthetic, dataset, buffer, seed, resolve_device(device))
         probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed)
-        similarities.append(probes.gradient_similarity(synthetic, config.optimizer.rates(synthetic)))
+        similarities.append(probes.gradient_similarity(synthetic))
     return similarities
 
 

@@ -34,10 +34,10 @@ def band(axis: Axes, x: Any, repeats: Any, *, alpha: float = 0.2, **line: Any) -
     axis.fill_between(x, mean - spread, mean + spread, color=drawn.get_color(), alpha=alpha, linewidth=0)
 
 
-def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str], *, columns: int = 10) -> Figure:
-    """Images with values between 0 and 1, in rows of `columns`, each under its title."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.75 * columns, 0.95 * rows), squeeze=False)
+def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
+    """Images with values between 0 and 1, in rows of ten, each under its title."""
+    rows = -(-len(images) // 10)
+    figure, axes = plt.subplots(rows, 10, figsize=(7.5, 0.95 * rows), squeeze=False)
     for axis, image, title in itertools.zip_longest(axes.flat, images.cpu(), titles):
         axis.axis("off")
         if image is not None:

@@ -26,9 +26,7 @@ def _timed(speed: Record) -> pd.DataFrame:
     """A row a measurement, with its work in words, the textbook's ms for that work, and the commit."""
     columns = ["what", "way", *SIZES.values(), "segments", "ms", "least", "most"]
     table = pd.DataFrame(speed["rows"]).reindex(columns=columns)
-    alone = table["what"] == "without a graph"
-    table["way"] = table["way"].mask(alone, APART)
-    table["what"] = table["what"].mask(alone, ITERATION)
+    table.loc[table["what"] == "without a graph", ["what", "way"]] = ITERATION, APART
     table["work"] = [
         ", ".join([row["what"], *(f"{word} {row[size]:,.0f}" for word, size in SIZES.items() if pd.notna(row[size]))])
         for row in table.to_dict("records")

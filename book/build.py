@@ -47,15 +47,10 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> nbformat.
     if unknown:
         raise ValueError(f"{source.name} has no parameter {', '.join(unknown)}; it has {', '.join(declared)}.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(
-        str(source),
-        str(target),
-        declared | parameters,
-        cwd=str(source.parent),
-        kernel_name="python3",
-        progress_bar=False,
+    places = {"input_path": str(source), "output_path": str(target), "cwd": str(source.parent)}
+    notebook = papermill.execute_notebook(
+        **places, parameters=declared | parameters, kernel_name="python3", progress_bar=False
     )
-    notebook = nbformat.read(target, as_version=4)
     notebook.metadata.pop("widgets", None)  # their state would pull scripts from a network
     for cell in notebook.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):

@@ -207,7 +207,7 @@ def test_documented_commands_parse(line, buffer, monkeypatch, capsys):
 
     names = ("prepare", "train_buffer", "distill", "evaluate_run", "plan", "recipes_table", "verify", "read_json")
     names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
-    for module, name in [*((commands, name) for name in names), (studies, "run_study"), (studies, "collect")]:
+    for module, name in [*((commands, name) for name in names), (studies.study, "run_study"), (studies, "collect")]:
         monkeypatch.setattr(module, name, reached)
     for module in (cli, commands, studies):
         monkeypatch.setattr(module, "Buffer", lambda folder: buffer)

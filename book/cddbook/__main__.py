@@ -3,29 +3,21 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
-from cddbook.records import collect, write_record
-from cddbook.study import (
-    Comparison,
-    StudyConfig,
-    comparison_runs,
-    correlation_runs,
-    parse_grid,
-    remedies,
-    run_study,
-    search_runs,
-    segment_counts,
-    settings_by_accuracy,
-    study_record,
-)
+from cddbook import study
+from cddbook.records import collect, study_record, write_record
 from cddlib import cli
 from cddlib.commands import Device, Root
+from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
+from cddlib.methods.recipes import parse_value
+from cddlib.runtime.config import field_types
+from cddlib.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +34,7 @@ class Place:
     device: Device = "auto"
 
 
-Config = Annotated[StudyConfig, tyro.conf.arg(name="")]
+Config = Annotated[study.StudyConfig, tyro.conf.arg(name="")]
 At = Annotated[Place, tyro.conf.arg(name="")]
 
 
@@ -54,8 +46,8 @@ def correlate(*, config: Config, place: At, replicates: int = 3) -> None:
         place: Folders and device.
         replicates: Times that everything is repeated, each with a seed and an expert of its own.
     """
-    runs = correlation_runs(config, replicates, len(Buffer(place.buffer).experts))
-    run_study(config, runs, **vars(place))
+    runs = study.correlation_runs(config, replicates, len(Buffer(place.buffer).experts))
+    study.run_study(config, runs, **vars(place))
     _print_finished(len(runs), place)
 
 
@@ -63,7 +55,7 @@ def compare(
     *,
     config: Config,
     place: At,
-    what: Comparison = "segments",
+    what: study.Comparison = "segments",
     counts: tuple[int, ...] = (1, 2, 4, 8),
     seeds: int = 3,
     networks: int = 3,
@@ -78,14 +70,33 @@ def compare(
         seeds: Distillations of each variant.
         networks: Networks that test each synthetic set.
     """
-    variants = segment_counts(counts) if what == "segments" else remedies(config.distillation.schedule.segments)
-    runs = comparison_runs(config, variants, seeds)
-    run_study(config, runs, networks=networks, **vars(place))
+    segments = config.distillation.schedule.segments
+    variants = study.segment_counts(counts) if what == "segments" else study.remedies(segments)
+    runs = study.comparison_runs(config, variants, seeds)
+    study.run_study(config, runs, networks=networks, **vars(place))
     _print_finished(len(runs), place)
 
 
 def _print_finished(count: int, place: Place) -> None:
     print(f"{count} runs are finished; `python -m cddbook record {place.out} --to FILE` gathers them")
+
+
+def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:
+    """Fields and their values, from texts like `lr_images=10,30`.
+
+    Raises:
+        UserError: a text of another form, a field that a distillation does not have, or a value that is not one.
+    """
+    grid = {}
+    for text in texts:
+        field, _, values = text.partition("=")
+        if field not in field_types(DistillConfig) or not values:
+            raise UserError(f"{text!r} is not a field of a distillation with values, like lr_images=10,30.")
+        try:
+            grid[field] = [parse_value(field, token) for token in values.split(",")]
+        except (KeyError, ValueError):
+            raise UserError(f"{text!r} has a value that {field} cannot take.") from None
+    return grid
 
 
 def search(*, config: Config, place: At, vary: tuple[str, ...], seeds: int = 2) -> None:
@@ -97,11 +108,11 @@ def search(*, config: Config, place: At, vary: tuple[str, ...], seeds: int = 2) 
         vary: Fields with the values to try, as lr_images=10,30,100
         seeds: Distillations of each combination.
     """
-    runs = search_runs(config, parse_grid(vary), seeds)
-    found = run_study(config, runs, keep_stopped=True, **vars(place))
+    runs = study.search_runs(config, parse_grid(vary), seeds)
+    found = study.run_study(config, runs, keep_stopped=True, **vars(place))
     for reason in (run["stopped"] for run in found["runs"].values() if "stopped" in run):
         print(f"counted as 0 %: {reason}")
-    for setting, accuracies in settings_by_accuracy(found).items():
+    for setting, accuracies in study.settings_by_accuracy(found).items():
         print(f"{100 * sum(accuracies) / len(accuracies):5.1f} %  {setting.replace(',', '  ')}")
 
 
@@ -112,10 +123,8 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
         folder: Folder of a buffer, a distillation, or a study.
         to: The record to write.
     """
-    if (folder / "study.json").exists():
-        write_record(to, study_record(folder), indent=None)
-    else:
-        write_record(to, collect(folder))
+    is_study = (folder / "study.json").exists()
+    write_record(to, study_record(folder) if is_study else collect(folder), indent=None if is_study else 1)
     print(f"wrote {to}")
 
 
@@ -130,9 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
     """The commands by name, with the recipe that `arguments` choose as defaults."""
-    recipe = StudyConfig(distillation=cli.chosen_recipe(cli.recipe_choices(arguments)))
-    studies: dict[str, Callable[..., None]] = {"correlate": correlate, "compare": compare, "search": search}
-    return {**{name: functools.partial(study, config=recipe) for name, study in studies.items()}, "record": record}
+    recipe = study.StudyConfig(distillation=cli.chosen_recipe(cli.recipe_choices(arguments)))
+    studies: tuple[Callable[..., None], ...] = (correlate, compare, search)
+    return {**{command.__name__: functools.partial(command, config=recipe) for command in studies}, "record": record}
 
 
 if __name__ == "__main__":

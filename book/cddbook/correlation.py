@@ -15,6 +15,7 @@ A claim about signs needs a test: `permutation_test` for two curves, `t_test` fo
 from typing import Any
 
 import numpy as np
+import scipy.stats
 from jaxtyping import Float
 
 Matrix = Float[np.ndarray, "matched measured"]
@@ -43,8 +44,6 @@ def changes(losses: Curves) -> Float[np.ndarray, "*replicates matched times-1 me
     Changes, because the losses of all segments fall together; ranks, because the first steps away from real images
     change every loss far more than all later ones, and would decide any other correlation.
     """
-    import scipy.stats
-
     return scipy.stats.rankdata(np.diff(losses, axis=-2), axis=-2)
 
 
@@ -66,14 +65,14 @@ def between_draws(products: Float[np.ndarray, "n n"]) -> Matrix:
     on the same segment differ. Symmetric: both orders are averaged.
     """
     count = len(products) // 2
-    across = cosines(np.asarray(products))[:count, count:]
+    across = cosines(products)[:count, count:]
     return (across + across.T) / 2
 
 
 def length_ratios(products: Float[np.ndarray, "n n"]) -> Matrix:
     """‖g_i‖ / ‖g_j‖ of the first students' gradients."""
-    lengths = np.sqrt(np.diagonal(np.asarray(products)))[: len(products) // 2]
-    return lengths[:, None] / lengths[None, :]
+    lengths = np.sqrt(np.diagonal(products))[: len(products) // 2]
+    return lengths[:, None] / lengths
 
 
 def transfer(losses: Float[np.ndarray, " measured"], after: Matrix) -> Matrix:
@@ -95,17 +94,12 @@ def off_diagonal(matrix: Matrix) -> Float[np.ndarray, " pairs"]:
 
 def negative_shares(matrix: Matrix) -> tuple[float, float]:
     """Share of negative entries below the diagonal (a later segment matched, an earlier one measured), and above it."""
-    matrix = np.asarray(matrix)
     lower, upper = np.tril_indices(len(matrix), -1), np.triu_indices(len(matrix), 1)
     return float((matrix[lower] < 0).mean()), float((matrix[upper] < 0).mean())
 
 
 def permutation_test(
-    first: Float[np.ndarray, "replicates times"],
-    second: Float[np.ndarray, "replicates times"],
-    *,
-    permutations: int = 9999,
-    seed: int = 0,
+    first: Float[np.ndarray, "replicates times"], second: Float[np.ndarray, "replicates times"]
 ) -> float:
     """P-value of "the correlation is not negative", one-sided: small where it is negative beyond chance.
 
@@ -113,20 +107,17 @@ def permutation_test(
     is as low as the observed one. Give it `changes` of losses, not losses: times of a trend cannot be exchanged.
     Momentum makes neighbouring changes alike, so that small p-values are somewhat too small.
     """
-    rng = np.random.default_rng(seed)
     centred = [np.asarray(x) - np.mean(x, axis=1, keepdims=True) for x in (first, second)]
     spreads = [x.std(axis=1, keepdims=True) for x in centred]
     standard = [x / np.where(s > 0, s, np.inf) for x, s in zip(centred, spreads, strict=True)]
     observed = (standard[0] * standard[1]).mean()
-    shuffled = np.broadcast_to(standard[1], (permutations, *standard[1].shape))
-    chance = (standard[0] * rng.permuted(shuffled, axis=2)).mean(axis=(1, 2))
-    return float((1 + (chance <= observed + 1e-12).sum()) / (permutations + 1))
+    shuffled = np.random.default_rng(0).permuted(np.broadcast_to(standard[1], (9999, *standard[1].shape)), axis=2)
+    chance = (standard[0] * shuffled).mean(axis=(1, 2))
+    return float((1 + (chance <= observed + 1e-12).sum()) / (1 + len(chance)))
 
 
 def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..."]:
     """P-value of "the mean over replicates is not negative", one-sided, by Student's t; of two replicates or more."""
-    import scipy.stats
-
     return np.asarray(scipy.stats.ttest_1samp(values, 0, axis=0, alternative="less").pvalue)
 
 
@@ -134,6 +125,4 @@ def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
     """P-values corrected for being several (Holm 1979)."""
     order = np.argsort(p_values)
     scaled = p_values[order] * np.arange(len(p_values), 0, -1)
-    corrected = np.empty(len(p_values))
-    corrected[order] = np.minimum(np.maximum.accumulate(scaled), 1)
-    return corrected
+    return np.minimum(np.maximum.accumulate(scaled), 1)[np.argsort(order)]

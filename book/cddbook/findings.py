@@ -11,7 +11,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from cddbook import continual, correlation
-from cddbook.study import lines_of
+from cddbook.records import lines_of
 
 Record = Mapping[str, Any]
 

@@ -1,8 +1,8 @@
 """Probes: a fixed set of segments that a run follows, whatever it matches."""
 
-import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,9 +38,7 @@ class ProbeHook:
     def __post_init__(self) -> None:
         if list(self.probe_starts) != sorted({start for start in self.probe_starts if start >= 0}):
             raise UserError(f"probe_starts is {self.probe_starts}; epochs must be 0 or more, ascending, each once.")
-        if self.probe_expert < 0:
-            raise UserError(f"probe_expert is {self.probe_expert}; it must be 0 or more.")
-        for name, least in (("probe_every", 1), ("similarity_every", 0), ("error_every", 0)):
+        for name, least in (("probe_expert", 0), ("probe_every", 1), ("similarity_every", 0), ("error_every", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         if self.similarity_every and not self.probe_starts:
@@ -48,18 +46,17 @@ class ProbeHook:
 
     def after_iteration(self, run: Run) -> dict[str, Any]:
         """`probe_losses`, `gradient_similarity` and `accumulated_error`, each where it is due."""
-        config, synthetic, expert = run.config, run.synthetic, self.probe_expert
+        config, synthetic = run.config, run.synthetic
         self.check(config, run.buffer)
+        whose: dict[str, Any] = {"expert": self.probe_expert, "seed": config.seed}
+        probes = Probes(config, run.buffer, starts=self.probe_starts, **whose)
         measured: dict[str, Any] = {}
         if self.probe_starts and run.due(self.probe_every):
-            measured["probe_losses"] = self.probes(run).losses(synthetic)
+            measured["probe_losses"] = probes.losses(synthetic)
         if run.due(self.similarity_every):
-            rates = config.optimizer.rates(synthetic)
-            measured["gradient_similarity"] = self.probes(run).gradient_similarity(synthetic, rates)
+            measured["gradient_similarity"] = probes.gradient_similarity(synthetic)
         if run.due(self.error_every):
-            measured["accumulated_error"] = accumulated_error(
-                config, run.buffer, synthetic, expert=expert, seed=config.seed
-            )
+            measured["accumulated_error"] = accumulated_error(config, run.buffer, synthetic, **whose)
         return measured
 
     def check(self, config: DistillConfig, buffer: Buffer) -> None:
@@ -73,61 +70,46 @@ class ProbeHook:
                 f"{length} epochs long; probes may start at epoch {latest} at the latest."
             )
 
-    def probes(self, run: Run) -> "Probes":
-        """The segments that it follows."""
-        config, device = run.config, run.synthetic.images.device
-        return Probes(
-            config, run.buffer, starts=self.probe_starts, expert=self.probe_expert, seed=config.seed, device=device
-        )
 
-
+@dataclasses.dataclass(frozen=True)
 class Probes:
     """A fixed set of segments, each with students whose batches and augmentation never change.
 
     So a loss is a function of the synthetic set alone, and two of its values differ only by what happened to the set.
     """
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        buffer: Buffer,
-        *,
-        starts: Sequence[int],
-        expert: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        """Read the segments' ends.
-
-        Args:
-            config: of the students, their segments and augmentation.
-            buffer: trajectories.
-            starts: start epochs of the P segments.
-            expert: whose.
-            seed: the students' seed.
-            device: where they train.
-        """
-        length = config.schedule.expert_epochs
-        self.config, self.network, self.starts, self.seed = config, buffer.network, tuple(starts), seed
-        self.ends = [
-            tuple(buffer.parameters_on(device, expert, epoch) for epoch in (start, start + length)) for start in starts
-        ]
+    config: DistillConfig
+    """Of the students, their segments and augmentation."""
+    buffer: Buffer
+    """Trajectories."""
+    _: dataclasses.KW_ONLY
+    starts: tuple[int, ...]
+    """Start epochs of the P segments."""
+    expert: int
+    """The expert whose segments they are."""
+    seed: int
+    """The students' seed."""
 
     def in_turns(self, synthetic: SyntheticSet, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
         """Matching losses of the probes, turn by turn, and the variables they depend on, a row for each loss.
 
         Another `draw` is another student on every segment.
         """
-        student, students = self.config.student, []
-        for start in self.starts:
-            stream = generator(self.seed, "probe", start, draw)
-            students.append(plan_student(student, len(synthetic.labels), self.config.augmentation.augment, stream))
-        plain = MatchingConfig(side_by_side=student.side_by_side)
-        for turn in segment_chunks(self.network, plain, synthetic.images, len(students[0][0].indices), len(students)):
-            starts, targets = (torch.stack(ends) for ends in zip(*self.ends[turn], strict=True))
+        config, network = self.config, self.buffer.network
+        parameters = functools.partial(self.buffer.parameters_on, synthetic.images.device, self.expert)
+        students = [
+            plan_student(config.student, len(synthetic.labels), config.augmentation.augment, stream)
+            for stream in (generator(self.seed, "probe", start, draw) for start in self.starts)
+        ]
+        plain = MatchingConfig(side_by_side=config.student.side_by_side)
+        for turn in segment_chunks(network, plain, synthetic.images, len(students[0][0].indices), len(students)):
+            starts, targets = (
+                torch.stack([parameters(start + ahead) for start in self.starts[turn]])
+                for ahead in (0, config.schedule.expert_epochs)
+            )
             copies = synthetic.copies(len(starts))
             held_by_each = (copies["images"], synthetic.targets_of(copies), copies["step_size"])
-            losses = matching_losses(self.network, starts, targets, *held_by_each, students[turn], plain)
+            losses = matching_losses(network, starts, targets, *held_by_each, students[turn], plain)
             yield losses, list(copies.values())
 
     def losses(self, synthetic: SyntheticSet) -> list[float]:
@@ -135,25 +117,20 @@ class Probes:
         with torch.no_grad():
             return [loss for losses, _ in self.in_turns(synthetic) for loss in losses.tolist()]
 
-    def gradient_similarity(self, synthetic: SyntheticSet, rates: Sequence[float]) -> dict[str, Any]:
+    def gradient_similarity(self, synthetic: SyntheticSet) -> dict[str, Any]:
         """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
-
-        Args:
-            synthetic: where to measure; it is not changed.
-            rates: learning rate of each of its variables, in the order of `variable_tensors`.
 
         Returns:
             JSON values. `losses` (P), `after` (P x P: row stepped on, column measured) and `products`, for each
             variable the 2P x 2P inner products, without learning rates, of the gradients of two students a probe, first
             all the first ones.
         """
-        count = len(self.starts)
         gradients: list[tuple[Tensor, ...]] = []
         losses: list[float] = []
         for found, variables in (turn for draw in (0, 1) for turn in self.in_turns(synthetic, draw=draw)):
             gradients += zip(*torch.autograd.grad(found.sum(), variables), strict=True)
             losses += found.tolist()
-        after = []
+        count, rates, after = len(self.starts), self.config.optimizer.rates(synthetic), []
         for gradient in gradients[:count]:
             stepped = synthetic.copy()
             for variable, rate, slope in zip(stepped.variables(), rates, gradient, strict=True):
@@ -204,7 +181,7 @@ def accumulated_error(
     origin = buffer.parameters(expert, 0).to(device)
     student, star = origin, origin
     error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
-    found: dict[str, list[float | int]] = collections.defaultdict(list)
+    rows: list[dict[str, float | int]] = []
     length = config.schedule.expert_epochs
     for end in range(length, buffer.epochs + 1, length):
         following = buffer.parameters(expert, end).to(device)
@@ -216,16 +193,8 @@ def accumulated_error(
         error = student - star
         matching_sum += matching
         initialisation_sum += initialisation
-        lengths = {
-            "error": error,
-            "matching": matching,
-            "initialisation": initialisation,
-            "matching_sum": matching_sum,
-            "initialisation_sum": initialisation_sum,
-            "travelled": star - origin,
-        }
-        found["epoch"].append(end)
-        for name, vector in lengths.items():
-            found[name].append(vector.norm().item())
-        found["identity"].append(((error - summed).norm() / error.norm()).item())
-    return dict(found)
+        vectors = {"error": error, "matching": matching, "initialisation": initialisation}
+        vectors |= {"matching_sum": matching_sum, "initialisation_sum": initialisation_sum, "travelled": star - origin}
+        lengths = {name: vector.norm().item() for name, vector in vectors.items()}
+        rows.append({"epoch": end, **lengths, "identity": ((error - summed).norm() / error.norm()).item()})
+    return {name: [row[name] for row in rows] for name in rows[0]}

@@ -25,14 +25,8 @@ class Profile:
 PROFILES = {
     "ci": Profile(
         buffer={"width": 8, "experts": 2, "epochs": 10},
-        distill={
-            "width": 8,
-            "window_end": 8,
-            "iterations": 4,
-            "student_steps": 3,
-            "validate_every": 2,
-            "evaluation_epochs": 5,
-        },
+        distill={"width": 8, "window_end": 8, "iterations": 4, "student_steps": 3}
+        | {"validate_every": 2, "evaluation_epochs": 5},
         seeds=2,
         correlate_iterations=3,
         compare_iterations=8,

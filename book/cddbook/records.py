@@ -1,10 +1,11 @@
-"""Records: JSON that runs wrote, committed under `book/results`."""
+"""Records: JSON that runs and studies wrote, committed under `book/results`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import read_bytes, read_json, write_atomically
 from cddlib.runtime.run_folder import read_metrics
 
@@ -53,3 +54,69 @@ def collect(folder: Path) -> dict[str, Any]:
         record["metrics"] = read_metrics(folder)
         record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]
     return record
+
+
+# --- Studies ----------------------------------------------------------------------------------------------------
+
+STOPPED = "stopped.json"
+"""File in the folder of a run that stopped on its own."""
+
+DENSE = ("iteration", "loss", "matched", "step_size", "seconds", "skipped")
+SPARSE = ("validation_accuracy", "probe_losses", "gradient_similarity", "accumulated_error")
+
+
+def ended(run: Path) -> bool:
+    """Whether a run of a study has finished, or stopped on its own."""
+    return (run / "result.json").exists() or (run / STOPPED).exists()
+
+
+def study_record(out: Path) -> dict[str, Any]:
+    """Everything that the runs of a finished study wrote, small enough to commit.
+
+    Returns:
+        JSON values. `config` of the base; and for each of `runs` its `changes` of that configuration, its `metrics`
+        (a list of values for what every iteration has, and of [iteration, value] for what only some have), `result`,
+        and `evaluations`; or `stopped`, the reason why there is nothing but its changes.
+
+    Raises:
+        UserError: `out` holds no study, or one that is not finished.
+    """
+    with as_user_error(out / "study.json", "the description of a finished study"):
+        description, runs = read_json(out / "study.json"), {}
+        for name in description["runs"]:
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise UserError(f"{out / 'study.json'} names the run {name!r}, which is not below its folder.")
+            finished = (out / name / "result.json").exists()
+            if not (finished or (description.get("keep_stopped") and ended(out / name))):
+                raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")
+            config = read_json(out / name / "config.json")
+            changes = {key: config[key] for key, value in description["config"].items() if config[key] != value}
+            if description["config"].get("compiled") is None:  # each run decided by itself, which is no change
+                changes.pop("compiled", None)
+            own = _measured(out / name) if finished else {"stopped": read_json(out / name / STOPPED)["reason"]}
+            runs[name] = {"changes": changes, **own}
+    return {**description, "runs": runs}
+
+
+def _measured(run: Path) -> dict[str, Any]:
+    """Metrics by name instead of by line, in six digits; the result; and the evaluations."""
+    lines, result = read_metrics(run), read_json(run / "result.json")
+    del result["metrics_sha256"]  # of lines that the record does not keep
+    iterations = [line for line in lines if "loss" in line]
+    metrics = {key: [line[key] for line in iterations] for key in DENSE if key in iterations[0]}
+    sparse = {key: [[line["iteration"], line[key]] for line in lines if key in line] for key in SPARSE}
+    metrics |= {key: values for key, values in sparse.items() if values}
+    return {
+        "metrics": json.loads(json.dumps(metrics), parse_float=lambda digits: float(f"{float(digits):.6g}")),
+        "result": result,
+        "evaluations": [read_json(path)["accuracies"] for path in sorted(run.glob("evaluation-*.json"))],
+    }
+
+
+def lines_of(metrics: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    """The lines that `metrics` of a record were made from, in order, as far as it keeps them."""
+    lines: dict[int, dict[str, Any]] = {}
+    for key, values in metrics.items():
+        for iteration, value in zip(metrics["iteration"], values, strict=True) if key in DENSE else values:
+            lines.setdefault(iteration, {"iteration": iteration})[key] = value
+    return [lines[iteration] for iteration in sorted(lines)]

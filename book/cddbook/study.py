@@ -13,12 +13,12 @@ asked for again. `jobs` processes work on the runs, each with its share of the c
 
 import concurrent.futures.process
 import dataclasses
+import functools
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,36 +26,19 @@ import torch
 from tqdm.auto import tqdm
 
 from cddbook.probes import ProbeHook, Probes
+from cddbook.records import STOPPED, ended, study_record
 from cddlib.data.dataset import load
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
-from cddlib.methods.recipes import distill_recipe, parse_value
-from cddlib.runtime.config import as_dict, configure, field_types, replace
+from cddlib.methods.recipes import distill_recipe
+from cddlib.runtime.config import as_dict, field_types, replace
 from cddlib.runtime.device import end_with_parent, keep_freed_memory, resolve_device
 from cddlib.runtime.errors import Diverged, UserError, as_user_error
 from cddlib.runtime.files import read_json, write_json
-from cddlib.runtime.run_folder import locked, read_metrics, refuse_other_run
+from cddlib.runtime.run_folder import locked, refuse_other_run
 from cddlib.synthetic import initialise
-
-
-def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Fields and their values, from texts like `lr_images=10,30`.
-
-    Raises:
-        UserError: a text of another form, a field that a distillation does not have, or a value that is not one.
-    """
-    grid = {}
-    for text in texts:
-        field, _, values = text.partition("=")
-        if field not in field_types(DistillConfig) or not values:
-            raise UserError(f"{text!r} is not a field of a distillation with values, like lr_images=10,30.")
-        try:
-            grid[field] = [parse_value(field, token) for token in values.split(",")]
-        except (KeyError, ValueError):
-            raise UserError(f"{text!r} has a value that {field} cannot take.") from None
-    return grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,16 +53,14 @@ class StudyConfig:
 
 def study_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **overrides: Any) -> StudyConfig:
     """The recipe of a distillation, with fields of `DistillConfig` and of `ProbeHook` as keywords."""
-    probes = {name: overrides.pop(name) for name in field_types(ProbeHook) if name in overrides}
-    return StudyConfig(
-        distillation=distill_recipe(method, data, ipc, **overrides), probes=configure(ProbeHook, **probes)
-    )
+    probes = ProbeHook(**{name: overrides.pop(name) for name in field_types(ProbeHook) if name in overrides})
+    return StudyConfig(distillation=distill_recipe(method, data, ipc, **overrides), probes=probes)
 
-
-STOPPED = "stopped.json"
-"""File in the folder of a run that stopped on its own."""
 
 Comparison = Literal["segments", "remedies"]
+
+Task = tuple[str, StudyConfig, Path, Path, int, bool, Path | None, str]
+"""A run: name, configuration, buffer, folder, networks that test it, whether baselines are tested, root, device."""
 
 
 # --- What is run ------------------------------------------------------------------------------------------------
@@ -97,22 +78,15 @@ def correlation_runs(base: StudyConfig, replicates: int, experts: int) -> dict[s
     runs, iterations = {}, base.distillation.schedule.iterations
     for replicate in range(replicates):
         expert = replicate % experts
-        shared = replace(
-            base,
-            seed=base.distillation.seed + replicate,
-            expert=expert,
-            probe_expert=expert,
-            segments=1,
-            validate_every=0,
-        )
+        own = {"seed": base.distillation.seed + replicate, "expert": expert, "probe_expert": expert}
+        shared = replace(base, **own, segments=1, validate_every=0)
         folder = f"replicate-{replicate}"
         for start in base.probes.probe_starts:
-            window: dict[str, Any] = {"window_start": start, "window_end": start + 1, "window_end_initial": None}
+            window = {"window_start": start, "window_end": start + 1, "window_end_initial": None}
             runs[f"{folder}/matched-{start:02d}"] = replace(shared, **window)
-        runs[f"{folder}/sequential"] = replace(shared, similarity_every=iterations)
-        runs[f"{folder}/concurrent"] = replace(
-            shared, similarity_every=iterations, segments=len(base.probes.probe_starts)
-        )
+        control = replace(shared, similarity_every=iterations)
+        runs[f"{folder}/sequential"] = control
+        runs[f"{folder}/concurrent"] = replace(control, segments=len(base.probes.probe_starts))
     return runs
 
 
@@ -179,10 +153,9 @@ def search_runs(base: StudyConfig, grid: Mapping[str, Sequence[Any]], seeds: int
         raise UserError("validate_every is 0; a search needs validations to choose by.")
     runs = {}
     for values in itertools.product(*grid.values()):
-        changes: dict[str, Any] = dict(zip(grid, values, strict=True))
+        changes = dict(zip(grid, values, strict=True))
         name = ",".join(f"{field}={value}" for field, value in changes.items())
-        first = base.distillation.seed
-        for seed in range(first, first + seeds):
+        for seed in range(base.distillation.seed, base.distillation.seed + seeds):
             runs[f"{name}/seed-{seed}"] = replace(base, **changes, seed=seed)
     return runs
 
@@ -199,18 +172,15 @@ def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
     return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
 
 
-def first_similarities(
-    base: StudyConfig, buffer: Buffer, *, root: Path | None = None, device: str = "auto"
-) -> list[dict[str, Any]]:
+def first_similarities(base: StudyConfig, buffer: Buffer, *, device: str = "auto") -> list[dict[str, Any]]:
     """`Probes.gradient_similarity` of the initial synthetic set, once an expert: its probes, and a seed of its own."""
-    dev, config = resolve_device(device), base.distillation
-    dataset = load(config.data.data, root)
-    similarities = []
+    config, similarities = base.distillation, []
+    dataset = load(config.data.data)
     for expert in range(len(buffer.experts)):
         seed = config.seed + expert
-        synthetic = initialise(config.synthetic, dataset, buffer, seed, dev)
-        probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed, device=dev)
-        similarities.append(probes.gradient_similarity(synthetic, config.optimizer.rates(synthetic)))
+        synthetic = initialise(config.synthetic, dataset, buffer, seed, resolve_device(device))
+        probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed)
+        similarities.append(probes.gradient_similarity(synthetic))
     return similarities
 
 
@@ -262,80 +232,57 @@ def run_study(
                 found = _identity(read_json(out / "study.json"))
             refuse_other_run(out, found, _identity(description))
         write_json(out / "study.json", description)
-        first: dict[int, str] = {}  # the first run of a seed also tests random real images
+        work, seeds = [], set[int]()
         for name, config in runs.items():
-            first.setdefault(config.distillation.seed, name)
-        work = [
-            (name, config, buffer, out / name, networks, name in first.values(), root, device)
-            for name, config in runs.items()
-        ]
-        failed = _in_processes(work, jobs) if jobs else _one_by_one(work)
-        if failed and not (keep_stopped and all(_ended(out / name) for name in runs)):
+            baselines = config.distillation.seed not in seeds  # the first run of a seed also tests random real images
+            seeds.add(config.distillation.seed)
+            work.append((name, config, buffer, out / name, networks, baselines, root, device))
+        failed = _in_processes(work, jobs) if jobs else _reasons(map(_one, work), len(work))
+        if failed and not (keep_stopped and all(ended(out / name) for name in runs)):
             raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
 
 
 def _identity(description: dict[str, Any]) -> dict[str, Any]:
     """A study's description with its configuration unfolded, so that a difference can be named."""
-    unfolded = {key: value for key, value in description.items() if key not in ("config", "runs")}
+    unfolded = {key: value for key, value in description.items() if key != "config"}
     families = ", ".join(dict.fromkeys(name.split("/")[0] for name in description["runs"]))
     return {**description["config"], **unfolded, "runs": f"{len(description['runs'])} of {families}"}
 
 
-def _one(
-    name: str,
-    config: StudyConfig,
-    buffer: Path,
-    out: Path,
-    networks: int,
-    baselines: bool,
-    root: Path | None,
-    device: str,
-) -> str | None:
+def _one(task: Task) -> str | None:
     """Do one run; returns why it failed."""
+    name, config, buffer, out, networks, baselines, root, device = task
     try:
         distill(config.distillation, buffer, out, hooks=[config.probes], root=root, device=device)
         if networks:
             seed = config.distillation.seed * networks
             evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=seed)
-    except Diverged as error:  # not what another command or machine would mend
-        if (out / "config.json").exists():  # it began
-            write_json(out / STOPPED, {"reason": str(error)})
-        return f"{name}: {error}"
     except (UserError, OSError) as error:
+        if isinstance(error, Diverged) and (out / "config.json").exists():  # it began, and no other machine mends it
+            write_json(out / STOPPED, {"reason": str(error)})
         return f"{name}: {error}"
     return None
 
 
-def _one_by_one(work: list[tuple[Any, ...]]) -> list[str]:
-    return [reason for task in tqdm(work, desc="study", unit="run") if (reason := _one(*task))]
+def _reasons(done: Iterable[str | None], total: int) -> list[str]:
+    """Why runs failed, once all of them are done."""
+    return [reason for reason in tqdm(done, desc="study", unit="run", total=total) if reason]
 
 
-def _in_processes(work: list[tuple[Any, ...]], jobs: int) -> list[str]:
+def _in_processes(work: Sequence[Task], jobs: int) -> list[str]:
     """A process for every run, `jobs` at a time; no process does two, so that each one's peak memory is its own."""
     threads = max(1, torch.get_num_threads() // jobs)
-    quiet = os.environ.get("TQDM_DISABLE")
-    os.environ["TQDM_DISABLE"] = "1"  # for the children, whose bars would overwrite each other
-    try:
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # each thread waits for one process
-            futures = [pool.submit(_in_a_process, task, threads, number) for number, task in enumerate(work)]
-            done = tqdm(concurrent.futures.as_completed(futures), total=len(work), desc="study", unit="run")
-            try:
-                return [reason for future in done if (reason := future.result())]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # runs that have not begun
-                raise
-    finally:
-        os.environ.pop("TQDM_DISABLE")
-        os.environ.update({} if quiet is None else {"TQDM_DISABLE": quiet})
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # each thread waits for one process
+        done = pool.map(_in_a_process, work, itertools.repeat(threads), itertools.count())
+        return _reasons(done, len(work))  # interrupted, it begins no further run
 
 
-def _in_a_process(task: tuple[Any, ...], threads: int, number: int) -> str | None:
+def _in_a_process(task: Task, threads: int, number: int) -> str | None:
+    context = multiprocessing.get_context("spawn")
     try:
-        with concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), _prepare, (threads, number)
-        ) as pool:
-            return pool.submit(_one, *task).result()
+        with concurrent.futures.ProcessPoolExecutor(1, context, _prepare, (threads, number)) as pool:
+            return pool.submit(_one, task).result()
     except concurrent.futures.process.BrokenProcessPool:
         return f"{task[0]}: its process was killed, perhaps for want of memory; fewer jobs need less."
 
@@ -343,84 +290,8 @@ def _in_a_process(task: tuple[Any, ...], threads: int, number: int) -> str | Non
 def _prepare(threads: int, number: int) -> None:
     """What a child does first; the children take the GPUs in turn."""
     end_with_parent()
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # the children's bars overwrite each other
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())  # as torchrun says it
     torch.set_num_threads(threads)
     keep_freed_memory()
-
-
-def _ended(run: Path) -> bool:
-    """Whether a run has finished, or stopped on its own."""
-    return (run / "result.json").exists() or (run / STOPPED).exists()
-
-
-# --- The record -------------------------------------------------------------------------------------------------
-
-DENSE = ("iteration", "loss", "matched", "step_size", "seconds", "skipped")
-SPARSE = ("validation_accuracy", "probe_losses", "gradient_similarity", "accumulated_error")
-
-
-def study_record(out: Path) -> dict[str, Any]:
-    """Everything that the runs of a finished study wrote, small enough to commit.
-
-    Returns:
-        JSON values. `config` of the base; and for each of `runs` its `changes` of that configuration, its `metrics`
-        (a list of values for what every iteration has, and of [iteration, value] for what only some have), `result`,
-        and `evaluations`; or `stopped`, the reason why there is nothing but its changes.
-
-    Raises:
-        UserError: `out` holds no study, or one that is not finished.
-    """
-    with as_user_error(out / "study.json", "the description of a finished study"):
-        return _gathered(out, read_json(out / "study.json"))
-
-
-def _gathered(out: Path, description: dict[str, Any]) -> dict[str, Any]:
-    runs = {}
-    for name in description["runs"]:
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise UserError(f"{out / 'study.json'} names the run {name!r}, which is not below its folder.")
-        finished = (out / name / "result.json").exists()
-        if not (finished or (description.get("keep_stopped") and _ended(out / name))):
-            raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")
-        config = read_json(out / name / "config.json")
-        changes = {key: config[key] for key, value in description["config"].items() if config[key] != value}
-        if description["config"].get("compiled") is None:  # each run decided by itself, which is no change
-            changes.pop("compiled", None)
-        if not finished:
-            runs[name] = {"changes": changes, "stopped": read_json(out / name / STOPPED)["reason"]}
-            continue
-        result = read_json(out / name / "result.json")
-        del result["metrics_sha256"]  # of lines that the record does not keep
-        runs[name] = {
-            "changes": changes,
-            "metrics": _columns(read_metrics(out / name)),
-            "result": result,
-            "evaluations": [read_json(path)["accuracies"] for path in sorted((out / name).glob("evaluation-*.json"))],
-        }
-    return {**description, "runs": runs}
-
-
-def _columns(lines: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Metrics by name instead of by line, in six digits."""
-    iterations = [line for line in lines if "loss" in line]
-    dense = {key: [line[key] for line in iterations] for key in DENSE if key in iterations[0]}
-    sparse = {key: [[line["iteration"], line[key]] for line in lines if key in line] for key in SPARSE}
-    return _rounded({**dense, **{key: values for key, values in sparse.items() if values}})
-
-
-def _rounded(values: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """The same JSON values with floats in six digits."""
-    return json.loads(json.dumps(values), parse_float=lambda digits: float(f"{float(digits):.6g}"))
-
-
-def lines_of(metrics: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """The lines that `metrics` of a record were made from, in order, as far as it keeps them."""
-    lines: dict[int, dict[str, Any]] = {}
-    for key in DENSE:
-        for iteration, value in zip(metrics["iteration"], metrics.get(key, []), strict=False):
-            lines.setdefault(iteration, {})[key] = value
-    for key in SPARSE:
-        for iteration, value in metrics.get(key, []):
-            lines.setdefault(iteration, {"iteration": iteration})[key] = value
-    return [lines[iteration] for iteration in sorted(lines)]

@@ -63,20 +63,6 @@ def line(expert: int, starts: list[int], losses: list[float] | None = None, **re
     return {"loss": 0.5, "matched": matched, **({"probe_losses": losses} if losses else {}), **rest}
 
 
-def test_the_probe_table_by_hand() -> None:
-    lines = [
-        {"iteration": 0, "probe_losses": [1.0, 2.0], "validation_accuracy": [0.1]},
-        line(3, [4], [0.9, 2.1]),
-        line(3, [0, 8], [0.8, 1.9]),
-        line(3, [5], [0.7, 1.8]),
-        line(3, [0, 4], [0.6, 1.7]),
-    ]
-    losses, visits = probe_table(lines, [4, 8], 3)
-    assert losses.tolist() == [[1, 2], [0.9, 2.1], [0.8, 1.9], [0.7, 1.8], [0.6, 1.7]]
-    assert visits.tolist() == [[True, False], [False, True], [False, False], [True, False]]
-    assert visits.dtype == bool
-
-
 def test_a_segment_of_another_expert_or_of_a_skipped_iteration_is_no_visit() -> None:
     lines = [{"probe_losses": [1.0, 2.0]}, line(0, [4, 8], [0.9, 1.9]), line(1, [8], [0.9, 1.8])]
     lines.append(line(1, [4], [0.9, 1.8], skipped=True))

@@ -19,22 +19,10 @@ def small_integers(*shape: int) -> st.SearchStrategy[np.ndarray]:
 
 # --- Curves of losses -------------------------------------------------------------------------------------------
 
-UP, DOWN = ([1.0, 2, 3, 4], [8.0, 6, 4, 2])
-
-
-def run_of(*curves: list[float]) -> np.ndarray:
-    """One run: times by measured segments."""
-    return np.array(curves).T
-
-
-def test_rows_of_pearson_are_matched_and_columns_measured() -> None:
-    losses = np.stack([run_of(UP, DOWN), run_of(UP, UP)])  # matching 0 hurts 1; matching 1 helps 0
-    np.testing.assert_allclose(correlation.pearson(losses), [[1, -1], [1, 1]])
-
 
 @pytest.mark.parametrize(("constant", "times"), [(0.1, 3), (0.7, 6), (0.9, 7)])  # whose mean is rounded
 def test_pearson_of_a_constant_curve_is_nan_whatever_the_constant(constant: float, times: int) -> None:
-    losses = np.stack([run_of([float(t**2) for t in range(times)], [constant] * times)] * 2)
+    losses = np.stack([np.array([[t**2, constant] for t in range(times)])] * 2)
     assert np.isnan(correlation.pearson(losses)[0, 1])
 
 

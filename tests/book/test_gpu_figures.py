@@ -41,11 +41,7 @@ def speed_of(**ms: float) -> dict[str, Any]:
         (ch8_gpu.faster_sentence, {"one": 301}, "about as fast as the textbook's way"),
         (ch8_gpu.graph_sentence, {}, "takes 30 ms, 3.0 times as fast as the same steps launched one by one (90"),
         (ch8_gpu.bfloat16_sentence, {}, "bfloat16 takes 20 ms, 1.5 times as fast as in float32 (30 ms)"),
-        (
-            ch8_gpu.segments_sentence,
-            {},
-            "K = 2 takes 1.2 times, K = 4 takes 2.0 times as long as K = 1. Every K is",
-        ),
+        (ch8_gpu.segments_sentence, {}, "K = 2 takes 1.2 times, K = 4 takes 2.0 times as long as K = 1. Every K is"),
         (ch8_gpu.segments_sentence, {"two": 60}, "K = 4 takes 2.0 times as long as K = 1. K = 4 is more than"),
         (ch8_gpu.segments_sentence, {"two": 60, "four": 130}, "K = 1. No K is more than a tenth faster"),
     ],
@@ -77,19 +73,13 @@ def test_tables_of_speed() -> None:
 @pytest.mark.parametrize(
     ("rates", "said"),
     [
-        (
-            [20, 30, 40, 39],
-            "1.9 times as many segments a second as one run. It pays to start 4 at once. More",
-        ),
+        ([20, 30, 40, 39], "1.9 times as many segments a second as one run. It pays to start 4 at once. More"),
         ([20, 30, 40, 60], "It pays to start 8 at once. More were not tried."),
         ([20, 20, 19, 18], "It does not pay to start several at once."),
     ],
 )
 def test_how_many_runs_pay_turns(rates: list[int], said: str) -> None:
-    rows = [
-        {"runs": count, "segments": 1, "segments_a_second": rate}
-        for count, rate in zip((1, 2, 4, 8), rates, strict=True)
-    ]
+    rows = [{"runs": 2**i, "segments": 1, "segments_a_second": rate} for i, rate in enumerate(rates)]
     record = {"rows": [*rows, {"runs": 4, "segments": 2, "segments_a_second": 99.0}]}
     assert said in ch8_gpu.runs_sentence(record)
     assert cells(ch8_gpu.runs_table(record))[-1] == ["4", "2", "99.0"]

@@ -21,7 +21,6 @@ from cddlib.synthetic import initialise
 
 CPU = torch.device("cpu")
 STARTS = (0, 1, 4)
-RATES = [30.0, 2.0, 1e-5]
 
 
 class Doubles(cddlib.Buffer):
@@ -54,7 +53,7 @@ class Problem:
         return self.probes_of(STARTS)
 
     def probes_of(self, starts: tuple[int, ...], expert: int = 1, seed: int = 7) -> Probes:
-        return Probes(self.config, self.buffer, starts=starts, expert=expert, seed=seed, device=CPU)
+        return Probes(self.config, self.buffer, starts=starts, expert=expert, seed=seed)
 
     def losses(self) -> list[float]:
         return self.probes.losses(self.synthetic)
@@ -147,7 +146,7 @@ def test_similarities_are_those_of_autograd(
     usual = problem(side_by_side=side_by_side)
     assert len(list(usual.probes.in_turns(usual.synthetic))) == turns
     usual.plans.clear()
-    found = usual.probes.gradient_similarity(usual.synthetic, RATES)
+    found = usual.probes.gradient_similarity(usual.synthetic)
     plans = usual.plans[:6]  # first students of the three probes, then second ones
     for variable in usual.synthetic.variables():
         variable.requires_grad_()
@@ -164,7 +163,7 @@ def test_similarities_are_those_of_autograd(
 def test_after_is_the_first_real_step_of_sgd(problem: Callable[..., Problem], labels: str) -> None:
     usual = problem(labels=labels, lr_images=20.0, lr_labels=3.0, lr_step_size=1e-3)
     rates = usual.config.optimizer.rates(usual.synthetic)
-    found = usual.probes.gradient_similarity(usual.synthetic, rates)["after"]
+    found = usual.probes.gradient_similarity(usual.synthetic)["after"]
     before = usual.losses()
     for probe in range(3):
         stepped = usual.synthetic.copy()
@@ -185,7 +184,7 @@ def test_measuring_leaves_the_synthetic_set_alone(problem: Callable[..., Problem
     for variable in variables:
         variable.requires_grad_(needs_gradients)
     before = usual.synthetic.copy().variables()
-    usual.probes.gradient_similarity(usual.synthetic, RATES)
+    usual.probes.gradient_similarity(usual.synthetic)
     usual.error()
     assert all(map(torch.equal, before, variables))
     assert all(v.requires_grad == needs_gradients and v.grad is None for v in variables)
@@ -257,7 +256,7 @@ def test_probes_that_the_buffer_does_not_hold_are_refused(
     ("fields", "sentence"),
     [
         ({"probe_starts": (1, 1)}, "probe_starts is (1, 1); epochs must be 0 or more, ascending, each once."),
-        ({"probe_expert": -1}, "probe_expert is -1; it must be 0 or more."),
+        ({"probe_expert": -1}, "probe_expert is -1; it must be at least 0."),
         ({"error_every": -1}, "error_every is -1; it must be at least 0."),
         ({"similarity_every": 5}, "similarity_every is 5, but probe_starts names no segments."),
     ],

@@ -14,16 +14,15 @@ import torch
 import cddlib
 from cddbook import records, study
 from cddbook.__main__ import main
+from cddbook.records import lines_of, study_record
 from cddbook.study import (
     StudyConfig,
     comparison_runs,
     correlation_runs,
-    lines_of,
     remedies,
     run_study,
     segment_counts,
     study_recipe,
-    study_record,
 )
 from cddlib.matching.combine import Combine
 from cddlib.runtime import config as configs
@@ -210,7 +209,7 @@ def six_digits(value: object) -> Any:
 
 def test_the_record_keeps_the_metrics_to_six_digits(whole: Path) -> None:
     record = study_record(whole)
-    kept = {*study.DENSE, *study.SPARSE}
+    kept = {*records.DENSE, *records.SPARSE}
     for name, found in record["runs"].items():
         lines = read_metrics(whole / name)
         assert lines_of(found["metrics"]) == [
@@ -301,6 +300,7 @@ def test_another_study_in_the_folder_is_refused(recipe: Recipe, buffer: cddlib.B
 
 def test_children_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "end_with_parent", lambda: None)
+    monkeypatch.setattr(study.tqdm, "__init__", study.tqdm.__init__)  # which a child silences for good
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setenv("LOCAL_RANK", "")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cddbook.study import parse_grid
+from cddbook.__main__ import parse_grid
 from cddbook.tables import published
 from cddlib import DistillConfig, buffer_recipe, distill_recipe
 from cddlib.data.dataset import sizes_of

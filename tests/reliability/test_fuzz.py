@@ -34,7 +34,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import cddlib
-from cddbook.study import parse_grid
+from cddbook.__main__ import parse_grid
 from cddlib import cli, evaluate
 from cddlib.data import dataset as data
 from cddlib.data.dataset import DataConfig

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -36,8 +35,8 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
     """Normalised squared distance to the target after each student step; mean and standard deviation over repeats."""
     figure, axis = plt.subplots()
     for (label, values), marker in zip(distances.items(), MARKERS, strict=False):
-        steps, mean, spread = np.arange(values.shape[1]), values.mean(0).numpy(), values.std(0).numpy()
-        band(axis, steps, mean, spread, marker=marker, markevery=max(1, len(steps) // 10), label=label)
+        steps = range(values.shape[1])
+        band(axis, steps, values.numpy(), marker=marker, markevery=max(1, len(steps) // 10), label=label)
     axis.axhline(1, color="0.4", linestyle=":")
     axis.set(xlabel="student step i", ylabel="matching loss if it stopped here")
     axis.legend()

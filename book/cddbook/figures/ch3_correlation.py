@@ -32,46 +32,29 @@ def heat_maps(
     """
     columns = 2 if len(matrices) == 4 else 3
     rows = -(-len(matrices) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.8 * columns + 0.6, 3.0 * rows), squeeze=False, sharex=True, sharey=True
-    )
+    size = (2.8 * columns + 0.6, 3.0 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
     for panel, (axis, (title, repeated)) in enumerate(zip(axes.flat, matrices.items(), strict=False)):
         mean, spread = repeated.mean(axis=0), repeated.std(axis=0, ddof=min(1, len(repeated) - 1))
-        text = np.array([[f"{value:.2f}".replace("0.", ".") for value in row] for row in mean], dtype=object)
-        if significant is not None and panel == 0:
-            text += np.where(significant < 0.05, "*", "")
-        text += np.vectorize(lambda value: f"\n±{value:.2f}".replace("0.", "."))(spread)
-        sns.heatmap(
-            mean,
-            annot=text,
-            fmt="",
-            annot_kws={"fontsize": 7},
-            cmap="vlag",  # blue to red through white, told apart by colour-blind readers
-            vmin=-limit,
-            vmax=limit,
-            square=True,
-            xticklabels=starts,
-            yticklabels=starts,
-            cbar=False,
-            ax=axis,
-        )
+        stars = np.where(significant < 0.05, "*", "") if significant is not None and panel == 0 else ""
+        text = np.char.replace(np.vectorize("{:.2f}{}\n±{:.2f}".format)(mean, stars, spread), "0.", ".")
+        shades = {"cmap": "vlag", "vmin": -limit, "vmax": limit}  # told apart by colour-blind readers
+        words = {"annot": text, "fmt": "", "annot_kws": {"fontsize": 7}, "xticklabels": starts, "yticklabels": starts}
+        sns.heatmap(mean, **shades, **words, square=True, cbar=False, ax=axis)
         axis.set_title(title, fontsize=10)
-    for axis in axes[-1]:
-        axis.set_xlabel(labels[0])
-    for axis in axes[:, 0]:
-        axis.set_ylabel(labels[1])
+    plt.setp(axes[-1], xlabel=labels[0])
+    plt.setp(axes[:, 0], ylabel=labels[1])
     figure.colorbar(axes[0, 0].collections[0], ax=axes, shrink=0.7)
     return figure
 
 
 def _transfers(study: Correlations, rates: Mapping[str, float], when: int) -> list[tuple[Matrix, Matrix]]:
     """Transfer as gradients predict it and as real steps show it, by replicate; first images `when` 0, last -1."""
-    pairs = []
-    for similarity in (repeated[when] for repeated in study.similarity["sequential"]):
-        losses, after = np.array(similarity["losses"]), np.array(similarity["after"])
-        predicted = correlation.predicted_transfer(similarity, dict(rates))
-        pairs.append((predicted, correlation.transfer(losses, after)))
-    return pairs
+    found = [repeated[when] for repeated in study.similarity["sequential"]]
+    return [
+        (correlation.predicted_transfer(one, dict(rates)), correlation.transfer(one["losses"], one["after"]))
+        for one in found
+    ]
 
 
 def transfer_prediction(study: Correlations, rates: Mapping[str, float]) -> Figure:

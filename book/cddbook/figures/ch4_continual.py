@@ -19,10 +19,8 @@ def probe_losses(record: Record, variants: Sequence[str]) -> Figure:
         starts, visits = runs[0].config["probe_starts"], runs[0].probes(skip=0)[1]
         matched = runs[0].cost * np.array([iteration for iteration, _ in runs[0].metrics["probe_losses"]])
         losses = np.stack([run.probes(skip=0)[0] for run in runs])
-        mean, spread = losses.mean(axis=0), losses.std(axis=0, ddof=1) if len(losses) > 1 else np.zeros_like(losses[0])
         for probe, color in enumerate(sns.color_palette("viridis", len(starts))):
-            label = f"t = {starts[probe]}"
-            band(axis, matched, mean[:, probe], spread[:, probe], color=color, label=label, alpha=0.15)
+            band(axis, matched, losses[:, :, probe], color=color, label=f"t = {starts[probe]}", alpha=0.15)
             visited = np.flatnonzero(visits[:, probe]) + 1
             axis.plot(matched[visited], losses[0][visited, probe], "|", color=color, markersize=8)
         axis.set(xlabel="segments matched", title=variant)
@@ -38,9 +36,8 @@ def error_along(record: Record, variants: Sequence[str]) -> Figure:
     for variant, marker in zip(variants, MARKERS, strict=False):
         ends = [run.last_error for run in runs_of(record) if run.variant == variant]
         for axis, key in zip(axes, keys, strict=True):
-            values = np.stack([end[key] / end["travelled"] for end in ends])
-            spread = values.std(axis=0, ddof=1) if len(values) > 1 else 0
-            band(axis, ends[0]["epoch"], values.mean(axis=0), spread, marker=marker, markersize=4, label=variant)
+            values = [end[key] / end["travelled"] for end in ends]
+            band(axis, ends[0]["epoch"], values, marker=marker, markersize=4, label=variant)
     for axis, title in zip(axes, keys.values(), strict=True):
         axis.set(xlabel="expert epoch", title=title)
         axis.set_ylim(bottom=0)

@@ -17,17 +17,15 @@ from cddlib.runtime.run_folder import read_metrics
 
 def read_runs(folders: Mapping[tuple[int, int], Path]) -> pd.DataFrame:
     """Metrics of runs keyed by (segments, seed): a row an iteration, with the segments matched until then."""
-    tables = []
-    for (segments, seed), folder in folders.items():
-        table = pd.DataFrame(read_metrics(folder))
-        table["segments"], table["seed"] = segments, seed
-        table["variant"] = f"K = {segments}"
-        table["matched"] = table["iteration"] * segments
-        table["elapsed"] = table["seconds"].fillna(0).cumsum()
-        accuracy = table["validation_accuracy"]
-        table["accuracy"] = accuracy.map(lambda values: np.mean(values) if isinstance(values, list) else np.nan)
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+    tables = [
+        pd.DataFrame(read_metrics(folder)).assign(segments=segments, seed=seed, variant=f"K = {segments}")
+        for (segments, seed), folder in folders.items()
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    table["matched"] = table["iteration"] * table["segments"]
+    table["elapsed"] = table["seconds"].fillna(0).groupby([table["segments"], table["seed"]]).cumsum()
+    table["accuracy"] = table["validation_accuracy"].map(np.mean, na_action="ignore")
+    return table
 
 
 def accuracy_curves(table: pd.DataFrame) -> Figure:
@@ -41,9 +39,8 @@ def accuracy_curves(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(1, 3, figsize=(9.6, 3.5), sharey=True)
     for axis, (x, label) in zip(axes, labels.items(), strict=True):
         for (variant, mine), marker in zip(measured.groupby("variant", sort=False), MARKERS, strict=False):
-            points = mine.groupby("iteration").agg(x=(x, "mean"), mean=("accuracy", "mean"), sd=("accuracy", "std"))
-            spread = points["sd"].fillna(0)
-            band(axis, points["x"], points["mean"], spread, marker=marker, markersize=4, label=variant)
+            by_seed = mine.pivot(index="seed", columns="iteration", values="accuracy")
+            band(axis, mine.groupby("iteration")[x].mean(), by_seed, marker=marker, markersize=4, label=variant)
         axis.set(xlabel=label)
     axes[0].set_ylabel("validation accuracy")
     axes[-1].legend(fontsize=8)
@@ -68,16 +65,16 @@ def accuracy_table(runs: pd.DataFrame) -> str:
     """
     measured = runs.dropna(subset="accuracy")
     last, budget = measured["iteration"].max(), measured.groupby("segments")["matched"].max().min()
-    columns = {f"after {last} iterations": measured["iteration"] >= 0}
-    columns[f"after at most {budget} matched segments"] = (measured["matched"] <= budget) & (measured["iteration"] > 0)
+    allowed = {f"after {last} iterations": measured}
+    allowed[f"after at most {budget} matched segments"] = measured.query("matched <= @budget and iteration > 0")
     rows, reference = [], dict[str, pd.Series]()
-    for segments, mine in measured.groupby("segments"):
+    for segments, mine in runs.groupby("segments"):
         row = {"K": str(segments)}
-        for title, allowed in columns.items():
-            part = mine[allowed[mine.index]]
+        for title, part in allowed.items():
+            part = part[part["segments"] == segments]
             end = part[part["iteration"] == part["iteration"].max()].set_index("seed")
             row[title] = _accuracy_cell(end, reference.setdefault(title, end["accuracy"]))
-        rows.append({**row, "seconds": f"{runs[runs['segments'] == segments]['seconds'].median():.3f}"})
+        rows.append({**row, "seconds": f"{mine['seconds'].median():.3f}"})
     return (
         f"Validation accuracy, mean ± standard deviation over {runs['seed'].nunique()} seeds; in brackets, segments "
         "matched until then; below it, the difference to the smallest K with the same seed; median seconds an "
@@ -91,7 +88,7 @@ def _accuracy_cell(end: pd.DataFrame, reference: pd.Series) -> str:
         return "not validated that early"
     difference = 100 * (end["accuracy"] - reference)
     cell = f"{end['accuracy'].mean():.1%} ± {end['accuracy'].std():.1%} ({end['matched'].iloc[0]})"
-    return cell if not difference.any() else f"{cell}<br>{difference.mean():+.1f} ± {difference.std():.1f} points"
+    return f"{cell}<br>{difference.mean():+.1f} ± {difference.std():.1f} points" if difference.any() else cell
 
 
 def accuracy_bars(accuracies: Mapping[str, Sequence[float]]) -> Figure:

@@ -95,17 +95,17 @@ def equal_table(table: pd.DataFrame, value: str) -> str:
 
 def equal_sentence(table: pd.DataFrame, value: str) -> str:
     """In which of these comparisons the largest K differs from the smallest beyond the spread of the seeds."""
-    places: dict[str, list[str]] = {"lower than": [], "higher than": [], "": []}
+    low, high = f"that of K = {min(table['K'])}", f"the {NAMES[value]} of K = {max(table['K'])}"
+    signs = {
+        -1: f"is lower than {low}",
+        1: f"is higher than {low}",
+        0: f"cannot be told apart from {low} with these seeds",
+    }
+    places: dict[int, list[str]] = {sign: [] for sign in signs}
     for where, by_seed in at_equal(table, value).items():
         found = _difference(by_seed)
-        places["lower than" if found.high < 0 else "higher than" if found.low > 0 else ""].append(where)
-    low, high = min(table["K"]), max(table["K"])
-    said = [
-        f"{_listed(where)} the {NAMES[value]} of K = {high} "
-        + (f"is {how} that of K = {low}." if how else f"cannot be told apart from that of K = {low} with these seeds.")
-        for how, where in places.items()
-        if where
-    ]
+        places[(found.low > 0) - (found.high < 0)].append(where)
+    said = [f"{_listed(places[sign])} {high} {how}." for sign, how in signs.items() if places[sign]]
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in said)
 
 
@@ -114,8 +114,8 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def _curves(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Of one K's losses, a column a seed, where all seeds have one."""
-    return table.pivot(index=column, columns="seed", values="loss").dropna()
+    """Of one K's losses, a row a seed, where all seeds have one."""
+    return table.pivot(index="seed", columns=column, values="loss").dropna(axis=1)
 
 
 def loss_curves(table: pd.DataFrame) -> Figure:
@@ -124,9 +124,7 @@ def loss_curves(table: pd.DataFrame) -> Figure:
     for axis, column in zip(axes, ("matched", "iteration"), strict=True):
         for (k, mine), marker in zip(table.groupby("K"), MARKERS, strict=False):
             by_seed = _curves(mine, column)
-            mean, spread = by_seed.mean(axis=1), by_seed.std(axis=1).fillna(0)
-            label = f"K = {k}"
-            band(axis, mean.index, mean, spread, marker=marker, markevery=0.15, markersize=4, label=label)
+            band(axis, by_seed.columns, by_seed, marker=marker, markevery=0.15, markersize=4, label=f"K = {k}")
         axis.set(xlabel=EQUAL[column])
     axes[0].set_ylabel("matching loss")
     axes[1].legend()
@@ -144,8 +142,7 @@ def loss_caption(table: pd.DataFrame) -> str:
 
 def loss_alt(table: pd.DataFrame) -> str:
     """What `loss_curves` looks like."""
-    means = {k: _curves(mine, "iteration").mean(axis=1) for k, mine in table.groupby("K")}
-    ends = {k: (mean.iloc[0], mean.iloc[-1]) for k, mean in means.items()}
+    ends = {k: _curves(mine, "iteration").mean().iloc[[0, -1]] for k, mine in table.groupby("K")}
     parts = [f"that of K = {k} {'falls' if b < a else 'rises'} from {a:.2f} to {b:.2f}" for k, (a, b) in ends.items()]
     return f"Lines of the matching loss against matched segments, left, and iterations, right: {_listed(parts)}."
 
@@ -196,9 +193,12 @@ def tested(evaluated: Record | None, distil: Record) -> str:
         row |= {"test accuracy, %": mean_sd(mine["accuracy"], scale=100.0), "sets": str(len(mine))}
         rows.append({**row, "networks a set": " to ".join(_ends(mine["networks"]))})
     real = pd.Series(evaluated["random_real"])
-    rows.append(
-        {"set": "random real images", "test accuracy, %": mean_sd(real, scale=100.0), "networks a set": len(real)}
-    )
+    row = {
+        "set": "random real images",
+        "test accuracy, %": mean_sd(real, scale=100.0),
+        "networks a set": str(len(real)),
+    }
+    rows.append(row)
     better = f"{(table['accuracy'] > real.max()).sum()} of {len(table)} sets"
     said = (
         "Mean ± standard deviation over sets, whose accuracy is the mean over their networks; for random real images "

@@ -46,15 +46,14 @@ def fuzzed(record: Mapping[str, Any]) -> Figure:
 def drift(record: Mapping[str, Any]) -> Figure:
     """Relative difference of the matching losses to another machine's, at some iterations; 0 is drawn at the bottom."""
     figure, axis = plt.subplots()
-    smallest = 1e-9
-    for (variant, found), marker in zip(list(record["variants"].items())[1:], MARKERS, strict=False):
-        iterations = [int(number) for number in found["losses"]]
-        values = [max(value, smallest) for value in found["losses"].values()]
-        axis.plot(iterations, values, marker=marker, label=variant)
-    axis.set(xscale="log", yscale="log", xlabel="iteration", ylabel="largest relative difference of a loss")
-    axis.set_xticks(iterations, [str(number) for number in iterations])
+    losses = [pd.Series(found["losses"], name=variant) for variant, found in list(record["variants"].items())[1:]]
+    table = pd.concat(losses, axis=1).rename(index=int).clip(lower=1e-9)
+    table.plot(
+        ax=axis, loglog=True, style=[f"{marker}-" for marker in MARKERS], ylabel="largest relative difference of a loss"
+    )
+    axis.set_xticks(table.index, table.index.astype(str))
+    axis.set(xlabel="iteration")
     axis.minorticks_off()
-    axis.legend()
     return figure
 
 
@@ -63,10 +62,10 @@ def speedups(record: Mapping[str, Any]) -> Figure:
     table = pd.DataFrame(record["measured"])
     figure, axis = plt.subplots()
     for ((work, segments), rows), marker in zip(table.groupby(["work", "segments"], sort=False), MARKERS, strict=False):
-        rows = rows.sort_values("processes")
-        alone = float(rows["seconds"].iloc[0])
-        drawn = axis.plot(rows["processes"], alone / rows["seconds"], marker, label=f"{work}, K = {segments}")
-        axis.plot(rows["processes"], alone / rows["predicted"], color=drawn[0].get_color())
+        rows = rows.set_index("processes").sort_index()
+        alone = rows["seconds"].iloc[0]
+        (drawn,) = axis.plot(alone / rows["seconds"], marker, label=f"{work}, K = {segments}")
+        axis.plot(alone / rows["predicted"], color=drawn.get_color())
     counts = sorted(set(table["processes"]))
     axis.plot(counts, counts, color="0.4", linestyle=":")
     axis.set(xlabel="processes", ylabel="times as fast as one process", xticks=counts)

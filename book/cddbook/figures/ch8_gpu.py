@@ -26,9 +26,7 @@ def _timed(speed: Record) -> pd.DataFrame:
     """A row a measurement, with its work in words, the textbook's ms for that work, and the commit."""
     columns = ["what", "way", *SIZES.values(), "segments", "ms", "least", "most"]
     table = pd.DataFrame(speed["rows"]).reindex(columns=columns)
-    alone = table["what"] == "without a graph"
-    table["way"] = table["way"].mask(alone, APART)
-    table["what"] = table["what"].mask(alone, ITERATION)
+    table.loc[table["what"] == "without a graph", ["what", "way"]] = ITERATION, APART
     table["work"] = [
         ", ".join([row["what"], *(f"{word} {row[size]:,.0f}" for word, size in SIZES.items() if pd.notna(row[size]))])
         for row in table.to_dict("records")
@@ -54,9 +52,8 @@ def speed_table(speed: Record) -> str:
     return markdown(pd.DataFrame(shown))
 
 
-def _sentence(row: Mapping[str, Any], what: str, other: str, whose: str) -> str:
-    """How a time compares with another one for the same work."""
-    own, theirs = row["ms"], row[other]
+def _sentence(row: Mapping[str, Any], what: str, own: int | float, whose: str, theirs: int | float) -> str:
+    """How a time in ms compares with another one for the same work."""
     ratio = theirs / own
     much = f"{ratio:.1f} times as fast as" if ratio > 1 else f"{1 / ratio:.1f} times as slow as"
     much = "about as fast as" if 0.95 < ratio < 1.05 else much
@@ -67,28 +64,27 @@ def _sentence(row: Mapping[str, Any], what: str, other: str, whose: str) -> str:
 def faster_sentence(speed: Record) -> str:
     """cddlib's gradient of one segment beside the textbook's."""
     rows = _timed(speed).query("segments == 1 and way == @OWN[0] and ms_textbook == ms_textbook").to_dict("records")
-    return " ".join(_sentence(row, "a segment's gradient", "ms_textbook", "the textbook's way") for row in rows)
+    what, whose = "a segment's gradient", "the textbook's way"
+    return " ".join(_sentence(row, what, row["ms"], whose, row["ms_textbook"]) for row in rows)
 
 
 def _beside_usual(speed: Record, way: str) -> list[dict[Any, Any]]:
     """The measurements of a way, with `ms_usual` of cddlib's usual way for the same work at the same commit."""
-    table = _timed(speed)
-    usual = table.loc[table["way"].isin(OWN), ["work", "segments", "commit", "ms"]]
-    same = ["work", "segments", "commit"]
+    table, same = _timed(speed), ["work", "segments", "commit"]
+    usual = table.loc[table["way"].isin(OWN), [*same, "ms"]]
     return table[table["way"] == way].merge(usual, on=same, suffixes=("", "_usual")).to_dict("records")
 
 
 def graph_sentence(speed: Record) -> str:
     """A walk as one graph beside the same walk whose compiled steps are launched one by one."""
-    rows = [{**row, "ms": row["ms_usual"], "apart": row["ms"]} for row in _beside_usual(speed, APART)]
-    whose = "the same steps launched one by one"
-    return " ".join(_sentence(row, "a walk as one graph", "apart", whose) for row in rows)
+    what, whose = "a walk as one graph", "the same steps launched one by one"
+    return " ".join(_sentence(row, what, row["ms_usual"], whose, row["ms"]) for row in _beside_usual(speed, APART))
 
 
 def bfloat16_sentence(speed: Record) -> str:
     """bfloat16 beside float32."""
     rows = _beside_usual(speed, "cddlib, bfloat16")
-    return " ".join(_sentence(row, "a gradient in bfloat16", "ms_usual", "in float32") for row in rows)
+    return " ".join(_sentence(row, "a gradient in bfloat16", row["ms"], "in float32", row["ms_usual"]) for row in rows)
 
 
 def _segments(speed: Record) -> pd.DataFrame:

@@ -35,14 +35,12 @@ def measurements(record: Mapping[str, Any], *, curves: bool) -> pd.DataFrame:
 def part(record: Mapping[str, Any], *, apart: bool) -> dict[str, Any]:
     """Of a record of `make bench`, what compares segments side by side with segments one by one; or all else."""
     rows = record["measurements"]
-    names = {row["name"] for row in rows if row["implementation"].endswith(APART)}
-    chosen = []
-    for row in rows:
-        own = row["implementation"].endswith(APART)
-        if apart and row["name"] in names and (own or row["implementation"].startswith(TEXTBOOK)):
-            chosen.append(row)
-        if not (apart or own or row["side"] == SMALL_SIDE):
-            chosen.append(row)
+    own = [row for row in rows if row["implementation"].endswith(APART)]
+    if apart:
+        names = {row["name"] for row in own}
+        chosen = [r for r in rows if r["name"] in names and (r in own or r["implementation"].startswith(TEXTBOOK))]
+    else:
+        chosen = [row for row in rows if row not in own and row["side"] != SMALL_SIDE]
     return {**record, "measurements": chosen}
 
 
@@ -51,18 +49,18 @@ def bars(record: Mapping[str, Any], column: str, xlabel: str) -> Figure:
     table = measurements(record, curves=False)
     names, implementations = table["name"].unique(), table["implementation"].unique()
     figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.6 * len(names)))
-    height = 0.8 / len(implementations)
-    for number, implementation in enumerate(implementations):
-        rows = table[table["implementation"] == implementation].set_index("name").reindex(names)
-        places = [place + (number - (len(implementations) - 1) / 2) * height for place in range(len(names))]
-        axis.barh(places, rows[column], height, label=implementation)
-        for place, reason in zip(places, rows["left_out"], strict=True):
+    shown = table.pivot(index="name", columns="implementation").reindex(names)
+    shown[column][implementations].plot.barh(ax=axis, width=0.8)
+    for implementation, bars in zip(implementations, axis.containers, strict=True):
+        for bar, reason in zip(bars, shown["left_out"][implementation], strict=True):
             if isinstance(reason, str):
+                place = bar.get_y() + bar.get_height() / 2
                 axis.text(0.01, place, reason, transform=axis.get_yaxis_transform(), va="center", fontsize=6)
-    axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    axis.autoscale(axis="y")
     axis.margins(y=0.01)
-    axis.set(xscale="log", xlabel=xlabel, xlim=(10 ** np.floor(np.log10(table[column].min())), None))
+    axis.invert_yaxis()
+    lowest = 10 ** np.floor(np.log10(table[column].min()))
+    axis.set(xscale="log", xlabel=xlabel, ylabel="", xlim=(lowest, None))
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
     return figure
 
@@ -101,10 +99,9 @@ def law(record: Mapping[str, Any], implementation: str) -> tuple[float, float, f
     """Seconds = a + b operations, fitted to the curves in relative error; a, b, and the largest relative error."""
     table = measurements(record, curves=True)
     rows = table[table["implementation"] == implementation].dropna(subset="seconds")
-    seconds, operations = rows["seconds"].to_numpy(float), rows["operations"].to_numpy(float)
-    scaled = np.stack([1 / seconds, operations / seconds], axis=1)
-    (a, b), *_ = np.linalg.lstsq(scaled, np.ones(len(seconds)), rcond=None)
-    return float(a), float(b), float(np.abs(scaled @ [a, b] - 1).max())
+    seconds, operations = rows["seconds"].astype(float), rows["operations"].astype(float)
+    b, a = np.polyfit(operations, seconds, deg=1, w=1 / seconds)
+    return float(a), float(b), float(((a + b * operations) / seconds - 1).abs().max())
 
 
 def curves(record: Mapping[str, Any], varied: Mapping[str, str]) -> Figure:

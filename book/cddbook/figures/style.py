@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
 from matplotlib.axes import Axes
@@ -25,16 +26,18 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
 
 
-def band(axis: Axes, x: Any, mean: Any, spread: Any, *, alpha: float = 0.2, **line: Any) -> None:
-    """A line with a band of `spread` on both sides of it."""
+def band(axis: Axes, x: Any, repeats: Any, *, alpha: float = 0.2, **line: Any) -> None:
+    """A line of the mean, with a band of the standard deviation on both sides of it; `repeats` has a row a repeat."""
+    table = pd.DataFrame(repeats)
+    mean, spread = table.mean().to_numpy(), table.std().fillna(0).to_numpy()
     (drawn,) = axis.plot(x, mean, **line)
     axis.fill_between(x, mean - spread, mean + spread, color=drawn.get_color(), alpha=alpha, linewidth=0)
 
 
-def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str], *, columns: int = 10) -> Figure:
-    """Images with values between 0 and 1, in rows of `columns`, each under its title."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.75 * columns, 0.95 * rows), squeeze=False)
+def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
+    """Images with values between 0 and 1, in rows of ten, each under its title."""
+    rows = -(-len(images) // 10)
+    figure, axes = plt.subplots(rows, 10, figsize=(7.5, 0.95 * rows), squeeze=False)
     for axis, image, title in itertools.zip_longest(axes.flat, images.cpu(), titles):
         axis.axis("off")
         if image is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cddlib.data.dataset import Dataset, Images, indices_by_class
 from cddlib.data.preprocessing import Preprocessing, Whitening, preprocessing_from
 from cddlib.experts.buffer import PREPROCESSING, Buffer
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.runtime.files import check_classes, read_tensors, tensor_digest, write_tensors
 from cddlib.runtime.random import generator
 from cddlib.training.epoch import fetch_real, predict
@@ -37,8 +37,7 @@ class SyntheticConfig:
     """The student's step size α before the first iteration."""
 
     def __post_init__(self) -> None:
-        if self.ipc < 1:
-            raise UserError(f"ipc is {self.ipc}; it must be at least 1.")
+        require(1, ipc=self.ipc)
         if not 0 < self.step_size < float("inf"):
             raise UserError(f"step_size is {self.step_size}; it must be positive.")
 

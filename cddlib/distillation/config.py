@@ -16,7 +16,7 @@ from cddlib.matching.segments import SegmentsConfig
 from cddlib.matching.student import MatchingConfig
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.config import as_dict, replace
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.synthetic import SyntheticConfig
 from cddlib.training.engine import worth_compiling
 from cddlib.training.step import ComputeConfig
@@ -64,10 +64,8 @@ class DistillConfig:
     """Checkpoints that are kept, evenly spaced from the first iteration on, for `cddlib verify`; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        for name, least in (("validation_runs", 1), ("checkpoint_every", 1), ("validate_every", 0), ("milestones", 0)):
-            if getattr(self, name) < least:
-                allowed = "at least 1" if least else "0 or more"
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {allowed}.")
+        require(1, validation_runs=self.validation_runs, checkpoint_every=self.checkpoint_every)
+        require(0, validate_every=self.validate_every, milestones=self.milestones)
         subsets, ipc = self.schedule.subsets, self.synthetic.ipc
         if ipc < subsets:
             raise UserError(f"ipc is {ipc}; {subsets} subsets need at least {subsets} images a class.")

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,7 @@ class ConsolidateConfig:
             raise UserError(
                 f"consolidation_strength is {self.consolidation_strength}; it must be a finite number above 0."
             )
-        if self.consolidate_every < 1:
-            raise UserError(f"consolidate_every is {self.consolidate_every}; it must be at least 1.")
+        require(1, consolidate_every=self.consolidate_every)
 
 
 class Consolidation:

@@ -1,12 +1,13 @@
 """How the synthetic set is stepped: SGD on its variables, a moving average, and remedies that hold images."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
 from cddlib.distillation.consolidation import ConsolidateConfig, Consolidation
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.synthetic import SyntheticSet
 
 
@@ -30,12 +31,9 @@ class OptimizerConfig:
     """Decay of a moving average of the images that is evaluated and saved in their place (FTD)."""
 
     def __post_init__(self) -> None:
-        for name in ("lr_images", "lr_labels", "lr_step_size"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
-        for name in ("momentum_images", "momentum_labels", "momentum_step_size"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below 1.")
+        for variable in ("images", "labels", "step_size"):
+            require(0, below=math.inf, **{f"lr_{variable}": getattr(self, f"lr_{variable}")})
+            require(0, below=1, **{f"momentum_{variable}": getattr(self, f"momentum_{variable}")})
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}; it must lie between 0 and 1.")
 

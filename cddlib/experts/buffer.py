@@ -24,7 +24,7 @@ from cddlib.data.preprocessing import Preprocessing, preprocessing_from
 from cddlib.networks.convnet import Network, NetworkConfig, unflatten
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import config_hash, from_dict
-from cddlib.runtime.errors import Diverged, UserError, as_user_error
+from cddlib.runtime.errors import Diverged, UserError, as_user_error, require
 from cddlib.runtime.files import open_tensors, read_header, read_json, read_tensors, tensor_digest, write_tensors
 
 PREPROCESSING = "preprocessing.safetensors"
@@ -55,9 +55,7 @@ class _Experts:
     network: NetworkConfig
 
     def __post_init__(self) -> None:
-        for name in ("experts", "epochs"):
-            if not 1 <= getattr(self, name) <= LARGEST:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {LARGEST}.")
+        require(1, most=LARGEST, experts=self.experts, epochs=self.epochs)
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], Network]:

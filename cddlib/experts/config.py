@@ -6,7 +6,7 @@ from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig
 from cddlib.experts.curriculum import CurriculumConfig
 from cddlib.networks.convnet import NetworkConfig
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.training.epoch import SharpnessConfig
 from cddlib.training.step import ComputeConfig
 
@@ -45,11 +45,8 @@ class BufferConfig:
     """How steps are computed."""
 
     def __post_init__(self) -> None:
-        for name in ("experts", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        require(1, experts=self.experts, epochs=self.epochs, batch_size=self.batch_size)
         if not 0 < self.learning_rate < float("inf"):
             raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
-        for name, limit in (("momentum", 1.0), ("weight_decay", float("inf"))):
-            if not 0 <= getattr(self, name) < limit:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be 0 or more and below {limit}.")
+        require(0, below=1, momentum=self.momentum)
+        require(0, below=float("inf"), weight_decay=self.weight_decay)

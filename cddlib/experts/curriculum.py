@@ -14,7 +14,7 @@ from torch import Tensor
 from cddlib.data.dataset import Images
 from cddlib.data.preprocessing import Preprocessing
 from cddlib.networks.convnet import Network
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.runtime.random import generator
 from cddlib.training.epoch import fetch_real, predict, train_epoch
 
@@ -38,8 +38,7 @@ class CurriculumConfig:
     def __post_init__(self) -> None:
         if not 0 < self.easiest_fraction <= 1:
             raise UserError(f"easiest_fraction is {self.easiest_fraction}; it must lie above 0 and not above 1.")
-        if self.all_from_epoch < 1:
-            raise UserError(f"all_from_epoch is {self.all_from_epoch}; it must be at least 1.")
+        require(1, all_from_epoch=self.all_from_epoch)
         if len(self.drop_epochs) != len(self.drop_fractions):
             raise UserError(
                 f"drop_fractions has {len(self.drop_fractions)} values and drop_epochs {len(self.drop_epochs)}; each "

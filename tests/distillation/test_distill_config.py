@@ -16,16 +16,16 @@ from cddlib.runtime.errors import UserError
     [
         ({"iterations": 0}, "iterations is 0; it must be at least 1."),
         ({"validation_runs": 0}, "validation_runs is 0; it must be at least 1."),
-        ({"milestones": -1}, "milestones is -1; it must be 0 or more."),
+        ({"milestones": -1}, "milestones is -1; it must be at least 0."),
         ({"concurrent_experts": 0}, "concurrent_experts is 0; it must be at least 1."),
         (
             {"concurrent_experts": 2, "expert": 1},
             "expert is 1 and concurrent_experts is 2; leave one of them out.",
         ),
-        ({"dropped_fraction": 1.0}, "dropped_fraction is 1.0; it must be 0 or more and below 1."),
+        ({"dropped_fraction": 1.0}, "dropped_fraction is 1.0; it must be at least 0 and below 1."),
         ({"ipc": 1, "subsets": 2}, "ipc is 1; 2 subsets need at least 2 images a class."),
-        ({"lr_images": -1.0}, "lr_images is -1.0; it must be 0 or more."),
-        ({"momentum_labels": 1.0}, "momentum_labels is 1.0; it must be 0 or more and below 1."),
+        ({"lr_images": -1.0}, "lr_images is -1.0; it must be at least 0 and below inf."),
+        ({"momentum_labels": 1.0}, "momentum_labels is 1.0; it must be at least 0 and below 1."),
         ({"ema": 1.0}, "ema is 1.0; it must lie between 0 and 1."),
         ({"consolidation_strength": 0.0}, "consolidation_strength is 0.0; it must be a finite number above 0."),
         (

@@ -224,7 +224,7 @@ def test_unknown_names_are_refused() -> None:
         ({"segments": 0}, "segments is 0; it must be at least 1."),
         ({"student_steps": 0}, "student_steps is 0; it must be at least 1."),
         ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be at least 1."),
-        ({"lr_images": -1.0}, "lr_images is -1.0; it must be 0 or more."),
+        ({"lr_images": -1.0}, "lr_images is -1.0; it must be at least 0 and below inf."),
         ({"ema": 1.0}, "ema is 1.0; it must lie between 0 and 1."),
         ({"balance": -1.0}, "balance is -1.0; it must be a finite number, 0 or more."),
         ({"momentum_labels": 1.5}, "momentum_labels is 1.5; it must "),

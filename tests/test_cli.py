@@ -7,21 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from children import main
+from children import exit_code as run
 
 import cddbook.__main__ as studies
 import cddlib
 from cddlib import cli, commands
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime import files
-
-
-def run(*arguments: object) -> int:
-    """Exit code, also where the parser itself exits."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as exit_:
-        return exit_.code
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:

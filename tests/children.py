@@ -80,6 +80,14 @@ def main(arguments: list[str]) -> int:
     return program.main(arguments)
 
 
+def exit_code(*arguments: object) -> int:
+    """The exit code of `main`, also where the parser itself exits."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return exit_.code
+
+
 def run(arguments: list[Any], log: Path, *settings: Setting) -> tuple[int, str]:
     """The exit code and the output of a command line."""
     child = Child(arguments, log, *settings)

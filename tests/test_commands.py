@@ -3,19 +3,11 @@
 from pathlib import Path
 
 import pytest
-from children import main
+from children import exit_code as run
 
 import cddlib
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime.files import read_json
-
-
-def run(*arguments: object) -> int:
-    """Exit code, also where the parser itself exits."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as exit_:
-        return exit_.code
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,7 @@ def test_experts_that_diverged_elsewhere_are_not_imported(buffer: Buffer, tmp_pa
     trajectories[1][6][-2][:] = 3e38
     torch.save(trajectories, path)
     config = cddlib.buffer_recipe("digits", width=8)
-    with pytest.raises(Diverged, match=r"pt, expert 1: it diverged, its output at the last epoch is not finite\.$"):
+    with pytest.raises(Diverged, match=r"pt, expert 1, diverged: its output at the last epoch is not finite\.$"):
         import_buffer(path, tmp_path / "out", config, device="cpu")
     assert not (tmp_path / "out").exists()
 

@@ -96,11 +96,8 @@ def equal_table(table: pd.DataFrame, value: str) -> str:
 def equal_sentence(table: pd.DataFrame, value: str) -> str:
     """In which of these comparisons the largest K differs from the smallest beyond the spread of the seeds."""
     low, high = f"that of K = {min(table['K'])}", f"the {NAMES[value]} of K = {max(table['K'])}"
-    signs = {
-        -1: f"is lower than {low}",
-        1: f"is higher than {low}",
-        0: f"cannot be told apart from {low} with these seeds",
-    }
+    signs = {-1: f"is lower than {low}", 1: f"is higher than {low}"}
+    signs[0] = f"cannot be told apart from {low} with these seeds"
     places: dict[int, list[str]] = {sign: [] for sign in signs}
     for where, by_seed in at_equal(table, value).items():
         found = _difference(by_seed)

@@ -5,7 +5,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -55,7 +55,7 @@ def compare(
     *,
     config: Config,
     place: At,
-    what: study.Comparison = "segments",
+    what: Literal["segments", "remedies"] = "segments",
     counts: tuple[int, ...] = (1, 2, 4, 8),
     seeds: int = 3,
     networks: int = 3,
@@ -140,8 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
     """The commands by name, with the recipe that `arguments` choose as defaults."""
     recipe = study.StudyConfig(distillation=cli.chosen_recipe(cli.recipe_choices(arguments)))
-    studies: tuple[Callable[..., None], ...] = (correlate, compare, search)
-    return {**{command.__name__: functools.partial(command, config=recipe) for command in studies}, "record": record}
+    studies: dict[str, Callable[..., None]] = {"correlate": correlate, "compare": compare, "search": search}
+    return {name: functools.partial(command, config=recipe) for name, command in studies.items()} | {"record": record}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ it recorded. In every matrix the row is the segment that is matched and the colu
 A claim about signs needs a test: `permutation_test` for two curves, `t_test` for a number measured once a replicate.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -75,12 +76,12 @@ def length_ratios(products: Float[np.ndarray, "n n"]) -> Matrix:
     return lengths[:, None] / lengths
 
 
-def transfer(losses: Float[np.ndarray, " measured"], after: Matrix) -> Matrix:
-    """Z_ij = 1 − L_j(after a step on i) / L_j; above 0, the step on i helped j."""
-    return 1 - np.asarray(after) / np.asarray(losses)
+def transfer(similarity: dict[str, Any]) -> Matrix:
+    """Z_ij = 1 − L_j(after a step on i) / L_j; above 0, the step on i helped j. From `Probes.gradient_similarity`."""
+    return 1 - np.asarray(similarity["after"]) / np.asarray(similarity["losses"])
 
 
-def predicted_transfer(similarity: dict[str, Any], rates: dict[str, float]) -> Matrix:
+def predicted_transfer(similarity: dict[str, Any], rates: Mapping[str, float]) -> Matrix:
     """Z_ij to first order, Σ_v η_v ⟨g_i,v, g_j,v⟩ / L_j, from what `Probes.gradient_similarity` returned."""
     count = len(similarity["losses"])
     inner = sum(rate * np.asarray(similarity["products"][name])[:count, :count] for name, rate in rates.items())

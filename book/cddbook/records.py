@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cddlib.runtime.errors import UserError, as_user_error
-from cddlib.runtime.files import read_bytes, read_json, write_atomically
+from cddlib.runtime.files import parse_json, read_bytes, read_json, write_atomically
 from cddlib.runtime.run_folder import read_metrics
 
 
@@ -31,13 +31,8 @@ def read_record(record: str | Path) -> Any:
     Args:
         record: its file, or its name.
     """
-    if isinstance(record, str):
-        record = record_path(record)
-    data = read_bytes(record)
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{record} cannot be read as JSON: {error}.") from None
+    path = record_path(record) if isinstance(record, str) else record
+    return parse_json(read_bytes(path), str(path))
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -56,8 +56,6 @@ def study_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **o
     probes = ProbeHook(**{name: overrides.pop(name) for name in field_types(ProbeHook) if name in overrides})
     return StudyConfig(distillation=distill_recipe(method, data, ipc, **overrides), probes=probes)
 
-
-Comparison = Literal["segments", "remedies"]
 
 Task = tuple[str, StudyConfig, Path, Path, int, bool, Path | None, str]
 """A run: name, configuration, buffer, folder, networks that test it, whether baselines are tested, root, device."""

@@ -15,9 +15,8 @@ def expert_accuracy(buffer: Buffer) -> Figure:
     table = pd.DataFrame([expert["validation_accuracy"] for expert in buffer.experts])
     figure, axis = plt.subplots()
     axis.plot(table.T, color="0.7", linewidth=1)
-    axis.errorbar(
-        table.columns, table.mean(), table.std() if len(table) > 1 else None, marker="o", capsize=2, label="mean ± sd"
-    )
+    spread = table.std() if len(table) > 1 else None
+    axis.errorbar(table.columns, table.mean(), spread, marker="o", capsize=2, label="mean ± sd")
     axis.set(xlabel="epoch t", ylabel="validation accuracy")
     axis.legend(loc="lower right")
     axis.yaxis.set_major_formatter(PERCENT)

@@ -22,9 +22,8 @@ def segment_draws(configs: Sequence[SegmentsConfig], draws: int, generator: torc
         for iteration in range(draws):
             drawn = draw_segments(config, iteration, generator)
             for k, start in enumerate(drawn.starts):
-                is_anchor = k == drawn.anchor
                 axis.plot([start, start + config.expert_epochs], [iteration] * 2, color="C0", alpha=0.4, linewidth=4)
-                axis.plot(start, iteration, "o", color="C3", fillstyle="full" if is_anchor else "none")
+                axis.plot(start, iteration, "o", color="C3", fillstyle="full" if k == drawn.anchor else "none")
         axis.set(xlabel="expert epoch", title=f"K = {config.segments}")
         axis.set_xlim(config.window_start - 0.5, config.window_end + config.expert_epochs - 0.5)
     axes[0, 0].set(ylabel="iteration")

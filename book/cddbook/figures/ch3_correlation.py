@@ -51,10 +51,7 @@ def heat_maps(
 def _transfers(study: Correlations, rates: Mapping[str, float], when: int) -> list[tuple[Matrix, Matrix]]:
     """Transfer as gradients predict it and as real steps show it, by replicate; first images `when` 0, last -1."""
     found = [repeated[when] for repeated in study.similarity["sequential"]]
-    return [
-        (correlation.predicted_transfer(one, dict(rates)), correlation.transfer(one["losses"], one["after"]))
-        for one in found
-    ]
+    return [(correlation.predicted_transfer(one, rates), correlation.transfer(one)) for one in found]
 
 
 def transfer_prediction(study: Correlations, rates: Mapping[str, float]) -> Figure:

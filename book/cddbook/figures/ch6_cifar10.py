@@ -96,11 +96,8 @@ def equal_table(table: pd.DataFrame, value: str) -> str:
 def equal_sentence(table: pd.DataFrame, value: str) -> str:
     """In which of these comparisons the largest K differs from the smallest beyond the spread of the seeds."""
     low, high = f"that of K = {min(table['K'])}", f"the {NAMES[value]} of K = {max(table['K'])}"
-    signs = {
-        -1: f"is lower than {low}",
-        1: f"is higher than {low}",
-        0: f"cannot be told apart from {low} with these seeds",
-    }
+    signs = {-1: f"is lower than {low}", 1: f"is higher than {low}"}
+    signs[0] = f"cannot be told apart from {low} with these seeds"
     places: dict[int, list[str]] = {sign: [] for sign in signs}
     for where, by_seed in at_equal(table, value).items():
         found = _difference(by_seed)
@@ -189,16 +186,12 @@ def tested(evaluated: Record | None, distil: Record) -> str:
     when = table["iteration"].astype(str).mask(table["stopped"], STOPPED)
     rows = []
     for (k, iteration), mine in table.groupby(["K", when], sort=False):
-        row = {"set": f"K = {k}", "iterations": iteration, "matched segments": " to ".join(_ends(mine["matched"]))}
+        row = {"set": f"K = {k}", "iterations": iteration, "matched segments": _range(mine["matched"])}
         row |= {"test accuracy, %": mean_sd(mine["accuracy"], scale=100.0), "sets": str(len(mine))}
-        rows.append({**row, "networks a set": " to ".join(_ends(mine["networks"]))})
+        rows.append({**row, "networks a set": _range(mine["networks"])})
     real = pd.Series(evaluated["random_real"])
-    row = {
-        "set": "random real images",
-        "test accuracy, %": mean_sd(real, scale=100.0),
-        "networks a set": str(len(real)),
-    }
-    rows.append(row)
+    row = {"set": "random real images", "test accuracy, %": mean_sd(real, scale=100.0)}
+    rows.append({**row, "networks a set": str(len(real))})
     better = f"{(table['accuracy'] > real.max()).sum()} of {len(table)} sets"
     said = (
         "Mean ± standard deviation over sets, whose accuracy is the mean over their networks; for random real images "
@@ -207,5 +200,5 @@ def tested(evaluated: Record | None, distil: Record) -> str:
     return "\n\n".join([markdown(rows), equal_table(table, "accuracy"), said + equal_sentence(table, "accuracy")])
 
 
-def _ends(values: pd.Series) -> list[str]:
-    return [f"{value:,}" for value in sorted({values.min(), values.max()})]
+def _range(values: pd.Series) -> str:
+    return " to ".join(f"{value:,}" for value in sorted({values.min(), values.max()}))

@@ -17,7 +17,7 @@ APART = ("one by one", "side by side")
 """How the names of implementations end that differ in how many segments they match at a time."""
 SMALL_SIDE = 8
 """Pixels of the images with which steps are small."""
-COLUMNS = ("name", "work", "curve", "implementation", "seconds", "memory_mb", "rate", "convolution_rate", "left_out")
+COLUMNS = ("curve", "seconds", "peak_memory_mb", "start_memory_mb", "rate", "convolution_rate", "left_out")
 
 
 def measurements(record: Mapping[str, Any], *, curves: bool) -> pd.DataFrame:
@@ -26,9 +26,8 @@ def measurements(record: Mapping[str, Any], *, curves: bool) -> pd.DataFrame:
     `memory_mb` is how far the process grew beyond what it held before the work.
     """
     table = pd.DataFrame(record["measurements"])
-    if "peak_memory_mb" in table:
-        table["memory_mb"] = table["peak_memory_mb"] - table["start_memory_mb"]
-    table = table.reindex(columns=[*COLUMNS, *(name for name in table if name not in COLUMNS)])
+    table = table.reindex(columns=table.columns.union(COLUMNS, sort=False))
+    table["memory_mb"] = table["peak_memory_mb"] - table["start_memory_mb"]
     return table[(table["curve"].fillna("") != "") == curves]
 
 

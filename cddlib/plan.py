@@ -195,8 +195,7 @@ class _Meter:
         self.pixels = math.prod(sizes.shape)
         self.network = build_network(config.network, sizes.shape, sizes.classes)
         self.parameters = parameter_count(self.network)
-        what = {"config": config.network, "shape": sizes.shape, "classes": sizes.classes}
-        self.count = functools.partial(counting.count, **what)
+        self.count = functools.partial(counting.count, config=config.network, shape=sizes.shape, classes=sizes.classes)
         if device:
             self.seconds = functools.cache(functools.partial(_seconds, device=device))
             self.rng = generator("plan")
@@ -220,7 +219,8 @@ class _Meter:
     @functools.cached_property
     def test(self) -> _Step:
         """The classification of images."""
-        return _Step(*self.count(counting.classify, batch=2), self._time(self._classify, MOST_IMAGES))
+        seconds = self._time(lambda size: predict(self.network, self.theta, self.fetch, size), MOST_IMAGES)
+        return _Step(*self.count(counting.classify, batch=2), seconds)
 
     def student(self, batch: int, students: int) -> _Step:
         """A step of a student, forward and back, of so many side by side."""
@@ -233,9 +233,6 @@ class _Meter:
         optimizer, strategy = torch.optim.SGD([self.theta], lr=0.0), self.config.augmentation.augment
         how: dict[str, Any] = {"batch_size": size, "strategy": strategy, "generator": self.rng}
         train_epoch(self.network, self.theta, optimizer, self.fetch, size, **how)
-
-    def _classify(self, size: int) -> None:
-        predict(self.network, self.theta, self.fetch, size)
 
     def _match(self, students: int, size: int) -> None:
         """Two steps of students side by side."""

@@ -95,7 +95,6 @@ def export_parquet(synthetic: SyntheticSet, path: Path) -> Path:
         # since datasets 4 a List, but it reads the older name too
         "soft_label": {"feature": {"dtype": "float32", "_type": "Value"}, "length": classes, "_type": "Sequence"},
     }
-    step_size = float(synthetic.step_size)
     columns = {
         "image": pa.array(
             [{"bytes": png, "path": None} for png in _pngs(synthetic)],
@@ -106,7 +105,7 @@ def export_parquet(synthetic: SyntheticSet, path: Path) -> Path:
     }
     metadata = {
         "huggingface": json.dumps({"info": {"features": features}}),
-        "cddlib": json.dumps({"step_size": step_size}),
+        "cddlib": json.dumps({"step_size": synthetic.step_size.item()}),
     }
     table = pa.table(columns).replace_schema_metadata(metadata)
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))

@@ -37,7 +37,7 @@ rates() { # K ITERATIONS: 320 matched segments
 rates-cifar10-ipc1-k1() { rates 1 320; }
 rates-cifar10-ipc1-k2() { rates 2 160; }
 rates-cifar10-ipc1-k4() { rates 4 80; }
-segments-cifar10-ipc1-tuned() { study segments-cifar10-ipc1-tuned compare "$tuned --what segments --counts 1 2 4 --lr-images 300 --step-size 0.02 --iterations 800 --validate-every 200 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 16 --seeds 3 --networks 10"; }
+segments-cifar10-ipc1-tuned() { study segments-cifar10-ipc1-tuned compare "$tuned --what segments --counts 1 4 --lr-images 300 --step-size 0.02 --iterations 800 --validate-every 200 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 16 --seeds 3 --networks 10"; }
 
 buffers-published() { cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"; }
 segments-cifar10-ipc1-published() { study segments-cifar10-ipc1-published compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"; }

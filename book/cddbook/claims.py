@@ -43,6 +43,7 @@ CORRELATION_STUDIES = {
 """Committed records of correlation studies by the name of their setting; `book/record.sh` makes them."""
 
 SEGMENT_STUDIES = {
+    "CIFAR-10, IPC 1, tuned": "segments-cifar10-ipc1-tuned",
     "CIFAR-10, IPC 1": "segments-cifar10-ipc1",
     "CIFAR-10, IPC 10": "segments-cifar10-ipc10",
     "CIFAR-10, IPC 50": "segments-cifar10-ipc50",

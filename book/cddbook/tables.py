@@ -11,6 +11,7 @@ import pandas as pd
 from cddbook import correlation
 from cddbook.findings import Correlations, Record, comparison, effect
 from cddbook.records import read_record
+from cddbook.study import settings_by_accuracy
 from cddlib.data.dataset import DATA_NAMES
 from cddlib.methods.catalogue import METHODS, Method
 from cddlib.methods.recipes import CELLS, ROWS, recipes_table
@@ -249,6 +250,16 @@ def comparison_table(table: pd.DataFrame) -> str:
         "not in the runs of this build."
     )
     return f"{markdown(rows)}\n\n{note}"
+
+
+def rates_table(records: Mapping[int, Record]) -> str:
+    """Validation accuracies of the settings that a search tried for each K, best first; Markdown."""
+    rows = []
+    for k, record in records.items():
+        for setting, accuracies in settings_by_accuracy(record).items():
+            row = {"K": k, "setting": setting.replace(",", ", "), "seeds": len(accuracies)}
+            rows.append({**row, "validation accuracy, %": mean_sd(accuracies, scale=100.0)})
+    return markdown(rows)
 
 
 def baselines_in_words(record: Record) -> str:

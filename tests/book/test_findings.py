@@ -332,3 +332,10 @@ def test_the_benchmark_has_every_cell_with_what_was_measured():
     assert "| cifar10 | 1 | 15.4 | 46.3 |" in filled[0]
     assert "K=1 45.0 ± 7.1 (width 128, N = 50, 70 to 71 of 5000 iterations, 2 seeds) |" in filled[0]
     assert "concurrent 61.5 ± 1.3 (width 8, N = 3, 96 segments, 4 seeds) |" in filled[1] and len(filled) == 2
+
+
+def test_rates_are_listed_from_the_best_to_the_worst():
+    accuracies = {"a=1/seed-0": 0.3, "a=1/seed-1": 0.4, "a=2/seed-0": 0.5, "a=2/seed-1": 0.5}
+    runs = {name: {"result": {"validation_accuracy": accuracy}} for name, accuracy in accuracies.items()}
+    rows = tables.rates_table({4: {"runs": runs}}).splitlines()[2:]
+    assert rows == ["| 4 | a=2 | 2 | 50.0 ± 0.0 |", "| 4 | a=1 | 2 | 35.0 ± 7.1 |"]

@@ -66,8 +66,7 @@ CLAIMS = {
 """The paper's claims, as its abstract and public reviews report them."""
 
 PRICES: dict[Price, str] = {"iteration": "iterations each", "matched": "matched segments each"}
-"""What two variants are compared at; equal numbers of matched segments are equal compute. The end of a comparison's
-runs, for which nothing is said, is at equal compute too."""
+"""What two variants are compared at; equal numbers of matched segments are equal compute."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -121,14 +121,14 @@ def comparison_runs(base: StudyConfig, variants: Mapping[str, Mapping[str, Any]]
     matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. The
     accumulated error is measured at the start and at the end.
     """
-    runs, pace = {}, base.distillation
+    paced, pace = {}, base.distillation
     iterations, expansion = pace.schedule.iterations, pace.schedule.expansion_iterations
     for name, changes in variants.items():
         variant = replace(base, **changes)
         cost = variant.distillation.schedule.segments_in_all
         if iterations < cost:
             raise UserError(f"iterations is {iterations}; {name} matches {cost} segments an iteration.")
-        paced = replace(
+        paced[name] = replace(
             variant,
             iterations=iterations // cost,
             validate_every=-(-pace.validate_every // cost),
@@ -136,9 +136,8 @@ def comparison_runs(base: StudyConfig, variants: Mapping[str, Mapping[str, Any]]
             expansion_iterations=max(1, expansion // cost),
             error_every=iterations // cost,
         )
-        for seed in range(pace.seed, pace.seed + seeds):
-            runs[f"{name}/seed-{seed}"] = replace(paced, seed=seed)
-    return runs
+    numbers = range(pace.seed, pace.seed + seeds)  # all variants of a seed first, so that what is done can be compared
+    return {f"{name}/seed-{seed}": replace(paced[name], seed=seed) for seed in numbers for name in variants}
 
 
 def search_runs(base: StudyConfig, grid: Mapping[str, Sequence[Any]], seeds: int) -> dict[str, StudyConfig]:

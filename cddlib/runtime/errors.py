@@ -49,8 +49,9 @@ def needing(what: str, package: str) -> Iterator[None]:
 
 _OUT_OF_MEMORY = re.compile(
     "an.t allocate memory|annot allocate memory|bad_alloc|could not create a primitive$|can't start new thread"
+    "|^error return without exception set$"
 )
-"""How the system, PyTorch, C++, oneDNN and Python say that memory ran out."""
+"""How the system, PyTorch, C++, oneDNN, Python and Pillow say that memory ran out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -76,7 +76,7 @@ def test_variants_are_compared_at_equal_compute(recipe: Recipe) -> None:
     base = recipe(iterations=26, validate_every=7, probe_every=5, probe_starts=(0,), seed=3)
     variants = {**segment_counts([1, 2, 3]), "replay": {"segments": 2, "replay": 2, "combine": "gem"}}
     found = comparison_runs(base, variants, 2)
-    assert list(found) == [f"{name}/seed-{seed}" for name, seed in itertools.product(COSTS, (3, 4))]
+    assert list(found) == [f"{name}/seed-{seed}" for seed, name in itertools.product((3, 4), COSTS)]
     for name, config in found.items():
         variant, seed = name.split("/seed-")
         cost, values = COSTS[variant], configs.as_dict(config)

@@ -207,6 +207,20 @@ def broken(folder: Path) -> tuple[Path, bytes]:
     return file, good
 
 
+@pytest.mark.parametrize("error", [MemoryError(), SystemError("error return without exception set")], ids=repr)
+def test_want_of_memory_is_no_fault_of_the_image(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Pillow has two ways to say it: a decoder that gets no memory may return without an exception."""
+
+    def convert(image: Image.Image, mode: str) -> Image.Image:
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    with pytest.raises(UserError, match=r"^there is not enough memory to read .*; lower --size, or close other"):
+        prepare("imagefolder", tmp_path / "root", source=folder, size=16)
+
+
 def test_the_file_is_what_safetensors_writes(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many threads decode."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)

@@ -1,0 +1,60 @@
+"""The live control of chapter 5: a slider that distils with the segment count where it rests."""
+
+import asyncio
+import contextvars
+import html
+import signal
+from collections.abc import Callable
+
+import ipywidgets
+from matplotlib.figure import Figure
+
+from cddbook.figures.style import captioned
+from cddlib.runtime.errors import UserError
+
+
+def live_slider(show: Callable[[int], tuple[Figure, str]], *, label: str, value: int, most: int) -> ipywidgets.VBox:
+    """A slider from 1 to `most` in Jupyter, over the figure that `show` makes of its value.
+
+    Jupyter tells a change at once, while a cell runs too, but in another thread than that of cells, which no signal
+    reaches. So the change is announced there, and `show` is called where cells run: it waits for a running cell, the
+    stop button stops it, and values that the slider has left by then are passed over.
+
+    Args:
+        show: returns a figure, which is closed, and its caption; `UserError` and an interruption become a sentence.
+        label: what the slider turns.
+        value: where it begins; shown at once.
+        most: where it ends.
+    """
+    slider = ipywidgets.IntSlider(value, min=1, max=most, description=label, continuous_update=False)
+    shown, bars = ipywidgets.HTML(), ipywidgets.Output()
+    kernel, cell = asyncio.get_running_loop(), contextvars.copy_context()  # so that `bars` get what `show` prints
+    results: dict[int, str] = {}
+
+    def say(words: str) -> None:
+        shown.value = f'<p role="status">{html.escape(words)}</p>'
+
+    def announce(_change: object) -> None:
+        say(f"{label} = {slider.value}: waiting until the kernel is free.")
+        kernel.call_soon_threadsafe(update, context=cell)
+
+    def update() -> None:
+        chosen, before = slider.value, signal.signal(signal.SIGINT, signal.default_int_handler)
+        with bars:
+            try:
+                if chosen not in results:
+                    say(f"{label} = {chosen}: at work. Jupyter's stop button stops it.")
+                    figure, caption = show(chosen)
+                    results[chosen] = captioned(figure, caption, caption)
+                if slider.value == chosen:
+                    shown.value = results[chosen]
+            except UserError as error:
+                say(f"{label} = {chosen}: {error}")
+            except KeyboardInterrupt as stop:
+                say(f"{label} = {chosen}: {str(stop) or 'stopped'}. To go on, move the slider away and back.")
+            bars.clear_output()
+        signal.signal(signal.SIGINT, before)
+
+    slider.observe(announce, "value")
+    update()
+    return ipywidgets.VBox([slider, bars, shown])

@@ -1,0 +1,116 @@
+"""The live slider shows the value where it rests, waits for the kernel, and can be stopped."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable
+
+import ipywidgets
+import matplotlib.pyplot as plt
+import pytest
+from matplotlib.figure import Figure
+
+from cddbook.control import live_slider
+from cddlib.runtime.distributed import Interrupted
+from cddlib.runtime.errors import UserError
+
+
+class Session:
+    """A kernel's main thread, in which `show` runs, and the slider's values, which come from another one."""
+
+    def __init__(self, show: Callable[[int], str]) -> None:
+        self.shown: list[int] = []
+        self.show = show
+        control = live_slider(self._show, label="K", value=4, most=8)
+        self.slider, _, self.caption = control.children
+        assert isinstance(self.slider, ipywidgets.IntSlider)
+
+    def _show(self, value: int) -> tuple[Figure, str]:
+        assert threading.current_thread() is threading.main_thread()
+        self.shown.append(value)
+        return plt.figure(figsize=(1, 1)), self.show(value)
+
+    async def turn(self, *values: int) -> None:
+        """Move the slider while the main thread is busy, then leave that thread free."""
+        mover = threading.Thread(target=lambda: [setattr(self.slider, "value", value) for value in values])
+        mover.start()
+        mover.join()
+        self.waiting = self.caption.value
+        await asyncio.sleep(0.01)
+
+
+def run(scene: Callable[[], object]) -> None:
+    asyncio.run(scene())
+
+
+def test_only_the_last_value_is_shown_and_it_is_announced() -> None:
+    async def scene() -> None:
+        session = Session("images of {}".format)
+        assert session.shown == [4] and "images of 4" in session.caption.value
+        await session.turn(5, 6, 7)
+        assert session.shown == [4, 7]
+        assert "K = 7: waiting until the kernel is free." in session.waiting
+        assert "images of 7" in session.caption.value and "<img" in session.caption.value
+        await session.turn(6, 7)
+        assert session.shown == [4, 7] and "images of 7" in session.caption.value
+
+    run(scene)
+
+
+def test_a_value_that_the_slider_left_meanwhile_is_not_shown() -> None:
+    async def scene() -> None:
+        session = Session("images of {}".format)
+
+        def move(value: int) -> str:
+            if value == 5:
+                mover = threading.Thread(target=lambda: setattr(session.slider, "value", 6))
+                mover.start()
+                mover.join()
+            return f"images of {value}"
+
+        session.show = move
+        await session.turn(5)
+        assert session.shown == [4, 5, 6] and "images of 6" in session.caption.value
+
+    run(scene)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("segments is 9; too many."), "K = 5: segments is 9; too many."),
+        (Interrupted("stopped after iteration 3, which is saved"), "K = 5: stopped after iteration 3, which is saved."),
+    ],
+)
+def test_a_refusal_and_a_stop_are_a_sentence_and_the_value_can_be_chosen_again(error, said) -> None:
+    async def scene() -> None:
+        session = Session("images of {}".format)
+
+        def fail(value: int) -> str:
+            raise error
+
+        session.show = fail
+        await session.turn(5)
+        assert said in session.caption.value
+        session.show = "images of {}".format
+        await session.turn(4, 5)
+        assert "images of 5" in session.caption.value
+
+    run(scene)
+
+
+def test_the_stop_button_reaches_a_run_and_nothing_else() -> None:
+    """Jupyter stops with SIGINT, which an idle kernel ignores."""
+    idle = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+
+        async def scene() -> None:
+            session = Session("images of {}".format)
+            session.show = lambda value: signal.raise_signal(signal.SIGINT) or "nothing"
+            await session.turn(5)
+            assert "K = 5: stopped. To go on" in session.caption.value
+            signal.raise_signal(signal.SIGINT)
+
+        run(scene)
+    finally:
+        signal.signal(signal.SIGINT, idle)

@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from cddlib.experts.buffer import Buffer
 from cddlib.experts.config import BufferConfig
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
 from cddlib.networks.convnet import NetworkConfig
-from cddlib.runtime.config import field_types
+from cddlib.runtime.config import field_types, replace
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Ranks, joined
 from cddlib.runtime.errors import UserError, needing, out_of_memory_hint
@@ -61,13 +63,21 @@ def run(
             with needing("the command line", "tyro"):
                 import tyro
             functions = commands(arguments)
+            for unknown in {*arguments[:1]} - functions.keys():
+                if not unknown.startswith("-"):
+                    near = difflib.get_close_matches(unknown, functions, 1) or [", ".join(functions)]
+                    raise UserError(f"there is no command {unknown!r}; did you mean {near[0]}?")
             flat = (tyro.conf.OmitArgPrefixes,)
-            tyro.extras.subcommand_cli_from_dict(
-                functions, prog=program, args=arguments, description=description, config=flat
-            )
+            with _numbers():
+                tyro.extras.subcommand_cli_from_dict(
+                    functions, prog=program, args=arguments, description=description, config=flat
+                )
     except UserError as error:
         print(f"cddlib: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         print(f"cddlib: {error}; what was finished before is kept, and the same command resumes.", file=sys.stderr)
         return 1
@@ -75,6 +85,36 @@ def run(
         print(f"\ncddlib: {str(stop) or 'interrupted'}; the same command resumes.", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
     return 0
+
+
+def _numbers() -> Any:
+    """Within, tyro says in plain words that something is no number."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _rule(info: Any) -> Any:
+        kind = info.type
+        if kind not in (int, float):
+            return None
+
+        def parse(words: list[str]) -> Any:
+            try:
+                return kind(words[0])
+            except ValueError:
+                raise ValueError(f"{words[0]!r} is not a {'whole ' if kind is int else ''}number") from None
+
+        is_instance = (int, float) if kind is float else int
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=kind.__name__.upper(),
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, is_instance),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
@@ -109,7 +149,8 @@ def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
 def recipe_choices(arguments: list[str]) -> dict[str, Any]:
     """The options that choose a recipe, read ahead of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, kind in (("method", str), ("data", str), ("buffer", Path), ("ipc", int), ("segments", int)):
+    numbers, words = ("ipc", "segments", "window-end"), ("method", "data")
+    for name, kind in [*((name, int) for name in numbers), *((name, str) for name in words), ("buffer", Path)]:
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
     try:
         return vars(parser.parse_known_args(arguments)[0])
@@ -123,10 +164,16 @@ def chosen_buffer_recipe(chosen: dict[str, Any]) -> BufferConfig:
 
 
 def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:
-    """The recipe, on the network, pixels and augmentation of the buffer's experts."""
+    """The recipe, on the network, pixels and augmentation of the buffer's experts, and in a window that they reach."""
     folder = chosen.pop("buffer", None)
     if folder is None:
         return distill_recipe(**chosen)
-    experts = Buffer(folder).config
+    buffer = Buffer(folder)
     fields = [name for section in (NetworkConfig, AugmentConfig, DataConfig) for name in field_types(section)]
-    return distill_recipe(**{**{name: experts[name] for name in fields}, **chosen})
+    recipe = distill_recipe(**{**{name: buffer.config[name] for name in fields}, **chosen})
+    schedule, end = recipe.schedule, recipe.schedule.latest_end(buffer.epochs)
+    if "window_end" in chosen or not schedule.window_start < end < schedule.window_end:
+        return recipe
+    print(f"The window ends at epoch {end}, because the experts stop at epoch {buffer.epochs}.", file=sys.stderr)
+    first_end = schedule.window_end_initial
+    return replace(recipe, window_end=end, window_end_initial=None if first_end is None else min(first_end, end))

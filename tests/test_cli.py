@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,8 +110,18 @@ FITS = ["--window-end", "4"]
         (["distill", "--method", "dsa", *BOTH], "unknown method 'dsa'; choose one of mtt, tesla, ftd"),
         (["distill", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
         (["distill", *OUT], "--buffer PATH"),
-        (["distill", "--segments", "20", *BOTH], "the experts stop at epoch 6"),
-        (["distill", "--segments", "two", *BOTH], "Error parsing --segments: invalid literal for int()"),
+        (["distill", "--segments", "20", *BOTH], "segments is 20, but the window [0, 5) has only 5 start epochs; use"),
+        (["distill", "--window-end", "20", *BOTH], "window_end may be at most 5."),
+        (["distill", "--segments", "two", *BOTH], "Error parsing --segments: 'two' is not a whole number"),
+        (["distill", "--lr-images", "fast", *BOTH], "Error parsing --lr-images: 'fast' is not a number"),
+        (
+            ["distill", "--momentum-images", "1", *BOTH],
+            "cddlib: momentum_images is 1.0; it must be at least 0 and below",
+        ),
+        (["distill", *BOTH[:2], "--out", "FILE"], "is not a folder, or lies in a file; choose another place."),
+        (["distill", *BOTH[:2], "--out", "FILE/run"], "is not a folder, or lies in a file; choose another place."),
+        (["data", "cifar10", "--root", "FILE"], "is not a folder, or lies in a file; choose another place."),
+        (["buffer", "--data", "cifar10", "--root", "FILE", *OUT], "which is a file; it must be the folder of the data"),
         (["distill", "--ipc", "900", "--window-end", "4", *BOTH], "ipc is 900, but class 0 has only"),
         (["distill", "--window-end", "4", "--width", "16", *BOTH], "width is 16, but the experts in"),
         (["distill", "--init", "zeros", *BOTH], "zeros"),
@@ -119,13 +130,16 @@ FITS = ["--window-end", "4"]
         (["compare", *FITS, "--what", "nothing", *BOTH], "nothing"),
         (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
-        (["train"], "train"),
+        (["distil", *BOTH], "there is no command 'distil'; did you mean distill?"),
+        (["train"], "there is no command 'train'; did you mean data, recipes, plan, buffer, distill, "),
         (["buffer", "--colour", "1", *OUT], "--colour"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(buffer: Buffer, tmp_path: Path, capsys, arguments, message) -> None:
-    places = {"OUT": str(tmp_path / "out"), "BUFFER": str(buffer.folder), "OUT/none": str(tmp_path / "none")}
-    assert run(*(places.get(argument, argument) for argument in arguments)) not in (0, None)
+    (tmp_path / "file").write_text("")
+    places = {"OUT": tmp_path / "out", "BUFFER": buffer.folder, "OUT/none": tmp_path / "none"}
+    places |= {"FILE": tmp_path / "file", "FILE/run": tmp_path / "file" / "run"}
+    assert run(*(str(places.get(argument, argument)) for argument in arguments)) not in (0, None)
     assert message in sentence(capsys)
     assert not (tmp_path / "out").exists()
 
@@ -139,10 +153,25 @@ def test_interruption_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> 
     assert capsys.readouterr().err == "\ncddlib: interrupted; the same command resumes.\n"
 
 
-def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path, capsys) -> None:
-    (tmp_path / "file").write_text("")
-    assert run("buffer", "--experts", 1, "--epochs", 1, "--device", "cpu", "--out", tmp_path / "file" / "b") == 1
-    assert sentence(capsys).startswith("cddlib: ")
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    script = Path(sys.executable).with_name("cddlib")
+    with subprocess.Popen([script, "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # long before anything is printed
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_the_window_ends_where_short_experts_do(buffer: Buffer, capsys) -> None:
+    said = "The window ends at epoch 5, because the experts stop at epoch 6.\n"
+    for given, windows, words in (
+        ({}, (5, None), said),
+        ({"method": "datm", "data": "cifar10", "ipc": 50}, (5, 5), said),
+        ({"window_end": 4}, (4, None), ""),
+        ({"method": "datm", "data": "cifar10"}, (4, None), ""),
+    ):
+        schedule = cli.chosen_recipe({"buffer": buffer.folder, **given}).schedule
+        assert (schedule.window_end, schedule.window_end_initial) == windows
+        assert capsys.readouterr().err == words
 
 
 TINY = ["--experts", "1", "--epochs", "4", "--width", "8", "--device", "cpu"]

@@ -182,6 +182,8 @@ def load(name: str, root: Path | None = None) -> Dataset:
         return _digits()
     path = (root or default_root()) / f"{name}.safetensors"
     if not path.exists():
+        if path.parent.is_file():
+            raise UserError(f"root is {path.parent}, which is a file; it must be the folder of the data sets.")
         source = " --source FOLDER" if name in FROM_FOLDER else ""
         raise UserError(f"{name} is not in {path.parent}; run `cddlib data {name}{source} --root {path.parent}` first.")
     return _read(name, path)

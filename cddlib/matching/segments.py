@@ -83,13 +83,16 @@ class SegmentsConfig:
         """How many segments an iteration matches, of all experts and times."""
         return self.segments * self.concurrent_experts + self.replay
 
+    def latest_end(self, epochs: int) -> int:
+        """The largest `window_end` for which all segments end inside trajectories of epochs 0 … `epochs`."""
+        return epochs + (not self.convex) - self.expert_epochs
+
     def check_epochs(self, epochs: int) -> None:
         """Raise `UserError` unless the last segment ends inside trajectories of epochs 0 … `epochs`."""
-        latest = epochs + (not self.convex)
-        if self.window_end + self.expert_epochs > latest:
+        if self.window_end > self.latest_end(epochs):
             raise UserError(
-                f"segments start before epoch {self.window_end} and are {self.expert_epochs} epochs long, but the "
-                f"experts stop at epoch {epochs}; window_end + expert_epochs may be at most {latest}."
+                f"window_end is {self.window_end} and expert_epochs is {self.expert_epochs}, but the experts stop at "
+                f"epoch {epochs}; window_end may be at most {self.latest_end(epochs)}."
             )
 
 

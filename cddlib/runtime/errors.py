@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something the user can mend. The message is one sentence that names the value and what is allowed."""
 
 

@@ -32,6 +32,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except SafetensorError as error:  # Error while serializing: I/O error: …
         raise OSError(f"cannot write {path}: {str(error).split(': ')[-1]}") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path.parent} is not a folder, or lies in a file; choose another place.") from None
     except OSError as error:
         if error.strerror is None:  # it is named
             raise

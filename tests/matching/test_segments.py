@@ -194,6 +194,6 @@ def test_segments_end_inside_the_trajectory(convex: bool, epochs: int) -> None:
     with pytest.raises(cddlib.UserError) as refused:
         config.check_epochs(epochs - 1)
     assert str(refused.value) == (
-        f"segments start before epoch 4 and are 3 epochs long, but the experts stop at epoch {epochs - 1}; "
-        f"window_end + expert_epochs may be at most 6."
+        f"window_end is 4 and expert_epochs is 3, but the experts stop at epoch {epochs - 1}; "
+        f"window_end may be at most 3."
     )

@@ -74,6 +74,7 @@ def _join(rank: int, count: int, store: Path, work: Callable[..., Any], argument
     torch.set_num_threads(1)
     patience = datetime.timedelta(minutes=2)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
+    dist.barrier()  # work that asks nothing of the others could end while they are still connecting
     try:
         return work(*arguments)
     except (UserError, Interrupted) as error:

@@ -7,9 +7,10 @@ PROFILE ?= quick
 TO ?= gpu-records
 # as it was given: neither make nor a shell reads it
 override export PROFILE := $(value PROFILE)
+override export REPOSITORY := $(value REPOSITORY)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test soak lint format book bench gpu lock audit clean
+.PHONY: help install test soak lint format book lab bench gpu lock audit clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,8 +41,11 @@ format: $(READY) ## apply the style; strip notebooks of outputs
 	$(BIN)/nbstripout --extra-keys "metadata.papermill cell.metadata.papermill metadata.widgets" \
 		--drop-tagged-cells injected-parameters notebooks/*.ipynb
 
-book: $(READY) ## set up, execute every chapter, and build the book into _build/html (PROFILE=ci, quick or full)
-	$(BIN)/python book/build.py --profile "$$PROFILE"
+book: $(READY) ## set up, execute every chapter, and build the book into _build/html (PROFILE=ci, quick or full; REPOSITORY=address for links to it)
+	$(BIN)/python book/build.py --profile "$$PROFILE" --repository "$$REPOSITORY"
+
+lab: $(READY) ## set up, and open the chapters in JupyterLab (OPTIONS=of jupyter lab)
+	$(BIN)/jupyter lab $(OPTIONS) notebooks
 
 bench: $(READY) ## time matching, training and evaluation beside the textbook's way, on this machine, into speed.json
 	$(BIN)/python tests/benchmarks/speed.py --to speed.json

@@ -23,6 +23,7 @@ from typing import Any
 
 import nbformat
 import papermill
+import yaml
 
 import cddlib
 from cddbook.claims import claims_table, committed_findings, summary_table
@@ -102,10 +103,22 @@ def api() -> str:
     return f"# API reference\n\nA room imports only from the rooms above it.\n\n```{{eval-rst}}\n{body}\n```"
 
 
+def configuration(repository: str) -> str:
+    """Jupyter Book's configuration; with a `repository`, pages link to their sources there, to Binder and to Colab."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    if repository:
+        config["repository"] = {"url": repository, "branch": "main", "path_to_book": "."}
+        config["html"] |= {"use_repository_button": True, "use_edit_page_button": True}
+        services = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
+        config["launch_buttons"] = {"notebook_interface": "jupyterlab", **services}
+    return yaml.safe_dump(config, allow_unicode=True)
+
+
 def main() -> None:
     """Stage, execute, render."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="quick", choices=("ci", "quick", "full"))
+    parser.add_argument("--repository", default="", help="address of the repository, for buttons that open its files")
     parser.add_argument("--output", type=Path, default=ROOT, help="where _build goes")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -114,8 +127,8 @@ def main() -> None:
     stage = arguments.output / "_build" / "stage"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    for name in ("_config.yml", "_toc.yml"):
-        shutil.copy(ROOT / name, stage)
+    shutil.copy(ROOT / "_toc.yml", stage)
+    (stage / "_config.yml").write_text(configuration(arguments.repository))
     shutil.copytree(ROOT / "book", stage / "book", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
 
     executed = {}

@@ -1,10 +1,13 @@
-"""A bare image is enough: PyTorch and little else. What needs another package says which one to install."""
+"""The wheel works on a bare image, with PyTorch and little else; what needs another package says which to install."""
 
 import contextlib
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -12,18 +15,38 @@ from typing import Any
 
 import pytest
 
+ROOT = Path(__file__).resolve().parent.parent
 ABSENT = ("torchjd", "sklearn", "scipy", "matplotlib", "seaborn", "pandas", "pyarrow", "papermill")
 SLOW = ("tyro", "torchvision", "torch._dynamo")
 """Packages that are there, and that whoever does not use them does not wait for."""
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a wheel holds that was built from the source distribution."""
+    built, source = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("source") / "tree"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "_build", "runs", "*.egg-info", "__pycache__"))
+    build = [Path(sys.executable).with_name("uv"), "build", "--no-build-isolation", "--offline", "--python"]
+    done = subprocess.run([*build, sys.executable, "--out-dir", built, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = built.glob("*.whl")
+    assert list(built.glob("*.tar.gz"))
+    zipfile.ZipFile(path).extractall(built / "installed")
+    return built / "installed"
+
+
+@pytest.fixture(scope="module")
+def said(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What this file, as a program in a process without those packages, says about itself."""
-    command = [sys.executable, __file__, str(tmp_path_factory.mktemp("bare"))]
-    found = subprocess.run(command, capture_output=True, text=True)
+    folder = tmp_path_factory.mktemp("bare")
+    command, environment = [sys.executable, __file__, folder], {**os.environ, "PYTHONPATH": str(wheel)}
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout)
+
+
+def test_what_is_tested_is_the_wheel(wheel: Path, said: dict[str, Any]) -> None:
+    assert Path(said["file"]).is_relative_to(wheel)
 
 
 def test_importing_loads_no_more_than_is_needed(said: dict[str, Any]) -> None:
@@ -81,6 +104,7 @@ def main(folder: Path) -> None:
     found: dict[str, Any] = {}
     import cddlib
 
+    found["file"] = cddlib.__file__
     found["loaded by import"] = loaded()
     from cddlib import cli
 

@@ -129,7 +129,8 @@ def main() -> None:
     stage.mkdir(parents=True)
     shutil.copy(ROOT / "_toc.yml", stage)
     (stage / "_config.yml").write_text(configuration(arguments.repository))
-    shutil.copytree(ROOT / "book", stage / "book", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(ROOT / "book", stage / "book", ignore=shutil.ignore_patterns("*.py", "_*"))
+    shutil.copytree(ROOT / "book" / "_static", stage / "_static")
 
     executed = {}
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
@@ -153,6 +154,9 @@ def main() -> None:
     jupyter_book = Path(sys.executable).with_name("jupyter-book")
     command = [str(jupyter_book), "build", str(stage), "--path-output", str(arguments.output)]
     subprocess.run([*command, "-W", "-n", "--keep-going", "--all"], check=True)
+    bibliography = arguments.output / "_build" / "html" / "book" / "bibliography.html"
+    listed = bibliography.read_text().replace('role="doc-biblioentry"', 'role="listitem"')  # docutils' is deprecated
+    bibliography.write_text(listed)
 
 
 if __name__ == "__main__":

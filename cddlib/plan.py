@@ -130,7 +130,7 @@ def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> C
     images = config.synthetic.ipc * classes
     subset = images // schedule.subsets
     batch = min(config.student.student_batch or subset, subset)
-    most = chunk_size(meter.network, config.student, device_type, meter.sizes.shape, batch)
+    most = chunk_size(meter.network, config.student, device_type, batch)
     students = min(most, -(-schedule.segments_in_all // meter.devices))  # who take their steps side by side
     step = meter.student(batch, students)
     labelled = (meter.test, schedule.iterations * images * (config.synthetic.labels == "teacher"))

@@ -80,7 +80,7 @@ def with_compilation(config: DistillConfig, buffer: Buffer, device: torch.device
     """`config`, with a decision whether to compile."""
     steps = config.schedule.iterations * config.schedule.segments_in_all * config.student.student_steps
     images = 3 * steps * config.images_a_step(buffer.data["classes"])  # a student's step is worth three of training
-    compiled = worth_compiling(buffer.network, config.compute, device, tuple(buffer.data["shape"]), images)
+    compiled = worth_compiling(buffer.network, config.compute, device, images)
     return replace(config, compiled=compiled)
 
 

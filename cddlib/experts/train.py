@@ -57,7 +57,7 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     dataset = load(config.data.data, root)
     network = build_network(config.network, dataset.shape, len(dataset.classes))
     seen = config.epochs * len(dataset.train.labels)  # by one expert, so that a buffer can grow
-    config = replace(config, compiled=worth_compiling(network, config.compute, dev, dataset.shape, seen))
+    config = replace(config, compiled=worth_compiling(network, config.compute, dev, seen))
     wanted: dict[str, Any] = {"config": as_dict(config), "data": describe(dataset), "experts": []}
     manifest = _resume(out, wanted)
     if (out / "result.json").exists() and not _missing(out, manifest):

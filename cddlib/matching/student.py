@@ -79,9 +79,7 @@ def plan_student(config: MatchingConfig, size: int, strategy: str, generator: to
     ]
 
 
-def chunk_size(
-    network: Network, config: MatchingConfig, device_type: str, image_shape: tuple[int, ...], batch: int
-) -> int:
+def chunk_size(network: Network, config: MatchingConfig, device_type: str, batch: int) -> int:
     """How many students with batches of `batch` images are trained side by side.
 
     By default one, or for ConvNets as many as keep the device busy.
@@ -89,12 +87,12 @@ def chunk_size(
     if config.side_by_side or not isinstance(network, ConvNet) or config.match_step == "nearest":
         return config.side_by_side or 1
     fills = FILLS_GPU if device_type == "cuda" else FILLS_CPU
-    return max(1, int(fills / (batch * operations(network, image_shape))))
+    return max(1, int(fills / (batch * operations(network))))
 
 
 def segment_chunks(network: Network, config: MatchingConfig, images: Tensor, batch: int, students: int) -> list[slice]:
     """The students that are trained side by side on `images`: slices, one after the other."""
-    number = chunk_size(network, config, images.device.type, tuple(images.shape[1:]), batch)
+    number = chunk_size(network, config, images.device.type, batch)
     return [slice(first, min(first + number, students)) for first in range(0, students, number)]
 
 

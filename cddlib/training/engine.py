@@ -1,12 +1,12 @@
 """Which implementation computes a network's steps on a device, whether it is compiled, and how much it may keep."""
 
 import functools
+import math
 import os
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from cddlib.networks.convnet import ConvNet, Network, parameter_count
+from cddlib.networks.convnet import ConvNet, Network
 from cddlib.runtime.device import free_memory
 from cddlib.runtime.errors import UserError
 from cddlib.training.compiling import can_compile
@@ -35,9 +35,7 @@ def _make_step(network: Network, precision: str, compiled: bool, written_out: bo
     return AutogradStep(network)
 
 
-def worth_compiling(
-    network: Network, config: ComputeConfig, device: torch.device, image_shape: tuple[int, int, int], images: int
-) -> bool:
+def worth_compiling(network: Network, config: ComputeConfig, device: torch.device, images: int) -> bool:
     """Whether to compile a run's steps, if these differentiate the network for `images` images in total.
 
     Raises:
@@ -50,15 +48,15 @@ def worth_compiling(
     if not (isinstance(network, ConvNet) and is_standard_convnet(network)):
         return False
     enough = WORTH_COMPILING["cuda" if device.type == "cuda" else "cpu"]
-    return config.precision == "bfloat16" or 3 * operations(network, image_shape) * images >= enough
+    return config.precision == "bfloat16" or 3 * operations(network) * images >= enough
 
 
-@functools.lru_cache(maxsize=16)
-def operations(network: Network, image_shape: tuple[int, ...]) -> float:
-    """Floating-point operations of classifying one image."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(parameter_count(network), device="meta"), torch.empty(1, *image_shape, device="meta"))
-    return float(counter.get_total_flops())
+def operations(network: ConvNet) -> int:
+    """Floating-point operations of classifying one image: those of the convolutions and the classifier."""
+    shrinks = 1 if network.config.pooling == "none" else 2
+    pixels = {f"conv{block}.weight": (network.side // shrinks**block) ** 2 for block in range(network.config.depth)}
+    pixels["classifier.weight"] = 1
+    return sum(2 * math.prod(network.shapes[name]) * count for name, count in pixels.items())
 
 
 def residual_budget(device: torch.device) -> int:

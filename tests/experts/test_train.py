@@ -125,7 +125,7 @@ def test_experts_of_long_training_are_compiled_unless_told_otherwise(
     buffer: Buffer, tmp_path: Path, monkeypatch
 ) -> None:
     compiled: list[object] = []
-    enough = 3 * 2 * 1257 * engine.operations(buffer.network, (1, 8, 8))  # more than an epoch, less than two
+    enough = 3 * 2 * 1257 * engine.operations(buffer.network)  # more than an epoch, less than two
     monkeypatch.setitem(engine.WORTH_COMPILING, "cpu", enough)
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
     wanted = {(1, None): False, (2, None): True, (2, False): False, (1, True): True}

@@ -331,7 +331,7 @@ def test_so_many_students_go_side_by_side_as_fill_the_processor(device: str, fil
     for students in (2, 7):
         most = int(fills / (a_pass * students))
         for batch, wanted in ((most, students), (most + 1, students - 1)):
-            assert chunk_size(network, MatchingConfig(), device, (2, 8, 8), batch) == wanted
+            assert chunk_size(network, MatchingConfig(), device, batch) == wanted
 
 
 def test_students_that_end_at_different_steps_are_not_taken_side_by_side() -> None:

@@ -26,7 +26,7 @@ from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
 from cddlib.networks.zoo import build_network
 from cddlib.runtime import device as devices
 from cddlib.runtime import distributed
-from cddlib.training import compiling, convnet_step
+from cddlib.training import compiling, convnet_step, counting
 from cddlib.training import engine as engines
 from cddlib.training.convnet_step import ConvNetStep, is_standard_convnet
 from cddlib.training.engine import make_step, worth_compiling
@@ -300,23 +300,23 @@ def test_a_container_may_have_less_than_the_machine(
 
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_long_runs_of_the_usual_convnet_are_compiled(device: torch.device) -> None:
-    network, shape, plain = ConvNet(NetworkConfig(), (3, 32, 32), 10), (3, 32, 32), ComputeConfig()
+    network, plain = ConvNet(NetworkConfig(), (3, 32, 32), 10), ComputeConfig()
     a_pass = 2 * 9 * 128 * (3 * 32**2 + 128 * 16**2 + 128 * 8**2) + 2 * 2048 * 10  # operations, forward
     enough = int(-(-engines.WORTH_COMPILING[device.type] // (3 * a_pass)))
-    assert worth_compiling(network, plain, device, shape, enough)
-    assert not worth_compiling(network, plain, device, shape, enough - 1)
-    assert worth_compiling(network, ComputeConfig(precision="bfloat16"), device, shape, 1)
+    assert worth_compiling(network, plain, device, enough)
+    assert not worth_compiling(network, plain, device, enough - 1)
+    assert worth_compiling(network, ComputeConfig(precision="bfloat16"), device, 1)
     for asked in (True, False):
-        assert worth_compiling(network, ComputeConfig(compiled=asked), device, shape, enough) == asked
-    assert not worth_compiling(build_network(UNUSUAL[0], (3, 8, 8), 5), plain, device, (3, 8, 8), 10**18)
+        assert worth_compiling(network, ComputeConfig(compiled=asked), device, enough) == asked
+    assert not worth_compiling(build_network(UNUSUAL[0], (3, 8, 8), 5), plain, device, 10**18)
 
 
 def test_who_asks_for_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "can_compile", lambda: False)
     network, asked = ConvNet(NetworkConfig(), (3, 32, 32), 10), ComputeConfig(compiled=True)
     with pytest.raises(cddlib.UserError, match=r"^compiled is True, but there is no C\+\+ compiler here; install one"):
-        worth_compiling(network, asked, CPU, (3, 32, 32), 1)
-    assert worth_compiling(network, asked, CUDA, (3, 32, 32), 1), "a GPU's compiler is its own"
+        worth_compiling(network, asked, CPU, 1)
+    assert worth_compiling(network, asked, CUDA, 1), "a GPU's compiler is its own"
 
 
 COMPILED = """
@@ -414,3 +414,12 @@ def test_channels_of_zeros_change_nothing(networks: int) -> None:
     results = [all_results(step, theta, seen, targets, direction) for seen in (inputs, padded)]
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("pooling", ["avg", "none"])
+@pytest.mark.parametrize("side", [28, 32])
+def test_operations_are_those_that_pytorch_counts(pooling: str, side: int) -> None:
+    config = NetworkConfig(width=4, pooling=pooling)
+    network = ConvNet(config, (3, side, side), 5)
+    counted, _ = counting.count(counting.classify, config, (3, side, side), 5, 1)
+    assert engines.operations(network) == counted

@@ -1,6 +1,7 @@
 """What each command does. `cddlib.cli` finds them by name and turns their arguments into options."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,7 +9,7 @@ import tyro
 
 from cddlib.data.dataset import load
 from cddlib.data.download import prepare
-from cddlib.distillation.config import DistillConfig
+from cddlib.distillation.config import DistillConfig, with_compilation
 from cddlib.distillation.hooks import TensorBoard
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
@@ -19,8 +20,10 @@ from cddlib.experts.config import BufferConfig
 from cddlib.experts.train import train_buffer
 from cddlib.methods.recipes import recipes_table
 from cddlib.networks.convnet import Architecture, NetworkConfig, Norm, parameter_count
-from cddlib.plan import buffer_of, costs_table, plan
+from cddlib.plan import buffer_of, costs_table, distillation_time, plan
 from cddlib.runtime.config import as_dict, from_dict, replace
+from cddlib.runtime.device import resolve_device
+from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import read_json, write_json
 from cddlib.synthetic import SyntheticSet
@@ -91,6 +94,11 @@ def distill_data(
         out: Folder of the run; it resumes, or returns the finished result.
         tensorboard: Write the metrics and the images for TensorBoard too, into OUT/tensorboard.
     """
+    dev, ranks = resolve_device(device), Ranks()
+    begins = ranks.first and not (out / "result.json").exists()
+    if begins and dev.type == "cpu" and with_compilation(config, Buffer(buffer), dev).compute.compiled:
+        duration = distillation_time(config, devices=ranks.count, root=root)
+        print(f"At most about {duration} in all; the bar below corrects this, as it goes.", file=sys.stderr)
     distill(config, buffer, out, hooks=[TensorBoard()] if tensorboard else [], root=root, device=device)
     result, schedule = read_json(out / "result.json"), config.schedule
     accuracy = result["validation_accuracy"]

@@ -112,6 +112,12 @@ def plan(
     return [_buffering(experts, meter), _distillation(config, meter, kind), _evaluation(config, networks, meter)]
 
 
+def distillation_time(config: DistillConfig, *, devices: int = 1, root: Path | None = None) -> str:
+    """In words, how long a distillation takes on so many processors like this one, without compiling; see `plan`."""
+    meter = _Meter(config, sizes_of(config.data.data, root), devices, torch.device("cpu"))
+    return _duration(_distillation(config, meter, "cpu").seconds or 0.0)
+
+
 def _buffering(experts: BufferConfig, meter: "_Meter") -> Cost:
     sizes, step = meter.sizes, meter.training(experts.batch_size)
     validation = round(VALIDATION_FRACTION * sizes.train)

@@ -1,11 +1,13 @@
 """Commands beside the main way: recipes, plan, other networks, files of other programs."""
 
+import re
 from pathlib import Path
 
 import pytest
 from children import exit_code as run
 
 import cddlib
+from cddlib import commands
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime.files import read_json
 
@@ -37,6 +39,29 @@ def test_plan_says_what_each_stage_takes(capsys) -> None:
     assert "611 MB" in lines[2]  # 3 experts x 101 vectors x 504,420 numbers x 4 bytes
     assert run("plan", *options, "--devices", 0) == 1
     assert capsys.readouterr().err == "cddlib: devices is 0; it must be at least 1.\n"
+
+
+def test_a_long_distillation_says_first_how_long_it_may_take(
+    buffer: Buffer, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(commands, "with_compilation", lambda config, *_: cddlib.replace(config, compiled=True))
+    options = [
+        "--iterations",
+        1,
+        "--student-steps",
+        2,
+        "--validate-every",
+        0,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path / "a",
+    ]
+    said = r"At most about \d[\d.]* seconds in all; the bar below corrects this, as it goes\.\n"
+    for pattern in (said, ""):  # a finished run says nothing
+        assert run("distill", *options, "--buffer", buffer.folder) == 0
+        err = capsys.readouterr().err
+        assert re.search(pattern, err) and err.count("At most") == bool(pattern)
 
 
 def test_another_network_is_evaluated_and_recorded_apart(distilled: Path, capsys) -> None:

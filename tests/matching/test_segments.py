@@ -176,16 +176,6 @@ def test_impossible_configurations_are_refused(values: dict[str, int], sentence:
     assert str(refused.value) == sentence
 
 
-def test_expert_and_replay_change_no_segment() -> None:
-    plain = SegmentsConfig(segments=3)
-    assert (plain.expert, plain.replay) == (None, 0)
-    for values in ({"expert": 0}, {"expert": 7}, {"replay": 1}):
-        changed = SegmentsConfig(segments=3, **values)
-        for iteration in range(5):
-            found, wanted = (draw_segments(c, iteration, cddlib.generator(iteration)) for c in (changed, plain))
-            assert found == wanted
-
-
 @pytest.mark.parametrize(("convex", "epochs"), [(False, 6), (True, 7)])
 def test_segments_end_inside_the_trajectory(convex: bool, epochs: int) -> None:
     """The last segment goes from epoch 3 to 6; a convexified one may start just before epoch 4."""

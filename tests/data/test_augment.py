@@ -22,11 +22,6 @@ def some_images(*shape: int) -> Tensor:
     return torch.randn(shape, generator=cddlib.generator("images", *shape), dtype=torch.double)
 
 
-def one(change: str, *numbers: float) -> Draw:
-    """A draw for one image; the numbers left out are in the middle."""
-    return Draw(change, torch.tensor([[*numbers, *[0.5] * (3 - len(numbers))]]))
-
-
 # --- References -------------------------------------------------------------------------------------------------
 
 

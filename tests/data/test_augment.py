@@ -144,17 +144,6 @@ def test_one_change_a_step_all_equally_likely() -> None:
     assert {found.change for found in (draw("crop_flip", 1, rng) for _ in range(50)) if found} == {"crop", "flip"}
 
 
-def test_numbers_are_uniform_with_three_for_each_image() -> None:
-    drawn = draw("crop", 4000, cddlib.generator("numbers"))
-    assert drawn is not None
-    assert drawn.numbers.shape == (4000, 3)
-    for column in drawn.numbers.T:
-        counts = torch.histc(column, bins=10, min=0, max=1)
-        assert counts.sum() == 4000
-        assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
-    assert abs(torch.corrcoef(drawn.numbers.T) - torch.eye(3)).max() < 0.06
-
-
 def test_none_changes_nothing() -> None:
     images = some_images(2, 1, 4, 4)
     assert AugmentConfig(augment="none").augment == "none"

@@ -8,8 +8,6 @@ import struct
 import subprocess
 import sys
 import types
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,18 +351,3 @@ def test_cifar_as_torchvision_holds_it(tmp_path: Path, name: str, monkeypatch: p
     for part, images in (("train", found.train), ("test", found.test)):
         assert np.array_equal(images.images, arrays[f"{part}_images"].transpose(0, 3, 1, 2))
         assert np.array_equal(images.labels, arrays[f"{part}_labels"])
-
-
-@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
-def test_a_failing_download_gives_one_sentence(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_args, **_kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", fail)
-    with pytest.raises(UserError) as caught:
-        prepare(name, tmp_path)
-    message = str(caught.value)
-    assert message.startswith(f"{name} cannot be downloaded to {tmp_path / 'downloads'} (")
-    assert "no network" in message
-    assert "\n" not in message
-    assert not (tmp_path / f"{name}.safetensors").exists()

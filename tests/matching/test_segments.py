@@ -67,20 +67,6 @@ def test_the_spacing_by_hand() -> None:
     assert found == [(2, 6, 0), (3, 7, 0), (2, 6, 1), (3, 7, 1), (2, 6, 2), (3, 7, 2), (4, 8, 2), (5, 9, 2)]
 
 
-@pytest.mark.parametrize("convex", [False, True])
-@pytest.mark.parametrize("segments", [1, 4])
-def test_the_generator_draws_anchors_uniformly(segments: int, convex: bool) -> None:
-    config = SegmentsConfig(segments=segments, window_start=3, window_end=13, convex=convex)
-    rng = cddlib.generator("anchors")
-    draws = [draw_segments(config, 0, rng) for _ in range(2000)]
-    anchors = [starts[anchor] - 3 for starts, anchor in draws]
-    assert len(set(anchors)) == (2000 if convex else 10)
-    for bins in ([int(anchor) for anchor in anchors], [int(10 * (anchor % 1)) for anchor in anchors])[: 1 + convex]:
-        counts = Counter(bins)
-        assert sorted(counts) == list(range(10))
-        assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 27.9  # chi-square, 9 degrees, p = 0.001
-
-
 # --- Curriculum -------------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ themselves; the last ones start torchrun as a user does.
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import io
 import os
 import re
@@ -138,7 +139,7 @@ def moved(run: Path) -> float:
     return difference(run, run, milestone_path(run, 0).name)
 
 
-def metrics(run: Path, iterations: int) -> list[dict[str, Any]]:
+def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of the metrics, without seconds."""
     lines = read_metrics(run)
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
@@ -164,7 +165,7 @@ def test_ranks_end_where_one_process_ends(
     """Three segments on two ranks, and on four, one of which has none."""
     config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "validation_runs": 2, **CASES[case]})
     cddlib.distill(config, buffer, tmp_path / "1", device="cpu")
-    alone = metrics(tmp_path / "1", config.schedule.iterations)
+    alone = metrics(tmp_path / "1")
     for count in (2, 4) if case == "mean" else repeats((2,), (2, 4)):
         out = tmp_path / str(count)
         first, *others = together(count, distil, config, buffer.folder, out)
@@ -177,7 +178,7 @@ def test_ranks_end_where_one_process_ends(
         between = [after - before for before, after in zip(first.reduced, first.reduced[1:], strict=False)]
         assert between == [1 + validation for validation in validated[1:-1]]
 
-        lines = metrics(out, config.schedule.iterations)
+        lines = metrics(out)
         assert [line.keys() for line in lines] == [line.keys() for line in alone]
         apart = difference(tmp_path / "1", out)
         if config.student.side_by_side == 1:  # and, by this rule, no gradient is added to another
@@ -205,11 +206,11 @@ def test_the_digits_recipe_with_eight_segments(
     config = cddlib.distill_recipe("contra", "digits", 1, **options)
     cddlib.distill(config, buffer, tmp_path / "alone", device="cpu")
     assert moved(tmp_path / "alone") > 1e-3
-    losses = [line["loss"] for line in metrics(tmp_path / "alone", iterations)[1:]]
+    losses = [line["loss"] for line in metrics(tmp_path / "alone")[1:]]
     for count in repeats((1, 2), (1, 2, 4)):
         out = tmp_path / str(count)
         together(count, distil_backwards if count == 1 else distil, config, buffer.folder, out)
-        found = [line["loss"] for line in metrics(out, iterations)[1:]]
+        found = [line["loss"] for line in metrics(out)[1:]]
         assert found[0] == pytest.approx(losses[0], rel=1e-6)
         assert found == pytest.approx(losses, rel=1e-5 if activation == "sigmoid" else 1e-2)
         apart = difference(tmp_path / "alone", out)
@@ -254,15 +255,11 @@ def test_evaluations_find_the_same_accuracies(buffer: Buffer, quick: dict[str, A
     cddlib.distill(cddlib.distill_recipe("contra", **quick), buffer, tmp_path / "1", device="cpu")
     shutil.copytree(tmp_path / "1", tmp_path / "several")
     for networks, ranks in ((2, 2), (3, 4)):
-        wanted = cddlib.evaluate_run(tmp_path / "1", runs=networks, device="cpu")
-        for record in together(ranks, evaluate, tmp_path / "several", networks):
+        evaluate = functools.partial(cddlib.evaluate_run, runs=networks, device="cpu")
+        wanted = evaluate(tmp_path / "1")
+        for record in together(ranks, evaluate, tmp_path / "several"):
             assert str(record["accuracies"]) == str(wanted["accuracies"])
         assert_same(tmp_path / "several", tmp_path / "1")
-
-
-def evaluate(run: Path, networks: int) -> dict[str, Any]:
-    """Evaluate in this rank."""
-    return cddlib.evaluate_run(run, runs=networks, device="cpu")
 
 
 # --- Signals, deaths, misunderstandings -------------------------------------------------------------------------
@@ -285,7 +282,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
     assert parts.read_bytes() == whole.read_bytes()
     together(3, distil, config, buffer.folder, tmp_path / "more")
     assert difference(tmp_path / "whole", tmp_path / "more") < 1e-6 and moved(tmp_path / "whole") > 1e-3
-    assert metrics(tmp_path / "parts", 6) == metrics(tmp_path / "whole", 6)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
 def test_a_second_signal_is_the_first_again(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
@@ -383,10 +380,6 @@ class Agent:
         started = psutil.Process(self.process.pid).children()
         return sorted((one for one in started if one.status() != psutil.STATUS_ZOMBIE), key=lambda one: one.pid)
 
-    def worlds(self) -> list[str]:
-        """For each worker, of how many it is one."""
-        return [worker.environ()["WORLD_SIZE"] for worker in self.workers()]
-
     def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
         """Wait until something is so, while it runs."""
         end = time.monotonic() + seconds
@@ -465,9 +458,12 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     with Agent(*shared, tmp_path / "staying", **unshared) as staying:
         staying.until(lambda: listens(port))
         with Agent(*shared, tmp_path / "leaving", **unshared) as leaving:
-            leaving.until(lambda: lines(out) > 5 and all(agent.worlds() == ["2"] for agent in (staying, leaving)))
+            both = (staying, leaving)
+            leaving.until(
+                lambda: lines(out) > 5 and [w.environ()["WORLD_SIZE"] for a in both for w in a.workers()] == ["2", "2"]
+            )
         assert "another process of this run is gone" in staying.end()
-    found, wanted = metrics(out, 60), metrics(tmp_path / "1", 60)
+    found, wanted = metrics(out), metrics(tmp_path / "1")
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
     assert [line["matched"] for line in found[1:]] == [line["matched"] for line in wanted[1:]]
     apart = difference(tmp_path / "1", out)

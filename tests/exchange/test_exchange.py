@@ -180,8 +180,6 @@ def copied(epochs: list) -> list:
     return [[tensor.clone() for tensor in epoch] for epoch in epochs]
 
 
-SAME = r"expert 0, has the same parameters at epochs 0 and 2: they were saved without being"
-
 DAMAGE = {
     "another width": (
         put(1, 4, torch.zeros(16, 8, 3, 3)),
@@ -192,19 +190,18 @@ DAMAGE = {
         lambda c: c[0][1].pop(),
         r"expert 0, epoch 1, is a list of 9; it must be a list of the 10 p",
     ),
-    "aliased epochs": (lambda c: c[0].__setitem__(2, c[0][0]), SAME),
-    "repeated epochs": (lambda c: c[0].__setitem__(2, *copied(c[0][:1])), SAME),
+    "aliased epochs": (
+        lambda c: c[0].__setitem__(2, c[0][0]),
+        r"expert 0, has the same parameters at epochs 0 and 2: they were saved without being",
+    ),
     "shorter expert": (
         lambda c: c.append(copied(c[0][:2])),
         r"replay_buffer_0\.pt, expert 1, has 1 epochs and the first one 2; all need the same\.$",
     ),
     "no epochs": (lambda c: c.__setitem__(0, c[0][:1]), r"expert 0, is a list of 1; it must be a list of the init"),
     "no experts": (lambda c: c.clear(), r"replay_buffer_0\.pt is a list of 0; it must be a list of trajectories\.$"),
-    "one nesting less": (lambda c: c.__setitem__(0, c[0][0]), r"epoch 0, is float32\[8, 1, 3, 3\]; it must be a list"),
     "a number": (put(1, 2, 3.0), r"epoch 1, parameter norm0\.weight is a float; it must be float32\[8\]\.$"),
-    "doubles": (put(1, 2, torch.zeros(8).double()), r"norm0\.weight is float64\[8\]; it must be float32\[8\]\.$"),
     "a nan": (put(1, 2, torch.full((8,), math.nan)), r"norm0\.weight holds numbers that are not finite\.$"),
-    "an absurd shape": (put(1, 2, torch.ones(1).expand(10**15)), r"replay_buffer_0\.pt holds tensors that share their"),
 }
 
 
@@ -307,18 +304,14 @@ ONES = torch.ones(10, 1, 8, 8)
 WRONG = [
     ("images", torch.ones(10, 3, 8, 8), r"images_best\.pt is float32\[10, 3, 8, 8\]; it must be float"),
     ("images", torch.ones(9, 1, 8, 8), r"images_best\.pt is float32\[9, 1, 8, 8\]; it must be a tensor of images, as"),
-    ("images", torch.ones(0, 1, 8, 8), r"images_best\.pt is float32\[0, 1, 8, 8\]; it must be a tensor of images"),
     ("images", [ONES], r"is a list of 1; it must be a tensor of images, as many for each of the 10 classes of digits"),
     ("images", ONES.byte(), r"images_best\.pt is uint8\[10, 1, 8, 8\]; it must be float32\[10, 1, 8, 8\]\.$"),
     ("images", ONES * math.nan, r"images_best\.pt holds numbers that are not finite\.$"),
     ("labels", torch.arange(9, -1, -1), r"labels_best\.pt is not class-major: image 0 of 10 has label 9, not 0\.$"),
     ("labels", torch.arange(9), r"labels_best\.pt is int64\[9\]; it must be int64\[10\]\.$"),
-    ("labels", torch.arange(10).int(), r"labels_best\.pt is int32\[10\]; it must be int64\[10\]\.$"),
-    ("labels", torch.ones(10, 9), r"labels_best\.pt is float32\[10, 9\]; it must be float32\[10, 10\]"),
     ("labels", torch.ones(10, 10) / 0, r"labels_best\.pt holds numbers that are not finite\.$"),
     ("lr", torch.ones(2), r"lr_best\.pt is float32\[2\]; it must be a step size, one number\.$"),
     ("lr", torch.tensor(-1.0), r"^the step size in .*lr_best\.pt is -1; it must be positive\.$"),
-    ("lr", torch.tensor(1), r"lr_best\.pt is int64\[\]; it must be float32\[\]\.$"),
 ]
 
 

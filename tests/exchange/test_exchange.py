@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -80,12 +80,6 @@ def snapshot(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind(tmp_path: Path) -> Iterator[None]:
-    yield
-    assert not [path for path in snapshot(tmp_path) if path.name.endswith(".tmp")]
-
-
 # --- Buffers ----------------------------------------------------------------------------------------------------
 
 
@@ -106,23 +100,12 @@ def test_an_imported_buffer_says_what_is_known(published: Path, tmp_path: Path) 
     assert collect(tmp_path / "out")["result"]["experts_imported"] == 1
 
 
-def test_our_buffer_goes_out_and_comes_back(buffer: Buffer, tmp_path: Path) -> None:
-    paths = export_buffer(buffer, tmp_path / "pt", experts_per_file=1)
-    assert [path.name for path in paths] == ["replay_buffer_0.pt", "replay_buffer_1.pt"]
-    config = cddlib.buffer_recipe("digits", width=8)
-    found = import_buffer(tmp_path / "pt", tmp_path / "back", config, device="cpu")
-    for expert in range(2):
-        for epoch in range(7):
-            assert torch.equal(found.parameters(expert, epoch), buffer.parameters(expert, epoch))
-        assert found.experts[expert]["test_accuracy"] == buffer.experts[expert]["test_accuracy"]
-        assert found.experts[expert]["validation_accuracy"][-1] == buffer.experts[expert]["validation_accuracy"][-1]
-
-
-@pytest.mark.parametrize(("experts_per_file", "sizes"), [(1, [1, 1]), (2, [2]), (3, [2])])
-def test_files_hold_all_experts_in_plain_tensors_of_their_own(
+@pytest.mark.parametrize(("experts_per_file", "sizes"), [(1, [1, 1]), (3, [2])])
+def test_our_buffer_goes_out_in_plain_tensors_and_comes_back(
     buffer: Buffer, tmp_path: Path, experts_per_file: int, sizes: list[int]
 ) -> None:
     paths = export_buffer(buffer, tmp_path / "pt", experts_per_file=experts_per_file)
+    assert [path.name for path in paths] == [f"replay_buffer_{number}.pt" for number in range(len(sizes))]
     contents = [torch.load(path, weights_only=True) for path in paths]
     assert [len(content) for content in contents] == sizes and len(contents[0][0]) == 7
     for tensors in (tensors for content in contents for trajectory in content for tensors in trajectory):
@@ -130,13 +113,19 @@ def test_files_hold_all_experts_in_plain_tensors_of_their_own(
         assert [tuple(tensor.shape) for tensor in tensors] == list(buffer.network.shapes.values())
         assert all(tensor.dtype == torch.float32 for tensor in tensors)
         assert all(tensor.untyped_storage().nbytes() == 4 * tensor.numel() for tensor in tensors)
+    found = import_buffer(tmp_path / "pt", tmp_path / "back", cddlib.buffer_recipe("digits", width=8), device="cpu")
+    for expert in range(2):
+        for epoch in range(7):
+            assert torch.equal(found.parameters(expert, epoch), buffer.parameters(expert, epoch))
+        assert found.experts[expert]["test_accuracy"] == buffer.experts[expert]["test_accuracy"]
+        assert found.experts[expert]["validation_accuracy"][-1] == buffer.experts[expert]["validation_accuracy"][-1]
 
 
-def test_files_are_read_in_numeric_order(tmp_path: Path) -> None:
+def test_files_are_read_in_numeric_order_and_parameters_as_tensors(tmp_path: Path) -> None:
     experts = published_experts(experts=11, epochs=1)
-    paths = [tmp_path / f"replay_buffer_{number}.pt" for number in range(11)]
-    for path, trajectory in zip(paths, experts, strict=True):
-        torch.save([trajectory], path)
+    for number, trajectory in enumerate(experts):
+        saved = [[nn.Parameter(tensor) for tensor in epoch] for epoch in trajectory]
+        torch.save([saved], tmp_path / f"replay_buffer_{number}.pt")
     found = import_buffer(tmp_path, tmp_path / "out", DIGITS, device="cpu")
     for expert, epoch in itertools.product(range(11), range(2)):
         wanted = torch.cat([tensor.flatten() for tensor in experts[expert][epoch]])
@@ -190,8 +179,6 @@ def copied(epochs: list) -> list:
     return [[tensor.clone() for tensor in epoch] for epoch in epochs]
 
 
-SAME = r"expert 0, has the same parameters at epochs 0 and 2: they were saved without being"
-
 DAMAGE = {
     "another width": (
         put(1, 4, torch.zeros(16, 8, 3, 3)),
@@ -202,19 +189,18 @@ DAMAGE = {
         lambda c: c[0][1].pop(),
         r"expert 0, epoch 1, is a list of 9; it must be a list of the 10 p",
     ),
-    "aliased epochs": (lambda c: c[0].__setitem__(2, c[0][0]), SAME),
-    "repeated epochs": (lambda c: c[0].__setitem__(2, *copied(c[0][:1])), SAME),
+    "aliased epochs": (
+        lambda c: c[0].__setitem__(2, c[0][0]),
+        r"expert 0, has the same parameters at epochs 0 and 2: they were saved without being",
+    ),
     "shorter expert": (
         lambda c: c.append(copied(c[0][:2])),
         r"replay_buffer_0\.pt, expert 1, has 1 epochs and the first one 2; all need the same\.$",
     ),
     "no epochs": (lambda c: c.__setitem__(0, c[0][:1]), r"expert 0, is a list of 1; it must be a list of the init"),
     "no experts": (lambda c: c.clear(), r"replay_buffer_0\.pt is a list of 0; it must be a list of trajectories\.$"),
-    "one nesting less": (lambda c: c.__setitem__(0, c[0][0]), r"epoch 0, is float32\[8, 1, 3, 3\]; it must be a list"),
     "a number": (put(1, 2, 3.0), r"epoch 1, parameter norm0\.weight is a float; it must be float32\[8\]\.$"),
-    "doubles": (put(1, 2, torch.zeros(8).double()), r"norm0\.weight is float64\[8\]; it must be float32\[8\]\.$"),
     "a nan": (put(1, 2, torch.full((8,), math.nan)), r"norm0\.weight holds numbers that are not finite\.$"),
-    "an absurd shape": (put(1, 2, torch.ones(1).expand(10**15)), r"replay_buffer_0\.pt holds tensors that share their"),
 }
 
 
@@ -230,87 +216,26 @@ def test_other_contents_are_refused_before_anything_is_written(published: Path, 
     assert snapshot(tmp_path) == before
 
 
-def test_parameters_instead_of_tensors_are_read(published: Path, tmp_path: Path) -> None:
-    content = torch.load(published, weights_only=True)
-    as_parameters = [[[nn.Parameter(tensor) for tensor in epoch] for epoch in expert] for expert in content]
-    torch.save(as_parameters, published)
-    found = import_buffer(published, tmp_path / "out", DIGITS, device="cpu")
-    assert torch.equal(found.parameters(0, 1), torch.cat([tensor.flatten() for tensor in content[0][1]]))
-
-
-def test_places_without_files_are_refused(tmp_path: Path) -> None:
+def test_places_without_files_and_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no replay_buffer_\*\.pt\.$"):
         import_buffer(tmp_path / "empty", tmp_path / "out", DIGITS)
     with pytest.raises(UserError, match=r"none\.pt is not a file\.$"):
         import_buffer(tmp_path / "none.pt", tmp_path / "out", DIGITS)
+    for content in (b"hello world", pickle.dumps([1])):
+        (tmp_path / "x.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.pt cannot be read: .* which are never loaded because they can run"):
+            import_buffer(tmp_path / "x.pt", tmp_path / "out", DIGITS, device="cpu")
 
 
-# --- Safety -----------------------------------------------------------------------------------------------------
-
-
-class Intruder:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable, tuple[str]]:
-        return os.mkdir, (str(self.path),)
-
-
-def write_whole(path: Path) -> bytes:
-    torch.save([torch.zeros(100)], path)
-    return path.read_bytes()
-
-
-FOREIGN = {
-    "code": lambda path, harm: torch.save([[harm]], path),
-    "code, before PyTorch 1.6": lambda path, harm: torch.save(harm, path, _use_new_zipfile_serialization=False),
-    "a pickle": lambda path, harm: path.write_bytes(pickle.dumps(harm)),
-    "nothing": lambda path, harm: path.write_bytes(b""),
-    "text": lambda path, harm: path.write_bytes(b"hello world"),
-    "a half": lambda path, harm: path.write_bytes(write_whole(path)[:500]),
-    "no end": lambda path, harm: path.write_bytes(write_whole(path)[:-1]),
-    "no beginning": lambda path, harm: path.write_bytes(write_whole(path)[10:]),
-}
-"""Files that `torch.save` did not write, or not without the code that they are given."""
-
-
-def readers(path: Path, good: Path) -> list[Callable[[], object]]:
-    """Every way in which a file of others is read, given `path` in place of each."""
-    images, labels, lr = (good / f"{name}_best.pt" for name in ("images", "labels", "lr"))
-    digits = DataConfig(data="digits")
-    return [
-        lambda: import_buffer(path, path.parent / "out", DIGITS, device="cpu"),
-        lambda: import_set(path, labels, digits, step_size=lr),
-        lambda: import_set(images, path, digits, step_size=lr),
-        lambda: import_set(images, labels, digits, step_size=path),
-    ]
+# --- Synthetic sets ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def good(buffer: Buffer, tmp_path: Path) -> Path:
     """A folder with a set that can be imported."""
-    start = initialise(SyntheticConfig(), data.load("digits"), buffer, 0, CPU)
-    export_set(start, tmp_path / "good")
+    export_set(initialise(SyntheticConfig(), data.load("digits"), buffer, 0, CPU), tmp_path / "good")
     return tmp_path / "good"
-
-
-@pytest.mark.parametrize("case", FOREIGN)
-def test_code_and_other_files_are_refused_and_do_not_run(case: str, good: Path, tmp_path: Path) -> None:
-    path, target = tmp_path / "x.pt", tmp_path / "created"
-    FOREIGN[case](path, Intruder(target))
-    for read in readers(path, good):
-        with pytest.raises(UserError, match=r"x\.pt cannot be read: .* which are never loaded because they can run"):
-            read()
-        assert not target.exists()
-    if case == "code":
-        torch.load(path, weights_only=False)
-        assert target.exists()  # the intruder is real
-
-
-# --- Synthetic sets ---------------------------------------------------------------------------------------------
 
 
 def take(folder: Path, step_size: float | None = None, zca: bool = False) -> SyntheticSet:
@@ -328,17 +253,6 @@ def test_our_set_goes_out_and_comes_back(synthetic: SyntheticSet, tmp_path: Path
     assert same(take(tmp_path / "pt", zca=zca), synthetic)
 
 
-def test_a_set_goes_out_as_datm_writes_it(synthetic: SyntheticSet, tmp_path: Path) -> None:
-    paths = export_set(synthetic, tmp_path / "pt")
-    images, labels, lr = (torch.load(path, weights_only=True) for path in paths)
-    assert [path.name for path in paths] == ["images_best.pt", "labels_best.pt", "lr_best.pt"]
-    assert [type(images), type(labels), type(lr)] == [Tensor] * 3
-    assert (images.dtype, images.shape) == (torch.float32, (20, 1, 8, 8))
-    soft = synthetic.label_logits is not None
-    assert (labels.dtype, labels.shape) == ((torch.float32, (20, 10)) if soft else (torch.int64, (20,)))
-    assert (lr.dtype, lr.shape) == (torch.float32, ())
-
-
 def test_an_imported_set_has_memory_of_its_own(good: Path) -> None:
     found = take(good)
     wanted = found.copy()
@@ -350,30 +264,23 @@ def test_an_imported_set_has_memory_of_its_own(good: Path) -> None:
 def test_the_user_gives_the_step_size_where_no_file_has_it(good: Path) -> None:
     (good / "lr_best.pt").unlink()
     assert take(good, step_size=0.02).step_size == torch.tensor(0.02)
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_impossible_step_sizes_are_refused(good: Path, value: float) -> None:
-    with pytest.raises(UserError, match=rf"^the step size is {value:g}; it must be positive\.$"):
-        take(good, step_size=value)
+    for value in (0.0, math.nan, math.inf):
+        with pytest.raises(UserError, match=rf"^the step size is {value:g}; it must be positive\.$"):
+            take(good, step_size=value)
 
 
 ONES = torch.ones(10, 1, 8, 8)
 WRONG = [
     ("images", torch.ones(10, 3, 8, 8), r"images_best\.pt is float32\[10, 3, 8, 8\]; it must be float"),
     ("images", torch.ones(9, 1, 8, 8), r"images_best\.pt is float32\[9, 1, 8, 8\]; it must be a tensor of images, as"),
-    ("images", torch.ones(0, 1, 8, 8), r"images_best\.pt is float32\[0, 1, 8, 8\]; it must be a tensor of images"),
     ("images", [ONES], r"is a list of 1; it must be a tensor of images, as many for each of the 10 classes of digits"),
     ("images", ONES.byte(), r"images_best\.pt is uint8\[10, 1, 8, 8\]; it must be float32\[10, 1, 8, 8\]\.$"),
     ("images", ONES * math.nan, r"images_best\.pt holds numbers that are not finite\.$"),
     ("labels", torch.arange(9, -1, -1), r"labels_best\.pt is not class-major: image 0 of 10 has label 9, not 0\.$"),
     ("labels", torch.arange(9), r"labels_best\.pt is int64\[9\]; it must be int64\[10\]\.$"),
-    ("labels", torch.arange(10).int(), r"labels_best\.pt is int32\[10\]; it must be int64\[10\]\.$"),
-    ("labels", torch.ones(10, 9), r"labels_best\.pt is float32\[10, 9\]; it must be float32\[10, 10\]"),
     ("labels", torch.ones(10, 10) / 0, r"labels_best\.pt holds numbers that are not finite\.$"),
     ("lr", torch.ones(2), r"lr_best\.pt is float32\[2\]; it must be a step size, one number\.$"),
     ("lr", torch.tensor(-1.0), r"^the step size in .*lr_best\.pt is -1; it must be positive\.$"),
-    ("lr", torch.tensor(1), r"lr_best\.pt is int64\[\]; it must be float32\[\]\.$"),
 ]
 
 
@@ -416,13 +323,9 @@ def test_pictures_of_real_images_are_those_images(buffer: Buffer, tmp_path: Path
 def test_colours_keep_their_order_and_are_clipped(tmp_path: Path) -> None:
     identity = cddlib.data.preprocessing.Normalisation(torch.zeros(3), torch.ones(3))
     colour = torch.tensor([3.0, 0.5, -2.0])[None, :, None, None].expand(1, 3, 4, 4)
+    labels, step_size = torch.zeros(1, dtype=torch.int64), torch.tensor(0.1)
     red = SyntheticSet(
-        images=colour,
-        labels=torch.zeros(1, dtype=torch.int64),
-        label_logits=None,
-        step_size=torch.tensor(0.1),
-        preprocessing=identity,
-        classes=("red",),
+        images=colour, labels=labels, label_logits=None, step_size=step_size, preprocessing=identity, classes=("red",)
     )
     export_png(red, tmp_path / "png")
     with Image.open(tmp_path / "png" / "red" / "00000.png") as picture:

@@ -1,6 +1,7 @@
-"""K gradients into one: the weights, by every rule against its published formula, and the weighted sum."""
+"""K gradients into one: the weights, by every rule against its published formula."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +19,9 @@ from cddlib.matching.combine import (
     CombineConfig,
     fixed_weights,
     gramian,
-    weighted_sum,
     weights,
 )
 
-SHAPES = [(4, 2, 3), (4, 5), ()]
 RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
 
 
@@ -43,21 +42,6 @@ def test_the_others_weigh_beta_times_the_anchor(balance: float | None, segments:
     assert sum(others) == pytest.approx((segments - 1 if balance is None else balance) * found[anchor])
     assert fixed_weights(config, segments, anchor) == found
     assert all(fixed_weights(CombineConfig(combine=rule), segments, anchor) is None for rule in RULES)
-
-
-@pytest.mark.parametrize("segments", [1, 2, 5])
-def test_weighted_sum_against_a_loop(segments: int) -> None:
-    rng = cddlib.generator("combine")
-    gradients = [[torch.randn(shape, generator=rng) for shape in SHAPES] for _ in range(segments)]
-    before = [[gradient.clone() for gradient in segment] for segment in gradients]
-    used = torch.rand(segments, generator=rng).tolist()
-    found = weighted_sum(gradients, used)
-    for variable, shape in enumerate(SHAPES):
-        wanted = torch.zeros(shape)
-        for k in range(segments):
-            wanted += used[k] * gradients[k][variable]
-        torch.testing.assert_close(found[variable], wanted)
-    assert all(all(map(torch.equal, *pair)) for pair in zip(gradients, before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -145,15 +129,6 @@ def near(found: np.ndarray, wanted: np.ndarray, scale: np.ndarray, tolerance: fl
     return bool(np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(scale))
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (2, 0, 4, 1, 3)])
-def test_pcgrad_projects_in_the_order_drawn(monkeypatch: pytest.MonkeyPatch, order: tuple[int, ...]) -> None:
-    monkeypatch.setattr(torch, "randperm", lambda _: torch.tensor(order))
-    for draw in range(DRAWS):
-        vectors = random_vectors(5, draw, conflict=0.3, spread=1)
-        wanted = projected(vectors, [order] * 5)
-        assert near(rule_weights("pcgrad", vectors) @ vectors, wanted, vectors.mean(axis=0), 1e-9)
-
-
 def test_pcgrad_draws_every_order_of_the_others() -> None:
     vectors = random_vectors(3, 0, conflict=0.4, spread=1)
     orders = [[order for order in itertools.permutations(range(3)) if order[0] != i] for i in range(3)]
@@ -164,33 +139,19 @@ def test_pcgrad_draws_every_order_of_the_others() -> None:
     assert found == distinct
 
 
-@pytest.mark.parametrize("draw", range(DRAWS))
-def test_cagrad_of_two_against_every_angle(draw: int) -> None:
-    vectors = random_vectors(2, draw, conflict=0.3, spread=1)
-    mean = vectors.mean(axis=0)
-    plane, _ = np.linalg.qr(vectors.T)
-    angles = np.linspace(0, 2 * np.pi, 100_000)
-    around = np.stack([np.cos(angles), np.sin(angles)], axis=1) @ plane.T
-    steps = mean + CAGRAD_RADIUS * np.linalg.norm(mean) * around  # the best step lies on the border of the ball
-    wanted = steps[(steps @ vectors.T).min(axis=1).argmax()]
-    assert near(rule_weights("cagrad", vectors) @ vectors, wanted, mean, 1e-3)
-
-
-@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("count", [2, 3, 5])
 def test_cagrad_is_the_best_of_its_ball_for_the_segment_that_gains_least(count: int) -> None:
     rng = np.random.default_rng(count)
     for draw in range(DRAWS):
         vectors = random_vectors(count, draw, conflict=0.15, spread=1)
         mean = vectors.mean(axis=0)
-        radius = CAGRAD_RADIUS * np.linalg.norm(mean)
         found = rule_weights("cagrad", vectors) @ vectors
+        radius = CAGRAD_RADIUS * np.linalg.norm(mean)
         assert np.linalg.norm(found - mean) == pytest.approx(radius, rel=1e-3)
-        others = rng.standard_normal((2000, count)) @ vectors
-        others *= radius / np.linalg.norm(others, axis=1, keepdims=True)
-        nearby = found - mean + 0.05 * others
-        nearby *= radius / np.linalg.norm(nearby, axis=1, keepdims=True)
-        for steps in (mean + others, mean + nearby):
-            assert (vectors @ found).min() >= (steps @ vectors.T).min(axis=1).max() - 1e-3 * radius
+        distances = rng.exponential(0.3, (2000, 1))  # near and far
+        others = (found - mean) / radius + distances * rng.standard_normal((2000, count)) @ vectors
+        steps = mean + radius * others / np.linalg.norm(others, axis=1, keepdims=True)
+        assert (vectors @ found).min() >= (steps @ vectors.T).min(axis=1).max() - 1e-3 * radius
 
 
 @pytest.mark.parametrize("count", [2, 3, 6])
@@ -232,41 +193,6 @@ def test_gradnorms_lengths_follow_the_losses(count: int) -> None:
 # --- What the rules promise -------------------------------------------------------------------------------------
 
 
-def least_gain(rule: str, vectors: np.ndarray, anchor: int) -> float:
-    """Lowest inner product of the step with any gradient, relative to that gradient and the longest that is stepped."""
-    found = rule_weights(rule, vectors, anchor=anchor) @ vectors
-    longest = np.linalg.norm(vectors[anchor] if rule == "gem" else vectors, axis=-1).max()
-    return float((vectors @ found / np.linalg.norm(vectors, axis=1)).min() / longest)
-
-
-@hypothesis.given(
-    count=st.integers(2, 6),
-    draw=st.integers(0, 10**6),
-    conflict=st.floats(0, 0.4),
-    spread=st.floats(0, 3),
-    data=st.data(),
-)
-def test_upgrad_and_gem_hurt_no_segment(
-    count: int, draw: int, conflict: float, spread: float, data: st.DataObject
-) -> None:
-    vectors = random_vectors(count, draw, conflict=conflict, spread=spread)
-    anchor = data.draw(st.integers(0, count - 1))
-    for rule in ("upgrad", "gem"):
-        assert least_gain(rule, vectors, anchor) > -1e-3
-
-
-@pytest.mark.parametrize("rule", ["mean", "pcgrad", "cagrad", "upgrad", "mgda", "gem"])
-@pytest.mark.parametrize("ratio", [1.0, 3.0])
-def test_opposite_gradients_leave_nothing(rule: str, ratio: float) -> None:
-    vector = random_vectors(1, 0)[0]
-    vectors = np.stack([vector, -ratio * vector])
-    found = rule_weights(rule, vectors) @ vectors
-    wanted = vectors.mean(axis=0) if rule in ("mean", "cagrad") else 0 * vector
-    if rule == "cagrad":  # the mean cannot help both, so that the shortest allowed step is best
-        wanted = (1 - CAGRAD_RADIUS) * wanted
-    assert near(found, wanted, vector, 1e-3)
-
-
 @pytest.mark.parametrize("rule", RULES)
 @hypothesis.given(
     count=st.integers(2, 5), draw=st.integers(0, 10**6), conflict=st.floats(0, 0.4), power=st.floats(-6, 6)
@@ -286,31 +212,14 @@ def test_identical_gradients_give_their_direction(rule: str, count: int) -> None
     assert found == pytest.approx(1 + CAGRAD_RADIUS if rule == "cagrad" else 1, rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["gradnorm", "cagrad", "upgrad", "mgda", "gem"])
-@pytest.mark.parametrize("draw", range(4))
-def test_the_order_of_the_segments_does_not_matter(rule: str, draw: int) -> None:
-    vectors, losses = random_vectors(4, draw, conflict=0.15, spread=1), [1.0, 0.5, 0.8, 1.2]
-    order = [2, 0, 3, 1]
-    found = rule_weights(rule, vectors, losses=losses, anchor=3) @ vectors
-    permuted = rule_weights(rule, vectors[order], losses=[losses[k] for k in order], anchor=2) @ vectors[order]
-    assert near(permuted, found, vectors[0], 1e-3)
-
-
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("where", [(0, 2), (1, 1)])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_products_that_are_not_finite_give_the_mean(rule: str, where: tuple[int, int], value: float) -> None:
+@pytest.mark.parametrize(("where", "value"), [((0, 2), math.nan), ((0, 2), math.inf), ((1, 1), -math.inf), ((1, 1), 0)])
+def test_products_that_are_not_finite_and_a_gradient_of_zero_give_the_mean(
+    rule: str, where: tuple[int, int], value: float
+) -> None:
     products = torch.eye(3).double()
     products[where] = products[where[::-1]] = value
     assert weights(CombineConfig(combine=rule), products, [1.0] * 3, 1, torch.Generator()) == [1 / 3] * 3
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("zeros", [1, 3])
-def test_a_gradient_of_zero_gives_the_mean(rule: str, zeros: int) -> None:
-    vectors = random_vectors(3, 0)
-    vectors[:zeros] = 0
-    assert rule_weights(rule, vectors).tolist() == [1 / 3] * 3
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -332,23 +241,10 @@ def test_global_randomness_is_neither_used_nor_touched(rule: str) -> None:
 @pytest.mark.parametrize("segments", [1, 2, 4])
 def test_gramian_against_a_loop(segments: int) -> None:
     rng, rates = cddlib.generator("gramian", segments), [30.0, 0.0, 1e-5]
-    gradients = [[torch.randn(shape, generator=rng) for shape in SHAPES] for _ in range(segments)]
+    gradients = [[torch.randn(shape, generator=rng) for shape in [(4, 2, 3), (4, 5), ()]] for _ in range(segments)]
     found = gramian(gradients, rates)
     assert (found.dtype, found.device.type) == (torch.float64, "cpu")
     for i, j in itertools.product(range(segments), repeat=2):
         pairs = zip(rates, gradients[i], gradients[j], strict=True)
         wanted = sum(rate * (g.double() * h.double()).sum().item() for rate, g, h in pairs)
         assert found[i, j].item() == pytest.approx(wanted, rel=1e-9)
-
-
-def test_an_inner_product_is_what_a_step_takes_off_the_other_loss() -> None:
-    rng = cddlib.generator("first order")
-    rates = [0.5, 0.01]
-    slopes = [[torch.randn(6, generator=rng).double(), torch.randn((), generator=rng).double()] for _ in range(2)]
-    variables = [torch.zeros(6, requires_grad=True), torch.zeros((), requires_grad=True)]
-    optimizer = torch.optim.SGD([{"params": [v], "lr": r} for v, r in zip(variables, rates, strict=True)])
-    for variable, slope in zip(variables, slopes[0], strict=True):
-        variable.grad = slope.float()
-    optimizer.step()  # along the first gradient
-    taken_off = -sum(float((v.detach().double() * h).sum()) for v, h in zip(variables, slopes[1], strict=True))
-    assert gramian(slopes, rates)[0, 1].item() == pytest.approx(taken_off, rel=1e-5)

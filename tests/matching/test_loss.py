@@ -1,4 +1,4 @@
-"""The matching loss: its gradient against brute force through the whole student, and against MTT written plainly."""
+"""The matching loss: its gradient against brute force through the whole student."""
 
 import dataclasses
 from typing import Any
@@ -7,15 +7,14 @@ from unittest.mock import Mock
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-import textbook
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import cddlib
 from cddlib.data import augment
 from cddlib.matching.loss import kept_parameters, matching_losses, nearest_step
-from cddlib.matching.student import MatchingConfig, StudentStep, chunk_size, roll_out, segment_chunks
+from cddlib.matching.student import MatchingConfig, StudentStep, chunk_size, segment_chunks
 from cddlib.networks.convnet import Network
 from cddlib.synthetic import initialise
 from cddlib.training.convnet_step import ConvNetStep
@@ -42,6 +41,8 @@ def unrolled(
 ) -> Tensor:
     """The matching loss with the graph of all steps, or with TESLA's, in which no step sees where the last one led."""
     config = config or MatchingConfig()
+    if config.gradient == "halved":
+        images = (images + images.detach()) / 2
     theta = start.clone().requires_grad_()
     path = []
     for indices, draw in steps:
@@ -63,158 +64,126 @@ def unrolled(
 
 
 class Problem:
-    """A small float64 problem: variables that need gradients, and the arguments of `matching_loss`."""
+    """A small float64 problem: students side by side, each with parameters, images, labels and steps of its own."""
 
     def __init__(
         self,
         *,
+        students: int = 1,
         soft: bool = True,
         size: int = 7,
         batch: int | None = None,
         n: int = 5,
         dsa: str = "none",
+        step_size: float = 0.3,
         **network: Any,
     ) -> None:
         rng = cddlib.generator("problem")
         doubles: dict[str, Any] = {"generator": rng, "dtype": torch.double}
         config = cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network})
-        self.network = cddlib.ConvNet(config, (2, 8, 8), CLASSES)
-        self.start = self.network.init(rng).double()
+        self.network = cddlib.build_network(config, (2, 8, 8), CLASSES)
+        self.start = torch.stack([self.network.init(rng) for _ in range(students)]).double()
         self.target = self.start + 0.1 * torch.randn(self.start.shape, **doubles)
-        self.images = torch.randn(size, 2, 8, 8, **doubles, requires_grad=True)
-        self.logits = torch.randn(size, CLASSES, **doubles, requires_grad=True)
-        self.step_size = torch.tensor(0.3, dtype=torch.double, requires_grad=True)
+        self.images = torch.randn(students, size, 2, 8, 8, **doubles, requires_grad=True)
+        self.logits = torch.randn(students, size, CLASSES, **doubles, requires_grad=True)
+        self.step_size = (step_size * torch.tensor([1.0, 0.3, 0.6])[:students].double()).requires_grad_()
         self.variables = [self.images, self.logits, self.step_size] if soft else [self.images, self.step_size]
         self.soft = soft
-        self.steps = cddlib.plan_student(MatchingConfig(student_steps=n, student_batch=batch), size, dsa, rng)
+        plan = MatchingConfig(student_steps=n, student_batch=batch)
+        self.steps = [cddlib.plan_student(plan, size, dsa, rng) for _ in range(students)]
 
     def arguments(self) -> tuple[Any, ...]:
-        hard = F.one_hot(torch.arange(len(self.images)) % CLASSES, CLASSES).double()
-        targets = self.logits.softmax(1) if self.soft else hard
+        hard = F.one_hot(torch.arange(self.images.shape[1]) % CLASSES, CLASSES).double()
+        targets = self.logits.softmax(2) if self.soft else hard.expand(len(self.images), -1, -1)
         return self.network, self.start, self.target, self.images, targets, self.step_size, self.steps
 
+    def alone(self) -> tuple[Any, ...]:
+        """The arguments of `matching_loss` for the first student."""
+        network, *rest = self.arguments()
+        return network, *(tensor[0] for tensor in rest)
+
     def check(self, **config: Any) -> None:
-        """Loss and gradients equal the unrolled ones."""
+        """Losses, and gradients of a weighted sum of them, equal the unrolled ones."""
         asked = MatchingConfig(**config)
-        loss, reference = cddlib.matching_loss(*self.arguments(), asked), unrolled(*self.arguments(), asked)
-        assert relative(loss, reference) < 1e-12
-        found = torch.autograd.grad(loss, self.variables)
-        wanted = torch.autograd.grad(reference, self.variables)
-        assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
+        network, *rest = self.arguments()
+        losses = matching_losses(network, *rest, asked)
+        references = torch.stack([unrolled(network, *student, asked) for student in zip(*rest, strict=True)])
+        assert relative(losses, references) < 1e-12
+        weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)[: len(losses)]
+        found, wanted = (
+            torch.autograd.grad(loss @ weights, self.variables, retain_graph=True) for loss in (losses, references)
+        )
+        for student in range(len(losses)):
+            assert all(relative(f[student], w[student]) < 1e-9 for f, w in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("dsa", ["none", DSA, *augment.CHANGES])
-def test_gradient_is_exact_with_every_augmentation(dsa: str) -> None:
-    Problem(dsa=dsa).check()
+NETWORKS = st.just({"network": "mlp"}) | st.fixed_dictionaries(
+    {
+        "depth": st.integers(1, 3),
+        "norm": st.sampled_from(["instance", "batch", "group", "layer", "none"]),
+        "activation": st.sampled_from(["relu", "leakyrelu", "sigmoid"]),
+        "pooling": st.sampled_from(["avg", "max", "none"]),
+    }
+)
+
+
+@hypothesis.settings(max_examples=120)
+@hypothesis.given(
+    network=st.just({}) | NETWORKS,
+    written_out=st.booleans(),
+    sizes=st.fixed_dictionaries(
+        {
+            "students": st.integers(1, 3),
+            "size": st.integers(2, 7),
+            "batch": st.none() | st.integers(1, 6),
+            "n": st.integers(1, 6),
+            "dsa": st.sampled_from(["none", DSA, *augment.CHANGES]),
+            "step_size": st.sampled_from([0.1, 0.3, 1.0, 3.0]),
+            "soft": st.booleans(),
+        }
+    ),
+    config=st.fixed_dictionaries(
+        {
+            "gradient": st.sampled_from(["exact", "exact", "truncated", "halved"]),
+            "match_step": st.sampled_from(["last", "nearest"]),
+            "dropped_fraction": st.sampled_from([0.0, 0.0, 1e-9, 0.3, 0.9999]),
+        }
+    ),
+    part=st.sampled_from([2, 4, 1000]),
+    budget=st.sampled_from([0, 10**5, 10**9]),
+)
+def test_the_gradient_is_exact_whatever_goes_together(
+    network: dict[str, Any], written_out: bool, sizes: dict[str, Any], config: dict[str, Any], part: int, budget: int
+) -> None:
+    """Any network, augmentation, batch and method; in parts of so many images, with residuals kept as far as they fit.
+
+    An exact gradient is the one through the graph of all steps; TESLA's takes each step's parameters as given.
+    """
+    problem = Problem(**{**sizes, "students": 1 if config["match_step"] == "nearest" else sizes["students"]}, **network)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cddlib.matching.student.PART", part * 8**2)
+        patch.setattr("cddlib.matching.loss.residual_budget", lambda device: budget)
+        if written_out and not network:
+            step = ConvNetStep(problem.network, "float32", False)
+            patch.setattr("cddlib.matching.student.make_step", lambda *given: step)
+        problem.check(**config)
 
 
 @pytest.mark.parametrize(("norm", "largest"), [("instance", 3), ("layer", 3), ("none", 3), ("batch", 7)])
-@pytest.mark.parametrize("kept", ["0", "1000"])
-def test_gradient_is_exact_in_parts(norm: str, largest: int, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_cut_into_parts(norm: str, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where images do not depend on their batch, a step takes at most `PART` pixels of them at a time."""
     monkeypatch.setattr("cddlib.matching.student.PART", 3 * 8**2)
-    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: int(kept) * 2**20)
-    problem = Problem(dsa=DSA, norm=norm)
+    problem = Problem(norm=norm)
     step = make_step(problem.network, ComputeConfig(), torch.device("cpu"))
     forward = Mock(wraps=step.forward)
     monkeypatch.setattr(step, "forward", forward)
-    problem.check()
+    cddlib.matching_loss(*problem.alone())
     sizes = [call.args[1].shape[1] for call in forward.call_args_list]
     assert set(sizes) == ({2, 3} if largest == 3 else {7})
-    assert sum(sizes) == 5 * 7 * (2 if kept == "0" else 1)
-
-
-@hypothesis.settings(max_examples=40)
-@hypothesis.given(
-    network=st.fixed_dictionaries(
-        {
-            "depth": st.integers(1, 3),
-            "norm": st.sampled_from(["instance", "batch", "group", "layer", "none"]),
-            "activation": st.sampled_from(["relu", "leakyrelu", "sigmoid"]),
-            "pooling": st.sampled_from(["avg", "max", "none"]),
-        }
-    ),
-    size=st.integers(2, 6),
-    batch=st.none() | st.integers(1, 6),
-    n=st.integers(1, 6),
-    soft=st.booleans(),
-)
-def test_gradient_is_exact_for_every_network(
-    network: dict[str, Any], size: int, batch: int | None, n: int, soft: bool
-) -> None:
-    Problem(soft=soft, size=size, batch=batch, n=n, dsa=DSA, **network).check()
-
-
-@pytest.mark.parametrize("gradient", ["exact", "truncated", "halved"])
-def test_gradient_scales_with_what_follows_the_loss(gradient: str) -> None:
-    problem = Problem()
-    loss = cddlib.matching_loss(*problem.arguments(), MatchingConfig(gradient=gradient))
-    once, thrice = (torch.autograd.grad(factor * loss, problem.variables, retain_graph=True) for factor in (1.0, 3.0))
-    for a, b in zip(once, thrice, strict=True):
-        torch.testing.assert_close(3 * a, b)
-
-
-# --- TESLA ------------------------------------------------------------------------------------------------------
-
-
-def tesla(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """TESLA's loss and its gradients of images, targets and step size, as the paper writes them (Cui et al. 2023)."""
-    network, start, target, images, targets, step_size, steps = problem.arguments()
-    b, x, y = step_size.detach(), images.detach(), targets.detach()
-    theta, path, summed = start.clone(), [], torch.zeros_like(start)
-    for indices, draw in steps:
-        path.append(theta)
-        here = theta.clone().requires_grad_()
-        loss = F.cross_entropy(network(here, augment.apply(draw, x[indices])), y[indices])
-        (gradient,) = torch.autograd.grad(loss, here)
-        summed += gradient
-        theta = theta - b * gradient
-    scale = ((start - target) ** 2).sum()
-    weight = 2 * (b * (target - start) + b**2 * summed) / scale
-    d_images, d_targets = torch.zeros_like(x), torch.zeros_like(y)
-    for here, (indices, draw) in zip(path, steps, strict=True):
-        leaves = [tensor.clone().requires_grad_() for tensor in (here, x[indices], y[indices])]
-        loss = F.cross_entropy(network(leaves[0], augment.apply(draw, leaves[1])), leaves[2])
-        (gradient,) = torch.autograd.grad(loss, leaves[0], create_graph=True)
-        parts = torch.autograd.grad(weight @ gradient, leaves[1:])
-        for row, d_image, d_target in zip(indices.tolist(), *parts, strict=True):
-            d_images[row] += d_image
-            d_targets[row] += d_target
-    d_step_size = 2 * ((target - start + b * summed) @ summed) / scale
-    return ((start - b * summed - target) ** 2).sum() / scale, d_images, d_targets, d_step_size
-
-
-@pytest.mark.parametrize(("gradient", "share"), [("truncated", 1.0), ("halved", 0.5)])
-@pytest.mark.parametrize(
-    ("n", "batch", "dsa"), [(1, None, "none"), (2, 3, DSA), (5, None, DSA), (8, 3, "none"), (8, 2, DSA)]
-)
-def test_truncated_gradient_is_the_one_that_tesla_writes(
-    n: int, batch: int | None, dsa: str, gradient: str, share: float
-) -> None:
-    problem = Problem(n=n, batch=batch, dsa=dsa)
-    loss = cddlib.matching_loss(*problem.arguments(), MatchingConfig(gradient=gradient))
-    reference, by_images, by_targets, by_step_size = tesla(problem)
-    assert relative(loss, reference) < 1e-12
-    (by_logits,) = torch.autograd.grad(problem.logits.softmax(1), problem.logits, by_targets)
-    found = torch.autograd.grad(loss, problem.variables)
-    wanted = [share * by_images, by_logits, by_step_size]
-    assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
+    assert sum(sizes) == 5 * 7
 
 
 # --- ATT --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gradient", ["exact", "truncated"])
-@pytest.mark.parametrize("nearest", [1, 2, 4, 6])
-def test_the_walk_starts_at_the_nearest_step(nearest: int, gradient: str) -> None:
-    problem = Problem(n=6, batch=3, dsa=DSA)
-    path = roll_out(*(problem.arguments()[k] for k in (0, 1, 3, 4, 5, 6)))
-    noise = torch.randn(path[0].shape, generator=cddlib.generator("noise"), dtype=torch.double)
-    problem.target = path[nearest] + 1e-4 * noise
-    assert nearest_step(path, problem.target) == nearest
-    problem.check(match_step="nearest", gradient=gradient)
-    last = cddlib.matching_loss(*problem.arguments())
-    assert (cddlib.matching_loss(*problem.arguments(), MatchingConfig(match_step="nearest")) < last) == (nearest < 6)
 
 
 @hypothesis.given(
@@ -246,62 +215,14 @@ def test_every_parameter_kept_is_at_least_as_far_as_any_left_out(errors: list[in
 # --- Side by side -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("budget", [0, 10**5, 10**9])
-@pytest.mark.parametrize(
-    "network",
-    [
-        {},
-        {"step": ConvNetStep},
-        {"norm": "batch", "activation": "sigmoid", "pooling": "max"},
-        {"norm": "group", "pooling": "none"},
-        {"norm": "layer"},
-        {"network": "mlp"},
-    ],
-)
-@pytest.mark.parametrize(
-    "config", [{}, {"gradient": "truncated"}, {"dropped_fraction": 0.3}, {"student_batch": 3}], ids=str
-)
-def test_students_side_by_side_are_students_one_by_one(
-    network: dict[str, Any], config: dict[str, Any], budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each has its own parameters, images, labels, step size, batches and augmentation; residuals may fit in part."""
-    fields = {"depth": 2, "width": 4, **network}
-    step = fields.pop("step", None)
-    asked, rng = MatchingConfig(student_steps=4, **config), cddlib.generator("side by side")
-    built = cddlib.build_network(cddlib.NetworkConfig(**fields), (2, 8, 8), CLASSES)
-    monkeypatch.setattr("cddlib.matching.student.PART", 4 * 8**2)
-    monkeypatch.setattr("cddlib.matching.loss.residual_budget", lambda device: budget)
-    if step:
-        monkeypatch.setattr("cddlib.matching.student.make_step", lambda *given: step(built, "float32", False))
-    start = torch.stack([built.init(rng) for _ in range(3)]).double()
-    target = start + 0.1 * torch.randn(start.shape, generator=rng, dtype=torch.double)
-    images = torch.randn(3, 7, 2, 8, 8, generator=rng, dtype=torch.double, requires_grad=True)
-    targets = torch.rand(3, 7, CLASSES, generator=rng, dtype=torch.double, requires_grad=True)
-    step_size = torch.tensor([0.3, 0.1, 0.2], dtype=torch.double, requires_grad=True)
-    students = [cddlib.plan_student(asked, 7, DSA, rng) for _ in range(3)]
-    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.double)
-
-    losses = matching_losses(built, start, target, images, targets, step_size, students, asked)
-    found = torch.autograd.grad(losses @ weights, (images, targets, step_size))
-    for k in range(3):
-        variables = [tensor[k].detach().requires_grad_() for tensor in (images, targets, step_size)]
-        alone = unrolled(built, start[k], target[k], *variables, students[k], asked)
-        assert relative(losses[k], alone) < 1e-12
-        for together, wanted in zip(found, torch.autograd.grad(weights[k] * alone, variables), strict=True):
-            assert relative(together[k], wanted) < 1e-9
-
-
 def test_one_student_that_overflows_does_not_touch_the_others() -> None:
-    problem = Problem(n=2)
-    network, start, target, images, targets, step_size, steps = problem.arguments()
-    alone = torch.autograd.grad(cddlib.matching_loss(*problem.arguments()), images)[0]
-    two = [torch.stack([tensor, tensor]) for tensor in (start, target, images, targets.detach())]
-    rates = torch.stack([step_size.detach(), torch.tensor(1e300).double()])
-    losses = matching_losses(network, *two, rates, [steps, steps])
-    assert losses[0].isfinite()
-    assert not losses[1].isfinite()
-    (found,) = torch.autograd.grad(losses.sum(), two[2])
-    assert relative(found[0], alone) < 1e-9
+    problem = Problem(students=2, n=2)
+    (alone,) = torch.autograd.grad(cddlib.matching_loss(*problem.alone()), problem.images)
+    problem.step_size.data[1] = 1e300
+    losses = matching_losses(*problem.arguments())
+    assert losses.isfinite().tolist() == [True, False]
+    (found,) = torch.autograd.grad(losses.sum(), problem.images)
+    assert relative(found[0], alone[0]) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -338,65 +259,15 @@ def test_students_that_end_at_different_steps_are_not_taken_side_by_side() -> No
     sentence = r"^side_by_side is 2; with match_step 'nearest', where students end at different steps, it must be 1\.$"
     with pytest.raises(cddlib.UserError, match=sentence):
         MatchingConfig(match_step="nearest", side_by_side=2)
-    network, *tensors, steps = Problem().arguments()
-    two = [torch.stack([tensor, tensor]) for tensor in tensors]
     with pytest.raises(cddlib.UserError, match=sentence):
-        matching_losses(network, *two, [steps, steps], MatchingConfig(match_step="nearest"))
-
-
-# --- Together ---------------------------------------------------------------------------------------------------
-
-
-@hypothesis.settings(max_examples=50)
-@hypothesis.given(
-    config=st.fixed_dictionaries(
-        {
-            "gradient": st.sampled_from(["exact", "truncated"]),
-            "match_step": st.sampled_from(["last", "nearest"]),
-            "dropped_fraction": st.sampled_from([0.0, 1e-9, 0.2, 0.7, 0.9999]),
-        }
-    ),
-    batch=st.none() | st.integers(1, 6),
-    n=st.integers(1, 6),
-    step_size=st.sampled_from([0.1, 1.0, 3.0]),
-    soft=st.booleans(),
-)
-def test_the_methods_go_together(
-    config: dict[str, Any], batch: int | None, n: int, step_size: float, soft: bool
-) -> None:
-    problem = Problem(soft=soft, size=5, batch=batch, n=n, dsa=DSA)
-    problem.step_size.data.fill_(step_size)
-    problem.check(**config)
-
-
-def test_student_steps_are_those_of_sgd() -> None:
-    problem = Problem(batch=3, dsa=DSA)
-    network, start, _, images, targets, step_size, steps = problem.arguments()
-    theta = nn.Parameter(start.clone())
-    optimizer = torch.optim.SGD([theta], lr=step_size.item())
-    path = roll_out(network, start, images, targets, step_size, steps)
-    assert len(path) == len(steps) + 1
-    assert torch.equal(path[0], start)
-    for (indices, draw), found in zip(steps, path[1:], strict=True):
-        optimizer.zero_grad()
-        inputs = augment.apply(draw, images[indices].detach())
-        F.cross_entropy(network(theta, inputs), targets[indices].detach()).backward()
-        optimizer.step()
-        assert relative(found, theta.detach()) < 1e-12
-
-
-def test_arguments_are_left_alone() -> None:
-    problem = Problem(dsa=DSA)
-    before = [problem.start.clone(), problem.target.clone(), *(v.detach().clone() for v in problem.variables)]
-    cddlib.matching_loss(*problem.arguments()).backward()
-    assert all(map(torch.equal, before, [problem.start, problem.target, *problem.variables]))
+        matching_losses(*Problem(students=2).arguments(), MatchingConfig(match_step="nearest"))
 
 
 def test_a_segment_that_starts_where_it_ends_is_refused() -> None:
     problem = Problem()
     problem.target = problem.start.clone()
     with pytest.raises(cddlib.UserError, match="starts where it ends"):
-        cddlib.matching_loss(*problem.arguments())
+        cddlib.matching_loss(*problem.alone())
 
 
 # --- The student's plan -----------------------------------------------------------------------------------------
@@ -430,14 +301,11 @@ def test_the_plan_depends_on_the_generator_alone() -> None:
     assert first[0][0] != first[3][0]  # a new order in the second pass
 
 
-FRACTIONS = (-0.1, 1.0, 1.5, float("nan"), float("inf"))
-
-
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
         *((field, 0, "at least 1") for field in ("student_steps", "student_batch", "side_by_side")),
-        *(("dropped_fraction", value, "at least 0 and below 1") for value in FRACTIONS),
+        *(("dropped_fraction", value, "at least 0 and below 1") for value in (-0.1, 1.0, float("nan"))),
     ],
 )
 def test_impossible_students_are_refused(field: str, value: float, allowed: str) -> None:
@@ -456,31 +324,6 @@ class Doubles(cddlib.Buffer):
         return super().parameters(expert, epoch).double()
 
 
-@pytest.fixture
-def plans(monkeypatch: pytest.MonkeyPatch) -> list[list[StudentStep]]:
-    """The plans of the segments that `concurrent_gradient` matches, overheard."""
-    found: list[list[StudentStep]] = []
-
-    def overhear(*arguments: Any) -> Tensor:
-        found.extend(arguments[6])
-        return matching_losses(*arguments)
-
-    monkeypatch.setattr("cddlib.distillation.gradient.matching_losses", overhear)
-    return found
-
-
-def synthetic_set(config: cddlib.DistillConfig, buffer: cddlib.Buffer) -> cddlib.SyntheticSet:
-    """The initial set in float64, with variables that need gradients."""
-    found = initialise(config.synthetic, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
-    doubles = {name: tensor.double().requires_grad_() for name, tensor in found.variable_tensors().items()}
-    return dataclasses.replace(found, **doubles)
-
-
-def segment_ends(config: cddlib.DistillConfig, buffer: cddlib.Buffer, expert: int, start: int) -> list[Tensor]:
-    """The expert's parameters where a segment starts and where it ends."""
-    return [buffer.parameters(expert, epoch).double() for epoch in (start, start + config.schedule.expert_epochs)]
-
-
 CONTRA = {"segments": 3, "labels": "learned", "student_batch": 4}
 
 
@@ -488,6 +331,7 @@ CONTRA = {"segments": 3, "labels": "learned", "student_batch": 4}
     ("overrides", "anchor_weight"),
     [
         *(({**CONTRA, "side_by_side": number}, 1 / 3) for number in (None, 1, 2, 5)),
+        ({"segments": 1}, 1.0),
         ({**CONTRA, "balance": 0.0}, 1.0),
         ({**CONTRA, "balance": 0.5}, 2 / 3),
         ({**CONTRA, "gradient": "truncated"}, 1 / 3),
@@ -500,59 +344,41 @@ CONTRA = {"segments": 3, "labels": "learned", "student_batch": 4}
 def test_concurrent_gradient_is_the_weighted_sum(
     buffer: cddlib.Buffer,
     quick: dict[str, Any],
-    plans: list[list[StudentStep]],
+    monkeypatch: pytest.MonkeyPatch,
     overrides: dict[str, Any],
     anchor_weight: float,
 ) -> None:
     """Each segment has its own batches, and may have labels from its own target network, which are constant."""
-    config = cddlib.distill_recipe("contra", "digits", **{**quick, **overrides})
-    synthetic = synthetic_set(config, buffer)
-    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=1)
+    plans: list[list[StudentStep]] = []
 
-    assert len(plans) == len(record["matched"]) == len(set(map(tuple, record["matched"]))) == 3
-    assert not torch.equal(plans[0][0].indices, plans[1][0].indices)
+    def overhear(*arguments: Any) -> Tensor:
+        plans.extend(arguments[6])
+        return matching_losses(*arguments)
+
+    monkeypatch.setattr("cddlib.distillation.gradient.matching_losses", overhear)
+    config, doubles = cddlib.distill_recipe("contra", "digits", **{**quick, **overrides}), Doubles(buffer.folder)
+    start = initialise(config.synthetic, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
+    variables = {name: tensor.double().requires_grad_() for name, tensor in start.variable_tensors().items()}
+    synthetic = dataclasses.replace(start, **variables)
+    found, record = cddlib.concurrent_gradient(config, doubles, synthetic, iteration=1)
+
+    others = len(plans) - 1
+    assert len(plans) == len(record["matched"]) == len(set(map(tuple, record["matched"]))) == config.schedule.segments
+    assert not others or not torch.equal(plans[0][0].indices, plans[1][0].indices)
     wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]
     total = 0.0
     for k, ((expert, start), plan) in enumerate(zip(record["matched"], plans, strict=True)):
-        ends, targets = segment_ends(config, buffer, expert, start), synthetic.targets()
+        ends = [doubles.parameters(expert, epoch) for epoch in (start, start + config.schedule.expert_epochs)]
+        targets = synthetic.targets()
         if config.synthetic.labels == "teacher":
             targets = buffer.network(ends[1], synthetic.images.detach()).softmax(1)
         arguments = (buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plan)
         loss = unrolled(*arguments, config.student)
         assert record["losses"][k] == pytest.approx(loss.item(), rel=1e-9)
-        weight = anchor_weight if k == record["anchor"] else (1 - anchor_weight) / 2
+        weight = anchor_weight if k == record["anchor"] else (1 - anchor_weight) / others
         total += weight * loss.item()
         gradients = torch.autograd.grad(loss, synthetic.variables(), allow_unused=True, materialize_grads=True)
         for sum_, gradient in zip(wanted, gradients, strict=True):
             sum_ += weight * gradient
     assert record["loss"] == pytest.approx(total, rel=1e-9)
     assert all(torch.equal(f, w) or relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))
-
-
-def test_one_segment_is_mtt(buffer: cddlib.Buffer, quick: dict[str, Any]) -> None:
-    """MTT's loss for the digits with modules of torch.nn, sharing only the expert's parameters with cddlib."""
-    config = cddlib.distill_recipe("mtt", "digits", ipc=2, **{**quick, "augment": "none"})
-    synthetic = synthetic_set(config, buffer)
-    found, record = cddlib.concurrent_gradient(config, Doubles(buffer.folder), synthetic, iteration=0)
-    model = textbook.convnet(config.network, (1, 8, 8), 10)
-    ((expert, start),) = record["matched"]
-    first, target = segment_ends(config, buffer, expert, start)
-    pieces = first.split([parameter.numel() for parameter in model.parameters()])
-    student = {
-        name: piece.view(parameter.shape).requires_grad_()
-        for (name, parameter), piece in zip(model.named_parameters(), pieces, strict=True)
-    }
-    labels = torch.arange(10).repeat_interleave(2)
-    for _ in range(5):
-        loss = F.cross_entropy(torch.func.functional_call(model, student, (synthetic.images,)), labels)
-        gradients = torch.autograd.grad(loss, list(student.values()), create_graph=True)
-        student = {
-            name: parameter - synthetic.step_size * gradient
-            for (name, parameter), gradient in zip(student.items(), gradients, strict=True)
-        }
-    last = torch.cat([parameter.flatten() for parameter in student.values()])
-    mtt = F.mse_loss(last, target, reduction="sum") / F.mse_loss(first, target, reduction="sum")
-
-    assert record["losses"] == [record["loss"]] == [pytest.approx(mtt.item(), rel=1e-9)]
-    wanted = torch.autograd.grad(mtt, [synthetic.images, synthetic.step_size])
-    assert all(relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))

@@ -67,20 +67,6 @@ def test_the_spacing_by_hand() -> None:
     assert found == [(2, 6, 0), (3, 7, 0), (2, 6, 1), (3, 7, 1), (2, 6, 2), (3, 7, 2), (4, 8, 2), (5, 9, 2)]
 
 
-@pytest.mark.parametrize("convex", [False, True])
-@pytest.mark.parametrize("segments", [1, 4])
-def test_the_generator_draws_anchors_uniformly(segments: int, convex: bool) -> None:
-    config = SegmentsConfig(segments=segments, window_start=3, window_end=13, convex=convex)
-    rng = cddlib.generator("anchors")
-    draws = [draw_segments(config, 0, rng) for _ in range(2000)]
-    anchors = [starts[anchor] - 3 for starts, anchor in draws]
-    assert len(set(anchors)) == (2000 if convex else 10)
-    for bins in ([int(anchor) for anchor in anchors], [int(10 * (anchor % 1)) for anchor in anchors])[: 1 + convex]:
-        counts = Counter(bins)
-        assert sorted(counts) == list(range(10))
-        assert sum((count - 200) ** 2 / 200 for count in counts.values()) < 27.9  # chi-square, 9 degrees, p = 0.001
-
-
 # --- Curriculum -------------------------------------------------------------------------------------------------
 
 
@@ -155,12 +141,6 @@ COUNTS = ("segments", "expert_epochs", "expansion_iterations", "iterations", "su
             f"segments is 6, but the window [0, 20) {FEW.format(5, ' for each of 4 subsets', 5)}",
         ),
         (
-            {"segments": 7, "subsets": 3},
-            f"segments is 7, but the window [0, 20) {FEW.format(6, ' for each of 3 subsets', 6)}",
-        ),
-        ({"segments": 21}, f"segments is 21, but the window [0, 20) {FEW.format(20, '', 20)}"),
-        ({"subsets": 21}, f"subsets is 21, but the window [0, 20) {FEW.format(20, '', 20)}"),
-        (
             {"segments": 4, "window_start": 1, "window_end_initial": 4},
             f"segments is 4, but the window [1, 4) {FEW.format(3, '', 3)}",
         ),
@@ -174,16 +154,6 @@ def test_impossible_configurations_are_refused(values: dict[str, int], sentence:
     with pytest.raises(cddlib.UserError) as refused:
         SegmentsConfig(window_end=20, **values)
     assert str(refused.value) == sentence
-
-
-def test_expert_and_replay_change_no_segment() -> None:
-    plain = SegmentsConfig(segments=3)
-    assert (plain.expert, plain.replay) == (None, 0)
-    for values in ({"expert": 0}, {"expert": 7}, {"replay": 1}):
-        changed = SegmentsConfig(segments=3, **values)
-        for iteration in range(5):
-            found, wanted = (draw_segments(c, iteration, cddlib.generator(iteration)) for c in (changed, plain))
-            assert found == wanted
 
 
 @pytest.mark.parametrize(("convex", "epochs"), [(False, 6), (True, 7)])

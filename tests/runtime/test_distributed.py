@@ -7,17 +7,17 @@ themselves; the last ones start torchrun as a user does.
 import concurrent.futures
 import contextlib
 import datetime
-import io
+import functools
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +139,7 @@ def moved(run: Path) -> float:
     return difference(run, run, milestone_path(run, 0).name)
 
 
-def metrics(run: Path, iterations: int) -> list[dict[str, Any]]:
+def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of the metrics, without seconds."""
     lines = read_metrics(run)
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
@@ -165,7 +165,7 @@ def test_ranks_end_where_one_process_ends(
     """Three segments on two ranks, and on four, one of which has none."""
     config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "validation_runs": 2, **CASES[case]})
     cddlib.distill(config, buffer, tmp_path / "1", device="cpu")
-    alone = metrics(tmp_path / "1", config.schedule.iterations)
+    alone = metrics(tmp_path / "1")
     for count in (2, 4) if case == "mean" else repeats((2,), (2, 4)):
         out = tmp_path / str(count)
         first, *others = together(count, distil, config, buffer.folder, out)
@@ -178,7 +178,7 @@ def test_ranks_end_where_one_process_ends(
         between = [after - before for before, after in zip(first.reduced, first.reduced[1:], strict=False)]
         assert between == [1 + validation for validation in validated[1:-1]]
 
-        lines = metrics(out, config.schedule.iterations)
+        lines = metrics(out)
         assert [line.keys() for line in lines] == [line.keys() for line in alone]
         apart = difference(tmp_path / "1", out)
         if config.student.side_by_side == 1:  # and, by this rule, no gradient is added to another
@@ -206,11 +206,11 @@ def test_the_digits_recipe_with_eight_segments(
     config = cddlib.distill_recipe("contra", "digits", 1, **options)
     cddlib.distill(config, buffer, tmp_path / "alone", device="cpu")
     assert moved(tmp_path / "alone") > 1e-3
-    losses = [line["loss"] for line in metrics(tmp_path / "alone", iterations)[1:]]
+    losses = [line["loss"] for line in metrics(tmp_path / "alone")[1:]]
     for count in repeats((1, 2), (1, 2, 4)):
         out = tmp_path / str(count)
         together(count, distil_backwards if count == 1 else distil, config, buffer.folder, out)
-        found = [line["loss"] for line in metrics(out, iterations)[1:]]
+        found = [line["loss"] for line in metrics(out)[1:]]
         assert found[0] == pytest.approx(losses[0], rel=1e-6)
         assert found == pytest.approx(losses, rel=1e-5 if activation == "sigmoid" else 1e-2)
         apart = difference(tmp_path / "alone", out)
@@ -255,15 +255,11 @@ def test_evaluations_find_the_same_accuracies(buffer: Buffer, quick: dict[str, A
     cddlib.distill(cddlib.distill_recipe("contra", **quick), buffer, tmp_path / "1", device="cpu")
     shutil.copytree(tmp_path / "1", tmp_path / "several")
     for networks, ranks in ((2, 2), (3, 4)):
-        wanted = cddlib.evaluate_run(tmp_path / "1", runs=networks, device="cpu")
-        for record in together(ranks, evaluate, tmp_path / "several", networks):
+        evaluate = functools.partial(cddlib.evaluate_run, runs=networks, device="cpu")
+        wanted = evaluate(tmp_path / "1")
+        for record in together(ranks, evaluate, tmp_path / "several"):
             assert str(record["accuracies"]) == str(wanted["accuracies"])
         assert_same(tmp_path / "several", tmp_path / "1")
-
-
-def evaluate(run: Path, networks: int) -> dict[str, Any]:
-    """Evaluate in this rank."""
-    return cddlib.evaluate_run(run, runs=networks, device="cpu")
 
 
 # --- Signals, deaths, misunderstandings -------------------------------------------------------------------------
@@ -286,7 +282,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
     assert parts.read_bytes() == whole.read_bytes()
     together(3, distil, config, buffer.folder, tmp_path / "more")
     assert difference(tmp_path / "whole", tmp_path / "more") < 1e-6 and moved(tmp_path / "whole") > 1e-3
-    assert metrics(tmp_path / "parts", 6) == metrics(tmp_path / "whole", 6)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
 def test_a_second_signal_is_the_first_again(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
@@ -306,18 +302,6 @@ def heed_two_signals() -> int:
         return ranks.asked
 
 
-def test_a_rank_that_is_gone_is_noticed() -> None:
-    alive, dead = together(2, leave_one)
-    assert re.match(r"another process of this run is gone \(.+\); what was saved is kept, and torchrun", str(alive))
-    assert (type(alive), dead) == (UserError, None)
-
-
-def leave_one() -> None:
-    """Rank 1 goes, rank 0 waits for it."""
-    if dist.get_rank() == 0:
-        Ranks().wait()
-
-
 def test_ranks_that_see_different_folders_are_refused(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
     config = cddlib.distill_recipe("contra", **quick)
     together(2, distil, config, buffer.folder, tmp_path / "run-0", {0: 1})
@@ -333,18 +317,14 @@ def distil_apart(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
     cddlib.distill(config, buffer, out.with_name(f"{out.name}-{dist.get_rank()}"), device="cpu")
 
 
-def test_commands_that_are_not_divided_are_refused() -> None:
-    for code, said in together(2, command, ["compare", "--buffer", "b", "--out", "o"]):
-        assert code == 1
-        assert said == (
-            "cddlib: `compare` is not divided among processes; torchrun is for buffer, distill, evaluate.\n"
-        )
-
-
-def command(arguments: list[str]) -> tuple[int, str]:
-    """Exit code and errors of a command line in this rank."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        return cli.main(arguments), said.getvalue()
+def test_commands_that_are_not_divided_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "Ranks", lambda: types.SimpleNamespace(rank=0, count=2))
+    assert cli.main(["compare", "--buffer", "b", "--out", "o"]) == 1
+    assert capsys.readouterr().err == (
+        "cddlib: `compare` is not divided among processes; torchrun is for buffer, distill, evaluate.\n"
+    )
 
 
 def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,57 +341,39 @@ def test_every_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 # --- torchrun ---------------------------------------------------------------------------------------------------
 
 
-class Agent:
-    """A torchrun that shares one command of cddlib among its workers."""
+@contextlib.contextmanager
+def torchrun(options: str, arguments: list[Any], log: Path, **settings: str) -> Iterator[psutil.Popen]:
+    """Within, a torchrun whose workers share one command of cddlib, and say what they say in `log`; then no more.
 
-    def __init__(self, options: str, arguments: list[Any], log: Path, **settings: str) -> None:
-        """Start it; what it and its workers say goes to `log`."""
-        self.log = log
-        python = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "cddlib"]
-        with open(log, "w") as file:
-            command, environment = [*python, *map(str, arguments)], {**os.environ, **settings}
-            self.process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    It ends as in a power cut, unless it has ended before.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split(), "-m", "cddlib", *map(str, arguments)]
+    with open(log, "w") as file:
+        agent = psutil.Popen(command, env={**os.environ, **settings}, stdout=file, stderr=file)
+    try:
+        yield agent
+    finally:
+        for process in [agent, *workers(agent)] if agent.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        agent.wait()
 
-    def __enter__(self) -> "Agent":
-        return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Leave nothing behind, whatever happened."""
-        self.kill()
+def workers(*agents: psutil.Popen) -> list[psutil.Process]:
+    """The processes that they started and that live, lowest number first."""
+    started = [worker for agent in agents for worker in agent.children()]
+    return sorted((one for one in started if one.status() != psutil.STATUS_ZOMBIE), key=lambda one: one.pid)
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes that it started and that live, lowest number first."""
-        started = psutil.Process(self.process.pid).children()
-        return sorted((one for one in started if one.status() != psutil.STATUS_ZOMBIE), key=lambda one: one.pid)
 
-    def worlds(self) -> list[str]:
-        """For each worker, of how many it is one."""
-        return [worker.environ()["WORLD_SIZE"] for worker in self.workers()]
-
-    def until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until something is so, while it runs."""
-        end = time.monotonic() + seconds
-        while True:
-            with contextlib.suppress(psutil.NoSuchProcess):  # a worker has just ended
-                if condition():
-                    return
-            assert self.process.poll() is None and time.monotonic() < end, self.log.read_text()
-            time.sleep(0.005)
-
-    def kill(self) -> None:
-        """Kill it and its workers, as a power cut does, unless it has ended."""
-        if self.process.poll() is None:
-            workers = self.workers()
-            self.process.kill()
-            for worker in workers:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    worker.kill()
-            self.process.wait()
-
-    def end(self, seconds: float = 180) -> str:
-        """Wait until it has ended well; returns what it said."""
-        assert self.process.wait(seconds) == 0, self.log.read_text()
-        return self.log.read_text()
+def until(condition: Callable[[], bool], agent: psutil.Popen, log: Path) -> None:
+    """Wait until something is so, while an agent runs."""
+    end = time.monotonic() + 120
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker has just ended
+            if condition():
+                return
+        assert agent.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.005)
 
 
 def lines(run: Path) -> int:
@@ -438,14 +400,15 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
     together(2, distil, cddlib.distill_recipe("contra", **config), buffer.folder, tmp_path / "whole")
     out, rng = tmp_path / "killed", generator("kill a rank")
     options = f"--standalone --nproc-per-node 2 --max-restarts {max(3, kills)}"
-    with Agent(options, arguments(config, buffer.folder, out), tmp_path / "log") as agent:
-        workers: set[psutil.Process] = set()
+    log, seen = tmp_path / "log", set[psutil.Process]()
+    with torchrun(options, arguments(config, buffer.folder, out), log) as agent:
         for kill in range(kills):
-            agent.until(lambda: lines(out) > 40 * kill // kills and len({*agent.workers()} - workers) == 2)  # noqa: B023
+            until(lambda: lines(out) > 40 * kill // kills and len({*workers(agent)} - seen) == 2, agent, log)  # noqa: B023
             time.sleep(0.2 * float(torch.rand((), generator=rng)))
-            workers |= {*agent.workers()}
-            agent.workers()[int(torch.randint(2, (), generator=rng))].kill()
-        assert "iteration" in agent.end()
+            seen |= {*workers(agent)}
+            workers(agent)[int(torch.randint(2, (), generator=rng))].kill()
+        assert agent.wait(180) == 0, log.read_text()
+    assert "iteration" in log.read_text()
     assert_same(out, tmp_path / "whole")
     notes.setdefault("kills", []).append({"work": "distill, 2 processes", "kills": kills, "identical": True})
 
@@ -463,12 +426,16 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     out = tmp_path / "elastic"
     shared = options, arguments(config, buffer.folder, out)
     unshared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the book says
-    with Agent(*shared, tmp_path / "staying", **unshared) as staying:
-        staying.until(lambda: listens(port))
-        with Agent(*shared, tmp_path / "leaving", **unshared) as leaving:
-            leaving.until(lambda: lines(out) > 5 and all(agent.worlds() == ["2"] for agent in (staying, leaving)))
-        assert "another process of this run is gone" in staying.end()
-    found, wanted = metrics(out, 60), metrics(tmp_path / "1", 60)
+    log = tmp_path / "staying"
+    with torchrun(*shared, log, **unshared) as staying:
+        until(lambda: listens(port), staying, log)
+        with torchrun(*shared, tmp_path / "leaving", **unshared) as leaving:
+            both = functools.partial(workers, staying, leaving)
+            until(lambda: lines(out) > 5 and [w.environ()["WORLD_SIZE"] for w in both()] == ["2", "2"], staying, log)
+        assert staying.wait(180) == 0, log.read_text()
+    gone = r"another process of this run is gone \(.+\); what was saved is kept, and torchrun"
+    assert re.search(gone, log.read_text())
+    found, wanted = metrics(out), metrics(tmp_path / "1")
     assert [line.keys() for line in found] == [line.keys() for line in wanted]
     assert [line["matched"] for line in found[1:]] == [line["matched"] for line in wanted[1:]]
     apart = difference(tmp_path / "1", out)
@@ -491,10 +458,10 @@ def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, note
     cddlib.train_buffer(cddlib.buffer_recipe("digits", **config), tmp_path / "1", device="cpu")
     out = tmp_path / "buffer"
     options = [word for name, value in config.items() for word in (f"--{name}", value)]
-    torchrun = "--standalone --nproc-per-node 2 --max-restarts 1"
-    with Agent(torchrun, ["buffer", *options, "--out", out], tmp_path / "log") as agent:
-        agent.until(lambda: any(out.glob("expert-*")))
-        agent.workers()[1].kill()
-        agent.end()
+    log = tmp_path / "log"
+    with torchrun("--standalone --nproc-per-node 2 --max-restarts 1", ["buffer", *options, "--out", out], log) as agent:
+        until(lambda: any(out.glob("expert-*")), agent, log)
+        workers(agent)[1].kill()
+        assert agent.wait(180) == 0, log.read_text()
     assert_same(out, tmp_path / "1")
     notes.setdefault("kills", []).append({"work": "buffer, 2 processes", "kills": 1, "identical": True})

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib.data import augment, preprocessing
-from cddlib.experts.buffer import Buffer
-from cddlib.experts.train import BufferConfig
 from cddlib.training.epoch import SharpnessConfig, fetch_real, train_epoch
 
 SIZE, BATCH, CLASSES = 22, 8, 3
@@ -116,43 +114,11 @@ def test_without_a_radius_it_is_sgd_to_the_bit(sharpness: SharpnessConfig | None
     assert found.numpy().tobytes() == wanted.detach().numpy().tobytes()
 
 
-@pytest.mark.parametrize(("radius", "passes"), [(0.0, 1), (0.1, 2)])
-def test_only_flat_experts_cost_a_second_pass(monkeypatch: pytest.MonkeyPatch, radius: float, passes: int) -> None:
-    calls = []
-    forward = cddlib.ConvNet.side_by_side
-    monkeypatch.setattr(cddlib.ConvNet, "side_by_side", lambda *arguments: calls.append(1) or forward(*arguments))
-    train(*problem(), epochs=1, sharpness=SharpnessConfig(sharpness_radius=radius))
-    assert len(calls) == passes * 3  # batches
-
-
 @pytest.mark.parametrize("field", ["sharpness_radius", "sharpness_weight"])
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
 def test_impossible_sharpness_is_refused(field: str, value: float) -> None:
     with pytest.raises(cddlib.UserError, match=rf"^{field} is {value}; it must be a finite number, 0 or more\.$"):
         SharpnessConfig(**{field: value})
-
-
-def test_a_buffer_s_experts_are_trained_so(tmp_path: Any) -> None:
-    sharpness = {"sharpness_radius": 0.2, "sharpness_weight": 0.6, "sharpness_adaptive": False}
-    config = cddlib.buffer_recipe("digits", width=4, experts=1, epochs=1, **sharpness)
-    assert isinstance(config, BufferConfig)
-    buffer: Buffer = cddlib.train_buffer(config, tmp_path, device="cpu")
-    real = cddlib.load("digits").split[0]
-    images = buffer.preprocessing(real.images)
-    theta = buffer.parameters(0, 0).requires_grad_()
-    loss = train_epoch(
-        buffer.network,
-        theta,
-        torch.optim.SGD([theta], lr=config.learning_rate),
-        lambda indices: (images[indices], real.labels[indices]),
-        len(images),
-        batch_size=config.batch_size,
-        strategy=config.augmentation.augment,
-        generator=cddlib.generator(0, "epoch", 1),
-        sharpness=SharpnessConfig(**sharpness),
-    )
-    torch.testing.assert_close(buffer.parameters(0, 1), theta.detach())
-    assert buffer.experts[0]["train_loss"] == [pytest.approx(loss)]
 
 
 def test_whitening_all_images_at_once_is_whitening_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,30 +99,15 @@ def alone(*tensors: Tensor) -> list[Tensor]:
     seed=st.integers(0, 10**6),
 )
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_derived_steps_are_those_of_automatic_differentiation(
+def test_steps_are_those_of_automatic_differentiation(
     depth: int, width: int, channels: int, side: int, batch: int, networks: int, seed: int
 ) -> None:
     config = NetworkConfig(depth=depth, width=width)
     problems = [problem((channels, side, side), config, batch, seed + k) for k in range(networks)]
     network = problems[0][0]
     assert is_standard_convnet(network)
-    agree(ConvNetStep(network, "float32", False), network, *(tuple(arguments) for _, *arguments in problems))
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        USUAL,
-        NetworkConfig(depth=2, width=4, norm="batch", activation="sigmoid", pooling="none"),
-        NetworkConfig(network="mlp"),
-    ],
-    ids=lambda config: config.network + config.norm,
-)
-def test_steps_of_any_network_are_those_of_automatic_differentiation(config: NetworkConfig) -> None:
-    problems = [problem((2, 8, 8), config, seed=k) for k in range(3)]
-    network = problems[0][0]
-    for several in (problems, problems[:1]):
-        agree(AutogradStep(network), network, *(tuple(arguments) for _, *arguments in several))
+    for engine in ENGINES:
+        agree(engine(network), network, *(tuple(arguments) for _, *arguments in problems))
 
 
 UNUSUAL = [
@@ -252,25 +237,17 @@ def test_residuals_know_their_size_and_are_freed(engine: Any) -> None:
         gc.enable()
 
 
-@pytest.fixture
-def budget(monkeypatch: pytest.MonkeyPatch) -> Any:
+def test_residuals_may_take_an_eighth_of_the_free_memory_or_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget, measured = engines.residual_budget, functools.cache(engines._budget_of_machine.__wrapped__)
+    monkeypatch.setattr(engines, "_budget_of_machine", measured)
     monkeypatch.delenv("CDDLIB_KEPT_MB", raising=False)
-    engines._budget_of_machine.cache_clear()
-    yield engines.residual_budget
-    engines._budget_of_machine.cache_clear()
-
-
-def test_residuals_may_take_an_eighth_of_the_free_memory(budget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, half in ((8 * 10**9, 4 * 10**9), (4 * 10**9, 2 * 10**9)):
         monkeypatch.setattr(engines, "free_memory", lambda device, free=free: free)
         assert budget(CPU) == 10**9, "it is measured once"
         assert budget(CUDA) == half, "half of a GPU, which nobody else uses"
-    engines._budget_of_machine.cache_clear()
+    measured.cache_clear()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert budget(CPU) == 125 * 10**6
-
-
-def test_the_budget_can_be_set(budget: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CDDLIB_KEPT_MB", "3")
     assert budget(CPU) == 3 * 2**20
     for wrong in ("", "-1", "many", "1.5", "²"):
@@ -353,14 +330,6 @@ def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
     assert any(tmp_path.iterdir()), "nothing is kept for other processes"
 
 
-@pytest.fixture
-def notices(capfd: pytest.CaptureFixture[str]) -> Any:
-    """What standard error says since the test began."""
-    compiling.not_compiled.cache_clear()
-    yield lambda: capfd.readouterr().err
-    compiling.not_compiled.cache_clear()
-
-
 @pytest.mark.parametrize(
     ("patched", "reason"),
     [
@@ -369,14 +338,15 @@ def notices(capfd: pytest.CaptureFixture[str]) -> Any:
     ],
 )
 def test_without_compiling_there_is_one_notice(
-    patched: Any, reason: str, notices: Any, monkeypatch: pytest.MonkeyPatch
+    patched: Any, reason: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    compiling.not_compiled.cache_clear()
     monkeypatch.setattr(*patched)
     network, *arguments = problem((2, 8, 8))
     step, plain = ConvNetStep(network, "float32", True), ConvNetStep(network, "float32", False)
     results = [all_results(each, *alone(*arguments)) for each in (step, step, plain)]
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
-    assert notices().splitlines() == [f"{reason}: steps run uncompiled, which takes longer."]
+    assert capfd.readouterr().err.splitlines() == [f"{reason}: steps run uncompiled, which takes longer."]
 
 
 def raising(message: str) -> Any:

@@ -116,11 +116,8 @@ class Buffer:
         self.data: dict[str, Any] = manifest["data"]
         self.experts: list[dict[str, Any]] = manifest["experts"]
         self.epochs: int = self.config["epochs"]
-        wanted = self.config["experts"]
-        if len(self.experts) < wanted:
-            raise UserError(
-                f"{folder} holds {len(self.experts)} of {wanted} experts; run the same `cddlib buffer` again to finish."
-            )
+        if len(self.experts) < self.config["experts"]:
+            raise UserError(f"{folder} holds an unfinished buffer; run the same `cddlib buffer` again to finish it.")
         self.id = config_hash(manifest)
         self._files: dict[int, tuple[Any, list[str]]] = {}
         self._on_gpu: dict[tuple[int, int | float], Float[Tensor, " p"]] = {}

@@ -67,15 +67,6 @@ class State:
             self.best = candidate
             self.progress.best_iteration, self.progress.best_accuracy = self.iteration, accuracy
 
-    def report(self, loss: float) -> dict[str, str]:
-        """What the progress bar shows."""
-        words = {"loss": f"{loss:.3f}"}
-        if self.best is not None:
-            words["best"] = f"{self.progress.best_accuracy:.1%}"
-        if self.progress.above_in_a_row:
-            words["above the guard"] = str(self.progress.above_in_a_row)
-        return words
-
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state by name."""
         best = {} if self.best is None else self.best.variable_tensors()

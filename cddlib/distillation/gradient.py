@@ -51,7 +51,9 @@ def concurrent_gradient(
             sums[0 if fixed else k] += fixed[k] * gradient if fixed else gradient
     ranks.sum(sums, losses, norms)
 
-    gradients, each = [_by_variable(row, variables) for row in sums], losses.tolist()
+    pieces = sums.split([variable.numel() for variable in variables], 1)
+    shaped = [piece.view(-1, *variable.shape) for piece, variable in zip(pieces, variables, strict=True)]
+    gradients, each = [list(gradient) for gradient in zip(*shaped, strict=True)], losses.tolist()
     used = fixed
     if used is None:
         products = gramian(gradients, config.optimizer.rates(synthetic))
@@ -100,12 +102,6 @@ def _segment_gradients(
     )
     gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=taught, materialize_grads=taught)
     return losses.detach(), torch.cat([gradient.reshape(len(matched), -1) for gradient in gradients], 1)
-
-
-def _by_variable(vector: Tensor, variables: list[Tensor]) -> list[Tensor]:
-    """A gradient in one vector, cut into the variables' shapes."""
-    parts = vector.split([variable.numel() for variable in variables])
-    return [part.view_as(variable) for part, variable in zip(parts, variables, strict=True)]
 
 
 def teacher_logits(

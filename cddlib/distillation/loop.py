@@ -132,7 +132,8 @@ class Distillation:
                 line = iterate(state, self.config, self.buffer, ranks)
                 self._record(line, metrics, recorder)
                 bar.update()
-                bar.set_postfix(state.report(line["loss"]))
+                best = {"best": f"{progress.best_accuracy:.1%}"} if state.best else {}
+                bar.set_postfix(loss=f"{line['loss']:.3f}", **best)
                 if ranks.stopping and state.iteration < iterations:
                     ranks.stop(f"stopped after iteration {state.iteration}, which is saved")
         except Diverged as error:

@@ -58,22 +58,6 @@ class _Experts:
         require(1, most=LARGEST, experts=self.experts, epochs=self.epochs)
 
 
-def read_manifest(folder: Path) -> tuple[dict[str, Any], Network]:
-    """What `buffer.json` in `folder` says, checked, and the network that it describes.
-
-    Raises:
-        UserError: it is missing, damaged, or does not describe a buffer.
-    """
-    path = folder / "buffer.json"
-    manifest = read_json(path)
-    with as_user_error(path, "a buffer's description"):
-        experts = manifest["experts"]
-        if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
-            raise TypeError("experts is not a list of records")
-        network, data = from_dict(_Experts, manifest["config"]).network, from_dict(_Data, manifest["data"])
-        return manifest, build_network(network, data.shape, data.classes)
-
-
 def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
     """The map from pixels to network input that the experts in `folder` see, for images of `shape`."""
     try:
@@ -110,12 +94,14 @@ class Buffer:
         """
         if not (folder / "buffer.json").exists():
             raise UserError(f"{folder} holds no buffer; train one with `cddlib buffer --out {folder}`.")
-        self.folder = folder
-        manifest, self.network = read_manifest(folder)
-        self.config: dict[str, Any] = manifest["config"]
-        self.data: dict[str, Any] = manifest["data"]
-        self.experts: list[dict[str, Any]] = manifest["experts"]
-        self.epochs: int = self.config["epochs"]
+        self.folder, manifest = folder, read_json(folder / "buffer.json")
+        with as_user_error(folder / "buffer.json", "a buffer's description"):
+            self.config: dict[str, Any] = manifest["config"]
+            self.data: dict[str, Any] = manifest["data"]
+            self.experts: list[dict[str, Any]] = list(map(dict, manifest["experts"]))
+            network, data = from_dict(_Experts, self.config).network, from_dict(_Data, self.data)
+            self.network = build_network(network, data.shape, data.classes)
+            self.epochs: int = self.config["epochs"]
         if len(self.experts) < self.config["experts"]:
             raise UserError(f"{folder} holds an unfinished buffer; run the same `cddlib buffer` again to finish it.")
         self.id = config_hash(manifest)
@@ -176,19 +162,15 @@ class Buffer:
     def _open(self, expert: int, path: Path) -> tuple[Any, list[str]]:
         """The expert's file, and the digests of its vectors; refuses a file that `buffer.json` does not describe."""
         file = open_tensors(path)
-        header, held = read_header(file, path, "expert"), set(file.keys())
+        header, known = read_header(file, path, "expert"), self.experts[expert]
         record, vectors = header.get("record"), header.get("vectors")
-        known = self.experts[expert]
         if not isinstance(record, dict) or any(known.get(key) != value for key, value in record.items()):
             raise UserError(f"{path} is not the expert that {self.folder / 'buffer.json'} describes.")
-        if not isinstance(vectors, list) or [type(vector) for vector in vectors] != [str] * (self.epochs + 1):
-            raise UserError(f"{path} does not fit buffer.json: it names no digests of {self.epochs + 1} vectors.")
-        for name, shape in self.network.shapes.items():
-            wanted = f"F32{[self.epochs + 1, *shape]}"
-            entry = file.get_slice(name) if name in held else None
-            found = "missing" if entry is None else f"{entry.get_dtype()}{entry.get_shape()}"
-            if found != wanted:
-                raise UserError(f"{path} does not fit buffer.json: {name} is {found:.100}, not {wanted}.")
+        wanted = {name: ("F32", [self.epochs + 1, *shape]) for name, shape in self.network.shapes.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        found = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
+        if found != wanted or not isinstance(vectors, list) or len(vectors) != self.epochs + 1:
+            raise UserError(f"{path} does not fit buffer.json: it has not {self.epochs + 1} vectors of its network.")
         return file, vectors
 
 
@@ -203,6 +185,7 @@ class ConvexBuffer(Buffer):
         """Open the buffer in `folder`."""
         super().__init__(folder)
         self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
+        self._sizes = [math.prod(shape) for shape in self.network.shapes.values()]
 
     def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
         """θ(epoch) of `expert`, on the CPU. The first call for an expert reads its whole trajectory once."""
@@ -213,20 +196,15 @@ class ConvexBuffer(Buffer):
         before = min(int(epoch), self.epochs - 1)
         earlier, later = self._fractions[expert][before : before + 2]
         fractions = earlier.lerp(later, epoch - before)
-        sizes = torch.tensor([math.prod(shape) for shape in self.network.shapes.values()])
         first, last = (Buffer.parameters(self, expert, end) for end in (0, self.epochs))
-        return first + fractions.repeat_interleave(sizes) * (last - first)
+        return first + fractions.repeat_interleave(torch.tensor(self._sizes)) * (last - first)
 
     def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
         """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
-        here = Buffer.parameters(self, expert, 0)
-        steps = torch.zeros(self.epochs + 1, len(self.network.shapes))
-        for epoch in range(1, self.epochs + 1):
-            there = Buffer.parameters(self, expert, epoch)
-            steps[epoch] = torch.stack([piece.norm() for piece in unflatten(self.network, there - here).values()])
-            here = there
-        total = steps.sum(0)
-        return torch.where(total > 0, steps.cumsum(0) / total, 1.0)
+        path = torch.stack([Buffer.parameters(self, expert, epoch) for epoch in range(self.epochs + 1)])
+        steps = torch.stack([tensor.norm(dim=1) for tensor in path.diff(dim=0).split(self._sizes, dim=1)], 1)
+        way = torch.cat([torch.zeros_like(steps[:1]), steps.cumsum(0)])
+        return torch.where(way[-1] > 0, way / way[-1], 1.0)
 
 
 def read_expert_record(path: Path) -> dict[str, Any]:

@@ -29,7 +29,6 @@ from cddlib.experts.buffer import (
     Buffer,
     expert_path,
     read_expert_record,
-    read_manifest,
     read_preprocessing,
     write_trajectory,
 )
@@ -40,7 +39,7 @@ from cddlib.runtime.config import as_dict, config_hash, replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Interrupted, Ranks
 from cddlib.runtime.errors import Diverged, UserError, as_user_error, out_of_memory_hint
-from cddlib.runtime.files import file_digest, read_tensors, write_json, write_tensors
+from cddlib.runtime.files import file_digest, read_json, read_tensors, write_json, write_tensors
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import at_work, refuse_other_run
@@ -129,9 +128,10 @@ def _resume(out: Path, wanted: dict[str, Any]) -> tuple[dict[str, Any], list[int
     """
     manifest, identity = {**wanted}, _identity(wanted)
     if (out / "buffer.json").exists():
-        manifest, _ = read_manifest(out)
-        refuse_other_run(out, _identity(manifest), identity)
-        manifest["config"]["experts"] = max(wanted["config"]["experts"], manifest["config"]["experts"])
+        manifest = read_json(out / "buffer.json")
+        with as_user_error(out / "buffer.json", "a buffer's description"):
+            refuse_other_run(out, _identity(manifest), identity)
+            manifest["config"]["experts"] = max(wanted["config"]["experts"], manifest["config"]["experts"])
     missing = [
         expert
         for expert, path in enumerate(_paths(out, manifest))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import SOFT, SUBSETS, contents, distill, first, loop, metrics, outcome, rows_of, stop_at
+from running import SOFT, SUBSETS, distill, first, loop, metrics, outcome, rows_of, stop_at
 
 import cddlib
 from cddlib.data.dataset import Images
@@ -88,16 +88,6 @@ def test_interrupted_and_resumed_gives_the_same(
         assert not (tmp_path / "parts" / "synthetic.safetensors").exists()
     distill(config, buffer, tmp_path / "parts")
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
-
-
-def test_a_finished_run_is_returned(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
-    fresh = distill(recipe(), buffer, tmp_path)
-    before = contents(tmp_path)
-    monkeypatch.setattr(loop, "concurrent_gradient", None)  # calling it fails
-    monkeypatch.setattr(loop, "accuracy_of_set", None)
-    again = distill(recipe(), buffer.folder, tmp_path).variable_tensors()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in fresh.variable_tensors().items())
-    assert contents(tmp_path) == before
 
 
 def test_nothing_depends_on_the_test_images(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:

@@ -14,7 +14,7 @@ from cddlib.data import augment
 from cddlib.data.dataset import Images
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.experts import curriculum
-from cddlib.experts.curriculum import CurriculumConfig, difficulty, rank_in_class, select
+from cddlib.experts.curriculum import CurriculumConfig, difficulty, rank_in_class
 
 
 @st.composite
@@ -64,20 +64,6 @@ def test_ranks_count_what_is_easier_in_the_class(images: list[tuple[int, int]]) 
     for i, (label, score) in enumerate(images):
         same = [(s, j) for j, (other, s) in enumerate(images) if other == label]
         assert found[i].item() == pytest.approx(sum(pair < (score, i) for pair in same) / max(1, len(same) - 1))
-
-
-def test_the_selection_by_hand() -> None:
-    """Ten images of either class; the hardest first."""
-    ranks = rank_in_class(torch.arange(20, 0, -1).float(), torch.arange(20) % 2)
-    config = CurriculumConfig(easiest_fraction=0.5, all_from_epoch=5, drop_epochs=(6, 7), drop_fractions=(0.2, 0.4))
-    seen = [select(config, ranks, epoch).tolist() for epoch in range(10)]
-    for epoch in range(6):
-        assert seen[epoch] == list(range(10 - 2 * epoch, 20))
-    assert seen[6] == list(range(20))
-    assert seen[7] == list(range(16))
-    assert seen[8] == seen[9] == list(range(12))
-    config = CurriculumConfig(all_from_epoch=1, drop_epochs=(1,), drop_fractions=(0.99,))
-    assert select(config, ranks, 2).tolist() == [0, 1]  # every class keeps an image, as in PAD's code
 
 
 # --- How hard ---------------------------------------------------------------------------------------------------

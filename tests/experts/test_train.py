@@ -16,7 +16,7 @@ from cddlib.experts import curriculum
 from cddlib.experts import train as training
 from cddlib.experts.buffer import Buffer, expert_path, read_expert_record, write_trajectory
 from cddlib.experts.train import ExpertTraining
-from cddlib.networks.convnet import ConvNet, NetworkConfig, unflatten
+from cddlib.networks.convnet import ConvNet, NetworkConfig
 from cddlib.runtime import config as configs
 from cddlib.runtime import files
 from cddlib.runtime.errors import UserError
@@ -50,13 +50,6 @@ def test_files_are_those_of_the_design(buffer: Buffer) -> None:
         assert {name: tuple(tensor.shape) for name, tensor in load_file(path).items()} == shapes
 
 
-def test_experts_learn(buffer: Buffer) -> None:
-    for expert in buffer.experts:
-        assert expert["train_loss"][-1] < expert["train_loss"][0]
-        assert expert["validation_accuracy"][-1] > 0.5 > expert["validation_accuracy"][0]
-        assert expert["test_accuracy"] > 0.5
-
-
 def test_recorded_accuracies_are_those_of_the_stored_parameters(buffer: Buffer) -> None:
     digits = data.load("digits")
     for part, epoch, name in ((digits.split[1], 0, "validation_accuracy"), (digits.test, 6, "test_accuracy")):
@@ -64,12 +57,6 @@ def test_recorded_accuracies_are_those_of_the_stored_parameters(buffer: Buffer) 
         found = buffer.experts[1][name]
         accuracy = (logits.argmax(1) == part.labels).double().mean().item()
         assert accuracy == pytest.approx(found[0] if isinstance(found, list) else found)
-
-
-def test_parameters_are_the_stored_tensors_in_the_networks_order(buffer: Buffer) -> None:
-    stored = load_file(expert_path(buffer.folder, 1))
-    found = unflatten(buffer.network, buffer.parameters(1, 4))
-    assert all(torch.equal(found[name], stored[name][4]) for name in stored)
 
 
 READ_ONE_EPOCH = """
@@ -173,12 +160,24 @@ def train_until(stop: tuple[int, int], config: cddlib.BufferConfig, folder: Path
         train(config, folder)
 
 
-GSAM = {"sharpness_radius": 0.1, "sharpness_weight": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
+FLAT = {"sharpness_radius": 0.1, "sharpness_weight": 0.5}
+STAGED = {"easiest_fraction": 0.5, "all_from_epoch": 2, "drop_epochs": (3, 4), "drop_fractions": (0.25, 0.5)}
 
 
-@pytest.mark.parametrize(("overrides", "stop"), [({}, (0, 2)), ({"momentum": 0.9}, (1, 4)), (GSAM, (1, 6))])
+@pytest.fixture
+def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Difficulties in no time."""
+    monkeypatch.setattr(curriculum, "SCORERS", 2)
+    monkeypatch.setattr(curriculum, "SCORER_EPOCHS", 1)
+
+
+@pytest.mark.usefixtures("quick_scores")
+@pytest.mark.parametrize(
+    ("overrides", "stop"),
+    [({}, (0, 2)), ({"momentum": 0.9}, (1, 4)), ({**STAGED, **FLAT, "momentum": 0.9, "weight_decay": 1e-3}, (1, 6))],
+)
 def test_an_unfinished_expert_goes_on(
-    tmp_path: Path, trained, overrides: dict[str, float], stop: tuple[int, int]
+    tmp_path: Path, trained, monkeypatch, overrides: dict[str, object], stop: tuple[int, int]
 ) -> None:
     config = recipe(**overrides)
     train(config, tmp_path / "whole")
@@ -189,6 +188,7 @@ def test_an_unfinished_expert_goes_on(
     unfinished = tmp_path / "parts" / f".expert-00{stop[0]}.unfinished.safetensors"
     tensors, header = files.read_tensors(unfinished, "unfinished")
     assert (len(tensors["snapshots"]), len(header["losses"])) == (stop[1], stop[1] - 1)
+    monkeypatch.setattr(training, "difficulty", None)  # images are ranked once
     train(config, tmp_path / "parts")
     assert trained == every
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
@@ -271,16 +271,6 @@ def test_check_data_refuses_other_images(buffer: Buffer) -> None:
 
 # --- Curriculum and sharpness -----------------------------------------------------------------------------------
 
-FLAT = {"sharpness_radius": 0.1, "sharpness_weight": 0.5}
-STAGED = {"easiest_fraction": 0.5, "all_from_epoch": 2, "drop_epochs": (3, 4), "drop_fractions": (0.25, 0.5)}
-
-
-@pytest.fixture
-def quick_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Difficulties in no time."""
-    monkeypatch.setattr(curriculum, "SCORERS", 2)
-    monkeypatch.setattr(curriculum, "SCORER_EPOCHS", 1)
-
 
 @pytest.mark.usefixtures("quick_scores")
 @pytest.mark.parametrize("holdout", [True, False])
@@ -306,25 +296,6 @@ def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, seen, holdout:
     assert torch.equal(scores, scored)
 
 
-@pytest.mark.usefixtures("quick_scores", "trained")
-def test_interrupted_in_a_curriculum_it_measures_once_and_ends_with_the_same_bytes(tmp_path: Path, monkeypatch) -> None:
-    config = recipe(**STAGED, **FLAT, epochs=5)
-    train(config, tmp_path / "whole")
-    train_until((1, 3), config, tmp_path / "parts")
-    assert (tmp_path / "parts" / "difficulty.safetensors").exists()
-    monkeypatch.setattr(training, "difficulty", None)  # calling it fails
-    train(config, tmp_path / "parts")
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-
-
-@pytest.mark.usefixtures("quick_scores")
-def test_difficulty_belongs_to_no_expert(tmp_path: Path) -> None:
-    for seed in (0, 5):
-        train(recipe(**STAGED, seed=seed, experts=1, epochs=1), tmp_path / str(seed))
-    files = [(tmp_path / seed / "difficulty.safetensors").read_bytes() for seed in "05"]
-    assert files[0] == files[1]
-
-
 @pytest.mark.parametrize("overrides", [FLAT, {**FLAT, "sharpness_adaptive": False}, {**FLAT, "sharpness_weight": 0.0}])
 def test_flat_experts_are_others(buffer: Buffer, tmp_path: Path, overrides: dict[str, object]) -> None:
     flat = train(recipe(**overrides, experts=1), tmp_path)
@@ -332,12 +303,3 @@ def test_flat_experts_are_others(buffer: Buffer, tmp_path: Path, overrides: dict
     moved = (flat.parameters(0, 6) - buffer.parameters(0, 6)).norm() / buffer.parameters(0, 6).norm()
     assert 1e-3 < moved < 1
     assert flat.experts[0]["test_accuracy"] > 0.5
-
-
-def test_an_opened_buffer_s_configuration_is_the_one_that_trained_it(tmp_path: Path, quick_scores) -> None:
-    config = recipe(**STAGED, experts=1)
-    train(config, tmp_path)
-    asked = {**configs.as_dict(config), "compiled": False}
-    assert train(config, tmp_path).config == asked  # tuples or lists: the same run
-    with pytest.raises(UserError, match=r"\(drop_fractions is \[0\.25, 0\.5\] there and \[0\.25, 0\.4\] here\)"):
-        train(recipe(**{**STAGED, "drop_fractions": (0.25, 0.4)}, experts=1), tmp_path)

@@ -205,10 +205,7 @@ class Trainer:
             raise UserError(f"{run} was distilled from another version of {self.dataset.name} than the one in --root.")
         shape = tuple(self.synthetic.images.shape[1:])
         if (self.synthetic.classes, shape) != (self.dataset.classes, self.dataset.shape):
-            raise UserError(
-                f"{path} holds images of {list(shape)} in {len(self.synthetic.classes)} classes, which are not those "
-                f"of {self.dataset.name}: {list(self.dataset.shape)} in {len(self.dataset.classes)}."
-            )
+            raise UserError(f"{path} has other classes, or images of another shape, than {self.dataset.name}.")
         self.network_config, self.has_own_network = network or own, network in (None, own)
         self.network = build_network(self.network_config, self.dataset.shape, len(self.dataset.classes))
         self.learning_rates = dict.fromkeys(SETS, REAL_LEARNING_RATE) | {"synthetic": float(self.synthetic.step_size)}

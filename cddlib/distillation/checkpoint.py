@@ -83,15 +83,14 @@ class State:
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint of a run's folder, or from the last milestone if it was deleted."""
-        kept = milestones(folder)[::-1]
-        paths = [path for path in (folder / CHECKPOINT, *(milestone_path(folder, i) for i in kept)) if path.exists()]
-        if not paths:
-            return
+        kept = {milestone_path(folder, iteration): f"iteration {iteration}" for iteration in milestones(folder)[::-1]}
+        paths = [path for path in (folder / CHECKPOINT, *kept) if path.exists()]
         try:
-            self.read(paths[0])
+            for path in paths[:1]:
+                self.read(path)
         except UserError as error:
-            place = [*(f"iteration {iteration}" for iteration in kept), "the start"][-len(paths)]
-            raise UserError(f"{error} Delete it to go on from {place}.") from None
+            earlier = [*(kept[path] for path in paths[1:]), "the start"][0]
+            raise UserError(f"{error} Delete it to go on from {earlier}.") from None
 
     def read(self, path: Path) -> None:
         """Continue from the state in a checkpoint or milestone; raises `UserError` if it is damaged or foreign."""

@@ -26,7 +26,7 @@ from cddlib.data.dataset import Dataset, Images, load
 from cddlib.distillation.checkpoint import State
 from cddlib.distillation.config import DistillConfig, check_buffer, with_compilation
 from cddlib.distillation.gradient import concurrent_gradient, teacher_logits
-from cddlib.distillation.guard import beyond_measure, check_finite, check_losses, check_set
+from cddlib.distillation.guard import check_finite, check_losses, check_set
 from cddlib.distillation.hooks import Hook, Run
 from cddlib.evaluate import accuracy_of_set
 from cddlib.experts.buffer import PREPROCESSING, Buffer
@@ -177,8 +177,7 @@ class Distillation:
         for number in self.ranks.portion(range(self.config.validation_runs)):
             accuracies[number] = validation_accuracy(candidate, self.config, self.buffer, self.validation, number)
         self.ranks.sum(accuracies)
-        if not bool(accuracies.isfinite().all()):
-            raise beyond_measure(self.state, "a network that was trained on the set for validation diverged")
+        check_finite(self.state, "validation_accuracy", accuracies.tolist())
         self.state.consider(candidate, statistics.fmean(accuracies.tolist()))
         return accuracies.tolist()
 

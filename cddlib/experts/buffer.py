@@ -60,10 +60,9 @@ class _Experts:
 
 def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
     """The map from pixels to network input that the experts in `folder` see, for images of `shape`."""
-    try:
-        return preprocessing_from(read_tensors(folder / PREPROCESSING, "preprocessing")[0], shape)
-    except TypeError as error:
-        raise UserError(f"{folder / PREPROCESSING} holds no preprocessing ({error}).") from None
+    path = folder / PREPROCESSING
+    with as_user_error(path, "a map from pixels to network input"):
+        return preprocessing_from(read_tensors(path, "preprocessing")[0], shape)
 
 
 def expert_path(folder: Path, expert: int) -> Path:
@@ -116,13 +115,9 @@ class Buffer:
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise `UserError` unless the experts were trained on `dataset`."""
-        if self.data["name"] != dataset.name:
-            raise UserError(f"{self.folder} holds experts of {self.data['name']}, not of {dataset.name}.")
-        if self.data["fingerprint"] != dataset.fingerprint:
-            raise UserError(
-                f"{self.folder} holds experts of another version of {dataset.name}: its fingerprint is "
-                f"{self.data['fingerprint']}, this one's {dataset.fingerprint}."
-            )
+        theirs, this = f"{self.data['name']} ({self.data['fingerprint']})", f"{dataset.name} ({dataset.fingerprint})"
+        if theirs != this:
+            raise UserError(f"{self.folder} holds experts of {theirs}, not of {this}.")
 
     def check_expert(self, name: str, expert: int) -> None:
         """Raise `UserError` unless there is an expert of the number that the field `name` gives."""

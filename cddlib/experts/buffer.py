@@ -85,15 +85,15 @@ def write_trajectory(
 class Buffer:
     """The trajectories in a folder. Opening it reads only `buffer.json` and the preprocessing."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open the buffer in `folder`.
+    def __init__(self, folder: Path, *, convex: bool = False) -> None:
+        """Open the buffer in `folder`; with `convex`, its trajectories are straightened, see `convexified`.
 
         Raises:
             UserError: no buffer there, a damaged one, or one whose experts are not all trained.
         """
         if not (folder / "buffer.json").exists():
             raise UserError(f"{folder} holds no buffer; train one with `cddlib buffer --out {folder}`.")
-        self.folder, manifest = folder, read_json(folder / "buffer.json")
+        self.folder, self.convex, manifest = folder, convex, read_json(folder / "buffer.json")
         with as_user_error(folder / "buffer.json", "a buffer's description"):
             self.config: dict[str, Any] = manifest["config"]
             self.data: dict[str, Any] = manifest["data"]
@@ -105,6 +105,7 @@ class Buffer:
             raise UserError(f"{folder} holds an unfinished buffer; run the same `cddlib buffer` again to finish it.")
         self.id = config_hash(manifest)
         self._files: dict[int, tuple[Any, list[str]]] = {}
+        self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
         self._on_gpu: dict[tuple[int, int | float], Float[Tensor, " p"]] = {}
 
     @functools.cached_property
@@ -124,12 +125,39 @@ class Buffer:
         if not 0 <= expert < len(self.experts):
             raise UserError(f"{name} is {expert}, but {self.folder} holds experts 0 to {len(self.experts) - 1}.")
 
-    def convexified(self) -> "ConvexBuffer":
-        """The same experts, each on a straight line from its first parameters to its last (MCT)."""
-        return ConvexBuffer(self.folder)
+    def convexified(self) -> "Buffer":
+        """The same experts with trajectories straightened as MCT does (Zhong et al. 2025).
+
+        There is a point for every real epoch t from 0 to T: θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each
+        tensor of the network, the fraction of its way that the expert has gone by t: the length of its steps up to
+        there over the length of all, linear between epochs.
+        """
+        return Buffer(self.folder, convex=True)
 
     def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
         """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convexified`."""
+        if not self.convex or not 0 <= epoch <= self.epochs:
+            return self._stored(expert, epoch)
+        if expert not in self._fractions:
+            self._fractions[expert] = self._travelled(expert)
+        before = min(int(epoch), self.epochs - 1)
+        earlier, later = self._fractions[expert][before : before + 2]
+        fractions = earlier.lerp(later, epoch - before).repeat_interleave(torch.tensor(self._sizes()))
+        first, last = (self._stored(expert, end) for end in (0, self.epochs))
+        return first + fractions * (last - first)
+
+    def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
+        """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
+        path = torch.stack([self._stored(expert, epoch) for epoch in range(self.epochs + 1)])
+        steps = torch.stack([tensor.norm(dim=1) for tensor in path.diff(dim=0).split(self._sizes(), dim=1)], 1)
+        way = torch.cat([torch.zeros_like(steps[:1]), steps.cumsum(0)])
+        return torch.where(way[-1] > 0, way / way[-1], 1.0)
+
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.network.shapes.values()]
+
+    def _stored(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ*_epoch as its file has it."""
         path = expert_path(self.folder, expert)
         if expert not in self._files:
             self._files[expert] = self._open(expert, path)
@@ -167,39 +195,6 @@ class Buffer:
         if found != wanted or not isinstance(vectors, list) or len(vectors) != self.epochs + 1:
             raise UserError(f"{path} does not fit buffer.json: it has not {self.epochs + 1} vectors of its network.")
         return file, vectors
-
-
-class ConvexBuffer(Buffer):
-    """Trajectories straightened as MCT does (Zhong et al. 2025): a point for every real epoch t from 0 to T.
-
-    θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each tensor of the network, the fraction of its way that the
-    expert has gone by t: the length of its steps up to there over the length of all, linear between epochs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Open the buffer in `folder`."""
-        super().__init__(folder)
-        self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
-        self._sizes = [math.prod(shape) for shape in self.network.shapes.values()]
-
-    def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
-        """θ(epoch) of `expert`, on the CPU. The first call for an expert reads its whole trajectory once."""
-        if not 0 <= epoch <= self.epochs:
-            return super().parameters(expert, epoch)
-        if expert not in self._fractions:
-            self._fractions[expert] = self._travelled(expert)
-        before = min(int(epoch), self.epochs - 1)
-        earlier, later = self._fractions[expert][before : before + 2]
-        fractions = earlier.lerp(later, epoch - before)
-        first, last = (Buffer.parameters(self, expert, end) for end in (0, self.epochs))
-        return first + fractions.repeat_interleave(torch.tensor(self._sizes)) * (last - first)
-
-    def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
-        """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
-        path = torch.stack([Buffer.parameters(self, expert, epoch) for epoch in range(self.epochs + 1)])
-        steps = torch.stack([tensor.norm(dim=1) for tensor in path.diff(dim=0).split(self._sizes, dim=1)], 1)
-        way = torch.cat([torch.zeros_like(steps[:1]), steps.cumsum(0)])
-        return torch.where(way[-1] > 0, way / way[-1], 1.0)
 
 
 def read_expert_record(path: Path) -> dict[str, Any]:

@@ -165,8 +165,7 @@ def _train_missing(
             for (name, number), value in zip(turn, measured.tolist(), strict=True):
                 accuracies[name].append(0.0 if math.isnan(value) else value)
                 if math.isnan(value):
-                    rate = trainer.learning_rates[name]
-                    what = f"network {number} trained on {name} at learning rate {rate:g}"
+                    what = f"network {number} trained on {name} at learning rate {trainer.learning_rates[name]:g}"
                     diverged.append(f"{what} diverged: it counts as 0.")
             if ranks.first:
                 record = {

@@ -18,19 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.data.augment import AugmentConfig
-from cddlib.data.dataset import DataConfig, Dataset
+from cddlib.data.dataset import Dataset
 from cddlib.data.preprocessing import Preprocessing, preprocessing_from
-from cddlib.networks.convnet import Network, NetworkConfig, unflatten
+from cddlib.experts.config import BufferConfig
+from cddlib.networks.convnet import Network, unflatten
 from cddlib.networks.zoo import build_network
-from cddlib.runtime.config import config_hash, from_dict
-from cddlib.runtime.errors import Diverged, UserError, as_user_error, require
+from cddlib.runtime.config import as_dict, config_hash, from_dict
+from cddlib.runtime.errors import Diverged, UserError, as_user_error
 from cddlib.runtime.files import open_tensors, read_header, read_json, read_tensors, tensor_digest, write_tensors
 
 PREPROCESSING = "preprocessing.safetensors"
 DIFFICULTY = "difficulty.safetensors"
-LARGEST = 100_000
-"""Experts, and epochs of an expert, that a buffer can have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,21 +39,6 @@ class _Data:
     fingerprint: str
     shape: tuple[int, int, int]
     classes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Experts:
-    """What every buffer's configuration says of its experts; newer buffers say more."""
-
-    experts: int
-    epochs: int
-    holdout: bool
-    augmentation: AugmentConfig
-    data: DataConfig
-    network: NetworkConfig
-
-    def __post_init__(self) -> None:
-        require(1, most=LARGEST, experts=self.experts, epochs=self.epochs)
 
 
 def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
@@ -95,14 +78,14 @@ class Buffer:
             raise UserError(f"{folder} holds no buffer; train one with `cddlib buffer --out {folder}`.")
         self.folder, self.convex, manifest = folder, convex, read_json(folder / "buffer.json")
         with as_user_error(folder / "buffer.json", "a buffer's description"):
-            self.config: dict[str, Any] = manifest["config"]
+            self.config: dict[str, Any] = {**as_dict(BufferConfig()), **manifest["config"]}  # older ones say less
             self.data: dict[str, Any] = manifest["data"]
             self.experts: list[dict[str, Any]] = list(map(dict, manifest["experts"]))
-            network, data = from_dict(_Experts, self.config).network, from_dict(_Data, self.data)
+            network, data = from_dict(BufferConfig, self.config).network, from_dict(_Data, self.data)
             self.network = build_network(network, data.shape, data.classes)
             self.epochs: int = self.config["epochs"]
         if len(self.experts) < self.config["experts"]:
-            raise UserError(f"{folder} holds an unfinished buffer; run the same `cddlib buffer` again to finish it.")
+            raise UserError(f"{folder} lacks some of its experts; run the same `cddlib buffer` again to finish.")
         self.id = config_hash(manifest)
         self._files: dict[int, tuple[Any, list[str]]] = {}
         self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
@@ -199,7 +182,5 @@ class Buffer:
 
 def read_expert_record(path: Path) -> dict[str, Any]:
     """The `record` that `write_trajectory` was given."""
-    record = read_header(open_tensors(path), path, "expert").get("record")
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds no record of an expert.")
+    record: dict[str, Any] = read_header(open_tensors(path), path, "expert")["record"]
     return record

@@ -224,7 +224,7 @@ def test_an_unfinished_buffer_is_not_opened(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no buffer; train one with `cddlib buffer --out "):
         Buffer(tmp_path)
     train_until((1, 1), recipe(), tmp_path)
-    with pytest.raises(UserError, match=r"holds an unfinished buffer; run the same `cddlib buffer` again to finish"):
+    with pytest.raises(UserError, match=r"lacks some of its experts; run the same `cddlib buffer` again to finish"):
         Buffer(tmp_path)
 
 

@@ -24,7 +24,7 @@ from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig, Images, load
 from cddlib.networks.convnet import Network, NetworkConfig
 from cddlib.networks.zoo import build_network
-from cddlib.protocol import fetch_synthetic, train_network
+from cddlib.protocol import EvaluateConfig, fetch_synthetic, train_network
 from cddlib.runtime.config import as_dict, config_hash, from_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
@@ -40,22 +40,6 @@ from cddlib.training.step import ComputeConfig
 REAL_LEARNING_RATE = 0.01
 SETS = ("synthetic", "random_real", "full")
 """What networks are trained on: the set, random real images of the same number, all training images."""
-MOST_EPOCHS = 100_000
-"""Epochs of an evaluation's training. The published protocol has 1000; a file that asks for more is not believed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """How networks are trained on a synthetic set, in evaluation and in validation during distillation."""
-
-    evaluation_epochs: int = 1000
-    """Passes over the synthetic set."""
-    evaluation_batch: int = 256
-    """Images a step."""
-
-    def __post_init__(self) -> None:
-        require(1, most=MOST_EPOCHS, evaluation_epochs=self.evaluation_epochs)
-        require(1, evaluation_batch=self.evaluation_batch)
 
 
 def accuracy_of_set(
@@ -74,24 +58,12 @@ def accuracy_of_set(
     A set in subsets is learned as SeqMatch does: the first subset, then the first two, and so on, each stage with all
     its epochs.
     """
-    targets = synthetic.targets()
-    theta = None
+    how, targets, theta = (config, strategy, compute, float(synthetic.step_size)), synthetic.targets(), None
+    which: dict[str, Any] = {"purpose": purpose, "seed": seed, "device": targets.device}
     for number in range(synthetic.subsets):
         rows = torch.cat([synthetic.subset(earlier) for earlier in range(number + 1)])
-        theta = train_network(
-            network,
-            fetch_synthetic(synthetic.images[rows], targets[rows]),
-            len(rows),
-            epochs=config.evaluation_epochs,
-            learning_rate=float(synthetic.step_size),
-            batch_size=config.evaluation_batch,
-            strategy=strategy,
-            purpose=purpose,
-            seed=seed,
-            device=targets.device,
-            begun=theta,
-            compute=compute,
-        )
+        fetch = fetch_synthetic(synthetic.images[rows], targets[rows])
+        theta = train_network(network, fetch, len(rows), *how, **which, begun=theta)
     assert theta is not None  # there is at least one subset
     return accuracy(network, theta, real, synthetic.preprocessing)
 
@@ -148,7 +120,7 @@ def evaluate_run(
     described = {**identity, "network": as_dict(trainer.network_config)}
     path = run / f"evaluation-{config_hash(identity if trainer.has_own_network else described)}.json"
     wanted = [(name, number) for name in (SETS if baselines else SETS[:1]) for number in range(runs)]
-    if _missing(path, wanted):
+    if _resume(path, wanted)[1]:
         with at_work(path.with_name(f".{path.stem}.lock"), "the network") as ranks:
             _train_missing(path, wanted, trainer, described, ranks)
     return read_json(path)
@@ -165,26 +137,21 @@ class _Record:
     diverged: tuple[str, ...] = ()
 
 
-def _read_record(path: Path) -> _Record:
-    """What the record says; nothing if there is none."""
-    if not path.exists():
-        return _Record()
-    record = read_json(path)
-    with as_user_error(path, "a record of an evaluation"):
-        return from_dict(_Record, {"diverged": [], **record, **record["accuracies"]})
-
-
-def _missing(path: Path, wanted: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The networks, each of a set and with a number, that the record lacks."""
-    record = _read_record(path)
-    return [(name, number) for name, number in wanted if number >= len(getattr(record, name))]
+def _resume(path: Path, wanted: list[tuple[str, int]]) -> tuple[_Record, list[tuple[str, int]]]:
+    """What the record says so far, and the networks, each of a set and with a number, that it lacks."""
+    record = _Record()
+    if path.exists():
+        values = read_json(path)
+        with as_user_error(path, "a record of an evaluation"):
+            record = from_dict(_Record, {"diverged": [], **values, **values["accuracies"]})
+    return record, [(name, number) for name, number in wanted if number >= len(getattr(record, name))]
 
 
 def _train_missing(
     path: Path, wanted: list[tuple[str, int]], trainer: "Trainer", described: dict[str, Any], ranks: Ranks
 ) -> None:
     """Train the networks that the record lacks, one on each rank at a time, and write it after every turn."""
-    missing, earlier = _missing(path, wanted), _read_record(path)
+    earlier, missing = _resume(path, wanted)
     accuracies, diverged = {name: list(getattr(earlier, name)) for name in SETS}, list(earlier.diverged)
     recorder = Recorder(trainer.device, elapsed=earlier.seconds)
     ranks.agree(len(missing), f"the number of networks that {path} lacks")  # the first rank writes only now
@@ -198,8 +165,7 @@ def _train_missing(
             for (name, number), value in zip(turn, measured.tolist(), strict=True):
                 accuracies[name].append(0.0 if math.isnan(value) else value)
                 if math.isnan(value):
-                    rate = trainer.learning_rates[name]
-                    what = f"network {number} trained on {name} at learning rate {rate:g}"
+                    what = f"network {number} trained on {name} at learning rate {trainer.learning_rates[name]:g}"
                     diverged.append(f"{what} diverged: it counts as 0.")
             if ranks.first:
                 record = {
@@ -238,10 +204,7 @@ class Trainer:
             raise UserError(f"{run} was distilled from another version of {self.dataset.name} than the one in --root.")
         shape = tuple(self.synthetic.images.shape[1:])
         if (self.synthetic.classes, shape) != (self.dataset.classes, self.dataset.shape):
-            raise UserError(
-                f"{path} holds images of {list(shape)} in {len(self.synthetic.classes)} classes, which are not those "
-                f"of {self.dataset.name}: {list(self.dataset.shape)} in {len(self.dataset.classes)}."
-            )
+            raise UserError(f"{path} has other classes, or images of another shape, than {self.dataset.name}.")
         self.network_config, self.has_own_network = network or own, network in (None, own)
         self.network = build_network(self.network_config, self.dataset.shape, len(self.dataset.classes))
         self.learning_rates = dict.fromkeys(SETS, REAL_LEARNING_RATE) | {"synthetic": float(self.synthetic.step_size)}
@@ -252,26 +215,17 @@ class Trainer:
         if name == "synthetic":
             how = (self.config, self.strategy, self.compute)
             return accuracy_of_set(self.synthetic, self.network, *how, test, purpose="evaluation", seed=seed)
-        train, epochs, batch = self.dataset.train, self.config.evaluation_epochs, self.config.evaluation_batch
+        train, config, batch = self.dataset.train, self.config, self.config.evaluation_batch
         if name == "random_real":
             rng = generator(seed, "random real")
             train = random_real(self.dataset.split[0], len(self.dataset.classes), self.synthetic.ipc, rng)
         else:  # whole epochs, for about as many steps as the training on the synthetic set takes
             size, subsets = len(self.synthetic.labels), self.synthetic.subsets
             stages = [size * (number + 1) // subsets for number in range(subsets)]
-            steps = epochs * sum(math.ceil(stage / batch) for stage in stages)
+            steps = config.evaluation_epochs * sum(math.ceil(stage / batch) for stage in stages)
             epochs = max(1, round(steps / math.ceil(len(train.labels) / batch)))
-        theta = train_network(
-            self.network,
-            fetch_real(train.to(self.device), preprocessing),
-            len(train.labels),
-            epochs=epochs,
-            learning_rate=self.learning_rates[name],
-            batch_size=batch,
-            strategy=self.strategy,
-            purpose="evaluation",
-            seed=seed,
-            device=self.device,
-            compute=self.compute,
-        )
+            config = dataclasses.replace(config, evaluation_epochs=epochs)
+        fetch, how = fetch_real(train.to(self.device), preprocessing), (config, self.strategy, self.compute)
+        which: dict[str, Any] = {"purpose": "evaluation", "seed": seed, "device": self.device}
+        theta = train_network(self.network, fetch, len(train.labels), *how, self.learning_rates[name], **which)
         return accuracy(self.network, theta, test, preprocessing)

@@ -7,9 +7,10 @@ Images do not change while a network learns them, so the batches of many steps a
 steps are one graph.
 """
 
+import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,7 @@ from torch import Tensor
 from cddlib.data import augment
 from cddlib.matching.student import StudentStep, student_batches
 from cddlib.networks.convnet import Network
+from cddlib.runtime.errors import require
 from cddlib.runtime.random import generator
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.engine import make_step
@@ -28,22 +30,37 @@ from cddlib.training.step import ComputeConfig, TrainingStep
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 AT_ONCE = 2**24
 """Bytes of the batches that are augmented at once, or those of one batch."""
+MOST_EPOCHS = 100_000
+"""Epochs of an evaluation's training. The published protocol has 1000; a file that asks for more is not believed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How networks are trained on a synthetic set, in evaluation and in validation during distillation."""
+
+    evaluation_epochs: int = 1000
+    """Passes over the synthetic set."""
+    evaluation_batch: int = 256
+    """Images a step."""
+
+    def __post_init__(self) -> None:
+        require(1, most=MOST_EPOCHS, evaluation_epochs=self.evaluation_epochs)
+        require(1, evaluation_batch=self.evaluation_batch)
 
 
 def train_network(
     network: Network,
     fetch: Fetch,
     size: int,
-    *,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
+    config: EvaluateConfig,
     strategy: str,
+    compute: ComputeConfig,
+    learning_rate: float,
+    *,
     purpose: str,
     seed: int,
     device: torch.device,
     begun: Float[Tensor, " p"] | None = None,
-    compute: ComputeConfig | None = None,
 ) -> Float[Tensor, " p"]:
     """Train a network by the published protocol on `size` examples; returns its parameters.
 
@@ -53,13 +70,18 @@ def train_network(
     theta = network.init(generator(purpose, seed, "init")) if begun is None else begun
     theta = theta.to(device)[None]
     velocity = torch.zeros_like(theta)
-    step = make_step(network, compute or ComputeConfig(), device)
-    plan = list(_plan(epochs, size, batch_size, strategy, generator(purpose, seed, "epochs")))
+    step, epochs, batch_size = make_step(network, compute, device), config.evaluation_epochs, config.evaluation_batch
+    rng = generator(purpose, seed, "epochs")
+    plan = [
+        StudentStep(indices, augment.draw(strategy, len(indices), rng))
+        for _ in range(epochs)
+        for indices in torch.randperm(size, generator=rng).split(batch_size)
+    ]
     rates = torch.full((len(plan),), learning_rate)
     rates[(epochs + 1) // 2 * -(-size // batch_size) :] *= 0.1
     rates = rates.to(device)
     image = fetch(torch.zeros(1, dtype=torch.int64, device=device))[0]
-    number = max(1, AT_ONCE // (min(batch_size, max(1, size)) * image.nbytes))
+    number = max(1, AT_ONCE // (min(batch_size, size) * image.nbytes))
     for first in range(0, len(plan), number):
         steps = plan[first : first + number]
         inputs, targets = fetch(torch.cat([indices for indices, _ in steps]).to(device))
@@ -71,13 +93,6 @@ def train_network(
             descend = _graph(step, sizes, targets.dtype, threading.get_ident())
         theta, velocity = descend(theta, velocity, inputs, targets, rates[first : first + number])
     return theta[0]
-
-
-def _plan(epochs: int, size: int, batch_size: int, strategy: str, rng: torch.Generator) -> Iterator[StudentStep]:
-    """Every step's images and their augmentation: each epoch is a pass in random order."""
-    for _ in range(epochs):
-        for indices in torch.randperm(size, generator=rng).split(batch_size):
-            yield StudentStep(indices, augment.draw(strategy, len(indices), rng))
 
 
 def _descend(

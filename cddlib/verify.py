@@ -28,7 +28,7 @@ from cddlib.distillation.loop import initial_state, iterate, validation_accuracy
 from cddlib.evaluate import Trainer
 from cddlib.experts.buffer import Buffer, expert_path
 from cddlib.experts.config import BufferConfig
-from cddlib.experts.expert import ExpertTraining
+from cddlib.experts.train import ExpertTraining
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.config import from_dict
 from cddlib.runtime.device import resolve_device
@@ -115,7 +115,7 @@ def _recompute_buffer(buffer: Buffer, sample: int, root: Path | None, device: to
     found["preprocessing"] = [(fitted[name], written) for name, written in buffer.preprocessing.tensors().items()]
     if buffer.config.get("imported"):
         return found
-    training = ExpertTraining(config, buffer.network, dataset, buffer.folder, device, Ranks())
+    training = ExpertTraining(config, dataset, buffer.folder, device)
     rng = generator("verify", buffer.id)
     for expert in tqdm(torch.randperm(len(buffer.experts), generator=rng)[:sample].tolist(), desc="training an epoch"):
         # with momentum, only the first epoch depends on nothing but the parameters before it

@@ -15,14 +15,14 @@ import cddlib
 from cddlib import evaluate
 from cddlib.data import augment
 from cddlib.data import dataset as data
-from cddlib.evaluate import EvaluateConfig, accuracy_of_set, summarise, train_network
+from cddlib.evaluate import accuracy_of_set, summarise
 from cddlib.experts.buffer import Buffer
 from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
 from cddlib.networks.zoo import build_network
+from cddlib.protocol import EvaluateConfig, fetch_synthetic, train_network
 from cddlib.runtime import config as configs
 from cddlib.runtime import files
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.run_folder import locked
 from cddlib.synthetic import SyntheticSet
 from cddlib.training.step import ComputeConfig
 
@@ -65,18 +65,9 @@ def test_networks_are_trained_by_the_published_protocol(
     monkeypatch.setattr("cddlib.protocol.AT_ONCE", steps_at_once * 4 * 8 * 8 * 4)
     rng = torch.Generator().manual_seed(0)
     images, targets = torch.randn(10, 1, 8, 8, generator=rng), torch.rand(10, 10, generator=rng).softmax(1)
-    found = train_network(
-        NETWORK,
-        lambda indices: (images[indices], targets[indices]),
-        10,
-        epochs=epochs,
-        learning_rate=0.5,
-        batch_size=4,
-        strategy=DSA,
-        purpose="evaluation",
-        seed=3,
-        device=CPU,
-    )
+    fetch, config = fetch_synthetic(images, targets), EvaluateConfig(evaluation_epochs=epochs, evaluation_batch=4)
+    which = {"purpose": "evaluation", "seed": 3, "device": CPU}
+    found = train_network(NETWORK, fetch, 10, config, DSA, ComputeConfig(), 0.5, **which)
     wanted = reference(images, targets, epochs=epochs, rate=0.5, batch=4, seed=3)
     assert (wanted - NETWORK.init(cddlib.generator(3, "init"))).abs().max() > 0.01
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -105,20 +96,6 @@ def test_summary_has_the_sample_standard_deviation() -> None:
     summary = summarise(values)
     assert summary == {"mean": pytest.approx(np.mean(values)), "std": pytest.approx(np.std(values, ddof=1)), "runs": 4}
     assert summarise([0.5]) == {"mean": 0.5, "std": None, "runs": 1}
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("evaluation_epochs", 0, "it must be at least 1 and at most 100000."),
-        ("evaluation_batch", 0, "it must be at least 1."),
-        ("evaluation_epochs", 100_001, "it must be at least 1 and at most 100000."),
-    ],
-)
-def test_impossible_trainings_are_refused(name: str, value: int, message: str) -> None:
-    with pytest.raises(UserError) as refused:
-        EvaluateConfig(**{name: value})
-    assert str(refused.value) == f"{name} is {value}; {message}"
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +144,12 @@ def test_networks_are_tested_on_the_test_images(run: Path, network: NetworkConfi
 
 
 def test_no_network_starts_where_an_expert_or_another_purpose_did(buffer: Buffer) -> None:
-    untrained = {"epochs": 0, "learning_rate": 1.0, "batch_size": 1, "strategy": "none", "device": CPU}
+    """At a learning rate of 0, it ends where it starts."""
     starts = [buffer.parameters(expert, 0) for expert in range(len(buffer.experts))]
+    fetch, config = fetch_synthetic(torch.zeros(1, 1, 8, 8), torch.eye(10)[:1]), EvaluateConfig(evaluation_epochs=1)
     for purpose, seed in itertools.product(("validation", "evaluation"), range(3)):
-        fetch = lambda indices: (indices, indices)  # noqa: E731 - nothing is trained in 0 epochs
-        starts.append(train_network(buffer.network, fetch, 0, purpose=purpose, seed=seed, **untrained))
+        which = {"purpose": purpose, "seed": seed, "device": CPU}
+        starts.append(train_network(buffer.network, fetch, 1, config, "none", ComputeConfig(), 0.0, **which))
     assert not any(torch.equal(one, other) for one, other in itertools.combinations(starts, 2))
 
 
@@ -186,49 +164,21 @@ def test_asking_for_more_adds_to_what_is_there(run: Path, monkeypatch) -> None:
     assert len(list(run.glob("evaluation-*.json"))) == 1
 
 
-def test_an_interrupted_evaluation_resumes(run: Path, finished: Path, tmp_path: Path, monkeypatch) -> None:
-    whole = evaluate_run(Path(shutil.copytree(finished, tmp_path / "whole")), runs=2)
-    train = train_network
-    calls = []
-
-    def interrupted(*arguments, **options):
-        calls.append(options["seed"])
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return train(*arguments, **options)
-
-    monkeypatch.setattr(evaluate, "train_network", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_run(run, runs=2)
-    assert {name: len(values) for name, values in record_of(run)["accuracies"].items()} == {
-        "synthetic": 2,
-        "random_real": 1,
-        "full": 0,
-    }
-    assert evaluate_run(run, runs=2)["accuracies"] == whole["accuracies"]
-    assert len(calls) == 7  # three before, one lost, three after
-
-
-def test_each_seed_and_set_has_a_record_of_its_own(run: Path) -> None:
-    first, second = (evaluate_run(run, runs=1, baselines=False, seed=seed) for seed in (0, 7))
-    assert first["accuracies"] != second["accuracies"]
+def test_each_seed_network_and_set_has_a_record_of_its_own(run: Path) -> None:
+    one, plain = partial(evaluate_run, run, runs=1, baselines=False), NetworkConfig(width=8, depth=2)
+    own = one()
+    assert own["network"] == configs.as_dict(plain) and one(network=plain) == own
+    others = [{"seed": 7}, {"network": NetworkConfig(network="mlp")}, {"network": NetworkConfig(width=4, depth=1)}]
+    records = [own, *(one(**other) for other in others)]
+    assert [one(**other) for other in [{}, *others]] == records
+    assert own["accuracies"] != records[1]["accuracies"]
+    identity = {key: own[key] for key in ("synthetic_sha256", "seed", "evaluation")}
+    assert (run / f"evaluation-{configs.config_hash(identity)}.json").exists()  # as records were named from the start
     path = run / "synthetic.safetensors"
     synthetic = SyntheticSet.load(path)
     dataclasses.replace(synthetic, images=-synthetic.images).save(path)
-    evaluate_run(run, runs=1, baselines=False)
-    assert len(list(run.glob("evaluation-*.json"))) == 3
-
-
-def test_each_network_has_a_record_of_its_own(run: Path) -> None:
-    own = evaluate_run(run, runs=1, baselines=False)
-    assert own["network"] == configs.as_dict(NetworkConfig(width=8, depth=2))
-    assert evaluate_run(run, runs=1, baselines=False, network=NetworkConfig(width=8, depth=2)) == own
-    others = [NetworkConfig(network="mlp"), NetworkConfig(width=4, depth=1)]
-    records = [own, *(evaluate_run(run, runs=1, baselines=False, network=other) for other in others)]
-    assert [evaluate_run(run, runs=1, baselines=False, network=other) for other in [None, *others]] == records
-    assert len(list(run.glob("evaluation-*.json"))) == 3
-    identity = {key: own[key] for key in ("synthetic_sha256", "seed", "evaluation")}
-    assert (run / f"evaluation-{configs.config_hash(identity)}.json").exists()  # as records were named from the start
+    one()
+    assert len(list(run.glob("evaluation-*.json"))) == 5
 
 
 def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monkeypatch) -> None:
@@ -237,11 +187,12 @@ def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monke
     seen = {}
     train = train_network
 
-    def spy(network, fetch, size, **options):
+    def spy(network, fetch, size, config, strategy, compute, rate, **which):
         assert network.shapes["1.weight"] == (128, 64)
         inputs, labels = fetch(torch.arange(size))
-        seen.setdefault(size, []).append((inputs, labels, options))
-        return train(network, fetch, size, **options)
+        how = (config.evaluation_epochs, config.evaluation_batch, strategy, rate)
+        seen.setdefault(size, []).append((inputs, labels, how, which["seed"]))
+        return train(network, fetch, size, config, strategy, compute, rate, **which)
 
     monkeypatch.setattr(evaluate, "train_network", spy)
     evaluate_run(run, runs=2, network=NetworkConfig(network="mlp"))
@@ -249,15 +200,14 @@ def test_baselines_train_on_real_images_under_the_same_protocol(run: Path, monke
     assert len(few) == 2
     assert not torch.equal(few[0][0], few[1][0])
     train_rows = {row.numpy().tobytes() for row in preprocessing(digits.split[0].images)}
-    for seed, (inputs, labels, options) in enumerate(few):
+    for seed, (inputs, labels, *how) in enumerate(few):
         assert labels.tolist() == [label for label in range(10) for _ in range(2)]
         assert {row.numpy().tobytes() for row in inputs} <= train_rows
-        assert (options["learning_rate"], options["epochs"], options["batch_size"]) == (0.01, 5, 256)
-        assert (options["strategy"], options["seed"]) == ("crop_scale_rotate", seed)
-    for inputs, labels, options in seen[len(digits.train.labels)]:
+        assert how == [(5, 256, "crop_scale_rotate", 0.01), seed]
+    for inputs, labels, how, _ in seen[len(digits.train.labels)]:
         assert torch.equal(inputs, preprocessing(digits.train.images))
         assert torch.equal(labels, digits.train.labels)
-        assert (options["learning_rate"], options["epochs"]) == (0.01, 1)  # 5 steps: one epoch has 6
+        assert how == (1, 256, "crop_scale_rotate", 0.01)  # 5 steps: one epoch has 6
 
 
 def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
@@ -270,15 +220,3 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
     files.write_json(run / "config.json", {})
     with pytest.raises(UserError, match=r"config\.json is not a distillation's configuration \(KeyError\('.*'\)\)\.$"):
         evaluate_run(run)
-
-
-def test_an_evaluation_at_which_other_work_is_is_refused(run: Path) -> None:
-    one = partial(evaluate_run, run, runs=1, baselines=False)
-    one()
-    (record,) = run.glob("evaluation-*.json")
-    with locked(run / f".{record.stem}.lock"):
-        with pytest.raises(UserError, match=rf"run is in use: other work holds \.{record.stem}\.lock; wait"):
-            evaluate_run(run, runs=2, baselines=False)
-        assert len(one()["accuracies"]["synthetic"]) == 1  # nothing is missing
-        one(seed=9)  # another record
-    assert len(evaluate_run(run, runs=2, baselines=False)["accuracies"]["synthetic"]) == 2

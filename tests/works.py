@@ -96,7 +96,7 @@ class Kind(NamedTuple):
     """Attributes of modules that have other values, so that more is saved."""
 
 
-EVERY_EPOCH = {"cddlib.experts.expert.UNFINISHED_SECONDS": 0.0}
+EVERY_EPOCH = {"cddlib.experts.train.UNFINISHED_SECONDS": 0.0}
 BATCHES = {"cddlib.data.download._BATCH": 16}
 BUFFER = "buffer --width 8 --momentum 0.9"
 EXPERTS = "--width 8 --window-end 4 --student-steps 2 --evaluation-epochs 2 --buffer {room}/buffer"

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,75 +61,55 @@ class State:
         """Iterations done."""
         return self.progress.iteration
 
-    def relabel(self, logits: Tensor, rows: Tensor) -> None:
-        """Give the images at `rows` the label that `logits` say; the set has label logits."""
-        assert self.synthetic.label_logits is not None
-        with torch.no_grad():
-            self.synthetic.label_logits[rows] = logits[rows]
-
     def consider(self, candidate: SyntheticSet, accuracy: float) -> None:
         """Keep `candidate` if it is the best so far."""
         if self.best is None or accuracy > self.progress.best_accuracy:
             self.best = candidate
             self.progress.best_iteration, self.progress.best_accuracy = self.iteration, accuracy
 
-    def report(self, loss: float) -> dict[str, str]:
-        """What the progress bar shows."""
-        words = {"loss": f"{loss:.3f}"}
-        if self.best is not None:
-            words["best"] = f"{self.progress.best_accuracy:.1%}"
-        if self.progress.above_in_a_row:
-            words["above the guard"] = str(self.progress.above_in_a_row)
-        return words
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the state by name."""
+        best = {} if self.best is None else self.best.variable_tensors()
+        named = self.synthetic.variable_tensors() | self.optimizer.tensors
+        return named | {f"best.{name}": tensor for name, tensor in best.items()}
 
     def save(self, folder: Path, *, milestone: bool = False) -> None:
         """Write the checkpoint of a run's folder; of a `milestone`, a copy that stays when the next one replaces it."""
-        best = {} if self.best is None else self.best.variable_tensors()
-        tensors = self.synthetic.variable_tensors() | self.optimizer.tensors()
-        tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
         header = dataclasses.asdict(self.progress)
         if milestone:  # first: a process that is killed between the two comes here again
-            write_tensors(milestone_path(folder, self.iteration), tensors, "state", header)
-        write_tensors(folder / CHECKPOINT, tensors, "state", header)
+            write_tensors(milestone_path(folder, self.iteration), self.tensors(), "state", header)
+        write_tensors(folder / CHECKPOINT, self.tensors(), "state", header)
         self.saved_at = self.iteration
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint of a run's folder, or from the last milestone if it was deleted."""
-        kept = milestones(folder)[::-1]
-        paths = [path for path in (folder / CHECKPOINT, *(milestone_path(folder, i) for i in kept)) if path.exists()]
-        if not paths:
-            return
+        kept = {milestone_path(folder, iteration): f"iteration {iteration}" for iteration in milestones(folder)[::-1]}
+        paths = [path for path in (folder / CHECKPOINT, *kept) if path.exists()]
         try:
-            self.read(paths[0])
+            for path in paths[:1]:
+                self.read(path)
         except UserError as error:
-            place = [*(f"iteration {iteration}" for iteration in kept), "the start"][-len(paths)]
-            raise UserError(f"{error} Delete it to go on from {place}.") from None
+            earlier = [*(kept[path] for path in paths[1:]), "the start"][0]
+            raise UserError(f"{error} Delete it to go on from {earlier}.") from None
 
     def read(self, path: Path) -> None:
         """Continue from the state in a checkpoint or milestone; raises `UserError` if it is damaged or foreign."""
-        tensors, header = read_tensors(path, "state")
+        found, header = read_tensors(path, "state")
         with as_user_error(path, "a checkpoint"):
             self.progress = from_dict(Progress, header)
-        variables = self.synthetic.variable_tensors()
-        has_best = any(name.startswith("best.") for name in tensors)
-        best = {f"best.{name}": variable for name, variable in variables.items() if has_best}
-        self._check(path, tensors, variables | self.optimizer.expected(set(tensors)) | best)
-        with torch.no_grad():
-            for name, variable in variables.items():
-                variable.copy_(tensors[name])
-        self.optimizer.load(tensors)
-        if best:
-            copies: dict[str, Any] = {name: tensors[f"best.{name}"].to(old.device) for name, old in variables.items()}
-            self.best = dataclasses.replace(self.synthetic, **copies)
-        self.saved_at = self.iteration
-
-    @staticmethod
-    def _check(path: Path, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-        """Raise `UserError` unless `tensors` are of the types and shapes that are expected."""
-        for name in sorted(expected.keys() | tensors.keys()):
-            found, wanted = (
+        if any(name.startswith("best.") for name in found):
+            self.best = self.synthetic.copy()
+        state = self.tensors()
+        for name in sorted(state.keys() | found.keys()):
+            if name not in found and name.startswith("momentum."):
+                continue  # of a file of before the first step, or of an older version
+            is_, wanted = (
                 f"{str(of[name].dtype).removeprefix('torch.')}{list(of[name].shape)}" if name in of else "missing"
-                for of in (tensors, expected)
+                for of in (found, state)
             )
-            if found != wanted:
-                raise UserError(f"{path} is a checkpoint of another run: {name} is {found}, not {wanted}.")
+            if is_ != wanted:
+                raise UserError(f"{path} is a checkpoint of another run: {name} is {is_}, not {wanted}.")
+        with torch.no_grad():
+            for name, tensor in found.items():
+                state[name].copy_(tensor)
+        self.saved_at = self.iteration

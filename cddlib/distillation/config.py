@@ -9,12 +9,12 @@ from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig
 from cddlib.distillation.consolidation import ConsolidateConfig
 from cddlib.distillation.optimizer import OptimizerConfig
-from cddlib.evaluate import EvaluateConfig
 from cddlib.experts.buffer import Buffer
 from cddlib.matching.combine import CombineConfig
 from cddlib.matching.segments import SegmentsConfig
 from cddlib.matching.student import MatchingConfig
 from cddlib.networks.convnet import NetworkConfig
+from cddlib.protocol import EvaluateConfig
 from cddlib.runtime.config import as_dict, replace
 from cddlib.runtime.errors import UserError, require
 from cddlib.synthetic import SyntheticConfig

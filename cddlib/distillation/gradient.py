@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
-from cddlib.matching.combine import fixed_weights, gramian, weighted_sum, weights
+from cddlib.matching.combine import fixed_weights, gramian, weights
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.segments import Segment, active_subset, draw_matched
 from cddlib.matching.student import StudentStep, plan_student, segment_chunks
@@ -51,14 +51,15 @@ def concurrent_gradient(
             sums[0 if fixed else k] += fixed[k] * gradient if fixed else gradient
     ranks.sum(sums, losses, norms)
 
-    gradients, each = [_by_variable(row, variables) for row in sums], losses.tolist()
-    used = fixed
+    sizes, each = [variable.numel() for variable in variables], losses.tolist()
+    combined, used = sums[0], fixed
     if used is None:
-        products = gramian(gradients, config.optimizer.rates(synthetic))
+        products = gramian([row.split(sizes) for row in sums], config.optimizer.rates(synthetic))
         used = weights(config.combination, products, each, anchor, rng)
-        gradients = [weighted_sum(gradients, used)]
+        combined = (sums.new_tensor(used)[:, None] * sums).sum(0)
     averaged = used if config.combination.combine == "mean" else [1 / len(each)] * len(each)
-    return gradients[0], {
+    parts = combined.split(sizes)
+    return [part.view_as(variable) for part, variable in zip(parts, variables, strict=True)], {
         "loss": sum(weight * loss for weight, loss in zip(averaged, each, strict=True)),
         "losses": each,
         "gradient_norms": norms.tolist(),
@@ -100,12 +101,6 @@ def _segment_gradients(
     )
     gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=taught, materialize_grads=taught)
     return losses.detach(), torch.cat([gradient.reshape(len(matched), -1) for gradient in gradients], 1)
-
-
-def _by_variable(vector: Tensor, variables: list[Tensor]) -> list[Tensor]:
-    """A gradient in one vector, cut into the variables' shapes."""
-    parts = vector.split([variable.numel() for variable in variables])
-    return [part.view_as(variable) for part, variable in zip(parts, variables, strict=True)]
 
 
 def teacher_logits(

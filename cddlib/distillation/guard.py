@@ -55,16 +55,12 @@ def check_finite(state: State, name: str, value: Any) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
-        raise beyond_measure(state, f"{name} is not finite") from None
-
-
-def beyond_measure(state: State, what: str) -> Diverged:
-    """What stops a run whose set can no longer be measured, or never could."""
-    saved = f"the checkpoint holds iteration {state.saved_at}; " if state.iteration else ""
-    return Diverged(
-        f"iteration {state.iteration}: {what}, at the step size {state.synthetic.step_size.item():g}; {saved}start "
-        f"again in another folder with a lower --step-size, --lr-step-size or --lr-images."
-    )
+        now, step = state.iteration, float(state.synthetic.step_size)
+        saved = f"the checkpoint holds iteration {state.saved_at}; " if now else ""
+        raise Diverged(
+            f"iteration {now}: {name} is not finite, at the step size {step:g}; {saved}start again in another "
+            f"folder with a lower --step-size, --lr-step-size or --lr-images."
+        ) from None
 
 
 def _iteration(state: State, record: dict[str, Any]) -> str:

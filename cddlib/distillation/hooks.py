@@ -46,13 +46,24 @@ class Hook(Protocol):
         """Values, as JSON, that join the iteration's line of metrics; numbers that are not finite stop the run."""
 
 
+_WRITERS: dict[Path, Any] = {}
+"""The event file of the run that was watched last; events of iterations that it does again are taken back."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorBoard:
     """Writes each number of the metrics, and the synthetic images at each validation, into `RUN/tensorboard`."""
 
     def after_iteration(self, run: Run) -> dict[str, Any]:
         """See `Hook`; it adds nothing to the metrics."""
-        writer = _writer(run)
+        if _WRITERS.keys() != {run.folder}:
+            with needing("the hook TensorBoard", "tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+            for earlier in _WRITERS.values():
+                earlier.close()
+            _WRITERS.clear()
+            _WRITERS[run.folder] = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.iteration)
+        writer = _WRITERS[run.folder]
         for name, value in run.metrics.items():
             for index, number in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(number, (int, float)) and name != "iteration":
@@ -61,20 +72,3 @@ class TensorBoard:
             writer.add_images("synthetic set", run.synthetic.pictures(), run.iteration)
         writer.flush()
         return {}
-
-
-_WRITERS: dict[Path, Any] = {}
-"""The event file of the run that was watched last."""
-
-
-def _writer(run: Run) -> Any:
-    """The event file of a run; events of iterations that it does again are taken back."""
-    folder = run.folder / "tensorboard"
-    if folder not in _WRITERS:
-        with needing("the hook TensorBoard", "tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-        for earlier in _WRITERS.values():
-            earlier.close()
-        _WRITERS.clear()
-        _WRITERS[folder] = SummaryWriter(str(folder), purge_step=run.iteration)
-    return _WRITERS[folder]

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from cddlib.data.dataset import Dataset, Images, load
-from cddlib.distillation.checkpoint import CHECKPOINT, State
+from cddlib.distillation.checkpoint import State
 from cddlib.distillation.config import DistillConfig, check_buffer, with_compilation
 from cddlib.distillation.gradient import concurrent_gradient, teacher_logits
-from cddlib.distillation.guard import beyond_measure, check_finite, check_losses, check_set
+from cddlib.distillation.guard import check_finite, check_losses, check_set
 from cddlib.distillation.hooks import Hook, Run
 from cddlib.evaluate import accuracy_of_set
 from cddlib.experts.buffer import PREPROCESSING, Buffer
@@ -85,7 +85,7 @@ def distill(
     state = initial_state(config, dataset, buffer, dev)
     with at_work(out / ".lock", "the iteration") as ranks:
         _refuse_other_run(out, identity)  # other work may have begun it just now
-        return Distillation(config, buffer, dataset, out, state, hooks, ranks).run(identity)
+        return Distillation(config, buffer, dataset.split[1].to(dev), out, state, hooks, ranks).run(identity)
 
 
 def _refuse_other_run(out: Path, identity: dict[str, Any]) -> None:
@@ -100,43 +100,40 @@ def initial_state(config: DistillConfig, dataset: Dataset, buffer: Buffer, devic
     return State(config, dataclasses.replace(initial, subsets=config.schedule.subsets))
 
 
+@dataclasses.dataclass
 class Distillation:
-    """A run at work in its folder."""
+    """A run at work in its folder. Its `state` is that before the first iteration, or of the folder's checkpoint."""
 
-    def __init__(
-        self,
-        config: DistillConfig,
-        buffer: Buffer,
-        dataset: Dataset,
-        folder: Path,
-        state: State,
-        hooks: Sequence[Hook],
-        ranks: Ranks,
-    ) -> None:
-        """Of a `state` before the first iteration; `run` goes on from the folder's checkpoint."""
-        self.config, self.buffer, self.folder, self.state = config, buffer, folder, state
-        self.hooks, self.ranks = hooks, ranks
-        self.device = state.synthetic.images.device
-        self.validation = dataset.split[1].to(self.device)
+    config: DistillConfig
+    buffer: Buffer
+    validation: Images
+    folder: Path
+    state: State
+    hooks: Sequence[Hook]
+    ranks: Ranks
 
     def run(self, identity: dict[str, Any]) -> SyntheticSet:
         """Go on from the checkpoint to the end, and return the selected set."""
         state, ranks, iterations = self.state, self.ranks, self.config.schedule.iterations
         state.restore(self.folder)
         ranks.agree(state.iteration, f"the iteration of the checkpoint in {self.folder}")  # nobody has written yet
-        metrics = self._open(identity) if ranks.first else None
-        recorder = Recorder(self.device, elapsed=state.progress.seconds)
+        metrics, progress, device = None, state.progress, state.synthetic.images.device
+        if ranks.first:
+            write_json(self.folder / "config.json", identity)
+            metrics = Metrics(self.folder / "metrics.jsonl", resume_at=progress.iteration, digest=progress.metrics)
+        recorder = Recorder(device, elapsed=progress.seconds)
         name = f"{self.config.method} K={self.config.schedule.segments}"
         bar = ranks.progress(total=iterations, initial=max(0, state.iteration), desc=name, unit="it")
         try:
             if state.iteration < 0:
-                state.progress.iteration = 0
+                progress.iteration = 0
                 self._record({"iteration": 0}, metrics, recorder)
             while state.iteration < iterations:
                 line = iterate(state, self.config, self.buffer, ranks)
                 self._record(line, metrics, recorder)
                 bar.update()
-                bar.set_postfix(state.report(line["loss"]))
+                best = {"best": f"{progress.best_accuracy:.1%}"} if state.best else {}
+                bar.set_postfix(loss=f"{line['loss']:.3f}", **best)
                 if ranks.stopping and state.iteration < iterations:
                     ranks.stop(f"stopped after iteration {state.iteration}, which is saved")
         except Diverged as error:
@@ -151,34 +148,24 @@ class Distillation:
         if ranks.first:
             self._finish(recorder)
         ranks.wait()
-        return SyntheticSet.load(self.folder / "synthetic.safetensors").to(self.device)
-
-    def _open(self, identity: dict[str, Any]) -> Metrics:
-        """Have the folder's files agree with the state."""
-        write_json(self.folder / "config.json", identity)
-        progress = self.state.progress
-        metrics = Metrics(self.folder / "metrics.jsonl", resume_at=progress.iteration, digest=progress.metrics)
-        if progress.iteration >= 0 and not (self.folder / CHECKPOINT).exists():  # it goes on from a milestone
-            self.state.save(self.folder)
-        return metrics
+        return SyntheticSet.load(self.folder / "synthetic.safetensors").to(device)
 
     def _record(self, line: dict[str, Any], metrics: Metrics | None, recorder: Recorder) -> None:
         """Measure what is due after an iteration, write its line, and save a checkpoint where one is due."""
-        number, iterations, every = self.state.iteration, self.config.schedule.iterations, self.config.validate_every
-        if every and (number % every == 0 or number == iterations):
+        config, number, parts = self.config, self.state.iteration, self.config.milestones
+        run = Run(config, self.buffer, self.folder, number, self.state.synthetic, line)
+        if run.due(config.validate_every):
             line["validation_accuracy"] = self._validate()
         if metrics is None:
             return
-        run = Run(self.config, self.buffer, self.folder, number, self.state.synthetic, line)
         for hook in self.hooks:
             measured = hook.after_iteration(run)
             for name, value in measured.items():
                 check_finite(self.state, name, value)
             line |= measured
         metrics.write(line)
-        milestone = number in _milestones(self.config)
-        due = number % self.config.checkpoint_every == 0 or number == iterations or "validation_accuracy" in line
-        if due or milestone or self.ranks.stopping:
+        milestone = number in {part * config.schedule.iterations // parts for part in range(parts)}
+        if milestone or run.due(config.checkpoint_every) or "validation_accuracy" in line or self.ranks.stopping:
             self.state.progress.metrics = metrics.sync()
             self.state.progress.seconds = recorder.seconds()
             self.state.save(self.folder, milestone=milestone)
@@ -190,8 +177,7 @@ class Distillation:
         for number in self.ranks.portion(range(self.config.validation_runs)):
             accuracies[number] = validation_accuracy(candidate, self.config, self.buffer, self.validation, number)
         self.ranks.sum(accuracies)
-        if not bool(accuracies.isfinite().all()):
-            raise beyond_measure(self.state, "a network that was trained on the set for validation diverged")
+        check_finite(self.state, "validation_accuracy", accuracies.tolist())
         self.state.consider(candidate, statistics.fmean(accuracies.tolist()))
         return accuracies.tolist()
 
@@ -223,11 +209,6 @@ class Distillation:
         return iteration
 
 
-def _milestones(config: DistillConfig) -> set[int]:
-    """Iterations whose checkpoint is kept: 0, and as many more as make parts of equal length."""
-    return {part * config.schedule.iterations // config.milestones for part in range(config.milestones)}
-
-
 def validation_accuracy(
     synthetic: SyntheticSet, config: DistillConfig, buffer: Buffer, validation: Images, number: int
 ) -> float:
@@ -251,7 +232,8 @@ def iterate(state: State, config: DistillConfig, buffer: Buffer, ranks: Ranks) -
         if config.synthetic.labels == "teacher":
             expert, start = record["matched"][record["anchor"]]
             target = start + config.schedule.expert_epochs
-            state.relabel(teacher_logits(buffer, state.synthetic, expert, target), rows)
+            labels = teacher_logits(buffer, state.synthetic, expert, target)
+            state.synthetic.variable_tensors()["label_logits"][rows] = labels[rows]
         state.optimizer.step(gradients, rows, number)
     check_set(state, config, record)
     state.progress.iteration = number

@@ -18,19 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.data.augment import AugmentConfig
-from cddlib.data.dataset import DataConfig, Dataset
+from cddlib.data.dataset import Dataset
 from cddlib.data.preprocessing import Preprocessing, preprocessing_from
-from cddlib.networks.convnet import Network, NetworkConfig, unflatten
+from cddlib.experts.config import BufferConfig
+from cddlib.networks.convnet import Network, unflatten
 from cddlib.networks.zoo import build_network
-from cddlib.runtime.config import config_hash, from_dict
-from cddlib.runtime.errors import Diverged, UserError, as_user_error, require
+from cddlib.runtime.config import as_dict, config_hash, from_dict
+from cddlib.runtime.errors import Diverged, UserError, as_user_error
 from cddlib.runtime.files import open_tensors, read_header, read_json, read_tensors, tensor_digest, write_tensors
 
 PREPROCESSING = "preprocessing.safetensors"
 DIFFICULTY = "difficulty.safetensors"
-LARGEST = 100_000
-"""Experts, and epochs of an expert, that a buffer can have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,43 +41,11 @@ class _Data:
     classes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Experts:
-    """What every buffer's configuration says of its experts; newer buffers say more."""
-
-    experts: int
-    epochs: int
-    holdout: bool
-    augmentation: AugmentConfig
-    data: DataConfig
-    network: NetworkConfig
-
-    def __post_init__(self) -> None:
-        require(1, most=LARGEST, experts=self.experts, epochs=self.epochs)
-
-
-def read_manifest(folder: Path) -> tuple[dict[str, Any], Network]:
-    """What `buffer.json` in `folder` says, checked, and the network that it describes.
-
-    Raises:
-        UserError: it is missing, damaged, or does not describe a buffer.
-    """
-    path = folder / "buffer.json"
-    manifest = read_json(path)
-    with as_user_error(path, "a buffer's description"):
-        experts = manifest["experts"]
-        if not isinstance(experts, list) or not all(isinstance(expert, dict) for expert in experts):
-            raise TypeError("experts is not a list of records")
-        network, data = from_dict(_Experts, manifest["config"]).network, from_dict(_Data, manifest["data"])
-        return manifest, build_network(network, data.shape, data.classes)
-
-
 def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
     """The map from pixels to network input that the experts in `folder` see, for images of `shape`."""
-    try:
-        return preprocessing_from(read_tensors(folder / PREPROCESSING, "preprocessing")[0], shape)
-    except TypeError as error:
-        raise UserError(f"{folder / PREPROCESSING} holds no preprocessing ({error}).") from None
+    path = folder / PREPROCESSING
+    with as_user_error(path, "a map from pixels to network input"):
+        return preprocessing_from(read_tensors(path, "preprocessing")[0], shape)
 
 
 def expert_path(folder: Path, expert: int) -> Path:
@@ -102,27 +68,27 @@ def write_trajectory(
 class Buffer:
     """The trajectories in a folder. Opening it reads only `buffer.json` and the preprocessing."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open the buffer in `folder`.
+    def __init__(self, folder: Path, *, convex: bool = False) -> None:
+        """Open the buffer in `folder`; with `convex`, its trajectories are straightened, see `convexified`.
 
         Raises:
             UserError: no buffer there, a damaged one, or one whose experts are not all trained.
         """
         if not (folder / "buffer.json").exists():
             raise UserError(f"{folder} holds no buffer; train one with `cddlib buffer --out {folder}`.")
-        self.folder = folder
-        manifest, self.network = read_manifest(folder)
-        self.config: dict[str, Any] = manifest["config"]
-        self.data: dict[str, Any] = manifest["data"]
-        self.experts: list[dict[str, Any]] = manifest["experts"]
-        self.epochs: int = self.config["epochs"]
-        wanted = self.config["experts"]
-        if len(self.experts) < wanted:
-            raise UserError(
-                f"{folder} holds {len(self.experts)} of {wanted} experts; run the same `cddlib buffer` again to finish."
-            )
+        self.folder, self.convex, manifest = folder, convex, read_json(folder / "buffer.json")
+        with as_user_error(folder / "buffer.json", "a buffer's description"):
+            self.config: dict[str, Any] = {**as_dict(BufferConfig()), **manifest["config"]}  # older ones say less
+            self.data: dict[str, Any] = manifest["data"]
+            self.experts: list[dict[str, Any]] = list(map(dict, manifest["experts"]))
+            network, data = from_dict(BufferConfig, self.config).network, from_dict(_Data, self.data)
+            self.network = build_network(network, data.shape, data.classes)
+            self.epochs: int = self.config["epochs"]
+        if len(self.experts) < self.config["experts"]:
+            raise UserError(f"{folder} lacks some of its experts; run the same `cddlib buffer` again to finish.")
         self.id = config_hash(manifest)
         self._files: dict[int, tuple[Any, list[str]]] = {}
+        self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
         self._on_gpu: dict[tuple[int, int | float], Float[Tensor, " p"]] = {}
 
     @functools.cached_property
@@ -133,25 +99,48 @@ class Buffer:
 
     def check_data(self, dataset: Dataset) -> None:
         """Raise `UserError` unless the experts were trained on `dataset`."""
-        if self.data["name"] != dataset.name:
-            raise UserError(f"{self.folder} holds experts of {self.data['name']}, not of {dataset.name}.")
-        if self.data["fingerprint"] != dataset.fingerprint:
-            raise UserError(
-                f"{self.folder} holds experts of another version of {dataset.name}: its fingerprint is "
-                f"{self.data['fingerprint']}, this one's {dataset.fingerprint}."
-            )
+        theirs, this = f"{self.data['name']} ({self.data['fingerprint']})", f"{dataset.name} ({dataset.fingerprint})"
+        if theirs != this:
+            raise UserError(f"{self.folder} holds experts of {theirs}, not of {this}.")
 
     def check_expert(self, name: str, expert: int) -> None:
         """Raise `UserError` unless there is an expert of the number that the field `name` gives."""
         if not 0 <= expert < len(self.experts):
             raise UserError(f"{name} is {expert}, but {self.folder} holds experts 0 to {len(self.experts) - 1}.")
 
-    def convexified(self) -> "ConvexBuffer":
-        """The same experts, each on a straight line from its first parameters to its last (MCT)."""
-        return ConvexBuffer(self.folder)
+    def convexified(self) -> "Buffer":
+        """The same experts with trajectories straightened as MCT does (Zhong et al. 2025).
+
+        There is a point for every real epoch t from 0 to T: θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each
+        tensor of the network, the fraction of its way that the expert has gone by t: the length of its steps up to
+        there over the length of all, linear between epochs.
+        """
+        return Buffer(self.folder, convex=True)
 
     def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
         """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convexified`."""
+        if not self.convex or not 0 <= epoch <= self.epochs:
+            return self._stored(expert, epoch)
+        if expert not in self._fractions:
+            self._fractions[expert] = self._travelled(expert)
+        before = min(int(epoch), self.epochs - 1)
+        earlier, later = self._fractions[expert][before : before + 2]
+        fractions = earlier.lerp(later, epoch - before).repeat_interleave(torch.tensor(self._sizes()))
+        first, last = (self._stored(expert, end) for end in (0, self.epochs))
+        return first + fractions * (last - first)
+
+    def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
+        """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
+        path = torch.stack([self._stored(expert, epoch) for epoch in range(self.epochs + 1)])
+        steps = torch.stack([tensor.norm(dim=1) for tensor in path.diff(dim=0).split(self._sizes(), dim=1)], 1)
+        way = torch.cat([torch.zeros_like(steps[:1]), steps.cumsum(0)])
+        return torch.where(way[-1] > 0, way / way[-1], 1.0)
+
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) for shape in self.network.shapes.values()]
+
+    def _stored(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
+        """θ*_epoch as its file has it."""
         path = expert_path(self.folder, expert)
         if expert not in self._files:
             self._files[expert] = self._open(expert, path)
@@ -179,62 +168,19 @@ class Buffer:
     def _open(self, expert: int, path: Path) -> tuple[Any, list[str]]:
         """The expert's file, and the digests of its vectors; refuses a file that `buffer.json` does not describe."""
         file = open_tensors(path)
-        header, held = read_header(file, path, "expert"), set(file.keys())
+        header, known = read_header(file, path, "expert"), self.experts[expert]
         record, vectors = header.get("record"), header.get("vectors")
-        known = self.experts[expert]
         if not isinstance(record, dict) or any(known.get(key) != value for key, value in record.items()):
             raise UserError(f"{path} is not the expert that {self.folder / 'buffer.json'} describes.")
-        if not isinstance(vectors, list) or [type(vector) for vector in vectors] != [str] * (self.epochs + 1):
-            raise UserError(f"{path} does not fit buffer.json: it names no digests of {self.epochs + 1} vectors.")
-        for name, shape in self.network.shapes.items():
-            wanted = f"F32{[self.epochs + 1, *shape]}"
-            entry = file.get_slice(name) if name in held else None
-            found = "missing" if entry is None else f"{entry.get_dtype()}{entry.get_shape()}"
-            if found != wanted:
-                raise UserError(f"{path} does not fit buffer.json: {name} is {found:.100}, not {wanted}.")
+        wanted = {name: ("F32", [self.epochs + 1, *shape]) for name, shape in self.network.shapes.items()}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        found = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
+        if found != wanted or not isinstance(vectors, list) or len(vectors) != self.epochs + 1:
+            raise UserError(f"{path} does not fit buffer.json: it has not {self.epochs + 1} vectors of its network.")
         return file, vectors
-
-
-class ConvexBuffer(Buffer):
-    """Trajectories straightened as MCT does (Zhong et al. 2025): a point for every real epoch t from 0 to T.
-
-    θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each tensor of the network, the fraction of its way that the
-    expert has gone by t: the length of its steps up to there over the length of all, linear between epochs.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Open the buffer in `folder`."""
-        super().__init__(folder)
-        self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
-
-    def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
-        """θ(epoch) of `expert`, on the CPU. The first call for an expert reads its whole trajectory once."""
-        if not 0 <= epoch <= self.epochs:
-            return super().parameters(expert, epoch)
-        if expert not in self._fractions:
-            self._fractions[expert] = self._travelled(expert)
-        before = min(int(epoch), self.epochs - 1)
-        earlier, later = self._fractions[expert][before : before + 2]
-        fractions = earlier.lerp(later, epoch - before)
-        sizes = torch.tensor([math.prod(shape) for shape in self.network.shapes.values()])
-        first, last = (Buffer.parameters(self, expert, end) for end in (0, self.epochs))
-        return first + fractions.repeat_interleave(sizes) * (last - first)
-
-    def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
-        """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
-        here = Buffer.parameters(self, expert, 0)
-        steps = torch.zeros(self.epochs + 1, len(self.network.shapes))
-        for epoch in range(1, self.epochs + 1):
-            there = Buffer.parameters(self, expert, epoch)
-            steps[epoch] = torch.stack([piece.norm() for piece in unflatten(self.network, there - here).values()])
-            here = there
-        total = steps.sum(0)
-        return torch.where(total > 0, steps.cumsum(0) / total, 1.0)
 
 
 def read_expert_record(path: Path) -> dict[str, Any]:
     """The `record` that `write_trajectory` was given."""
-    record = read_header(open_tensors(path), path, "expert").get("record")
-    if not isinstance(record, dict):
-        raise UserError(f"{path} holds no record of an expert.")
+    record: dict[str, Any] = read_header(open_tensors(path), path, "expert")["record"]
     return record

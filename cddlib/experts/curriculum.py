@@ -68,13 +68,7 @@ class CurriculumConfig:
 
 
 def difficulty(
-    network: Network,
-    train: Images,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    learning_rate: float,
-    strategy: str,
+    network: Network, train: Images, preprocessing: Preprocessing, batch_size: int, learning_rate: float, strategy: str
 ) -> Float[Tensor, " n"]:
     """EL2N of every training image: its mean over `SCORERS` networks trained for `SCORER_EPOCHS` epochs.
 

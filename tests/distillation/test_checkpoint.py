@@ -1,6 +1,5 @@
 """Checkpoints and milestones: what they hold, what damage costs, and that nothing is lost before it is replaced."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,36 +27,6 @@ def whole(config: DistillConfig, buffer: Buffer, tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("checkpoint") / "whole"
     distill(config, buffer, folder)
     return folder
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        "config.json",
-        "metrics.jsonl",
-        "checkpoint.safetensors",
-        "milestone-000000.safetensors",
-        "milestone-000003.safetensors",
-        "synthetic.safetensors",
-        "result.json",
-    ],
-)
-def test_interrupted_before_any_file_it_gives_the_same(
-    buffer: Buffer, config: DistillConfig, whole: Path, tmp_path: Path, monkeypatch, file: str
-) -> None:
-    rename = os.replace
-
-    def interrupted(source: Path, target: Path) -> None:
-        if target.name == file:
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            distill(config, buffer, tmp_path)
-    distill(config, buffer, tmp_path)
-    assert outcome(tmp_path) == outcome(whole)
 
 
 @pytest.mark.parametrize(

@@ -1,44 +1,55 @@
 """Configurations that are impossible, and buffers that do not fit, are refused before anything is written."""
 
+import math
 from pathlib import Path
 
 import pytest
 from running import CPU, distill
 
+import cddlib
 from cddlib.distillation.config import with_compilation
 from cddlib.experts.buffer import Buffer
-from cddlib.runtime.config import replace
+from cddlib.runtime.config import flat, replace
 from cddlib.runtime.errors import UserError
 
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"iterations": 0}, "iterations is 0; it must be at least 1."),
-        ({"validation_runs": 0}, "validation_runs is 0; it must be at least 1."),
-        ({"milestones": -1}, "milestones is -1; it must be at least 0."),
-        ({"concurrent_experts": 0}, "concurrent_experts is 0; it must be at least 1."),
-        (
-            {"concurrent_experts": 2, "expert": 1},
-            "expert is 1 and concurrent_experts is 2; leave one of them out.",
-        ),
-        ({"dropped_fraction": 1.0}, "dropped_fraction is 1.0; it must be at least 0 and below 1."),
-        ({"ipc": 1, "subsets": 2}, "ipc is 1; 2 subsets need at least 2 images a class."),
-        ({"lr_images": -1.0}, "lr_images is -1.0; it must be at least 0 and below inf."),
-        ({"momentum_labels": 1.0}, "momentum_labels is 1.0; it must be at least 0 and below 1."),
-        ({"ema": 1.0}, "ema is 1.0; it must lie between 0 and 1."),
-        ({"consolidation_strength": 0.0}, "consolidation_strength is 0.0; it must be a finite number above 0."),
-        (
-            {"consolidation_strength": float("nan")},
-            "consolidation_strength is nan; it must be a finite number above 0.",
-        ),
-        ({"consolidate_every": 0}, "consolidate_every is 0; it must be at least 1."),
+REFUSED = {
+    "it must be at least 1.": [
+        *(("experts", 0), ("epochs", 0), ("batch_size", 0), ("all_from_epoch", 0), ("ipc", 0), ("iterations", 0)),
+        *(("concurrent_experts", 0), ("validation_runs", 0), ("consolidate_every", 0), ("evaluation_batch", 0)),
     ],
-)
-def test_impossible_distillations_are_refused(recipe, wrong: dict[str, object], message: str) -> None:
+    "it must be at least 1 and at most 100000.": [("evaluation_epochs", 0), ("evaluation_epochs", 100_001)],
+    "it must be at least 0.": [("milestones", -1)],
+    "it must be at least 0 and below 1.": [("momentum", -1.0), ("momentum_labels", 1.0), ("dropped_fraction", 1.0)],
+    "it must be at least 0 and below inf.": [("weight_decay", -1.0), ("lr_images", -1.0)],
+    "it must be positive.": [("learning_rate", 0.0), ("learning_rate", math.nan), ("step_size", math.nan)],
+    "it must lie between 0 and 1.": [("ema", 1.0)],
+    "it must lie above 0 and not above 1.": [("easiest_fraction", 0.0), ("easiest_fraction", 1.1)],
+    "it must be a finite number above 0.": [("consolidation_strength", 0.0), ("consolidation_strength", math.nan)],
+    "it must be a finite number, 0 or more.": [("sharpness_radius", -1.0)],
+    "2 subsets need at least 2 images a class.": [("ipc", 1)],
+    "epochs must be ascending, each once, and not before all_from_epoch (20).": [
+        ("drop_epochs", epochs) for epochs in ((40, 30), (30, 30), (19, 20))
+    ],
+    "each must be 0 or more and below 1.": [("drop_fractions", (0.5, 1.0))],
+}
+"""Fields and values of a buffer or a distillation, by what is said of them."""
+
+
+@pytest.mark.parametrize(("said", "field", "value"), [(said, *each) for said in REFUSED for each in REFUSED[said]])
+def test_impossible_values_are_refused(recipe, said: str, field: str, value: object) -> None:
+    """In a curriculum of two drops, and with two subsets."""
+    staged = cddlib.buffer_recipe("digits", drop_epochs=(25, 30), drop_fractions=(0.1, 0.2))
+    config = staged if field in flat(staged) else recipe(ipc=2, subsets=2)
     with pytest.raises(UserError) as refused:
-        replace(recipe(), **wrong)
-    assert str(refused.value) == message
+        replace(config, **{field: value})
+    assert str(refused.value) == f"{field} is {value}; {said}"
+
+
+def test_values_that_do_not_go_together_are_refused(recipe) -> None:
+    with pytest.raises(UserError, match=r"^expert is 1 and concurrent_experts is 2; leave one of them out\.$"):
+        recipe(concurrent_experts=2, expert=1)
+    with pytest.raises(UserError, match=r"^drop_fractions has 0 values and drop_epochs 1; each epoch needs a fraction"):
+        cddlib.buffer_recipe("digits", drop_epochs=(30,))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from cddlib.data import augment
 from cddlib.data.dataset import Images
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.experts import curriculum
-from cddlib.experts.curriculum import CurriculumConfig, difficulty, rank_in_class, select
+from cddlib.experts.curriculum import CurriculumConfig, difficulty, rank_in_class
 
 
 @st.composite
@@ -50,23 +50,7 @@ def wanted_bounds(config: CurriculumConfig, epoch: int) -> tuple[float, float]:
 def test_the_schedule_is_pad_s(values: dict[str, Any], epoch: int) -> None:
     config = CurriculumConfig(**values)
     assert config.bounds(epoch) == pytest.approx(wanted_bounds(config, epoch))
-
-
-@pytest.mark.parametrize(
-    ("values", "ranks"),
-    [
-        ({}, False),
-        ({"drop_epochs": (20,), "drop_fractions": (0.0,)}, False),
-        ({"easiest_fraction": 0.9}, True),
-        ({"drop_epochs": (20, 30), "drop_fractions": (0.0, 0.1)}, True),
-    ],
-)
-def test_images_are_ranked_only_where_some_are_left_out(values: dict[str, Any], ranks: bool) -> None:
-    config = CurriculumConfig(**values)
-    assert config.ranks_images is ranks
-    labels = torch.arange(40) % 2
-    ranked = rank_in_class(torch.rand(40, generator=cddlib.generator("ranks")), labels)
-    assert ranks == any(len(select(config, ranked, epoch)) < 40 for epoch in range(60))
+    assert config.ranks_images == any(config.bounds(epoch) != (0, 1) for epoch in range(40))
 
 
 # --- Which ------------------------------------------------------------------------------------------------------
@@ -80,45 +64,6 @@ def test_ranks_count_what_is_easier_in_the_class(images: list[tuple[int, int]]) 
     for i, (label, score) in enumerate(images):
         same = [(s, j) for j, (other, s) in enumerate(images) if other == label]
         assert found[i].item() == pytest.approx(sum(pair < (score, i) for pair in same) / max(1, len(same) - 1))
-
-
-@hypothesis.given(
-    values=configurations(),
-    epoch=st.integers(0, 40),
-    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4),
-    seed=st.integers(0, 100),
-)
-def test_every_class_gives_the_same_share_of_its_easiest(
-    values: dict[str, Any], epoch: int, sizes: list[int], seed: int
-) -> None:
-    config = CurriculumConfig(**values)
-    rng = cddlib.generator("classes", seed)
-    labels = torch.repeat_interleave(torch.tensor(sizes))[torch.randperm(sum(sizes), generator=rng)]
-    scores = torch.rand(len(labels), generator=rng)
-    chosen = select(config, rank_in_class(scores, labels), epoch).tolist()
-    assert chosen == sorted(set(chosen))
-    lower, upper = wanted_bounds(config, epoch)
-    for label, size in enumerate(sizes):
-        members = sorted((i for i in range(len(labels)) if labels[i] == label), key=scores.tolist().__getitem__)
-        places = [place for place, member in enumerate(members) if member in chosen]
-        assert places == list(range(places[0], places[-1] + 1)) if places else True
-        assert abs(len(places) - (upper - lower) * size) < 1 + 1e-4
-        assert places[:1] in ([0], []) if lower == 0 else places[-1:] in ([size - 1], [])
-        assert upper == 0 or lower > 0 or places
-
-
-def test_the_selection_by_hand() -> None:
-    """Ten images of either class; the hardest first."""
-    ranks = rank_in_class(torch.arange(20, 0, -1).float(), torch.arange(20) % 2)
-    config = CurriculumConfig(easiest_fraction=0.5, all_from_epoch=5, drop_epochs=(6, 7), drop_fractions=(0.2, 0.4))
-    seen = [select(config, ranks, epoch).tolist() for epoch in range(10)]
-    for epoch in range(6):
-        assert seen[epoch] == list(range(10 - 2 * epoch, 20))
-    assert seen[6] == list(range(20))
-    assert seen[7] == list(range(16))
-    assert seen[8] == seen[9] == list(range(12))
-    config = CurriculumConfig(all_from_epoch=1, drop_epochs=(1,), drop_fractions=(0.99,))
-    assert select(config, ranks, 2).tolist() == [0, 1]  # every class keeps an image, as in PAD's code
 
 
 # --- How hard ---------------------------------------------------------------------------------------------------
@@ -155,31 +100,3 @@ def test_difficulty_is_el2n(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(wanted) - min(wanted) > 0.1
     again = difficulty(network, train, preprocessing, batch_size=40, learning_rate=0.2, strategy="crop")
     assert torch.equal(again, found)
-
-
-# --- Refused ----------------------------------------------------------------------------------------------------
-
-
-ORDER = "epochs must be ascending, each once, and not before all_from_epoch (20)."
-
-
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"easiest_fraction": 0.0}, "easiest_fraction is 0.0; it must lie above 0 and not above 1."),
-        ({"easiest_fraction": 1.1}, "easiest_fraction is 1.1; it must lie above 0 and not above 1."),
-        ({"all_from_epoch": 0}, "all_from_epoch is 0; it must be at least 1."),
-        ({"drop_epochs": (30,)}, "drop_fractions has 0 values and drop_epochs 1; each epoch needs a fraction."),
-        ({"drop_epochs": (40, 30), "drop_fractions": (0.1, 0.2)}, f"drop_epochs is (40, 30); {ORDER}"),
-        ({"drop_epochs": (30, 30), "drop_fractions": (0.1, 0.2)}, f"drop_epochs is (30, 30); {ORDER}"),
-        ({"drop_epochs": (19,), "drop_fractions": (0.1,)}, f"drop_epochs is (19,); {ORDER}"),
-        (
-            {"drop_epochs": (30,), "drop_fractions": (1.0,)},
-            "drop_fractions is (1.0,); each must be 0 or more and below 1.",
-        ),
-    ],
-)
-def test_impossible_curricula_are_refused(values: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(cddlib.UserError) as refused:
-        CurriculumConfig(**values)
-    assert str(refused.value) == sentence

@@ -49,11 +49,12 @@ from cddbook.records import read_record, write_record  # noqa: E402
 from cddlib.data.augment import CHANGES, AugmentConfig  # noqa: E402
 from cddlib.data.dataset import Images  # noqa: E402
 from cddlib.data.preprocessing import Normalisation  # noqa: E402
-from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set, fetch_synthetic, train_network  # noqa: E402
+from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set  # noqa: E402
 from cddlib.matching import loss as losses  # noqa: E402
 from cddlib.matching import student as students  # noqa: E402
 from cddlib.matching.loss import matching_losses  # noqa: E402
 from cddlib.matching.student import MatchingConfig  # noqa: E402
+from cddlib.protocol import EvaluateConfig, fetch_synthetic, train_network  # noqa: E402
 from cddlib.runtime.config import replace  # noqa: E402
 from cddlib.runtime.device import resolve_device  # noqa: E402
 from cddlib.runtime.distributed import Interrupted, Ranks  # noqa: E402
@@ -392,11 +393,10 @@ def network_epochs(bench: Bench, compute: ComputeConfig) -> Callable[[], object]
     rng = cddlib.generator("network")
     images = torch.randn(CLASSES, 3, bench.sizes.side, bench.sizes.side, generator=rng).to(bench.device)
     targets = torch.eye(CLASSES, device=bench.device)
-    return lambda: train_network(
-        bench.network, fetch_synthetic(images, targets), CLASSES, epochs=bench.sizes.epochs, learning_rate=0.01,
-        batch_size=bench.sizes.batch, strategy=STRATEGY, purpose="speed", seed=0, device=bench.device,
-        compute=compute,
-    )  # fmt: skip
+    config = EvaluateConfig(evaluation_epochs=bench.sizes.epochs, evaluation_batch=bench.sizes.batch)
+    how: dict[str, Any] = {"purpose": "speed", "seed": 0, "device": bench.device}
+    fetch = fetch_synthetic(images, targets)
+    return lambda: train_network(bench.network, fetch, CLASSES, config, STRATEGY, compute, 0.01, **how)
 
 
 def at_once(bench: Bench) -> Iterator[dict[str, Any]]:

@@ -11,14 +11,16 @@ import torch
 import cddlib
 from cddbook.study import settings_by_accuracy
 from cddbook.tables import measured_table, methods_table, plan_table, published_table
-from cddlib.evaluate import accuracy_of_set, train_network
+from cddlib.evaluate import accuracy_of_set
 from cddlib.methods import recipes
 from cddlib.methods.catalogue import METHODS
 from cddlib.methods.recipes import ROWS
+from cddlib.protocol import EvaluateConfig, train_network
 from cddlib.runtime.config import flat
 from cddlib.runtime.random import generator
 from cddlib.synthetic import random_real
 from cddlib.training.epoch import accuracy, fetch_real
+from cddlib.training.step import ComputeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
@@ -35,17 +37,13 @@ def random_accuracy() -> float:
     found = []
     for seed in range(6):
         train = random_real(dataset.split[0], 10, IPC, generator(seed, "random real"))
-        theta = train_network(
-            network,
+        fetch, how = (
             fetch_real(train, preprocessing),
-            len(train.labels),
-            epochs=100,
-            learning_rate=0.05,
-            batch_size=256,
-            strategy="crop_scale_rotate",
-            purpose="evaluation",
-            seed=seed,
-            device=torch.device("cpu"),
+            {"purpose": "evaluation", "seed": seed, "device": torch.device("cpu")},
+        )
+        config = EvaluateConfig(evaluation_epochs=100)
+        theta = train_network(
+            network, fetch, len(train.labels), config, "crop_scale_rotate", ComputeConfig(), 0.05, **how
         )
         found.append(accuracy(network, theta, dataset.split[1], preprocessing))
     return statistics.fmean(found)

@@ -154,7 +154,7 @@ def check_saved(kind: str, folder: Path, found: re.Match[str]) -> None:
 def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
     """It finishes what it is at, says what is saved, and goes on from there as if nothing had been."""
     work, rng, times = works[kind], generator("signal", kind), {signal.SIGINT: 0, signal.SIGTERM: 0}
-    rare = functools.partial(patch, {"cddlib.experts.expert.UNFINISHED_SECONDS": 1e9})  # only because it is asked to
+    rare = functools.partial(patch, {"cddlib.experts.train.UNFINISHED_SECONDS": 1e9})  # only because it is asked to
     while min(times.values()) < repeats(1, 2):
         folder = work.begin()
         for turn in range(100):

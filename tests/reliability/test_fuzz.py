@@ -35,7 +35,7 @@ from torch import Tensor
 
 import cddlib
 from cddbook.__main__ import parse_grid
-from cddlib import cli, evaluate
+from cddlib import cli, evaluate, protocol
 from cddlib.data import dataset as data
 from cddlib.data.dataset import DataConfig
 from cddlib.data.pictures import read_picture
@@ -258,7 +258,7 @@ def checkpoint(folder: Path) -> Loader:
     def read(path: Path) -> Any:
         state = State(REMEDIED, small_set())
         state.read(path)
-        tensors = bits(state.optimizer.tensors())
+        tensors = bits(state.optimizer.tensors)
         return (
             tensors,
             described(state.synthetic),
@@ -526,7 +526,7 @@ def test_lies_in_a_configuration(memory: Path, notes: dict[str, Any], monkeypatc
         told = lie(honest, choice)
         (memory / "config.json").write_text(sealed(told))
         trainer = evaluate.Trainer(memory, None, root=memory, device="cpu")
-        assert trainer.config.evaluation_epochs <= evaluate.MOST_EPOCHS
+        assert trainer.config.evaluation_epochs <= protocol.MOST_EPOCHS
         return told == honest
 
     Tally(notes, "config.json", "lying").run(15, attempt)
@@ -539,7 +539,7 @@ def test_lies_in_the_record_of_an_evaluation(memory: Path, notes: dict[str, Any]
     def attempt(choice: bytes) -> bool:
         told = lie(honest, choice[:5])
         path.write_text(sealed(told))
-        missing = evaluate._missing(path, [("synthetic", 2), ("full", 0)])
+        missing = evaluate._resume(path, [("synthetic", 2), ("full", 0)])[1]
         return told == honest and missing == [("synthetic", 2), ("full", 0)]
 
     Tally(notes, "evaluation record", "lying").run(15, attempt)

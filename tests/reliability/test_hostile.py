@@ -44,8 +44,8 @@ from cddlib.data.download import prepare
 from cddlib.data.pictures import read_picture
 from cddlib.evaluate import Trainer
 from cddlib.exchange.torch_files import LARGEST_PICKLE, read_torch_file
-from cddlib.experts import expert
 from cddlib.experts.buffer import DIFFICULTY, Buffer
+from cddlib.experts.train import ExpertTraining, read_unfinished
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import add_checksum, read_json, read_tensors, verify_checksum, write_json, write_tensors
@@ -411,19 +411,13 @@ GOOD = {"snapshots": torch.zeros(3, 5), "momentum": torch.zeros(5)}
 def test_an_unfinished_expert_that_is_none(
     tensors: dict, header: dict[str, Any], tmp_path: Path, bounded: None
 ) -> None:
-    unfinished = types.SimpleNamespace(
-        unfinished=tmp_path / "u.safetensors",
-        theta=torch.zeros(5),
-        buffer="0",
-        optimizer=torch.optim.SGD([GOOD["momentum"]]),
-    )
+    path, theta = tmp_path / "u.safetensors", torch.zeros(5)
     said = {"buffer": "0", "losses": [1.0, 0.5], "accuracies": [0.1, 0.2, 0.3]}
-    write_tensors(unfinished.unfinished, GOOD, "unfinished", said)
-    expert._Expert._read(unfinished)  # type: ignore[arg-type]
-    assert unfinished.losses == said["losses"]
-    write_tensors(unfinished.unfinished, tensors, "unfinished", {**said, **header})
-    with pytest.raises(UserError, match=r"u\.safetensors does not hold the .* delete it"):
-        expert._Expert._read(unfinished)  # type: ignore[arg-type]
+    write_tensors(path, GOOD, "unfinished", said)
+    assert read_unfinished(path, "0", theta, torch.optim.SGD([theta]))[1:] == (said["losses"], said["accuracies"])
+    write_tensors(path, tensors, "unfinished", {**said, **header})
+    with pytest.raises(UserError, match=r"u\.safetensors is not an unfinished expert, and can be deleted \("):
+        read_unfinished(path, "0", theta, torch.optim.SGD([theta]))
 
 
 @pytest.mark.parametrize("tensors", [{}, {"el2n": torch.zeros(3)}, {"el2n": torch.zeros(1437).double()}])
@@ -438,7 +432,7 @@ def test_a_difficulty_that_is_none(tensors: dict[str, torch.Tensor], tmp_path: P
     with pytest.raises(
         UserError, match=r"difficulty\.safetensors does not hold the difficulty of \d+ images; delete it"
     ):
-        expert.ExpertTraining._difficulty_rank(ranked)  # type: ignore[arg-type]
+        ExpertTraining._difficulty_rank(ranked)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("runs", [["../elsewhere"], ["/etc"], 5, [5], [None], {}, None, [["a"]]])
@@ -457,7 +451,7 @@ def test_a_set_of_another_data_set_is_not_tested(buffer: Buffer, quick: dict[str
     found = cddlib.distill(config, buffer, tmp_path, device="cpu")
     dataclasses.replace(found, classes=tuple("abcdefghij")).save(tmp_path / "synthetic.safetensors")
     with pytest.raises(
-        UserError, match=r"synthetic\.safetensors holds images of \[1, 8, 8\] in 10 classes, which are not"
+        UserError, match=r"synthetic\.safetensors has other classes, or images of another shape, than digits"
     ):
         Trainer(tmp_path, None, root=None, device="cpu")
 

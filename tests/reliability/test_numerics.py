@@ -127,7 +127,7 @@ SETTINGS = {
     ),
     "a network trained for validation overflows": (
         {"step_size": 1e3, "evaluation_epochs": 50},
-        r"iteration 0: a network that was trained on the set for validation diverged, at the step size 1000; start "
+        r"iteration 0: validation_accuracy is not finite, at the step size 1000; start "
         r"again in another folder with a lower --step-size, --lr-step-size or --lr-images\.",
     ),
 }
@@ -193,7 +193,7 @@ def test_a_validation_that_overflows_later_stops_the_run(
     monkeypatch.setattr(module, "concurrent_gradient", steered)
     config = recipe(step_size=4.0, lr_step_size=1.0, momentum_step_size=0.0, evaluation_epochs=20)
     assert stops("a later network trained for validation overflows", config, buffer).startswith(
-        "iteration 6: a network that was trained on the set for validation diverged, at the step size 304; the "
+        "iteration 6: validation_accuracy is not finite, at the step size 304; the "
         "checkpoint holds iteration 4; start again in another folder with a lower --step-size, --lr-step-size or "
         "--lr-images. The best set so far, of iteration "
     )

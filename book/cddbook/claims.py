@@ -9,7 +9,7 @@ are not corrected for their number: of twenty effects that are zero, one is sett
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,9 @@ from jaxtyping import Float
 
 from cddbook import correlation
 from cddbook.findings import (
+    PRICES,
     Correlations,
     Effect,
-    Price,
     Record,
     at_equal,
     comparison,
@@ -65,9 +65,6 @@ CLAIMS = {
 }
 """The paper's claims, as its abstract and public reviews report them."""
 
-PRICES: dict[Price, str] = {"iteration": "iterations each", "matched": "matched segments each"}
-"""What two variants are compared at; equal numbers of matched segments are equal compute."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -111,18 +108,18 @@ def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding
         measure = f"share of pairs whose losses correlate negatively, {side} the diagonal"
         shares = [correlation.negative_shares(matrix) for matrix in losses]
         rows.append(("C2", measure, effect([sign * (below - above) for below, above in shares]), ""))
-    others = [float(correlation.off_diagonal(matrix).mean()) for matrix in study.net_change()]
+    others = [correlation.off_diagonal(matrix).mean() for matrix in study.net_change()]
     rows.append(("C3", "change of the others' losses while one segment alone is matched", effect(others), " %"))
     for of_changes, what in ((False, "losses"), (True, "changes of losses")):
         sequential, concurrent = (
-            np.array([(correlation.off_diagonal(m) < 0).mean() for m in study.pearson_in(control, changes=of_changes)])
-            for control in ("sequential", "concurrent")
+            np.array([(correlation.off_diagonal(m) < 0).mean() for m in study.pearson(kind, changes=of_changes)])
+            for kind in ("sequential", "concurrent")
         )
         measure = f"share of pairs whose {what} correlate negatively within a run, sequential minus concurrent"
         rows.append(("C5", measure, effect(sequential - concurrent), ""))
     sequential, concurrent = (
-        np.array([correlation.off_diagonal(m).mean() for m in study.cosines(control, -1)])
-        for control in ("sequential", "concurrent")
+        np.array([correlation.off_diagonal(m).mean() for m in study.cosines(kind, -1)])
+        for kind in ("sequential", "concurrent")
     )
     measure = "cosine between the segments' gradients in the end, concurrent minus sequential"
     rows.append(("C5", measure, effect(concurrent - sequential), ""))
@@ -174,15 +171,15 @@ def _of_comparison(setting: str, record: Record) -> list[Finding]:
         rows.append(("C4", measure, error, " %"))
         tested = paired(table, "test", several, single)
         rows.append(("C6", f"test accuracy, {several} minus {single} at equal compute", tested, " points"))
-        for price, words in PRICES.items():
-            most, differences = probes_at_equal(price, record, single, several)
-            less = f"{single} minus {several} after {most} {words}"
-            rows.append(("C5", f"average forgetting, {less}", differences["forgetting"], " % of a loss of 1"))
-            rows.append(("C8", f"mean loss of the probes, {less}", differences["loss"], " % of a loss of 1"))
-            most, ahead = at_equal(price, curve, several, single)
+        for price in ("iteration", "matched"):
+            most, probes = probes_at_equal(record, (single, several), price)
+            for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
+                less, where = paired(probes, measure, single, several), f"after {most} {PRICES[price]} each"
+                rows.append((claim, f"{measure}, {single} minus {several} {where}", less, " % of a loss of 1"))
+            most, validated = at_equal(curve[curve["variant"].isin((single, several))], "accuracy", price)
             if most > 0:
-                measure = f"validation accuracy, {several} minus {single} after {most} {words}"
-                rows.append(("C6", measure, ahead, " points"))
+                measure = f"validation accuracy, {several} minus {single} after {most} {PRICES[price]} each"
+                rows.append(("C6", measure, paired(validated, "accuracy", several, single), " points"))
         for remedy in sorted({"ewc", "si"} & set(variants)):
             ahead = paired(table, "test", several, remedy)
             rows.append(("C5", f"test accuracy, {several} minus {remedy.upper()}", ahead, " points"))
@@ -195,14 +192,9 @@ def _of_memory(record: Record) -> Finding:
     groups = dict(iter(table.assign(above=table["peak_mb"] - table["start_mb"]).groupby("segments")))
     least, most = min(groups), max(groups)
     ratios = groups[most]["above"] / groups[least]["above"].mean()
-    ratio, time = effect(ratios), groups[most]["seconds"].mean() / groups[least]["seconds"].mean()
-    return Finding(
-        claim="C8",
-        setting=f"{record['device']}, width {record['config']['width']}",
-        measure=f"memory of K = {most} over that of K = {least} (claim: below 1.1); time likewise",
-        effect=f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], n = {ratio.count}; time {time:.1f}",
-        verdict=verdict(effect(1.1 - ratios)),
-    )
+    time = groups[most]["seconds"].mean() / groups[least]["seconds"].mean()
+    measure = f"1.1 minus memory of K = {most} over that of K = {least}; it takes {time:.1f} times as long"
+    return _finding("C8", f"{record['device']}, width {record['config']['width']}", measure, effect(1.1 - ratios))
 
 
 def findings(
@@ -254,21 +246,3 @@ def summary_table(found: Sequence[Finding]) -> str:
         open_ = "not tested" if counts["not tested"] else counts["not settled"]
         rows.append((f"**{claim}** {sentence}", counts["confirmed"], counts["contradicted"], open_))
     return markdown(pd.DataFrame(rows, columns=["claim", "confirmed", "contradicted", "not settled"]))
-
-
-def in_words(found: Sequence[Finding], claims: Sequence[str]) -> str:
-    """Markdown: what the findings say about each of `claims`, in sentences."""
-    paragraphs = []
-    for claim in claims:
-        mine = [finding for finding in found if finding.claim == claim]
-        counts = Counter(finding.verdict for finding in mine)
-        tally = ", ".join(f"{counts[name]} {name}" for name in get_args(Verdict) if counts[name])
-        lines = [f"**{claim}. {CLAIMS[claim]}** Measures: {tally or 'none'}."]
-        for name in ("confirmed", "contradicted"):
-            groups: dict[str, list[str]] = {}
-            for finding in mine:
-                if finding.verdict == name:
-                    groups.setdefault(finding.measure, []).append(f"{finding.setting}: {finding.effect}")
-            lines += [f"- *{name.capitalize()}*: {measure}. {'; '.join(where)}." for measure, where in groups.items()]
-        paragraphs.append("\n".join(lines[:1] + [""] * (len(lines) > 1) + lines[1:]))
-    return "\n\n".join(paragraphs)

@@ -7,7 +7,7 @@ measures of GEM and RWalk.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,20 +74,18 @@ def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, 
     return np.asarray(changes, dtype=float)
 
 
-def probe_table(lines: Sequence[dict[str, Any]], starts: Sequence[int], expert: int) -> tuple[Scores, Visits]:
-    """Losses of the probes and the visits of the stages between, from the lines of a run's metrics.
+def probe_table(
+    metrics: Mapping[str, Sequence[Any]], starts: Sequence[int], expert: int, measured: Collection[int] | None = None
+) -> tuple[Scores, Visits]:
+    """Losses of the probes and the visits of the stages between, from the metrics of a run's record.
 
-    A probe is visited when its start epoch is matched on its own expert, and the iteration is not skipped.
+    A probe is visited when its start epoch is matched on its own expert, and the iteration is not skipped. Of the
+    measurements only those after the iterations `measured` count, by default all.
     """
-    losses: list[list[float]] = []
-    visits: list[list[bool]] = []
-    seen: set[int] = set()
-    for line in lines:
-        if "loss" in line and not line.get("skipped"):
-            seen |= {start for owner, start in line["matched"] if owner == expert}
-        if "probe_losses" in line:
-            if losses:
-                visits.append([start in seen for start in starts])
-            losses.append(line["probe_losses"])
-            seen = set()
-    return np.asarray(losses, dtype=float), np.asarray(visits, dtype=bool).reshape(-1, len(starts))
+    losses = {time: values for time, values in metrics["probe_losses"] if measured is None or time in measured}
+    seen = [
+        {start for owner, start in matched if owner == expert and not skipped}
+        for matched, skipped in zip(metrics["matched"], metrics["skipped"], strict=True)
+    ]
+    visits = [[start in set().union(*seen[a:b]) for start in starts] for a, b in itertools.pairwise(losses)]
+    return np.array(list(losses.values()), dtype=float), np.array(visits, dtype=bool).reshape(-1, len(starts))

@@ -12,7 +12,8 @@ it recorded. In every matrix the row is the segment that is matched and the colu
 A claim about signs needs a test: `permutation_test` for two curves, `t_test` for a number measured once a replicate.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,12 +71,6 @@ def between_draws(products: Float[np.ndarray, "n n"]) -> Matrix:
     return (across + across.T) / 2
 
 
-def length_ratios(products: Float[np.ndarray, "n n"]) -> Matrix:
-    """‖g_i‖ / ‖g_j‖ of the first students' gradients."""
-    lengths = np.sqrt(np.diagonal(products))[: len(products) // 2]
-    return lengths[:, None] / lengths
-
-
 def transfer(similarity: dict[str, Any]) -> Matrix:
     """Z_ij = 1 − L_j(after a step on i) / L_j; above 0, the step on i helped j. From `Probes.gradient_similarity`."""
     return 1 - np.asarray(similarity["after"]) / np.asarray(similarity["losses"])
@@ -127,3 +122,10 @@ def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
     order = np.argsort(p_values)
     scaled = p_values[order] * np.arange(len(p_values), 0, -1)
     return np.minimum(np.maximum.accumulate(scaled), 1)[np.argsort(order)]
+
+
+def holm_matrix(p_values: Sequence[float] | np.ndarray) -> Matrix:
+    """`holm` of a test for each pair off the diagonal, row by row, as a matrix with 1 on its diagonal."""
+    corrected = np.ones([math.isqrt(len(p_values)) + 1] * 2)
+    corrected[~np.eye(len(corrected), dtype=bool)] = holm(np.asarray(p_values))
+    return corrected

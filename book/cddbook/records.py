@@ -1,7 +1,6 @@
 """Records: JSON that runs and studies wrote, committed under `book/results`."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +105,3 @@ def _measured(run: Path) -> dict[str, Any]:
         "result": result,
         "evaluations": [read_json(path)["accuracies"] for path in sorted(run.glob("evaluation-*.json"))],
     }
-
-
-def lines_of(metrics: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """The lines that `metrics` of a record were made from, in order, as far as it keeps them."""
-    lines: dict[int, dict[str, Any]] = {}
-    for key, values in metrics.items():
-        for iteration, value in zip(metrics["iteration"], values, strict=True) if key in DENSE else values:
-            lines.setdefault(iteration, {"iteration": iteration})[key] = value
-    return [lines[iteration] for iteration in sorted(lines)]

@@ -25,20 +25,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from cddbook.probes import ProbeHook, Probes
+from cddbook.probes import ProbeHook
 from cddbook.records import STOPPED, ended, study_record
-from cddlib.data.dataset import load
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
 from cddlib.methods.recipes import distill_recipe
 from cddlib.runtime.config import as_dict, field_types, replace
-from cddlib.runtime.device import end_with_parent, keep_freed_memory, resolve_device
+from cddlib.runtime.device import end_with_parent, keep_freed_memory
 from cddlib.runtime.errors import Diverged, UserError, as_user_error
 from cddlib.runtime.files import read_json, write_json
 from cddlib.runtime.run_folder import locked, refuse_other_run
-from cddlib.synthetic import initialise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,18 +165,6 @@ def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
         accuracy = 0.0 if "stopped" in run else run["result"]["validation_accuracy"]
         found.setdefault(name.split("/")[0], []).append(accuracy)
     return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
-
-
-def first_similarities(base: StudyConfig, buffer: Buffer, *, device: str = "auto") -> list[dict[str, Any]]:
-    """`Probes.gradient_similarity` of the initial synthetic set, once an expert: its probes, and a seed of its own."""
-    config, similarities = base.distillation, []
-    dataset = load(config.data.data)
-    for expert in range(len(buffer.experts)):
-        seed = config.seed + expert
-        synthetic = initialise(config.synthetic, dataset, buffer, seed, resolve_device(device))
-        probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed)
-        similarities.append(probes.gradient_similarity(synthetic))
-    return similarities
 
 
 # --- Running it -------------------------------------------------------------------------------------------------

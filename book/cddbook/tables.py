@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 
 from cddbook import correlation
-from cddbook.findings import Correlations, Record, comparison, effect
+from cddbook.findings import Correlations, Record, comparison, gpu_accuracies
 from cddbook.records import read_record
 from cddbook.study import settings_by_accuracy
 from cddlib.data.dataset import DATA_NAMES
@@ -107,12 +108,10 @@ def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Re
         setting = f"width {config['width']}, N = {config['student_steps']}, {config['iterations']} segments"
         what = f"{', '.join(tested)} ({setting}, {table['seed'].nunique()} seeds)"
         measured.setdefault((config["data"], config["ipc"]), []).append(what)
-    config = distil["runs"][0]["config"]
-    runs = {(run["segments"], run["seed"]): run["iterations"] for run in distil["runs"]}
-    tests = pd.DataFrame(evaluated["rows"])
-    last = tests[tests["iteration"] == [runs[key] for key in zip(tests["segments"], tests["seed"], strict=True)]]
-    tested = [f"K={k} {mean_sd(t['accuracies'].map(np.mean), scale=100.0)}" for k, t in last.groupby("segments")]
-    setting = f"width {config['width']}, N = {config['student_steps']}, {min(runs.values())} to {max(runs.values())} of"
+    config, iterations = distil["runs"][0]["config"], [run["iterations"] for run in distil["runs"]]
+    last = gpu_accuracies(evaluated, distil).query("stopped")
+    tested = [f"{k} {mean_sd(t['test'], scale=100.0)}" for k, t in last.groupby("variant", sort=False)]
+    setting = f"width {config['width']}, N = {config['student_steps']}, {min(iterations)} to {max(iterations)} of"
     what = f"{', '.join(tested)} ({setting} {config['iterations']} iterations, {last['seed'].nunique()} seeds)"
     measured.setdefault((config["data"], config["ipc"]), []).append(what)
     rows = []
@@ -208,23 +207,12 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
         }
         for measure, matrices in measures.items():
             below, above = zip(*[correlation.negative_shares(matrix) for matrix in matrices], strict=True)
-            off = [float(correlation.off_diagonal(matrix).mean()) for matrix in matrices]
-            rows.append(
-                {
-                    "study": name,
-                    "what is negative": measure,
-                    "below the diagonal": f"{np.mean(below):.0%} ± {_standard_error(below):.0%}",
-                    "above the diagonal": f"{np.mean(above):.0%} ± {_standard_error(above):.0%}",
-                    "mean off the diagonal": f"{np.mean(off):+.2f} ± {_standard_error(off):.2f}",
-                }
-            )
+            off = [correlation.off_diagonal(matrix).mean() for matrix in matrices]
+            row = {"study": name, "what is negative": measure}
+            row["below the diagonal"] = f"{np.mean(below):.0%} ± {scipy.stats.sem(below):.0%}"
+            row["above the diagonal"] = f"{np.mean(above):.0%} ± {scipy.stats.sem(above):.0%}"
+            rows.append({**row, "mean off the diagonal": f"{np.mean(off):+.2f} ± {scipy.stats.sem(off):.2f}"})
     return markdown(rows)
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean; nan for a single value."""
-    found = effect(values)
-    return found.std / math.sqrt(found.count)
 
 
 def comparison_table(table: pd.DataFrame) -> str:
@@ -264,7 +252,7 @@ def rates_table(records: Mapping[int, Record]) -> str:
 
 def baselines_in_words(record: Record) -> str:
     """Test accuracy of networks trained on random real images and on all training images, under the same protocol."""
-    tests = [entry for run in record["runs"].values() for entry in run["evaluations"]]
+    tests = [entry.get("accuracies", entry) for run in record["runs"].values() for entry in run["evaluations"]]
     parts = []
     for key, name in (("random_real", "random real images"), ("full", "all training images for as many steps")):
         accuracies = [accuracy for entry in tests for accuracy in entry[key]]

@@ -2,11 +2,10 @@
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from cddbook.figures.style import PERCENT
+from cddbook.figures.style import PERCENT, lines
 from cddlib.experts.buffer import Buffer
 
 
@@ -32,8 +31,4 @@ def trajectory_lengths(buffer: Buffer) -> Figure:
         moved = points.diff(dim=0).norm(dim=1).tolist()
         rows += [(epoch, distance, "from the start, ‖θ*_t − θ*_0‖") for epoch, distance in enumerate(away)]
         rows += [(epoch, distance, "in one epoch, ‖θ*_t − θ*_{t−1}‖") for epoch, distance in enumerate(moved, 1)]
-    table = pd.DataFrame(rows, columns=["epoch t", "distance", "of"])
-    figure, axis = plt.subplots()
-    sns.lineplot(table, x="epoch t", y="distance", hue="of", style="of", markers=True, errorbar="sd")
-    sns.move_legend(axis, "best", title=None)
-    return figure
+    return lines(pd.DataFrame(rows, columns=["epoch t", "distance", "of"]), "epoch t", "distance", hue="of")

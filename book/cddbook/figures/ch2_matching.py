@@ -5,13 +5,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cddbook.figures.style import MARKERS, band
+from cddbook.figures.style import lines
 from cddlib.matching.segments import SegmentsConfig, draw_segments
 
 
@@ -32,13 +31,10 @@ def segment_draws(configs: Sequence[SegmentsConfig], draws: int, generator: torc
 
 def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Figure:
     """Normalised squared distance to the target after each student step; mean and standard deviation over repeats."""
-    figure, axis = plt.subplots()
-    for (label, values), marker in zip(distances.items(), MARKERS, strict=False):
-        steps = range(values.shape[1])
-        band(axis, steps, values.numpy(), marker=marker, markevery=max(1, len(steps) // 10), label=label)
-    axis.axhline(1, color="0.4", linestyle=":")
-    axis.set(xlabel="student step i", ylabel="matching loss if it stopped here")
-    axis.legend()
+    x, y = "student step i", "matching loss if it stopped here"
+    tables = {label: pd.DataFrame(values.numpy()).melt(var_name=x, value_name=y) for label, values in distances.items()}
+    figure = lines(pd.concat(tables, names=["images"]).reset_index(), x, y, hue="images")
+    figure.axes[0].axhline(1, color="0.4", linestyle=":")
     return figure
 
 
@@ -51,11 +47,9 @@ def _by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
 
 def memory_against_steps(record: Mapping[str, Any]) -> Figure:
     """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
-    table = _by_steps(record)
-    figure, axis = plt.subplots()
-    sns.lineplot(table, x="student_steps", y="above", hue="implementation", style="implementation", markers=True)
-    axis.set(xlabel="student steps N", ylabel="peak memory above the start, MB")
-    axis.set_ylim(bottom=0)
+    names = {"student_steps": "student steps N", "above": "peak memory above the start, MB"}
+    figure = lines(_by_steps(record).rename(columns=names), *names.values(), hue="implementation")
+    figure.axes[0].set_ylim(bottom=0)
     return figure
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from cddbook.figures.style import MARKERS, band
+from cddbook.figures.style import band, lines
 from cddbook.findings import Record, runs_of
 
 
@@ -17,7 +18,7 @@ def probe_losses(record: Record, variants: Sequence[str]) -> Figure:
     for axis, variant in zip(axes[0], variants, strict=True):
         runs = [run for run in runs_of(record) if run.variant == variant]
         starts, visits = runs[0].config["probe_starts"], runs[0].probes(skip=0)[1]
-        matched = runs[0].cost * np.array([iteration for iteration, _ in runs[0].metrics["probe_losses"]])
+        matched = runs[0].cost * np.array(runs[0].measured)
         losses = np.stack([run.probes(skip=0)[0] for run in runs])
         for probe, color in enumerate(sns.color_palette("viridis", len(starts))):
             band(axis, matched, losses[:, :, probe], color=color, label=f"t = {starts[probe]}", alpha=0.15)
@@ -32,15 +33,12 @@ def probe_losses(record: Record, variants: Sequence[str]) -> Figure:
 def error_along(record: Record, variants: Sequence[str]) -> Figure:
     """Accumulated error along the trajectory, and the sums of its two parts; mean ± sd over seeds, last iterate."""
     keys = {"error": "ε, accumulated", "matching_sum": "Σδ, matching", "initialisation_sum": "ΣI, initialisation"}
-    figure, axes = plt.subplots(1, len(keys), figsize=(3.1 * len(keys), 3.3), sharey=True)
-    for variant, marker in zip(variants, MARKERS, strict=False):
-        ends = [run.last_error for run in runs_of(record) if run.variant == variant]
-        for axis, key in zip(axes, keys, strict=True):
-            values = [end[key] / end["travelled"] for end in ends]
-            band(axis, ends[0]["epoch"], values, marker=marker, markersize=4, label=variant)
-    for axis, title in zip(axes, keys.values(), strict=True):
-        axis.set(xlabel="expert epoch", title=title)
-        axis.set_ylim(bottom=0)
-    axes[0].set_ylabel("length / way of the expert")
-    axes[0].legend(fontsize=8)
+    ends = [
+        pd.DataFrame(run.last_error).assign(variant=run.variant) for run in runs_of(record) if run.variant in variants
+    ]
+    table = pd.concat(ends, ignore_index=True).rename(columns={"epoch": "expert epoch", **keys})
+    parts = table[list(keys.values())].div(table["travelled"], axis=0).join(table[["expert epoch", "variant"]])
+    long = parts.melt(["expert epoch", "variant"], value_name="length / way of the expert")
+    figure = lines(long, "expert epoch", "length / way of the expert", panel="variable")
+    figure.axes[0].set_ylim(bottom=0)
     return figure

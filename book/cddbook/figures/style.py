@@ -34,6 +34,17 @@ def band(axis: Axes, x: Any, repeats: Any, *, alpha: float = 0.2, **line: Any) -
     axis.fill_between(x, mean - spread, mean + spread, color=drawn.get_color(), alpha=alpha, linewidth=0)
 
 
+def lines(table: pd.DataFrame, x: str, y: str, *, hue: str = "variant", panel: str | None = None) -> Figure:
+    """Means of `y` by `x`, with bands of the standard deviation: a line for each `hue`, a plot for each `panel`."""
+    dots = table[x].nunique() < 40
+    look = {"markers": dots, "dashes": not dots, "height": 3.4, "aspect": 0.9 if panel else 1.4}
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grid has a layout of its own
+        columns = {"x": x, "y": y, "hue": hue, "style": hue, "col": panel, "palette": "colorblind"}
+        grid = sns.relplot(table, kind="line", errorbar="sd", facet_kws={"sharex": False}, **columns, **look)
+    grid.set_titles("{col_name}")
+    return grid.figure
+
+
 def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
     """Images with values between 0 and 1, in rows of ten, each under its title."""
     rows = -(-len(images) // 10)

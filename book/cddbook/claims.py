@@ -9,14 +9,15 @@ are not corrected for their number: of twenty effects that are zero, one is sett
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from cddbook import correlation
+from cddbook.correlation import Matrices, Matrix
 from cddbook.findings import (
+    CONTROLS,
     PRICES,
     Correlations,
     Effect,
@@ -94,66 +95,55 @@ def _finding(claim: str, setting: str, measure: str, found: Effect, unit: str = 
     return Finding(claim=claim, setting=setting, measure=measure, effect=shown, verdict=verdict(found))
 
 
-def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding]:
+def _of_correlation(setting: str, study: Correlations) -> list[Finding]:
     """What a correlation study says about C1, C2, C3 and C5."""
-    losses, changes = study.pearson(), study.pearson(changes=True)
-    signs = [[study.p_values_of_losses(sign) for sign in (-1, 1)], [study.p_values(sign) for sign in (-1, 1)]]
-    pairs = [
-        _of_pairs(setting, "losses (t test, Holm)", losses, *signs[0]),
-        _of_pairs(setting, "changes of losses (permutation test, Holm)", changes, *signs[1]),
+    losses, pairs = study.pearson(), correlation.off_diagonal
+    found = [
+        _of_pairs(setting, "losses (t test, Holm)", losses, *map(study.p_values_of_losses, (-1, 1))),
+        _of_pairs(
+            setting,
+            "changes of losses (permutation test, Holm)",
+            study.pearson(changes=True),
+            *map(study.p_values, (-1, 1)),
+        ),
     ]
-    rows = []
-    if ipc in (1, 50):
-        side, sign = ("below minus above", 1) if ipc == 1 else ("above minus below", -1)
+    rows: list[tuple[str, str, Any, str]] = []
+    if study.ipc in (1, 50):
+        side, sign = ("below minus above", 1) if study.ipc == 1 else ("above minus below", -1)
+        below, above = correlation.negative_shares(losses)
         measure = f"share of pairs whose losses correlate negatively, {side} the diagonal"
-        shares = [correlation.negative_shares(matrix) for matrix in losses]
-        rows.append(("C2", measure, effect([sign * (below - above) for below, above in shares]), ""))
-    others = [correlation.off_diagonal(matrix).mean() for matrix in study.net_change()]
-    rows.append(("C3", "change of the others' losses while one segment alone is matched", effect(others), " %"))
-    for of_changes, what in ((False, "losses"), (True, "changes of losses")):
-        sequential, concurrent = (
-            np.array([(correlation.off_diagonal(m) < 0).mean() for m in study.pearson(kind, changes=of_changes)])
-            for kind in ("sequential", "concurrent")
-        )
+        rows.append(("C2", measure, sign * (below - above), ""))
+    measure = "change of the others' losses while one segment alone is matched"
+    rows.append(("C3", measure, pairs(study.net_change()).mean(axis=1), " %"))
+    for changes, what in ((False, "losses"), (True, "changes of losses")):
+        less = [(pairs(study.pearson(kind, changes=changes)) < 0).mean(axis=1) for kind in CONTROLS]
         measure = f"share of pairs whose {what} correlate negatively within a run, sequential minus concurrent"
-        rows.append(("C5", measure, effect(sequential - concurrent), ""))
-    sequential, concurrent = (
-        np.array([correlation.off_diagonal(m).mean() for m in study.cosines(kind, -1)])
-        for kind in ("sequential", "concurrent")
-    )
+        rows.append(("C5", measure, less[0] - less[1], ""))
+    more = [pairs(study.cosines(kind, -1)).mean(axis=1) for kind in CONTROLS]
     measure = "cosine between the segments' gradients in the end, concurrent minus sequential"
-    rows.append(("C5", measure, effect(concurrent - sequential), ""))
-    return pairs + [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows]
+    rows.append(("C5", measure, more[1] - more[0], ""))
+    return found + [_finding(claim, setting, measure, effect(values), unit) for claim, measure, values, unit in rows]
 
 
-def _of_images(studies: Mapping[str, tuple[int, Correlations]]) -> list[Finding]:
+def _of_images(studies: Mapping[str, Correlations]) -> list[Finding]:
     """C2 over the studies of one data set: negative pairs above the diagonal with most and with fewest images."""
     found = []
     for data in dict.fromkeys(setting.split(",")[0] for setting in studies):
-        same = sorted(
-            (ipc, [correlation.negative_shares(matrix)[1] for matrix in study.pearson()])
-            for setting, (ipc, study) in studies.items()
-            if setting.split(",")[0] == data
-        )
-        (least, few), (most, many) = same[0], same[-1]
-        if least < most:
-            measure = f"share of negative pairs above the diagonal (losses), IPC {most} minus IPC {least}"
-            found.append(_finding("C2", data, measure, effect(np.asarray(many) - np.asarray(few))))
+        same = [study for setting, study in studies.items() if setting.split(",")[0] == data]
+        few, *_, many = sorted([*same, *same], key=lambda study: study.ipc)
+        if few.ipc < many.ipc:
+            (_, least), (_, most) = (correlation.negative_shares(study.pearson()) for study in (few, many))
+            measure = f"share of negative pairs above the diagonal (losses), IPC {many.ipc} minus IPC {few.ipc}"
+            found.append(_finding("C2", data, measure, effect(most - least)))
     return found
 
 
-def _of_pairs(
-    setting: str,
-    what: str,
-    matrices: Float[np.ndarray, "replicates p p"],
-    negative: Float[np.ndarray, "p p"],
-    positive: Float[np.ndarray, "p p"],
-) -> Finding:
+def _of_pairs(setting: str, what: str, matrices: Matrices, negative: Matrix, positive: Matrix) -> Finding:
     """C1: whether more pairs correlate negatively than positively, and how many do so beyond chance."""
-    below, above = (int((correlation.off_diagonal(p_values) < 0.05).sum()) for p_values in (negative, positive))
-    surplus = effect([-np.sign(correlation.off_diagonal(matrix)).mean() for matrix in matrices])
+    surplus = effect(-np.sign(correlation.off_diagonal(matrices)).mean(axis=1))
     measure = f"share of pairs whose {what} correlate negatively while one is matched, minus share of the others"
     found = _finding("C1", setting, measure, surplus)
+    below, above = ((p_values < 0.05).sum() for p_values in (negative, positive))
     beyond = f"; beyond chance {below} of {correlation.off_diagonal(negative).size} negative, {above} positive"
     return dataclasses.replace(found, effect=found.effect + beyond)
 
@@ -207,10 +197,8 @@ def findings(
         comparison_records: comparisons by the name of their setting.
         memory: the record of `tests/benchmarks/memory.py`; without it nothing is said of C7 and C8.
     """
-    studies = {
-        setting: (record["config"]["ipc"], correlations(record)) for setting, record in correlation_records.items()
-    }
-    found = [finding for setting, (ipc, study) in studies.items() for finding in _of_correlation(setting, study, ipc)]
+    studies = {setting: correlations(record) for setting, record in correlation_records.items()}
+    found = [finding for setting, study in studies.items() for finding in _of_correlation(setting, study)]
     found += _of_images(studies)
     for setting, record in comparison_records.items():
         found += _of_comparison(setting, record)

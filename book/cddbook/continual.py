@@ -50,16 +50,6 @@ def backward_transfer(scores: Scores, visits: Visits) -> float:
     return _mean([scores[-1, task] - scores[last, task] for task, last in left])
 
 
-def forward_transfer(scores: Scores, visits: Visits) -> float:
-    """Mean over tasks of the score just before the task's first visit minus the score at the start.
-
-    Positive: earlier stages helped a task before it was ever matched. Tasks that the first stage visits do not count;
-    nan if no other was visited. Source: Lopez-Paz & Ranzato 2017 (GEM).
-    """
-    late = [(task, after[0]) for task, after in _visited(visits) if after[0] > 1]
-    return _mean([scores[first - 1, task] - scores[0, task] for task, first in late])
-
-
 def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, " intervals"]:
     """Relative change of a probe's loss from right after one visit to right before the next, over all probes.
 

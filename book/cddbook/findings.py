@@ -45,6 +45,9 @@ def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
 # --- Correlation studies ----------------------------------------------------------------------------------------
 
 
+CONTROLS = ("sequential", "concurrent")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correlations:
     """What a correlation study measured, replicate by replicate, after its first `SETTLED` measurements.
@@ -53,6 +56,7 @@ class Correlations:
     run).
     """
 
+    ipc: int
     starts: tuple[int, ...]
     losses: dict[str, Float[np.ndarray, "replicates matched times measured"]]
     similarity: dict[str, list[list[dict[str, Any]]]]
@@ -63,8 +67,9 @@ class Correlations:
         return correlation.pearson(correlation.changes(losses) if changes else losses)
 
     def net_change(self) -> correlation.Matrices:
-        """Relative change of a loss while the row's segment alone is matched."""
-        return correlation.net_change(self.losses["matched"])
+        """By how much a loss has changed in the end, relative to its start; above 0, matching the row's one hurt it."""
+        losses = self.losses["matched"]
+        return losses[:, :, -1] / losses[:, :, 0] - 1
 
     def products(self, kind: str, when: int, variable: str = "images") -> Float[np.ndarray, "replicates n n"]:
         """Inner products of two students' gradients at the start (0) or the end (-1) of a run of a kind."""
@@ -82,8 +87,8 @@ class Correlations:
 
     def p_values_of_losses(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the losses' correlation does not have the `sign`" (t test, Holm); 1 on the diagonal."""
-        pairs = np.array([correlation.off_diagonal(matrix) for matrix in self.pearson()])
-        return correlation.holm_matrix(correlation.t_test(-sign * pairs))
+        pairs = -sign * correlation.off_diagonal(self.pearson())
+        return correlation.holm_matrix(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
 
 
 def correlations(record: Record) -> Correlations:
@@ -95,17 +100,16 @@ def correlations(record: Record) -> Correlations:
         losses = [losses for _, losses in runs[name]["metrics"]["probe_losses"]]
         return losses[min(SETTLED, len(losses) - 3) :]  # correlations of changes need two of them
 
-    controls = ("sequential", "concurrent")
-    rows = {"matched": [f"matched-{start:02d}" for start in starts]} | {kind: [kind] * len(starts) for kind in controls}
+    rows = {"matched": [f"matched-{start:02d}" for start in starts]} | {kind: [kind] * len(starts) for kind in CONTROLS}
     similarity = {
         kind: [[value for _, value in runs[f"{folder}/{kind}"]["metrics"]["gradient_similarity"]] for folder in folders]
-        for kind in controls
+        for kind in CONTROLS
     }
     losses = {
         kind: np.array([[probed(f"{folder}/{name}") for name in names] for folder in folders])
         for kind, names in rows.items()
     }
-    return Correlations(starts=starts, losses=losses, similarity=similarity)
+    return Correlations(ipc=record["config"]["ipc"], starts=starts, losses=losses, similarity=similarity)
 
 
 # --- Comparisons ------------------------------------------------------------------------------------------------
@@ -161,31 +165,25 @@ def runs_of(record: Record) -> list[ComparedRun]:
 def comparison(record: Record) -> pd.DataFrame:
     """A row for each run of a comparison: what it reached, forgot, and took.
 
-    Columns: `variant`, `seed`; `test` and `validation` (at best) accuracy; `error` (accumulated, relative to what the
-    expert travelled) and its parts' sums `matching_sum` and `initialisation_sum` likewise, of the last iterate;
-    `forgetting`, `backward`, `forward` (in units of the matching loss), `between` (mean relative change between
-    visits) and `events` (share of those that are rises); `seconds` an iteration, of the whole run `wall`; `memory`.
+    Columns: `variant`, `seed`; `test` accuracy; `error` (accumulated by the last iterate, relative to what the expert
+    travelled); `forgetting` and `backward` transfer (in units of the matching loss), `between` (mean relative change
+    between visits) and `events` (share of those that are rises); seconds of matching `wall`; `memory`.
     """
     rows = []
     for run in runs_of(record):
         losses, visits = run.probes()
-        between = continual.changes_between_visits(losses, visits)
-        error = {key: values[-1] for key, values in run.last_error.items()}
+        between, error = continual.changes_between_visits(losses, visits), run.last_error
         tests = [accuracy for entry in run.evaluations for accuracy in entry["synthetic"]]
-        validations = [np.mean(values) for _, values in run.metrics.get("validation_accuracy", [])]
         rows.append(
             {
                 "variant": run.variant,
                 "seed": run.seed,
                 "test": np.mean(tests) if tests else math.nan,
-                "validation": max(validations, default=math.nan),
-                **{key: error[key] / error["travelled"] for key in ("error", "matching_sum", "initialisation_sum")},
+                "error": error["error"][-1] / error["travelled"][-1],
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
-                "forward": continual.forward_transfer(-losses, visits),
                 "between": between.mean() if len(between) else math.nan,
                 "events": (between > 0).mean() if len(between) else math.nan,
-                "seconds": run.result["seconds_per_iteration"],
                 "wall": sum(run.metrics["seconds"]),
                 "memory": run.result["peak_memory_mb"],
             }

@@ -55,10 +55,6 @@ def study_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **o
     return StudyConfig(distillation=distill_recipe(method, data, ipc, **overrides), probes=probes)
 
 
-Task = tuple[str, StudyConfig, Path, Path, int, bool, Path | None, str]
-"""A run: name, configuration, buffer, folder, networks that test it, whether baselines are tested, root, device."""
-
-
 # --- What is run ------------------------------------------------------------------------------------------------
 
 
@@ -219,8 +215,9 @@ def run_study(
         for name, config in runs.items():
             baselines = config.distillation.seed not in seeds  # the first run of a seed also tests random real images
             seeds.add(config.distillation.seed)
-            work.append((name, config, buffer, out / name, networks, baselines, root, device))
-        failed = _in_processes(work, jobs) if jobs else _reasons(map(_one, work), len(work))
+            task = functools.partial(_one, name, config, buffer, out / name, root=root, device=device)
+            work.append(functools.partial(task, networks=networks, baselines=baselines))
+        failed = _in_processes(work, jobs) if jobs else _reasons((task() for task in work), len(work))
         if failed and not (keep_stopped and all(ended(out / name) for name in runs)):
             raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
@@ -233,14 +230,15 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
     return {**description["config"], **unfolded, "runs": f"{len(description['runs'])} of {families}"}
 
 
-def _one(task: Task) -> str | None:
+def _one(
+    name: str, config: StudyConfig, buffer: Path, out: Path, *, networks: int, baselines: bool, **where: Any
+) -> str | None:
     """Do one run; returns why it failed."""
-    name, config, buffer, out, networks, baselines, root, device = task
     try:
-        distill(config.distillation, buffer, out, hooks=[config.probes], root=root, device=device)
+        distill(config.distillation, buffer, out, hooks=[config.probes], **where)
         if networks:
             seed = config.distillation.seed * networks
-            evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=seed)
+            evaluate_run(out, runs=networks, baselines=baselines, seed=seed, **where)
     except (UserError, OSError) as error:
         if isinstance(error, Diverged) and (out / "config.json").exists():  # it began, and no other machine mends it
             write_json(out / STOPPED, {"reason": str(error)})
@@ -253,7 +251,7 @@ def _reasons(done: Iterable[str | None], total: int) -> list[str]:
     return [reason for reason in tqdm(done, desc="study", unit="run", total=total) if reason]
 
 
-def _in_processes(work: Sequence[Task], jobs: int) -> list[str]:
+def _in_processes(work: Sequence[functools.partial[str | None]], jobs: int) -> list[str]:
     """A process for every run, `jobs` at a time; no process does two, so that each one's peak memory is its own."""
     threads = max(1, torch.get_num_threads() // jobs)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # each thread waits for one process
@@ -261,13 +259,13 @@ def _in_processes(work: Sequence[Task], jobs: int) -> list[str]:
         return _reasons(done, len(work))  # interrupted, it begins no further run
 
 
-def _in_a_process(task: Task, threads: int, number: int) -> str | None:
+def _in_a_process(task: functools.partial[str | None], threads: int, number: int) -> str | None:
     context = multiprocessing.get_context("spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(1, context, _prepare, (threads, number)) as pool:
-            return pool.submit(_one, task).result()
+            return pool.submit(task).result()
     except concurrent.futures.process.BrokenProcessPool:
-        return f"{task[0]}: its process was killed, perhaps for want of memory; fewer jobs need less."
+        return f"{task.args[0]}: its process was killed, perhaps for want of memory; fewer jobs need less."
 
 
 def _prepare(threads: int, number: int) -> None:

@@ -114,68 +114,60 @@ def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Re
     setting = f"width {config['width']}, N = {config['student_steps']}, {min(iterations)} to {max(iterations)} of"
     what = f"{', '.join(tested)} ({setting} {config['iterations']} iterations, {last['seed'].nunique()} seeds)"
     measured.setdefault((config["data"], config["ipc"]), []).append(what)
-    rows = []
-    for data in BENCHMARK:
-        cells = published(data).pivot(index="ipc", columns="method", values="mean")
-        for ipc in CELLS[data]:
-            row = {"data": data, "IPC": str(ipc)}
-            for method in ("random_real", "mtt", "tesla", "ftd", "datm"):
-                value = cells[method].get(ipc, math.nan) if method in cells else math.nan
-                row[method.replace("_", " ")] = "" if math.isnan(value) else f"{value:.1f}"
-            rows.append({**row, "measured here": "<br>".join(measured.get((data, ipc), ["not run"]))})
-    return markdown(rows)
+    names = ["random_real", "mtt", "tesla", "ftd", "datm"]
+    cells = {data: published(data).pivot(index="ipc", columns="method", values="mean") for data in BENCHMARK}
+    cells = {data: found.reindex(index=CELLS[data], columns=names) for data, found in cells.items()}
+    table = pd.concat(cells, names=["data", "IPC"]).map("{:.1f}".format, na_action="ignore").fillna("")
+    table["measured here"] = ["<br>".join(measured.get(cell, ["not run"])) for cell in table.index]
+    return markdown(table.rename(columns={"random_real": "random real"}).reset_index())
 
 
 # --- Records of single runs -------------------------------------------------------------------------------------
 
 
-def measured_table(results: Path) -> str:
+def measured_table() -> str:
     """Test accuracies of every method on the digits, from the committed records ``method-digits-*.json``."""
     rows = []
     for name in METHODS:
-        record = read_record(results / f"method-digits-{name}.json")
+        record = read_record(f"method-digits-{name}")
         config, evaluation = record["config"], record["evaluations"][0]
         row = {"method": f"`{name}`", "IPC": config["ipc"], "K": config["segments"], "iterations": config["iterations"]}
         for kind, title in (("synthetic", "distilled (%)"), ("random_real", "random real (%)")):
-            s = evaluation["summary"][kind]
-            row[title] = f"{100 * s['mean']:.1f} ± {100 * s['std']:.1f} ({s['runs']})"
+            accuracies = evaluation["accuracies"][kind]
+            row[title] = f"{mean_sd(accuracies, scale=100.0)} ({len(accuracies)})"
         rows.append({**row, "seconds": f"{record['result']['seconds']:.0f}"})
     device = f"{evaluation['device']}, {evaluation['threads']} thread, torch {evaluation['versions']['torch']}"
     return markdown(rows) + f"\n\nMeasured on: {device}."
 
 
-def plan_table(results: Path) -> str:
+def plan_table() -> str:
     """What `cddlib plan` said and what runs took, from the committed record ``plan.json``."""
-    record = read_record(results / "plan.json")
-    rows = [
-        {
-            "run": run["what"],
-            "stage": stage,
-            "planned (s)": f"{run['planned'][stage]:.1f}",
-            "took (s)": f"{took:.1f}",
-            "off by": f"{run['planned'][stage] / took - 1:+.0%}",
-        }
-        for run in record["runs"]
-        for stage, took in run["measured"].items()
-    ]
+    record = read_record("plan")
+    rows = []
+    for run in record["runs"]:
+        for stage, took in run["measured"].items():
+            planned = run["planned"][stage]
+            row = {"run": run["what"], "stage": stage, "planned (s)": f"{planned:.1f}", "took (s)": f"{took:.1f}"}
+            rows.append({**row, "off by": f"{planned / took - 1:+.0%}"})
     return markdown(rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
 
 
-def streaming_table(results: Path) -> str:
+def streaming_table() -> str:
     """What streaming a folder took, and what a mapped cache holds in memory, from the record ``streaming.json``."""
-    record = read_record(results / "streaming.json")
+    record = read_record("streaming")
     streamed, mapped = record["streamed"], record["mapped"]
-    resumed, cache = streamed["resumed"], f"a cache of {record['config']['mapped_gb']:g} GB, all of it read"
-    rows: list[tuple[str, str, str]] = []
-    for part in (streamed["few"], streamed["whole"]):
-        peak = f"{part['peak_anonymous']['all_shared_once_mb']:.0f}"
-        rows.append((f"{part['images']:,} images into the cache", f"{part['seconds']:.0f}", peak))
-    again = f"resumed after being killed at {resumed['durable_images']:,}, same bytes"
-    rows.append((again, f"{resumed['seconds']:.0f}", ""))
-    rows.append((cache, "", f"{mapped['fingerprint']['anonymous_mb']:.0f}"))
-    rows.append(("before it was opened", "", f"{mapped['before']['anonymous_mb']:.0f}"))
-    table = pd.DataFrame(rows, columns=["what", "seconds", "memory, without mapped files (MB)"])
-    return markdown(table) + f"\n\nMeasured on: {record['device']}, {streamed['workers']} workers."
+    resumed, titles = streamed["resumed"], ["seconds", "memory, without mapped files (MB)"]
+    rows = {
+        f"{part['images']:,} images into the cache": (part["seconds"], part["peak_anonymous"]["all_shared_once_mb"])
+        for part in (streamed["few"], streamed["whole"])
+    }
+    rows[f"resumed after being killed at {resumed['durable_images']:,}, same bytes"] = resumed["seconds"], None
+    cache = f"a cache of {record['config']['mapped_gb']:g} GB, all of it read"
+    rows |= {cache: (None, mapped["fingerprint"]["anonymous_mb"])}
+    rows |= {"before it was opened": (None, mapped["before"]["anonymous_mb"])}
+    table = pd.DataFrame.from_dict(rows, "index", columns=titles).map("{:.0f}".format, na_action="ignore").fillna("")
+    described = markdown(table.rename_axis("what").reset_index())
+    return described + f"\n\nMeasured on: {record['device']}, {streamed['workers']} workers."
 
 
 def provenance(records: Mapping[str, Record]) -> str:
@@ -206,8 +198,8 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
             "cosine of gradients, last images": study.cosines("sequential", -1),
         }
         for measure, matrices in measures.items():
-            below, above = zip(*[correlation.negative_shares(matrix) for matrix in matrices], strict=True)
-            off = [correlation.off_diagonal(matrix).mean() for matrix in matrices]
+            below, above = correlation.negative_shares(matrices)
+            off = correlation.off_diagonal(matrices).mean(axis=1)
             row = {"study": name, "what is negative": measure}
             row["below the diagonal"] = f"{np.mean(below):.0%} ± {scipy.stats.sem(below):.0%}"
             row["above the diagonal"] = f"{np.mean(above):.0%} ± {scipy.stats.sem(above):.0%}"

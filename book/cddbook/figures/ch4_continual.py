@@ -2,31 +2,29 @@
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from cddbook.figures.style import band, lines
+from cddbook.figures.style import lines
 from cddbook.findings import Record, runs_of
 
 
 def probe_losses(record: Record, variants: Sequence[str]) -> Figure:
     """Losses of the probes against matched segments, a panel a variant; mean ± sd over seeds; visits of one seed."""
-    figure, axes = plt.subplots(1, len(variants), figsize=(3.8 * len(variants), 3.6), sharey=True, squeeze=False)
-    for axis, variant in zip(axes[0], variants, strict=True):
-        runs = [run for run in runs_of(record) if run.variant == variant]
-        starts, visits = runs[0].config["probe_starts"], runs[0].probes(skip=0)[1]
-        matched = runs[0].cost * np.array(runs[0].measured)
-        losses = np.stack([run.probes(skip=0)[0] for run in runs])
-        for probe, color in enumerate(sns.color_palette("viridis", len(starts))):
-            band(axis, matched, losses[:, :, probe], color=color, label=f"t = {starts[probe]}", alpha=0.15)
-            visited = np.flatnonzero(visits[:, probe]) + 1
-            axis.plot(matched[visited], losses[0][visited, probe], "|", color=color, markersize=8)
-        axis.set(xlabel="segments matched", title=variant)
-    axes[0, 0].set_ylabel("matching loss of the probe")
-    axes[0, -1].legend(fontsize=8, title="start epoch", title_fontsize=8)
+    x, y, hue, tables = "segments matched", "matching loss of the probe", "start epoch", []
+    for run in (run for run in runs_of(record) if run.variant in variants):
+        losses, visits = run.probes(skip=0)
+        columns = pd.MultiIndex.from_product([run.measured, run.config["probe_starts"]], names=[x, hue])
+        table = pd.DataFrame({y: losses.flat, "visited": np.pad(visits, ((1, 0), (0, 0))).flat}, columns).reset_index()
+        table[x] *= run.cost
+        tables.append(table.assign(variant=run.variant, seed=run.seed))
+    table = pd.concat(tables, ignore_index=True)
+    figure = lines(table, x, y, hue=hue, panel="variant", palette="viridis")
+    ticks = table[table["visited"] & (table["seed"] == table["seed"].min())]
+    for axis, (_, mine) in zip(figure.axes, ticks.groupby("variant", sort=False), strict=True):
+        sns.scatterplot(mine, x=x, y=y, hue=hue, palette="viridis", marker="|", legend=False, ax=axis, linewidth=1)
     return figure
 
 

@@ -29,10 +29,7 @@ def curves(table: pd.DataFrame, value: str) -> Figure:
     against = [column for column in AGAINST if column in table]
     means = table.groupby(["variant", "iteration"])[against].transform("mean").rename(columns=AGAINST)
     means[["variant", VALUES[value]]] = table[["variant", value]]
-    figure = lines(means.melt(["variant", VALUES[value]], value_name=" "), x=" ", y=VALUES[value], panel="variable")
-    if value != "loss":
-        figure.axes[0].yaxis.set_major_formatter(PERCENT)
-    return figure
+    return lines(means.melt(["variant", VALUES[value]], value_name=" "), " ", VALUES[value], panel="variable")
 
 
 def accuracy_bars(table: pd.DataFrame) -> Figure:

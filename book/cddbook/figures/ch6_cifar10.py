@@ -92,10 +92,8 @@ def stopped_sentence(distil: Record, experts: Record) -> str:
     )
 
 
-def tested(evaluated: Record | None, distil: Record) -> str:
+def tested(evaluated: Record, distil: Record) -> str:
     """Test accuracies, in percent: all sets, beside random real images; K at equal places; what that says. Markdown."""
-    if evaluated is None:
-        return "These sets have not been tested yet: there is no `book/results/gpu/evaluate.json`."
     table = gpu_accuracies(evaluated, distil)
     when = table["iteration"].astype(str).mask(table["stopped"], PRICES["stopped"])
     rows = []

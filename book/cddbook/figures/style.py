@@ -5,13 +5,11 @@ import html
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -26,22 +24,18 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
 
 
-def band(axis: Axes, x: Any, repeats: Any, *, alpha: float = 0.2, **line: Any) -> None:
-    """A line of the mean, with a band of the standard deviation on both sides of it; `repeats` has a row a repeat."""
-    table = pd.DataFrame(repeats)
-    mean, spread = table.mean().to_numpy(), table.std().fillna(0).to_numpy()
-    (drawn,) = axis.plot(x, mean, **line)
-    axis.fill_between(x, mean - spread, mean + spread, color=drawn.get_color(), alpha=alpha, linewidth=0)
-
-
-def lines(table: pd.DataFrame, x: str, y: str, *, hue: str = "variant", panel: str | None = None) -> Figure:
+def lines(
+    table: pd.DataFrame, x: str, y: str, *, hue: str = "variant", panel: str | None = None, palette: str = "colorblind"
+) -> Figure:
     """Means of `y` by `x`, with bands of the standard deviation: a line for each `hue`, a plot for each `panel`."""
     dots = table[x].nunique() < 40
     look = {"markers": dots, "dashes": not dots, "height": 3.4, "aspect": 0.9 if panel else 1.4}
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grid has a layout of its own
-        columns = {"x": x, "y": y, "hue": hue, "style": hue, "col": panel, "palette": "colorblind"}
+        columns = {"x": x, "y": y, "hue": hue, "style": hue, "col": panel, "palette": palette}
         grid = sns.relplot(table, kind="line", errorbar="sd", facet_kws={"sharex": False}, **columns, **look)
     grid.set_titles("{col_name}")
+    if "accuracy" in y:
+        grid.axes[0, 0].yaxis.set_major_formatter(PERCENT)
     return grid.figure
 
 

@@ -17,9 +17,6 @@ Scores = Float[np.ndarray, "rows tasks"]
 Visits = Bool[np.ndarray, "stages tasks"]
 
 
-# --- Forgetting and transfer ------------------------------------------------------------------------------------
-
-
 def _visited(visits: Visits) -> list[tuple[int, Sequence[int]]]:
     """Each visited task with the rows right after its visits, ascending."""
     rows = [(task, (np.flatnonzero(visits[:, task]) + 1).tolist()) for task in range(visits.shape[1])]

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,9 +22,9 @@ from real images lower every loss far more than all later ones, whichever segmen
 # --- Effects ----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Effect:
-    """A number measured once a replicate: mean, and 95 % confidence interval of the mean."""
+    """A number measured once a replicate: mean, 95 % confidence interval of the mean, and how many replicates."""
 
     mean: float
     low: float
@@ -35,11 +35,10 @@ class Effect:
 def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
     """Summarise repeated measurements; a single one, or nan among them, settles nothing."""
     array = np.asarray(values, dtype=float)
-    mean, count = float(array.mean()) if len(array) else math.nan, len(array)
-    if count < 2:
-        return Effect(mean=mean, low=-math.inf, high=math.inf, count=count)
-    half = float(scipy.stats.t.ppf(0.975, count - 1) * scipy.stats.sem(array))
-    return Effect(mean=mean, low=mean - half, high=mean + half, count=count)
+    mean, half = float(array.mean()) if len(array) else math.nan, math.inf
+    if len(array) > 1:
+        half = float(scipy.stats.t.ppf(0.975, len(array) - 1) * scipy.stats.sem(array))
+    return Effect(mean, mean - half, mean + half, len(array))
 
 
 # --- Correlation studies ----------------------------------------------------------------------------------------
@@ -115,8 +114,7 @@ def correlations(record: Record) -> Correlations:
 # --- Comparisons ------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparedRun:
+class ComparedRun(NamedTuple):
     """One run of a comparison: its configuration, and what it measured."""
 
     variant: str
@@ -156,9 +154,8 @@ def runs_of(record: Record) -> list[ComparedRun]:
     runs = []
     for name, run in record["runs"].items():
         variant, seed = name.split("/seed-")
-        measured = {key: run[key] for key in ("metrics", "evaluations", "result")}
         config = {**record["config"], **run["changes"]}
-        runs.append(ComparedRun(variant=variant, seed=int(seed), config=config, **measured))
+        runs.append(ComparedRun(variant, int(seed), config, run["metrics"], run["evaluations"], run["result"]))
     return runs
 
 

@@ -50,8 +50,6 @@ def collect(folder: Path) -> dict[str, Any]:
     return record
 
 
-# --- Studies ----------------------------------------------------------------------------------------------------
-
 STOPPED = "stopped.json"
 """File in the folder of a run that stopped on its own."""
 

@@ -1,12 +1,5 @@
 """Studies: families of distillations that differ in one thing, run side by side and gathered in one record.
 
-On the command line::
-
-    python -m cddbook correlate --buffer runs/buffer --out runs/correlation --probe-starts 0 3 6 9
-    python -m cddbook compare --what segments --buffer runs/buffer --out runs/segments
-    python -m cddbook compare --what remedies --segments 4 --buffer runs/buffer --out runs/remedies
-    python -m cddbook search --buffer runs/buffer --out runs/search --vary lr_images=10,30 step_size=0.02
-
 Every run has a folder of its own below the study's and resumes from it, so a study that was stopped goes on when it is
 asked for again. `jobs` processes work on the runs, each with its share of the cores.
 """

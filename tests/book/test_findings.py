@@ -6,7 +6,6 @@ import statistics
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.stats
 
@@ -186,16 +185,6 @@ def test_curves_count_segments_and_seconds():
 def test_paired_differences_remove_what_seeds_share():
     found = findings.paired(findings.comparison(comparison_record()), "test", "concurrent", "sequential")
     assert (found.low, found.high, found.count) == (pytest.approx(0.1), pytest.approx(0.1), 4)
-
-
-def test_equal_iterations_are_the_last_that_both_have():
-    rows = [("a", seed, i, 2.0 * i + seed) for seed in (0, 1) for i in (0, 4, 8)]
-    rows += [("b", seed, i, 1.0 * i + seed) for seed in (0, 1) for i in (0, 4)]
-    table = pd.DataFrame(rows, columns=["variant", "seed", "iteration", "accuracy"])
-    assert findings.at_equal(table, "accuracy", "iteration")[0] == 4
-    table["matched"] = table["iteration"] * table["variant"].map({"a": 1, "b": 2})
-    matched, rows = findings.at_equal(table, "accuracy", "matched")
-    assert matched == 8 and rows["accuracy"].tolist() == [16, 17, 4, 5]
 
 
 # --- Claims -----------------------------------------------------------------------------------------------------

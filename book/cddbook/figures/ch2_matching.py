@@ -38,31 +38,24 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
     return figure
 
 
-def _by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
-    """The measurements of single segments, with the peak `above` the start, in MB."""
+def memory_by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Peak memory above the start of matching single segments, in MB: a row an implementation and N student steps."""
     table = pd.DataFrame(record["measurements"])
     table = table[table["implementation"].isin(("cddlib", "textbook"))]
-    return table.assign(above=table["peak_mb"] - table["start_mb"])
+    return table.assign(memory=table["peak_mb"] - table["start_mb"])[["implementation", "student_steps", "memory"]]
 
 
 def memory_against_steps(record: Mapping[str, Any]) -> Figure:
     """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
-    names = {"student_steps": "student steps N", "above": "peak memory above the start, MB"}
-    figure = lines(_by_steps(record).rename(columns=names), *names.values(), hue="implementation")
+    names = {"student_steps": "student steps N", "memory": "peak memory above the start, MB"}
+    figure = lines(memory_by_steps(record).rename(columns=names), *names.values(), hue="implementation")
     figure.axes[0].set_ylim(bottom=0)
     return figure
 
 
 def memory_in_words(record: Mapping[str, Any]) -> str:
     """The numbers behind `memory_against_steps`, and where they were measured."""
-    table = _by_steps(record)
-    parts = []
-    for implementation, mine in table.groupby("implementation"):
-        points = zip(mine["student_steps"], mine["above"], strict=True)
-        pairs = ", ".join(f"{mb:.0f} MB at N = {steps}" for steps, mb in points)
-        parts.append(f"{implementation}: {pairs}")
+    parts = [f"{way} {mb:.0f} MB at N = {steps}" for way, steps, mb in memory_by_steps(record).to_numpy()]
     config = record["config"]
-    return (
-        f"Above the process's {table['start_mb'].median():.0f} MB, with {config['images']} images and width "
-        f"{config['width']} on {record['device']}: " + "; ".join(parts) + "."
-    )
+    where = f"with {config['images']} images and width {config['width']} on {record['device']}"
+    return f"Above what the process held before, {where}: {', '.join(parts)}."

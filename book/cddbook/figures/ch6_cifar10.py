@@ -38,9 +38,6 @@ def run_table(records: Mapping[str, Record]) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-# --- Runs on a GPU ----------------------------------------------------------------------------------------------
-
-
 def loss_caption(table: pd.DataFrame) -> str:
     """What the curves of `findings.gpu_losses` show."""
     return (

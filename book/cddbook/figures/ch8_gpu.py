@@ -18,9 +18,6 @@ GATE = {"median": 0.999, "min": 0.99}
 """Cosines to the float64 gradient that a precision has to reach to be a default."""
 
 
-# --- Speed ------------------------------------------------------------------------------------------------------
-
-
 def _timed(speed: Record) -> pd.DataFrame:
     """A row a measurement, with its work in words, the textbook's ms for that work, and the commit."""
     columns = ["what", "way", *SIZES.values(), "segments", "ms", "least", "most"]
@@ -114,9 +111,6 @@ def runs_sentence(at_once: Record) -> str:
     more = "More gain nothing" if enough < rates.index.max() else "More were not tried"
     worth = f"It pays to start {enough} at once. {more}" if enough > 1 else "It does not pay to start several at once"
     return f"{parts} as many segments a second as one run. {worth}."
-
-
-# --- Precision --------------------------------------------------------------------------------------------------
 
 
 def gradients_table(gradients: Record) -> str:

@@ -18,7 +18,6 @@ from cddbook import correlation
 from cddbook.correlation import Matrices, Matrix
 from cddbook.findings import (
     CONTROLS,
-    PRICES,
     Correlations,
     Effect,
     Record,
@@ -161,15 +160,13 @@ def _of_comparison(setting: str, record: Record) -> list[Finding]:
         rows.append(("C4", measure, error, " %"))
         tested = paired(table, "test", several, single)
         rows.append(("C6", f"test accuracy, {several} minus {single} at equal compute", tested, " points"))
-        for price in ("iteration", "matched"):
-            most, probes = probes_at_equal(record, (single, several), price)
+        for where, probes in probes_at_equal(record, (single, several)).items():
             for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
-                less, where = paired(probes, measure, single, several), f"after {most} {PRICES[price]} each"
-                rows.append((claim, f"{measure}, {single} minus {several} {where}", less, " % of a loss of 1"))
-            most, validated = at_equal(curve[curve["variant"].isin((single, several))], "accuracy", price)
-            if most > 0:
-                measure = f"validation accuracy, {several} minus {single} after {most} {PRICES[price]} each"
-                rows.append(("C6", measure, paired(validated, "accuracy", several, single), " points"))
+                less = paired(probes, measure, single, several)
+                rows.append((claim, f"{measure}, {single} minus {several} {where} each", less, " % of a loss of 1"))
+        for where, validated in at_equal(curve[curve["variant"].isin((single, several))], "accuracy").items():
+            ahead = paired(validated, "accuracy", several, single)
+            rows.append(("C6", f"validation accuracy, {several} minus {single} {where} each", ahead, " points"))
         for remedy in sorted({"ewc", "si"} & set(variants)):
             ahead = paired(table, "test", several, remedy)
             rows.append(("C5", f"test accuracy, {several} minus {remedy.upper()}", ahead, " points"))

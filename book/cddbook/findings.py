@@ -70,13 +70,10 @@ class Correlations:
         losses = self.losses["matched"]
         return losses[:, :, -1] / losses[:, :, 0] - 1
 
-    def products(self, kind: str, when: int, variable: str = "images") -> Float[np.ndarray, "replicates n n"]:
-        """Inner products of two students' gradients at the start (0) or the end (-1) of a run of a kind."""
-        return np.array([measured[when]["products"][variable] for measured in self.similarity[kind]])
-
     def cosines(self, kind: str, when: int, variable: str = "images") -> correlation.Matrices:
-        """Cosines between these gradients."""
-        return np.stack([correlation.between_draws(products) for products in self.products(kind, when, variable)])
+        """Cosines between two students' gradients at the start (0) or the end (-1) of a run of a kind."""
+        products = [np.asarray(found[when]["products"][variable]) for found in self.similarity[kind]]
+        return np.stack([correlation.between_draws(product) for product in products])
 
     def p_values(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the changes' correlation has not the `sign`" (permutation test, Holm); 1 on the diagonal."""
@@ -211,39 +208,45 @@ def paired(table: pd.DataFrame, column: str, first: str, second: str) -> Effect:
     return effect((values[first] - values[second]).dropna())
 
 
-PRICES = {"matched": "matched segments", "iteration": "iterations", "stopped": "when they were stopped"}
+STOPPED = "when they were stopped"
+PRICES = {"matched": "after {} matched segments", "iteration": "after {} iterations", "stopped": STOPPED}
 """At what runs can be compared; equal numbers of matched segments are equal compute."""
 
 
-def at_equal(table: pd.DataFrame, value: str, price: str) -> tuple[int, pd.DataFrame]:
-    """The largest price, a column of `table`, at which every run has a `value`, and the rows of that price.
+def at_equal(table: pd.DataFrame, value: str) -> dict[str, pd.DataFrame]:
+    """By each price that `table` has, in words: the rows of the largest one at which all runs have a `value`.
 
     Args:
         table: a row for each measurement of a run, as from `curves`.
         value: a column; where it is nan nothing was measured.
-        price: another one.
     """
-    table = table.dropna(subset=value)
-    places = [set(run[price]) for _, run in table.groupby(["variant", "seed"], observed=True)]
-    most = max(set.intersection(*places), default=0)
-    return most, table[table[price] == most]
+    found, table = {}, table.dropna(subset=value)
+    for price, words in PRICES.items():
+        if price in table:
+            runs = table.groupby(["variant", "seed"], observed=True)[price]
+            most = max(set.intersection(*map(set, runs.unique())), default=0)
+            if most:
+                found[words.format(most)] = table[table[price] == most]
+    return found
 
 
-def probes_at_equal(record: Record, variants: Sequence[str], price: str) -> tuple[int, pd.DataFrame]:
-    """The largest price at which the probes of all these variants' runs were measured, and a row a run: `mean loss of
-    the probes` there, and the `average forgetting` on the way.
+def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """By price in words, the largest at which the probes of all these variants' runs were measured: a row a run, with
+    the `mean loss of the probes` there and the `average forgetting` on the way.
 
     All of them count the measurements at the same prices only: more of them find more forgetting.
     """
-    runs = [run for run in runs_of(record) if run.variant in variants]
-    costs = [run.cost if price == "matched" else 1 for run in runs]
-    places = [{time * cost for time in run.measured} for run, cost in zip(runs, costs, strict=True)]
-    common, rows = set.intersection(*places), []
-    for run, cost in zip(runs, costs, strict=True):
-        losses, visits = run.probes({place // cost for place in common})
-        row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
-        rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})
-    return max(common), pd.DataFrame(rows)
+    runs, found = [run for run in runs_of(record) if run.variant in variants], {}
+    for price in ("matched", "iteration"):
+        costs = [run.cost if price == "matched" else 1 for run in runs]
+        places = [{time * cost for time in run.measured} for run, cost in zip(runs, costs, strict=True)]
+        common, rows = set.intersection(*places), []
+        for run, cost in zip(runs, costs, strict=True):
+            losses, visits = run.probes({place // cost for place in common})
+            row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
+            rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})
+        found[PRICES[price].format(max(common))] = pd.DataFrame(rows)
+    return found
 
 
 # --- Runs on a GPU ----------------------------------------------------------------------------------------------

@@ -171,15 +171,24 @@ def streaming_table() -> str:
 
 
 def provenance(records: Mapping[str, Record]) -> str:
-    """Where and by which code records of a GPU, given by name, were made; a Markdown list."""
+    """Where and by which code records, given by name, were made, and what the runs of a study are; a Markdown list."""
     lines = []
     for name, record in records.items():
-        commits = {row.get("commit", record["commit"])[:7] for row in record.get("rows", [record])}
-        torch = f", PyTorch {record['versions']['torch']}" if "versions" in record else ""
-        lines.append(
-            f"- {record['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(commits))}. "
-            f"Record: book/results/gpu/{name}.json."
-        )
+        study = isinstance(record.get("runs"), dict)
+        results = [run["result"] for run in record["runs"].values()] if study else [record]
+        made = results[0]
+        commits = {str(row.get("commit", made["commit"]))[:7] for row in record.get("rows", results)}
+        torch = f", PyTorch {made['versions']['torch']}" if "versions" in made else ""
+        said = f"{made['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(commits))}"
+        if study:
+            config, minutes = record["config"], math.fsum(result["seconds"] for result in results) / 60
+            window = f"[{config['window_start']}, {config['window_end']})"
+            said = (
+                f"{len(results)} runs, {minutes:.0f} minutes of distillation in all; threads a run: {made['threads']}, "
+                f"{said}; {config['data']}, IPC {config['ipc']}, width {config['width']}, "
+                f"N = {config['student_steps']}, M = {config['expert_epochs']}, window {window}"
+            )
+        lines.append(f"- {name}: {said}.")
     return "\n".join(lines)
 
 
@@ -250,17 +259,3 @@ def baselines_in_words(record: Record) -> str:
         accuracies = [accuracy for entry in tests for accuracy in entry[key]]
         parts.append(f"{name} {mean_sd(accuracies, scale=100.0)} ({len(accuracies)} networks)")
     return "Test accuracy in percent under the same protocol: " + "; ".join(parts) + "."
-
-
-def provenance_in_words(record: Record) -> str:
-    """Where and for how long the runs of a study ran."""
-    results: list[dict[str, Any]] = [run["result"] for run in record["runs"].values()]
-    seconds = math.fsum(result["seconds"] for result in results)
-    config, first = record["config"], results[0]
-    commit = (first["commit"] or "unknown")[:12]
-    return (
-        f"{len(results)} runs, {seconds / 60:.0f} minutes of distillation in all; threads a run: {first['threads']}, "
-        f"{first['device']}, torch {first['versions']['torch']}, commit `{commit}`; {config['data']}, "
-        f"IPC {config['ipc']}, width {config['width']}, N = {config['student_steps']}, M = {config['expert_epochs']}, "
-        f"window [{config['window_start']}, {config['window_end']})."
-    )

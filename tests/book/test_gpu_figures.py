@@ -56,9 +56,7 @@ def test_only_rows_of_one_commit_are_compared() -> None:
     assert "one by one" not in ch8_gpu.faster_sentences(speed) and "bfloat16" not in ch8_gpu.faster_sentences(speed)
     speed["rows"].append({**speed["rows"][0], "way": ch8_gpu.OWN[1], "ms": 45, "commit": "0123456789"})
     assert "takes 45 ms, 2.0 times as fast" in ch8_gpu.faster_sentences(speed)
-    assert tables.provenance({"speed": speed}) == (
-        "- a GPU, PyTorch 2.11, commit `0123456` and `abcdefg`. Record: book/results/gpu/speed.json."
-    )
+    assert tables.provenance({"speed": speed}) == "- speed: a GPU, PyTorch 2.11, commit `0123456` and `abcdefg`."
 
 
 def test_tables_of_speed() -> None:

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from cddbook import correlation
 from cddbook.correlation import Matrix
 from cddbook.findings import Correlations
-from cddbook.tables import mean_sd
 
 
 def heat_maps(
@@ -84,15 +83,3 @@ def sign_agreement(study: Correlations, rates: Mapping[str, float]) -> str:
             f"{np.mean(measured < 0):.0%} of the steps raise the other segment's loss"
         )
     return "Off the diagonal, " + "; ".join(parts) + "."
-
-
-def lengths_in_words(study: Correlations) -> str:
-    """How much longer the image gradient of the last probe is than that of the first, on the first images."""
-    lengths = np.sqrt(np.diagonal(study.products("sequential", 0), axis1=1, axis2=2))
-    first, last = study.starts[0], study.starts[-1]
-    ratios = lengths[:, len(study.starts) - 1] / lengths[:, 0]
-    return (
-        f"Lengths differ too: the image gradient of the segment from epoch {last} is {mean_sd(ratios, digits=2)} "
-        f"times as long as that of the segment from epoch {first} ({len(ratios)} experts). A mean over segments is "
-        "pulled towards the longer gradients."
-    )

@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from cddbook.figures.style import PERCENT, lines
-from cddbook.findings import PRICES, Effect, at_equal, paired
+from cddbook.findings import at_equal, paired
 from cddbook.tables import markdown, mean_sd
 
 AGAINST = {"iteration": "iterations", "matched": "segments matched", "elapsed": "seconds of matching"}
@@ -42,24 +42,14 @@ def accuracy_bars(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _at_equal(table: pd.DataFrame, value: str) -> dict[str, tuple[pd.DataFrame, Effect]]:
-    """By what runs have had equally much of: the rows there, and the last variant minus the first."""
-    found = {}
-    for price in (price for price in PRICES if price in table):
-        most, rows = at_equal(table, value, price)
-        if most:
-            where = PRICES[price] if price == "stopped" else f"after {most} {PRICES[price]}"
-            found[where] = rows, paired(rows, value, *table["variant"].unique()[[-1, 0]])
-    return found
-
-
 def equal_table(table: pd.DataFrame, value: str) -> str:
     """A value of every variant where all runs have had equally much, mean ± standard deviation over seeds, and the 95 %
     interval of the last variant minus the first; Markdown.
     """
     scale, digits, unit = (1.0, 3, "") if value == "loss" else (100.0, 1, ", %")
     rows, (first, *_, last) = [], table["variant"].unique()
-    for where, (found, difference) in _at_equal(table, value).items():
+    for where, found in at_equal(table, value).items():
+        difference = paired(found, value, last, first)
         row = {VALUES[value] + unit: where}
         for variant, mine in found.groupby("variant", sort=False):
             row[str(variant)] = mean_sd(mine[value], scale=scale, digits=digits)
@@ -73,7 +63,8 @@ def equal_sentence(table: pd.DataFrame, value: str) -> str:
     first, *_, last = table["variant"].unique()
     signs = {-1: "is lower than", 1: "is higher than", 0: "cannot be told apart, with these seeds, from"}
     places: dict[str, list[str]] = {how: [] for how in signs.values()}
-    for where, (_, difference) in _at_equal(table, value).items():
+    for where, found in at_equal(table, value).items():
+        difference = paired(found, value, last, first)
         places[signs[(difference.low > 0) - (difference.high < 0)]].append(where)
     said = [f"{listed(where)} the {VALUES[value]} of {last} {how}" for how, where in places.items() if where]
     return " ".join(f"{sentence[0].upper()}{sentence[1:]} that of {first}." for sentence in said)

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 
 from cddbook.figures.ch5_concurrent import complete, equal_sentence, equal_table, listed
-from cddbook.findings import PRICES, WINDOW, Record, gpu_accuracies
+from cddbook.findings import STOPPED, WINDOW, Record, gpu_accuracies
 from cddbook.tables import markdown, mean_sd
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
 
@@ -21,21 +20,10 @@ def networks(records: Mapping[str, Record]) -> pd.DataFrame:
 
 def run_table(records: Mapping[str, Record]) -> pd.DataFrame:
     """What distillation runs cost and reached, a column each, from their records."""
-    columns = {}
-    for name, record in records.items():
-        losses = [line["loss"] for line in record["metrics"] if "loss" in line]
-        columns[name] = {
-            "iterations": record["config"]["iterations"],
-            "seconds an iteration (median)": f"{record['result']['seconds_per_iteration']:.1f}",
-            "whole run, minutes": f"{record['result']['seconds'] / 60:.1f}",
-            "peak memory of the process, MB": f"{record['result']['peak_memory_mb']:.0f}",
-            "matching loss, first 10 iterations": f"{np.mean(losses[:10]):.3f}",
-            "matching loss, last 10 iterations": f"{np.mean(losses[-10:]):.3f}",
-            "step size, last": f"{record['metrics'][-1]['step_size']:.4f}",
-            "iteration selected by validation": record["result"]["selected_iteration"],
-            "test accuracy, %": mean_sd(record["evaluations"][0]["accuracies"]["synthetic"], scale=100.0),
-        }
-    return pd.DataFrame(columns)
+    names = {"seconds_per_iteration": "seconds an iteration (median)", "seconds": "seconds of the whole run"}
+    names |= {"peak_memory_mb": "peak memory of the process, MB", "selected_iteration": "selected iteration"}
+    results = pd.DataFrame({name: record["result"] for name, record in records.items()})
+    return results.loc[list(names)].rename(names).map("{:.1f}".format)
 
 
 def loss_caption(table: pd.DataFrame) -> str:
@@ -92,7 +80,7 @@ def stopped_sentence(distil: Record, experts: Record) -> str:
 def tested(evaluated: Record, distil: Record) -> str:
     """Test accuracies, in percent: all sets, beside random real images; K at equal places; what that says. Markdown."""
     table = gpu_accuracies(evaluated, distil)
-    when = table["iteration"].astype(str).mask(table["stopped"], PRICES["stopped"])
+    when = table["iteration"].astype(str).mask(table["stopped"], STOPPED)
     rows = []
     for (variant, iteration), mine in table.groupby(["variant", when], sort=False):
         row = {"set": variant, "iterations": iteration, "matched segments": _range(mine["matched"])}

@@ -9,7 +9,7 @@ are not corrected for their number: of twenty effects that are zero, one is sett
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -96,15 +96,10 @@ def _finding(claim: str, setting: str, measure: str, found: Effect, unit: str = 
 
 def _of_correlation(setting: str, study: Correlations) -> list[Finding]:
     """What a correlation study says about C1, C2, C3 and C5."""
-    losses, pairs = study.pearson(), correlation.off_diagonal
+    losses, changes, pairs = study.pearson(), study.pearson(changes=True), correlation.off_diagonal
     found = [
         _of_pairs(setting, "losses (t test, Holm)", losses, *map(study.p_values_of_losses, (-1, 1))),
-        _of_pairs(
-            setting,
-            "changes of losses (permutation test, Holm)",
-            study.pearson(changes=True),
-            *map(study.p_values, (-1, 1)),
-        ),
+        _of_pairs(setting, "changes of losses (permutation test, Holm)", changes, *map(study.p_values, (-1, 1))),
     ]
     rows: list[tuple[str, str, Any, str]] = []
     if study.ipc in (1, 50):
@@ -114,8 +109,8 @@ def _of_correlation(setting: str, study: Correlations) -> list[Finding]:
         rows.append(("C2", measure, sign * (below - above), ""))
     measure = "change of the others' losses while one segment alone is matched"
     rows.append(("C3", measure, pairs(study.net_change()).mean(axis=1), " %"))
-    for changes, what in ((False, "losses"), (True, "changes of losses")):
-        less = [(pairs(study.pearson(kind, changes=changes)) < 0).mean(axis=1) for kind in CONTROLS]
+    for of_changes, what in ((False, "losses"), (True, "changes of losses")):
+        less = [(pairs(study.pearson(kind, changes=of_changes)) < 0).mean(axis=1) for kind in CONTROLS]
         measure = f"share of pairs whose {what} correlate negatively within a run, sequential minus concurrent"
         rows.append(("C5", measure, less[0] - less[1], ""))
     more = [pairs(study.cosines(kind, -1)).mean(axis=1) for kind in CONTROLS]
@@ -225,9 +220,9 @@ def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)
 
 def summary_table(found: Sequence[Finding]) -> str:
     """Markdown: a row a claim, with how many measures confirm it, contradict it, and leave it open."""
-    rows = []
-    for claim, sentence in CLAIMS.items():
-        counts = Counter(finding.verdict for finding in found if finding.claim == claim)
-        open_ = "not tested" if counts["not tested"] else counts["not settled"]
-        rows.append((f"**{claim}** {sentence}", counts["confirmed"], counts["contradicted"], open_))
-    return markdown(pd.DataFrame(rows, columns=["claim", "confirmed", "contradicted", "not settled"]))
+    verdicts = [name for name in get_args(Verdict) if any(finding.verdict == name for finding in found)]
+    counts = Counter((finding.claim, finding.verdict) for finding in found)
+    return markdown(
+        {"claim": f"**{claim}** {sentence}"} | {verdict: counts[claim, verdict] for verdict in verdicts}
+        for claim, sentence in CLAIMS.items()
+    )

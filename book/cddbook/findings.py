@@ -19,9 +19,6 @@ SETTLED = 3
 from real images lower every loss far more than all later ones, whichever segment they match."""
 
 
-# --- Effects ----------------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Effect:
     """A number measured once a replicate: mean, 95 % confidence interval of the mean, and how many replicates."""
@@ -39,9 +36,6 @@ def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
     if len(array) > 1:
         half = float(scipy.stats.t.ppf(0.975, len(array) - 1) * scipy.stats.sem(array))
     return Effect(mean, mean - half, mean + half, len(array))
-
-
-# --- Correlation studies ----------------------------------------------------------------------------------------
 
 
 CONTROLS = ("sequential", "concurrent")
@@ -106,9 +100,6 @@ def correlations(record: Record) -> Correlations:
         for kind, names in rows.items()
     }
     return Correlations(ipc=record["config"]["ipc"], starts=starts, losses=losses, similarity=similarity)
-
-
-# --- Comparisons ------------------------------------------------------------------------------------------------
 
 
 class ComparedRun(NamedTuple):
@@ -248,8 +239,6 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
         found[PRICES[price].format(max(common))] = pd.DataFrame(rows)
     return found
 
-
-# --- Runs on a GPU ----------------------------------------------------------------------------------------------
 
 WINDOW = 50
 """Matched segments of a running mean."""

@@ -48,9 +48,6 @@ def study_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **o
     return StudyConfig(distillation=distill_recipe(method, data, ipc, **overrides), probes=probes)
 
 
-# --- What is run ------------------------------------------------------------------------------------------------
-
-
 def correlation_runs(base: StudyConfig, replicates: int, experts: int) -> dict[str, StudyConfig]:
     """The runs of a correlation study, by name.
 
@@ -154,9 +151,6 @@ def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
         accuracy = 0.0 if "stopped" in run else run["result"]["validation_accuracy"]
         found.setdefault(name.split("/")[0], []).append(accuracy)
     return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
-
-
-# --- Running it -------------------------------------------------------------------------------------------------
 
 
 def run_study(

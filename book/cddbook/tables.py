@@ -25,13 +25,12 @@ def markdown(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> str:
 
 
 def mean_sd(values: Sequence[float] | pd.Series, *, scale: float = 1.0, digits: int = 1) -> str:
-    """Mean ± standard deviation of `scale` times the values; of a single value, that one."""
+    """Mean ± standard deviation of `scale` times the values; of a single value, that one; of none, –."""
     numbers = pd.Series(values)
+    if not numbers.count():
+        return "–"
     spread = f" ± {scale * numbers.std():.{digits}f}" if numbers.count() > 1 else ""
     return f"{scale * numbers.mean():.{digits}f}{spread}"
-
-
-# --- Methods ----------------------------------------------------------------------------------------------------
 
 
 def methods_table() -> str:
@@ -68,25 +67,21 @@ def published(data: str) -> pd.DataFrame:
     return table[table["data"] == data]
 
 
-def published_table(data: str) -> str:
-    """Published test accuracies on a data set, in percent; their sources below."""
-    table = published(data)
-    titles = {**{name: f"`{name}`" for name in METHODS}, "random_real": "random real images"}
-    sources = sorted(table["source"].unique())
-    spread = table["std"].map(" ± {:g}".format, na_action="ignore").fillna("")
-    number = table["source"].map(lambda source: f" <sup>{sources.index(source) + 1}</sup>")
-    table = table.assign(cell=table["mean"].map("{:.1f}".format) + spread + number)
-    cells = table.pivot(index="method", columns="ipc", values="cell").reindex(columns=CELLS[data])
-    cells = cells.reindex([name for name in titles if name in cells.index]).rename(
-        index=titles, columns="IPC {}".format
-    )
-    notes = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
-    return markdown(cells.rename_axis(data).reset_index()) + f"\n\nSources: {notes}."
-
-
 def published_tables() -> str:
-    """All of them, one after the other."""
-    return "\n\n".join(published_table(data) for data in DATA_NAMES if len(published(data)))
+    """Published test accuracies, in percent, of every data set that has some; a table's sources below it."""
+    titles = {**{name: f"`{name}`" for name in METHODS}, "random_real": "random real images"}
+    blocks = []
+    for data, table in ((data, published(data)) for data in DATA_NAMES if len(published(data))):
+        sources = sorted(table["source"].unique())
+        spread = table["std"].map(" ± {:g}".format, na_action="ignore").fillna("")
+        number = table["source"].map({source: f" <sup>{number}</sup>" for number, source in enumerate(sources, 1)})
+        table = table.assign(cell=table["mean"].map("{:.1f}".format) + spread + number)
+        cells = table.pivot(index="method", columns="ipc", values="cell").reindex(columns=CELLS[data])
+        cells = cells.loc[[name for name in titles if name in cells.index]].rename(titles)
+        notes = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
+        shown = cells.rename(columns="IPC {}".format).rename_axis(data).reset_index()
+        blocks.append(f"{markdown(shown)}\n\nSources: {notes}.")
+    return "\n\n".join(blocks)
 
 
 BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
@@ -120,9 +115,6 @@ def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Re
     table = pd.concat(cells, names=["data", "IPC"]).map("{:.1f}".format, na_action="ignore").fillna("")
     table["measured here"] = ["<br>".join(measured.get(cell, ["not run"])) for cell in table.index]
     return markdown(table.rename(columns={"random_real": "random real"}).reset_index())
-
-
-# --- Records of single runs -------------------------------------------------------------------------------------
 
 
 def measured_table() -> str:
@@ -192,9 +184,6 @@ def provenance(records: Mapping[str, Record]) -> str:
     return "\n".join(lines)
 
 
-# --- Records of studies -----------------------------------------------------------------------------------------
-
-
 def negative_table(studies: Mapping[str, Correlations]) -> str:
     """Markdown: share of negative pairs below and above the diagonal, mean ± standard error, a row a measure."""
     rows = []
@@ -227,12 +216,11 @@ def comparison_table(table: pd.DataFrame) -> str:
         "wall": ("matching, s", 1.0, 1),
         "memory": ("memory, MB", 1.0, 0),
     }
-    rows = []
-    for variant, mine in table.groupby("variant", sort=False, observed=True):
-        row = {"variant": variant}
-        for key, (title, scale, digits) in columns.items():
-            row[title] = "–" if mine[key].isna().all() else mean_sd(mine[key], scale=scale, digits=digits)
-        rows.append(row)
+    rows = [
+        {"variant": variant}
+        | {title: mean_sd(mine[key], scale=scale, digits=digits) for key, (title, scale, digits) in columns.items()}
+        for variant, mine in table.groupby("variant", sort=False, observed=True)
+    ]
     note = (
         f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Memory is the peak "
         "of the process, with data and validation: a run's own only if it had a process of its own, as in the records, "

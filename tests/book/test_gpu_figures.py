@@ -141,7 +141,6 @@ def test_losses_turn(gap: float, apart: float, said: str) -> None:
     assert sentence.startswith(f"After 120 matched segments, after 80 iterations {said}")
     rows = ch5_concurrent.equal_table(table, "loss").split("\n")
     assert len(rows) == 5 and f"{gap:+.3f} [" in rows[2] and rows[2].endswith("| 3 |")
-    assert sentence in ch6_cifar10.loss_caption(table)
 
 
 def test_comparisons_may_differ() -> None:
@@ -154,14 +153,11 @@ def test_comparisons_may_differ() -> None:
     assert "After 120 matched segments the matching loss of K=2 is higher" in said
 
 
-def test_the_curves_are_drawn_where_all_seeds_are_and_described() -> None:
+def test_the_curves_are_drawn_where_all_seeds_are() -> None:
     table = findings.gpu_losses(distil_of(0.0))
     figure = ch5_concurrent.curves(table, "loss")
     drawn = [[max(line.get_xdata()) for line in axis.lines if len(line.get_xdata())] for axis in figure.axes]
     assert drawn == [[120, 80], [120, 160]]
-    assert "K=1 falls from 0.66 to 0.60 and that of K=2 falls from 0.72 to 0.60" in ch6_cifar10.loss_alt(table)
-    rising = table.assign(loss=1 - table["loss"])
-    assert "K=1 rises from 0.34 to 0.40" in ch6_cifar10.loss_alt(rising)
     plt.close("all")
 
 

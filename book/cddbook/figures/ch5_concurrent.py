@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
 from cddbook.figures.style import PERCENT, lines
-from cddbook.findings import at_equal, paired
+from cddbook.findings import Record, at_equal, paired, runs_of
 from cddbook.tables import markdown, mean_sd
 
 AGAINST = {"iteration": "iterations", "matched": "segments matched", "elapsed": "seconds of matching"}
@@ -16,16 +17,14 @@ VALUES = {"loss": "matching loss", "accuracy": "validation accuracy", "test": "t
 """Columns of `findings.curves` and of the tables of runs on a GPU, in words."""
 
 
-def complete(table: pd.DataFrame, value: str) -> pd.DataFrame:
-    """The rows that have a `value`, at iterations where all seeds of the variant have one."""
+def curves(table: pd.DataFrame, value: str) -> Figure:
+    """A value against iterations, matched segments and, where they are known, seconds, which are means over seeds.
+
+    A variant's line has the iterations at which all its seeds have a value.
+    """
     table = table.dropna(subset=value)
     seeds = table.groupby(["variant", "iteration"])["seed"].transform("count")
-    return table[seeds == table.groupby("variant")["seed"].transform("nunique")]
-
-
-def curves(table: pd.DataFrame, value: str) -> Figure:
-    """A value against iterations, matched segments and, where they are known, seconds, which are means over seeds."""
-    table = complete(table, value)
+    table = table[seeds == table.groupby("variant")["seed"].transform("nunique")]
     against = [column for column in AGAINST if column in table]
     means = table.groupby(["variant", "iteration"])[against].transform("mean").rename(columns=AGAINST)
     means[["variant", VALUES[value]]] = table[["variant", value]]
@@ -73,3 +72,34 @@ def equal_sentence(table: pd.DataFrame, value: str) -> str:
 def listed(words: Sequence[str]) -> str:
     """Words as a list in a sentence."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def probe_losses(record: Record) -> Figure:
+    """Losses of the probes against matched segments, a panel a variant; mean ± sd over seeds; visits of one seed."""
+    x, y, hue, tables = "segments matched", "matching loss of the probe", "start epoch", []
+    for run in runs_of(record):
+        losses, visits = run.probes(skip=0)
+        rows = pd.MultiIndex.from_product([run.measured, run.config["probe_starts"]], names=[x, hue])
+        table = pd.DataFrame({y: losses.flat, "visited": np.pad(visits, ((1, 0), (0, 0))).flat}, rows).reset_index()
+        table[x] *= run.cost
+        tables.append(table.assign(variant=run.variant, seed=run.seed))
+    table = pd.concat(tables, ignore_index=True)
+    figure = lines(table, x, y, hue=hue, panel="variant", palette="viridis")
+    ticks = table[table["seed"] == table["seed"].min()]
+    ticks = ticks.assign(**{y: ticks[y].where(ticks["visited"])})  # of rows without a tick, only the colour counts
+    for axis, (_, mine) in zip(figure.axes, ticks.groupby("variant", sort=False), strict=True):
+        sns.scatterplot(mine, x=x, y=y, hue=hue, palette="viridis", marker="|", legend=False, ax=axis, linewidth=1)
+    return figure
+
+
+def error_along(record: Record) -> Figure:
+    """Accumulated error along the trajectory, and the sums of its two parts; mean ± sd over seeds, last iterate."""
+    keys = {"error": "ε, accumulated", "matching_sum": "Σδ, matching", "initialisation_sum": "ΣI, initialisation"}
+    x, y = "expert epoch", "length / way of the expert"
+    ends = [pd.DataFrame(run.last_error).assign(variant=run.variant) for run in runs_of(record)]
+    table = pd.concat(ends, ignore_index=True)
+    parts = table[list(keys)].rename(columns=keys).div(table["travelled"], axis=0)
+    parts[[x, "variant"]] = table[["epoch", "variant"]]
+    figure = lines(parts.melt([x, "variant"], value_name=y), x, y, panel="variable")
+    figure.axes[0].set_ylim(bottom=0)
+    return figure

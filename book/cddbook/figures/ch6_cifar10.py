@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from cddbook.figures.ch5_concurrent import complete, equal_sentence, equal_table, listed
-from cddbook.findings import STOPPED, WINDOW, Record, gpu_accuracies
+from cddbook.figures.ch5_concurrent import equal_sentence, equal_table
+from cddbook.findings import STOPPED, Record, gpu_accuracies
 from cddbook.tables import markdown, mean_sd
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
 
@@ -24,23 +24,6 @@ def run_table(records: Mapping[str, Record]) -> pd.DataFrame:
     names |= {"peak_memory_mb": "peak memory of the process, MB", "selected_iteration": "selected iteration"}
     results = pd.DataFrame({name: record["result"] for name, record in records.items()})
     return results.loc[list(names)].rename(names).map("{:.1f}".format)
-
-
-def loss_caption(table: pd.DataFrame) -> str:
-    """What the curves of `findings.gpu_losses` show."""
-    return (
-        f"{equal_sentence(table, 'loss')} A point is the mean of the last {WINDOW} matched segments; with K = 1 it "
-        f"also moves with the start epochs that were drawn. Lines: mean over {table['seed'].nunique()} seeds; bands: "
-        "standard deviation. Record: book/results/gpu/distil.json."
-    )
-
-
-def loss_alt(table: pd.DataFrame) -> str:
-    """What they look like."""
-    means = complete(table, "loss").groupby(["variant", "iteration"])["loss"].mean()
-    ends = {k: means[k].iloc[[0, -1]] for k in table["variant"].unique()}
-    parts = [f"that of {k} {'falls' if b < a else 'rises'} from {a:.2f} to {b:.2f}" for k, (a, b) in ends.items()]
-    return f"Lines of the matching loss against iterations, left, and matched segments, right: {listed(parts)}."
 
 
 def runs_table(distil: Record) -> str:

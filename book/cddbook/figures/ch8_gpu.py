@@ -7,7 +7,6 @@ import pandas as pd
 from cddbook.findings import Record
 from cddbook.tables import markdown
 
-ITERATION = "an iteration's gradient"
 OWN = ("cddlib", "cddlib, each kernel as the compiler makes it")
 """cddlib's usual way on a GPU, compiled and replayed as a graph: now, and before its kernels were combined."""
 APART = "cddlib, launched one by one"
@@ -22,7 +21,7 @@ def _timed(speed: Record) -> pd.DataFrame:
     """A row a measurement, with its work in words, the textbook's ms for that work, and the commit."""
     columns = ["what", "way", *SIZES.values(), "segments", "ms", "least", "most"]
     table = pd.DataFrame(speed["rows"]).reindex(columns=columns)
-    table.loc[table["what"] == "without a graph", ["what", "way"]] = ITERATION, APART
+    table.loc[table["what"] == "without a graph", ["what", "way"]] = "an iteration's gradient", APART
     table["work"] = [
         ", ".join([row["what"], *(f"{word} {row[size]:,.0f}" for word, size in SIZES.items() if pd.notna(row[size]))])
         for row in table.to_dict("records")

@@ -51,18 +51,6 @@ def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
     return figure
 
 
-def captioned(figure: Figure, caption: str, alt: str, *, attributes: str = 'style="margin:0"') -> str:
-    """A figure as HTML, with words that a function made of its numbers; it is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure {attributes}><img src="data:image/png;base64,{picture}" alt="{html.escape(alt)}" '
-        f'style="max-width:100%"><figcaption>{html.escape(caption)}</figcaption></figure>'
-    )
-
-
 def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str, name: str) -> str:
     """Frames behind a slider, as HTML that needs neither a kernel nor a network; each frame has its alt text.
 
@@ -74,8 +62,14 @@ def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str,
     """
     blocks = []
     for index, (value, figure) in enumerate(frames.items()):
-        attributes = f'data-value="{value}" style="margin:0"{" hidden" if index else ""}'
-        blocks.append(captioned(figure, alts[value], alts[value], attributes=attributes))
+        buffer, words = io.BytesIO(), html.escape(alts[value])
+        figure.savefig(buffer, format="png", dpi=100)
+        plt.close(figure)
+        picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        blocks.append(
+            f'<figure data-value="{value}" style="margin:0"{" hidden" if index else ""}><img src="{picture}" '
+            f'alt="{words}" style="max-width:100%"><figcaption>{words}</figcaption></figure>'
+        )
     first = next(iter(frames))
     script = (
         f"const frames = document.querySelectorAll('#{name} figure'), value = frames[this.value].dataset.value;"

@@ -50,9 +50,6 @@ SEGMENT_STUDIES = {
 }
 """Committed records of comparisons of segment counts."""
 
-REMEDY_STUDIES = {"digits, IPC 1": "remedies-digits-ipc1"}
-"""Committed records of comparisons of remedies."""
-
 CLAIMS = {
     "C1": "Matching some segments is negatively correlated with matching others.",
     "C2": "With few images per class the negative pairs lie below the diagonal, with many above it.",
@@ -203,8 +200,10 @@ def findings(
 
 def committed_findings() -> list[Finding]:
     """`findings` of the records that are committed with the book; needs the repository around."""
-    read = {name: read_record(record) for name, record in {**SEGMENT_STUDIES, **REMEDY_STUDIES}.items()}
-    correlated = {name: read_record(record) for name, record in CORRELATION_STUDIES.items()}
+    compared = {**SEGMENT_STUDIES, "digits, IPC 1": "remedies-digits-ipc1"}
+    read, correlated = (
+        {setting: read_record(name) for setting, name in studies.items()} for studies in (compared, CORRELATION_STUDIES)
+    )
     return findings(correlated, read, read_record("memory"))
 
 

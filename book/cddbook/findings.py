@@ -240,17 +240,13 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
     return found
 
 
-WINDOW = 50
-"""Matched segments of a running mean."""
-
-
 def gpu_losses(distil: Record) -> pd.DataFrame:
-    """As `curves`, of the runs that `make gpu` recorded: a running mean `loss`, and whether the run `stopped` there."""
+    """As `curves`, of the runs that `make gpu` recorded; `loss` is a mean over 50 segments, an end is `stopped`."""
     tables = []
     for run in distil["runs"]:
         k, reached = run["segments"], run["iterations"]
         table = pd.DataFrame({"variant": f"K={k}", "seed": run["seed"], "iteration": range(1, reached + 1)})
-        loss = pd.DataFrame(run["losses"]).mean(axis=1).rolling(max(1, WINDOW // k)).mean()
+        loss = pd.DataFrame(run["losses"]).mean(axis=1).rolling(max(1, 50 // k)).mean()
         tables.append(table.assign(matched=k * table["iteration"], stopped=table["iteration"] == reached, loss=loss))
     return pd.concat(tables, ignore_index=True)
 

@@ -138,7 +138,7 @@ def distil_of(gap: float, *, apart: float = 0.0, finished: bool = False) -> dict
 def test_losses_turn(gap: float, apart: float, said: str) -> None:
     table = findings.gpu_losses(distil_of(gap, apart=apart))
     sentence = ch5_concurrent.equal_sentence(table, "loss")
-    assert sentence.startswith(f"After 120 matched segments, after 80 iterations {said}")
+    assert sentence.startswith(f"After 120 matched segments and after 80 iterations {said}")
     rows = ch5_concurrent.equal_table(table, "loss").split("\n")
     assert len(rows) == 5 and f"{gap:+.3f} [" in rows[2] and rows[2].endswith("| 3 |")
 

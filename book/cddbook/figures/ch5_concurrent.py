@@ -1,7 +1,5 @@
 """What chapters 4 to 6 show of variants that are compared, usually different K: figures, a table, and a sentence."""
 
-from collections.abc import Sequence
-
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -65,13 +63,8 @@ def equal_sentence(table: pd.DataFrame, value: str) -> str:
     for where, found in at_equal(table, value).items():
         difference = paired(found, value, last, first)
         places[signs[(difference.low > 0) - (difference.high < 0)]].append(where)
-    said = [f"{listed(where)} the {VALUES[value]} of {last} {how}" for how, where in places.items() if where]
+    said = [f"{' and '.join(where)} the {VALUES[value]} of {last} {how}" for how, where in places.items() if where]
     return " ".join(f"{sentence[0].upper()}{sentence[1:]} that of {first}." for sentence in said)
-
-
-def listed(words: Sequence[str]) -> str:
-    """Words as a list in a sentence."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def probe_losses(record: Record) -> Figure:

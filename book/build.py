@@ -144,10 +144,10 @@ def main() -> None:
         "claims-table": claims_table(found),
         "methods-overview": methods_table(),
         "methods-published": published_tables(),
-        "methods-measured": measured_table(ROOT / "book" / "results"),
+        "methods-measured": measured_table(),
         "methods-recipes": recipes_by_method(),
-        "plan-accuracy": plan_table(ROOT / "book" / "results"),
-        "streaming": streaming_table(ROOT / "book" / "results"),
+        "plan-accuracy": plan_table(),
+        "streaming": streaming_table(),
     }
     for name, text in generated.items():
         (stage / "book" / f"{name}.md").write_text(text + "\n")

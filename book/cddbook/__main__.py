@@ -47,8 +47,7 @@ def correlate(*, config: Config, place: At, replicates: int = 3) -> None:
         replicates: Times that everything is repeated, each with a seed and an expert of its own.
     """
     runs = study.correlation_runs(config, replicates, len(Buffer(place.buffer).experts))
-    study.run_study(config, runs, **vars(place))
-    _print_finished(len(runs), place)
+    _run(config, runs, place)
 
 
 def compare(
@@ -73,12 +72,12 @@ def compare(
     segments = config.distillation.schedule.segments
     variants = study.segment_counts(counts) if what == "segments" else study.remedies(segments)
     runs = study.comparison_runs(config, variants, seeds)
+    _run(config, runs, place, networks=networks)
+
+
+def _run(config: study.StudyConfig, runs: dict[str, study.StudyConfig], place: Place, *, networks: int = 0) -> None:
     study.run_study(config, runs, networks=networks, **vars(place))
-    _print_finished(len(runs), place)
-
-
-def _print_finished(count: int, place: Place) -> None:
-    print(f"{count} runs are finished; `python -m cddbook record {place.out} --to FILE` gathers them")
+    print(f"{len(runs)} runs are finished; `python -m cddbook record {place.out} --to FILE` gathers them")
 
 
 def parse_grid(texts: Iterable[str]) -> dict[str, list[Any]]:

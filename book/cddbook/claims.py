@@ -9,17 +9,17 @@ are not corrected for their number: of twenty effects that are zero, one is sett
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from cddbook import correlation
+from cddbook.correlation import Matrices, Matrix
 from cddbook.findings import (
+    CONTROLS,
     Correlations,
     Effect,
-    Price,
     Record,
     at_equal,
     comparison,
@@ -50,9 +50,6 @@ SEGMENT_STUDIES = {
 }
 """Committed records of comparisons of segment counts."""
 
-REMEDY_STUDIES = {"digits, IPC 1": "remedies-digits-ipc1"}
-"""Committed records of comparisons of remedies."""
-
 CLAIMS = {
     "C1": "Matching some segments is negatively correlated with matching others.",
     "C2": "With few images per class the negative pairs lie below the diagonal, with many above it.",
@@ -64,9 +61,6 @@ CLAIMS = {
     "C8": "It needs no more memory, an iteration takes longer in proportion to K, and it converges faster.",
 }
 """The paper's claims, as its abstract and public reviews report them."""
-
-PRICES: dict[Price, str] = {"iteration": "iterations each", "matched": "matched segments each"}
-"""What two variants are compared at; equal numbers of matched segments are equal compute."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,66 +91,50 @@ def _finding(claim: str, setting: str, measure: str, found: Effect, unit: str = 
     return Finding(claim=claim, setting=setting, measure=measure, effect=shown, verdict=verdict(found))
 
 
-def _of_correlation(setting: str, study: Correlations, ipc: int) -> list[Finding]:
+def _of_correlation(setting: str, study: Correlations) -> list[Finding]:
     """What a correlation study says about C1, C2, C3 and C5."""
-    losses, changes = study.pearson(), study.pearson(changes=True)
-    signs = [[study.p_values_of_losses(sign) for sign in (-1, 1)], [study.p_values(sign) for sign in (-1, 1)]]
-    pairs = [
-        _of_pairs(setting, "losses (t test, Holm)", losses, *signs[0]),
-        _of_pairs(setting, "changes of losses (permutation test, Holm)", changes, *signs[1]),
+    losses, changes, pairs = study.pearson(), study.pearson(changes=True), correlation.off_diagonal
+    found = [
+        _of_pairs(setting, "losses (t test, Holm)", losses, *map(study.p_values_of_losses, (-1, 1))),
+        _of_pairs(setting, "changes of losses (permutation test, Holm)", changes, *map(study.p_values, (-1, 1))),
     ]
-    rows = []
-    if ipc in (1, 50):
-        side, sign = ("below minus above", 1) if ipc == 1 else ("above minus below", -1)
+    rows: list[tuple[str, str, Any, str]] = []
+    if study.ipc in (1, 50):
+        side, sign = ("below minus above", 1) if study.ipc == 1 else ("above minus below", -1)
+        below, above = correlation.negative_shares(losses)
         measure = f"share of pairs whose losses correlate negatively, {side} the diagonal"
-        shares = [correlation.negative_shares(matrix) for matrix in losses]
-        rows.append(("C2", measure, effect([sign * (below - above) for below, above in shares]), ""))
-    others = [float(correlation.off_diagonal(matrix).mean()) for matrix in study.net_change()]
-    rows.append(("C3", "change of the others' losses while one segment alone is matched", effect(others), " %"))
+        rows.append(("C2", measure, sign * (below - above), ""))
+    measure = "change of the others' losses while one segment alone is matched"
+    rows.append(("C3", measure, pairs(study.net_change()).mean(axis=1), " %"))
     for of_changes, what in ((False, "losses"), (True, "changes of losses")):
-        sequential, concurrent = (
-            np.array([(correlation.off_diagonal(m) < 0).mean() for m in study.pearson_in(control, changes=of_changes)])
-            for control in ("sequential", "concurrent")
-        )
+        less = [(pairs(study.pearson(kind, changes=of_changes)) < 0).mean(axis=1) for kind in CONTROLS]
         measure = f"share of pairs whose {what} correlate negatively within a run, sequential minus concurrent"
-        rows.append(("C5", measure, effect(sequential - concurrent), ""))
-    sequential, concurrent = (
-        np.array([correlation.off_diagonal(m).mean() for m in study.cosines(control, -1)])
-        for control in ("sequential", "concurrent")
-    )
+        rows.append(("C5", measure, less[0] - less[1], ""))
+    more = [pairs(study.cosines(kind, -1)).mean(axis=1) for kind in CONTROLS]
     measure = "cosine between the segments' gradients in the end, concurrent minus sequential"
-    rows.append(("C5", measure, effect(concurrent - sequential), ""))
-    return pairs + [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows]
+    rows.append(("C5", measure, more[1] - more[0], ""))
+    return found + [_finding(claim, setting, measure, effect(values), unit) for claim, measure, values, unit in rows]
 
 
-def _of_images(studies: Mapping[str, tuple[int, Correlations]]) -> list[Finding]:
+def _of_images(studies: Mapping[str, Correlations]) -> list[Finding]:
     """C2 over the studies of one data set: negative pairs above the diagonal with most and with fewest images."""
     found = []
     for data in dict.fromkeys(setting.split(",")[0] for setting in studies):
-        same = sorted(
-            (ipc, [correlation.negative_shares(matrix)[1] for matrix in study.pearson()])
-            for setting, (ipc, study) in studies.items()
-            if setting.split(",")[0] == data
-        )
-        (least, few), (most, many) = same[0], same[-1]
-        if least < most:
-            measure = f"share of negative pairs above the diagonal (losses), IPC {most} minus IPC {least}"
-            found.append(_finding("C2", data, measure, effect(np.asarray(many) - np.asarray(few))))
+        same = [study for setting, study in studies.items() if setting.split(",")[0] == data]
+        few, *_, many = sorted([*same, *same], key=lambda study: study.ipc)
+        if few.ipc < many.ipc:
+            (_, least), (_, most) = (correlation.negative_shares(study.pearson()) for study in (few, many))
+            measure = f"share of negative pairs above the diagonal (losses), IPC {many.ipc} minus IPC {few.ipc}"
+            found.append(_finding("C2", data, measure, effect(most - least)))
     return found
 
 
-def _of_pairs(
-    setting: str,
-    what: str,
-    matrices: Float[np.ndarray, "replicates p p"],
-    negative: Float[np.ndarray, "p p"],
-    positive: Float[np.ndarray, "p p"],
-) -> Finding:
+def _of_pairs(setting: str, what: str, matrices: Matrices, negative: Matrix, positive: Matrix) -> Finding:
     """C1: whether more pairs correlate negatively than positively, and how many do so beyond chance."""
-    below, above = (int((correlation.off_diagonal(p_values) < 0.05).sum()) for p_values in (negative, positive))
-    surplus = effect([-np.sign(correlation.off_diagonal(matrix)).mean() for matrix in matrices])
+    surplus = effect(-np.sign(correlation.off_diagonal(matrices)).mean(axis=1))
     measure = f"share of pairs whose {what} correlate negatively while one is matched, minus share of the others"
     found = _finding("C1", setting, measure, surplus)
+    below, above = ((p_values < 0.05).sum() for p_values in (negative, positive))
     beyond = f"; beyond chance {below} of {correlation.off_diagonal(negative).size} negative, {above} positive"
     return dataclasses.replace(found, effect=found.effect + beyond)
 
@@ -174,15 +152,13 @@ def _of_comparison(setting: str, record: Record) -> list[Finding]:
         rows.append(("C4", measure, error, " %"))
         tested = paired(table, "test", several, single)
         rows.append(("C6", f"test accuracy, {several} minus {single} at equal compute", tested, " points"))
-        for price, words in PRICES.items():
-            most, differences = probes_at_equal(price, record, single, several)
-            less = f"{single} minus {several} after {most} {words}"
-            rows.append(("C5", f"average forgetting, {less}", differences["forgetting"], " % of a loss of 1"))
-            rows.append(("C8", f"mean loss of the probes, {less}", differences["loss"], " % of a loss of 1"))
-            most, ahead = at_equal(price, curve, several, single)
-            if most > 0:
-                measure = f"validation accuracy, {several} minus {single} after {most} {words}"
-                rows.append(("C6", measure, ahead, " points"))
+        for where, probes in probes_at_equal(record, (single, several)).items():
+            for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
+                less = paired(probes, measure, single, several)
+                rows.append((claim, f"{measure}, {single} minus {several} {where} each", less, " % of a loss of 1"))
+        for where, validated in at_equal(curve[curve["variant"].isin((single, several))], "accuracy").items():
+            ahead = paired(validated, "accuracy", several, single)
+            rows.append(("C6", f"validation accuracy, {several} minus {single} {where} each", ahead, " points"))
         for remedy in sorted({"ewc", "si"} & set(variants)):
             ahead = paired(table, "test", several, remedy)
             rows.append(("C5", f"test accuracy, {several} minus {remedy.upper()}", ahead, " points"))
@@ -195,14 +171,9 @@ def _of_memory(record: Record) -> Finding:
     groups = dict(iter(table.assign(above=table["peak_mb"] - table["start_mb"]).groupby("segments")))
     least, most = min(groups), max(groups)
     ratios = groups[most]["above"] / groups[least]["above"].mean()
-    ratio, time = effect(ratios), groups[most]["seconds"].mean() / groups[least]["seconds"].mean()
-    return Finding(
-        claim="C8",
-        setting=f"{record['device']}, width {record['config']['width']}",
-        measure=f"memory of K = {most} over that of K = {least} (claim: below 1.1); time likewise",
-        effect=f"{ratio.mean:.2f} [{ratio.low:.2f}, {ratio.high:.2f}], n = {ratio.count}; time {time:.1f}",
-        verdict=verdict(effect(1.1 - ratios)),
-    )
+    time = groups[most]["seconds"].mean() / groups[least]["seconds"].mean()
+    measure = f"1.1 minus memory of K = {most} over that of K = {least}; it takes {time:.1f} times as long"
+    return _finding("C8", f"{record['device']}, width {record['config']['width']}", measure, effect(1.1 - ratios))
 
 
 def findings(
@@ -215,10 +186,8 @@ def findings(
         comparison_records: comparisons by the name of their setting.
         memory: the record of `tests/benchmarks/memory.py`; without it nothing is said of C7 and C8.
     """
-    studies = {
-        setting: (record["config"]["ipc"], correlations(record)) for setting, record in correlation_records.items()
-    }
-    found = [finding for setting, (ipc, study) in studies.items() for finding in _of_correlation(setting, study, ipc)]
+    studies = {setting: correlations(record) for setting, record in correlation_records.items()}
+    found = [finding for setting, study in studies.items() for finding in _of_correlation(setting, study)]
     found += _of_images(studies)
     for setting, record in comparison_records.items():
         found += _of_comparison(setting, record)
@@ -231,8 +200,10 @@ def findings(
 
 def committed_findings() -> list[Finding]:
     """`findings` of the records that are committed with the book; needs the repository around."""
-    read = {name: read_record(record) for name, record in {**SEGMENT_STUDIES, **REMEDY_STUDIES}.items()}
-    correlated = {name: read_record(record) for name, record in CORRELATION_STUDIES.items()}
+    compared = {**SEGMENT_STUDIES, "digits, IPC 1": "remedies-digits-ipc1"}
+    read, correlated = (
+        {setting: read_record(name) for setting, name in studies.items()} for studies in (compared, CORRELATION_STUDIES)
+    )
     return findings(correlated, read, read_record("memory"))
 
 
@@ -248,27 +219,9 @@ def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)
 
 def summary_table(found: Sequence[Finding]) -> str:
     """Markdown: a row a claim, with how many measures confirm it, contradict it, and leave it open."""
-    rows = []
-    for claim, sentence in CLAIMS.items():
-        counts = Counter(finding.verdict for finding in found if finding.claim == claim)
-        open_ = "not tested" if counts["not tested"] else counts["not settled"]
-        rows.append((f"**{claim}** {sentence}", counts["confirmed"], counts["contradicted"], open_))
-    return markdown(pd.DataFrame(rows, columns=["claim", "confirmed", "contradicted", "not settled"]))
-
-
-def in_words(found: Sequence[Finding], claims: Sequence[str]) -> str:
-    """Markdown: what the findings say about each of `claims`, in sentences."""
-    paragraphs = []
-    for claim in claims:
-        mine = [finding for finding in found if finding.claim == claim]
-        counts = Counter(finding.verdict for finding in mine)
-        tally = ", ".join(f"{counts[name]} {name}" for name in get_args(Verdict) if counts[name])
-        lines = [f"**{claim}. {CLAIMS[claim]}** Measures: {tally or 'none'}."]
-        for name in ("confirmed", "contradicted"):
-            groups: dict[str, list[str]] = {}
-            for finding in mine:
-                if finding.verdict == name:
-                    groups.setdefault(finding.measure, []).append(f"{finding.setting}: {finding.effect}")
-            lines += [f"- *{name.capitalize()}*: {measure}. {'; '.join(where)}." for measure, where in groups.items()]
-        paragraphs.append("\n".join(lines[:1] + [""] * (len(lines) > 1) + lines[1:]))
-    return "\n\n".join(paragraphs)
+    verdicts = [name for name in get_args(Verdict) if any(finding.verdict == name for finding in found)]
+    counts = Counter((finding.claim, finding.verdict) for finding in found)
+    return markdown(
+        {"claim": f"**{claim}** {sentence}"} | {verdict: counts[claim, verdict] for verdict in verdicts}
+        for claim, sentence in CLAIMS.items()
+    )

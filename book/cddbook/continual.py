@@ -7,7 +7,7 @@ measures of GEM and RWalk.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,6 @@ from jaxtyping import Bool, Float
 
 Scores = Float[np.ndarray, "rows tasks"]
 Visits = Bool[np.ndarray, "stages tasks"]
-
-
-# --- Forgetting and transfer ------------------------------------------------------------------------------------
 
 
 def _visited(visits: Visits) -> list[tuple[int, Sequence[int]]]:
@@ -50,16 +47,6 @@ def backward_transfer(scores: Scores, visits: Visits) -> float:
     return _mean([scores[-1, task] - scores[last, task] for task, last in left])
 
 
-def forward_transfer(scores: Scores, visits: Visits) -> float:
-    """Mean over tasks of the score just before the task's first visit minus the score at the start.
-
-    Positive: earlier stages helped a task before it was ever matched. Tasks that the first stage visits do not count;
-    nan if no other was visited. Source: Lopez-Paz & Ranzato 2017 (GEM).
-    """
-    late = [(task, after[0]) for task, after in _visited(visits) if after[0] > 1]
-    return _mean([scores[first - 1, task] - scores[0, task] for task, first in late])
-
-
 def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, " intervals"]:
     """Relative change of a probe's loss from right after one visit to right before the next, over all probes.
 
@@ -74,20 +61,18 @@ def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, 
     return np.asarray(changes, dtype=float)
 
 
-def probe_table(lines: Sequence[dict[str, Any]], starts: Sequence[int], expert: int) -> tuple[Scores, Visits]:
-    """Losses of the probes and the visits of the stages between, from the lines of a run's metrics.
+def probe_table(
+    metrics: Mapping[str, Sequence[Any]], starts: Sequence[int], expert: int, measured: Collection[int] | None = None
+) -> tuple[Scores, Visits]:
+    """Losses of the probes and the visits of the stages between, from the metrics of a run's record.
 
-    A probe is visited when its start epoch is matched on its own expert, and the iteration is not skipped.
+    A probe is visited when its start epoch is matched on its own expert, and the iteration is not skipped. Of the
+    measurements only those after the iterations `measured` count, by default all.
     """
-    losses: list[list[float]] = []
-    visits: list[list[bool]] = []
-    seen: set[int] = set()
-    for line in lines:
-        if "loss" in line and not line.get("skipped"):
-            seen |= {start for owner, start in line["matched"] if owner == expert}
-        if "probe_losses" in line:
-            if losses:
-                visits.append([start in seen for start in starts])
-            losses.append(line["probe_losses"])
-            seen = set()
-    return np.asarray(losses, dtype=float), np.asarray(visits, dtype=bool).reshape(-1, len(starts))
+    losses = {time: values for time, values in metrics["probe_losses"] if measured is None or time in measured}
+    seen = [
+        {start for owner, start in matched if owner == expert and not skipped}
+        for matched, skipped in zip(metrics["matched"], metrics["skipped"], strict=True)
+    ]
+    visits = [[start in set().union(*seen[a:b]) for start in starts] for a, b in itertools.pairwise(losses)]
+    return np.array(list(losses.values()), dtype=float), np.array(visits, dtype=bool).reshape(-1, len(starts))

@@ -1,18 +1,17 @@
-"""How matching one segment changes the others.
+"""How matching one segment changes the others: functions of what was measured of *probes*, a fixed set of segments.
 
-First a fixed set of segments, the *probes*, whose losses and gradients any run can follow; then pure functions on what
-it recorded. In every matrix the row is the segment that is matched and the column the one that is measured::
+In every matrix the row is the segment that is matched and the column the one that is measured::
 
-    pearson       correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
-                  describe it. All losses fall together as the set improves, so `changes` of them can be given as well
-    net_change    by how much a loss has changed in the end, relative to its start
-    cosines       between the segments' gradients: −1 is conflict, +1 agreement
-    transfer      what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
+    pearson        correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
+                   describe it. All losses fall together as the set improves, so `changes` of them can be given as well
+    between_draws  cosines between the segments' gradients: −1 is conflict, +1 agreement
+    transfer       what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
 
-A claim about signs needs a test: `permutation_test` for two curves, `t_test` for a number measured once a replicate.
+A claim about the sign of two curves' correlation needs a `permutation_test`.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,32 +47,15 @@ def changes(losses: Curves) -> Float[np.ndarray, "*replicates matched times-1 me
     return scipy.stats.rankdata(np.diff(losses, axis=-2), axis=-2)
 
 
-def net_change(losses: Curves) -> Matrices:
-    """(L_j(end) − L_j(start)) / L_j(start) in the run that matched i; above 0, matching i hurt j."""
-    return losses[..., -1, :] / losses[..., 0, :] - 1
-
-
-def cosines(products: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
-    """Cosines of the angles between vectors with these inner products."""
-    lengths = np.sqrt(np.diagonal(products))
-    return products / np.outer(lengths, lengths)
-
-
 def between_draws(products: Float[np.ndarray, "n n"]) -> Matrix:
     """Cosines between segment i's gradient by one student and segment j's by another, from 2P x 2P inner products.
 
     The diagonal is the noise ceiling: what the cosine of a segment with itself comes to, given how much two students
     on the same segment differ. Symmetric: both orders are averaged.
     """
-    count = len(products) // 2
-    across = cosines(products)[:count, count:]
+    count, lengths = len(products) // 2, np.sqrt(np.diagonal(products))
+    across = (products / np.outer(lengths, lengths))[:count, count:]
     return (across + across.T) / 2
-
-
-def length_ratios(products: Float[np.ndarray, "n n"]) -> Matrix:
-    """‖g_i‖ / ‖g_j‖ of the first students' gradients."""
-    lengths = np.sqrt(np.diagonal(products))[: len(products) // 2]
-    return lengths[:, None] / lengths
 
 
 def transfer(similarity: dict[str, Any]) -> Matrix:
@@ -88,15 +70,15 @@ def predicted_transfer(similarity: dict[str, Any], rates: Mapping[str, float]) -
     return np.asarray(inner) / np.asarray(similarity["losses"])
 
 
-def off_diagonal(matrix: Matrix) -> Float[np.ndarray, " pairs"]:
-    """The entries off the diagonal."""
-    return np.asarray(matrix)[~np.eye(len(matrix), dtype=bool)]
+def off_diagonal(matrices: Matrices) -> Float[np.ndarray, "*replicates pairs"]:
+    """The entries off the diagonal, row by row."""
+    return matrices[..., ~np.eye(matrices.shape[-1], dtype=bool)]
 
 
-def negative_shares(matrix: Matrix) -> tuple[float, float]:
+def negative_shares(matrices: Matrices) -> tuple[Float[np.ndarray, "*replicates"], Float[np.ndarray, "*replicates"]]:
     """Share of negative entries below the diagonal (a later segment matched, an earlier one measured), and above it."""
-    lower, upper = np.tril_indices(len(matrix), -1), np.triu_indices(len(matrix), 1)
-    return float((matrix[lower] < 0).mean()), float((matrix[upper] < 0).mean())
+    lower, upper = np.tril_indices(matrices.shape[-1], -1), np.triu_indices(matrices.shape[-1], 1)
+    return (matrices[..., *lower] < 0).mean(axis=-1), (matrices[..., *upper] < 0).mean(axis=-1)
 
 
 def permutation_test(
@@ -117,13 +99,15 @@ def permutation_test(
     return float((1 + (chance <= observed + 1e-12).sum()) / (1 + len(chance)))
 
 
-def t_test(values: Float[np.ndarray, "replicates ..."]) -> Float[np.ndarray, "..."]:
-    """P-value of "the mean over replicates is not negative", one-sided, by Student's t; of two replicates or more."""
-    return np.asarray(scipy.stats.ttest_1samp(values, 0, axis=0, alternative="less").pvalue)
-
-
 def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
     """P-values corrected for being several (Holm 1979)."""
     order = np.argsort(p_values)
     scaled = p_values[order] * np.arange(len(p_values), 0, -1)
     return np.minimum(np.maximum.accumulate(scaled), 1)[np.argsort(order)]
+
+
+def holm_matrix(p_values: Sequence[float] | np.ndarray) -> Matrix:
+    """`holm` of a test for each pair off the diagonal, row by row, as a matrix with 1 on its diagonal."""
+    corrected = np.ones([math.isqrt(len(p_values)) + 1] * 2)
+    corrected[~np.eye(len(corrected), dtype=bool)] = holm(np.asarray(p_values))
+    return corrected

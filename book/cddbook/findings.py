@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,6 @@ import scipy.stats
 from jaxtyping import Float
 
 from cddbook import continual, correlation
-from cddbook.records import lines_of
 
 Record = Mapping[str, Any]
 
@@ -20,15 +19,11 @@ SETTLED = 3
 from real images lower every loss far more than all later ones, whichever segment they match."""
 
 
-# --- Effects ----------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Effect:
-    """A number measured once a replicate: mean, standard deviation, 95 % confidence interval of the mean."""
+    """A number measured once a replicate: mean, 95 % confidence interval of the mean, and how many replicates."""
 
     mean: float
-    std: float
     low: float
     high: float
     count: int
@@ -37,91 +32,77 @@ class Effect:
 def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
     """Summarise repeated measurements; a single one, or nan among them, settles nothing."""
     array = np.asarray(values, dtype=float)
-    mean, count = float(array.mean()) if len(array) else math.nan, len(array)
-    if count < 2:
-        return Effect(mean=mean, std=math.nan, low=-math.inf, high=math.inf, count=count)
-    std = float(array.std(ddof=1))
-    half = float(scipy.stats.t.ppf(0.975, count - 1)) * std / math.sqrt(count)
-    return Effect(mean=mean, std=std, low=mean - half, high=mean + half, count=count)
+    mean, half = float(array.mean()) if len(array) else math.nan, math.inf
+    if len(array) > 1:
+        half = float(scipy.stats.t.ppf(0.975, len(array) - 1) * scipy.stats.sem(array))
+    return Effect(mean, mean - half, mean + half, len(array))
 
 
-# --- Correlation studies ----------------------------------------------------------------------------------------
+CONTROLS = ("sequential", "concurrent")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correlations:
-    """What a correlation study measured, replicate by replicate, after its first `SETTLED` measurements."""
+    """What a correlation study measured, replicate by replicate, after its first `SETTLED` measurements.
 
+    A kind of run is `matched` (the row's segment alone is matched), `sequential` or `concurrent` (all rows are of one
+    run).
+    """
+
+    ipc: int
     starts: tuple[int, ...]
-    losses: Float[np.ndarray, "replicates matched times measured"]
-    controls: dict[str, Float[np.ndarray, "replicates times measured"]]
+    losses: dict[str, Float[np.ndarray, "replicates matched times measured"]]
     similarity: dict[str, list[list[dict[str, Any]]]]
 
-    def pearson(self, *, changes: bool = False) -> Float[np.ndarray, "replicates matched measured"]:
-        """Correlation of losses (or of their changes) while the row's segment alone is matched."""
-        return correlation.pearson(correlation.changes(self.losses) if changes else self.losses)
+    def pearson(self, kind: str = "matched", *, changes: bool = False) -> correlation.Matrices:
+        """Correlation of losses (or of their changes) within runs of a kind."""
+        losses = self.losses[kind]
+        return correlation.pearson(correlation.changes(losses) if changes else losses)
 
-    def net_change(self) -> Float[np.ndarray, "replicates matched measured"]:
-        """Relative change of a loss while the row's segment alone is matched."""
-        return correlation.net_change(self.losses)
+    def net_change(self) -> correlation.Matrices:
+        """By how much a loss has changed in the end, relative to its start; above 0, matching the row's one hurt it."""
+        losses = self.losses["matched"]
+        return losses[:, :, -1] / losses[:, :, 0] - 1
 
-    def pearson_in(self, control: str, *, changes: bool = False) -> Float[np.ndarray, "replicates p p"]:
-        """Correlation of the probes' losses (or of their changes) within a `sequential` or `concurrent` run."""
-        run = np.repeat(self.controls[control][:, None], len(self.starts), axis=1)
-        return correlation.pearson(correlation.changes(run) if changes else run)
+    def cosines(self, kind: str, when: int, variable: str = "images") -> correlation.Matrices:
+        """Cosines between two students' gradients at the start (0) or the end (-1) of a run of a kind."""
+        products = [np.asarray(found[when]["products"][variable]) for found in self.similarity[kind]]
+        return np.stack([correlation.between_draws(product) for product in products])
 
-    def cosines(self, control: str, when: int) -> Float[np.ndarray, "replicates p p"]:
-        """Cosines between two students' image gradients at the start (0) or the end (-1) of a control run."""
-        return np.stack(
-            [correlation.between_draws(np.asarray(g[when]["products"]["images"])) for g in self.similarity[control]]
-        )
-
-    def p_values(self, sign: int = -1) -> Float[np.ndarray, "matched measured"]:
+    def p_values(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the changes' correlation has not the `sign`" (permutation test, Holm); 1 on the diagonal."""
-        ranks = np.stack([correlation.changes(losses) for losses in self.losses])
-        return self._corrected(lambda i, j: correlation.permutation_test(ranks[:, i, :, i], -sign * ranks[:, i, :, j]))
+        ranks = correlation.changes(self.losses["matched"]).swapaxes(0, 1)
+        pairs = [(of[..., i], -sign * of[..., j]) for i, of in enumerate(ranks) for j in range(len(ranks)) if i != j]
+        return correlation.holm_matrix([correlation.permutation_test(*pair) for pair in pairs])
 
-    def p_values_of_losses(self, sign: int = -1) -> Float[np.ndarray, "matched measured"]:
+    def p_values_of_losses(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the losses' correlation does not have the `sign`" (t test, Holm); 1 on the diagonal."""
-        matrices = -sign * self.pearson()
-        return self._corrected(lambda i, j: float(correlation.t_test(matrices[:, i, j])))
-
-    def _corrected(self, p_value: Callable[[int, int], float]) -> Float[np.ndarray, "matched measured"]:
-        others = ~np.eye(len(self.starts), dtype=bool)
-        corrected = np.ones(others.shape)
-        corrected[others] = correlation.holm(np.array([p_value(i, j) for i, j in np.argwhere(others)]))
-        return corrected
+        pairs = -sign * correlation.off_diagonal(self.pearson())
+        return correlation.holm_matrix(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
 
 
 def correlations(record: Record) -> Correlations:
     """Read the record of a correlation study."""
-    starts = tuple(record["config"]["probe_starts"])
-    folders = sorted({name.split("/")[0] for name in record["runs"]}, key=lambda name: int(name.split("-")[1]))
+    starts, runs = tuple(record["config"]["probe_starts"]), record["runs"]
+    folders = sorted({name.split("/")[0] for name in runs}, key=lambda name: int(name.split("-")[1]))
 
     def probed(name: str) -> list[list[float]]:
-        losses = [losses for _, losses in record["runs"][name]["metrics"]["probe_losses"]]
+        losses = [losses for _, losses in runs[name]["metrics"]["probe_losses"]]
         return losses[min(SETTLED, len(losses) - 3) :]  # correlations of changes need two of them
 
-    controls = ("sequential", "concurrent")
-    return Correlations(
-        starts=starts,
-        losses=np.asarray([[probed(f"{folder}/matched-{start:02d}") for start in starts] for folder in folders]),
-        controls={control: np.asarray([probed(f"{folder}/{control}") for folder in folders]) for control in controls},
-        similarity={
-            control: [
-                [value for _, value in record["runs"][f"{folder}/{control}"]["metrics"]["gradient_similarity"]]
-                for folder in folders
-            ]
-            for control in controls
-        },
-    )
+    rows = {"matched": [f"matched-{start:02d}" for start in starts]} | {kind: [kind] * len(starts) for kind in CONTROLS}
+    similarity = {
+        kind: [[value for _, value in runs[f"{folder}/{kind}"]["metrics"]["gradient_similarity"]] for folder in folders]
+        for kind in CONTROLS
+    }
+    losses = {
+        kind: np.array([[probed(f"{folder}/{name}") for name in names] for folder in folders])
+        for kind, names in rows.items()
+    }
+    return Correlations(ipc=record["config"]["ipc"], starts=starts, losses=losses, similarity=similarity)
 
 
-# --- Comparisons ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ComparedRun:
+class ComparedRun(NamedTuple):
     """One run of a comparison: its configuration, and what it measured."""
 
     variant: str
@@ -142,17 +123,11 @@ class ComparedRun:
         return [iteration for iteration, _ in self.metrics["probe_losses"]]
 
     def probes(
-        self, measured: Sequence[int] | None = None, skip: int = SETTLED
+        self, measured: Collection[int] | None = None, skip: int = SETTLED
     ) -> tuple[continual.Scores, continual.Visits]:
-        """Losses of the probes after the iterations `measured`, by default all of them, without the first `skip`; and
-        the visits of the stages between.
-        """
-        chosen = set(self.measured if measured is None else measured)
-        lines = [
-            line if line["iteration"] in chosen else {key: line[key] for key in line.keys() - {"probe_losses"}}
-            for line in lines_of(self.metrics)
-        ]
-        losses, visits = continual.probe_table(lines, self.config["probe_starts"], self.config["probe_expert"])
+        """`continual.probe_table` of the run, without the first `skip` measurements."""
+        whose = self.config["probe_starts"], self.config["probe_expert"]
+        losses, visits = continual.probe_table(self.metrics, *whose, measured)
         first = max(0, min(skip, len(losses) - 2))
         return losses[first:], visits[first:]
 
@@ -167,40 +142,33 @@ def runs_of(record: Record) -> list[ComparedRun]:
     runs = []
     for name, run in record["runs"].items():
         variant, seed = name.split("/seed-")
-        measured = {key: run[key] for key in ("metrics", "evaluations", "result")}
         config = {**record["config"], **run["changes"]}
-        runs.append(ComparedRun(variant=variant, seed=int(seed), config=config, **measured))
+        runs.append(ComparedRun(variant, int(seed), config, run["metrics"], run["evaluations"], run["result"]))
     return runs
 
 
 def comparison(record: Record) -> pd.DataFrame:
     """A row for each run of a comparison: what it reached, forgot, and took.
 
-    Columns: `variant`, `seed`; `test` and `validation` (at best) accuracy; `error` (accumulated, relative to what the
-    expert travelled) and its parts' sums `matching_sum` and `initialisation_sum` likewise, of the last iterate;
-    `forgetting`, `backward`, `forward` (in units of the matching loss), `between` (mean relative change between
-    visits) and `events` (share of those that are rises); `seconds` an iteration, of the whole run `wall`; `memory`.
+    Columns: `variant`, `seed`; `test` accuracy; `error` (accumulated by the last iterate, relative to what the expert
+    travelled); `forgetting` and `backward` transfer (in units of the matching loss), `between` (mean relative change
+    between visits) and `events` (share of those that are rises); seconds of matching `wall`; `memory`.
     """
     rows = []
     for run in runs_of(record):
         losses, visits = run.probes()
-        between = continual.changes_between_visits(losses, visits)
-        error = {key: values[-1] for key, values in run.last_error.items()}
+        between, error = continual.changes_between_visits(losses, visits), run.last_error
         tests = [accuracy for entry in run.evaluations for accuracy in entry["synthetic"]]
-        validations = [np.mean(values) for _, values in run.metrics.get("validation_accuracy", [])]
         rows.append(
             {
                 "variant": run.variant,
                 "seed": run.seed,
                 "test": np.mean(tests) if tests else math.nan,
-                "validation": max(validations, default=math.nan),
-                **{key: error[key] / error["travelled"] for key in ("error", "matching_sum", "initialisation_sum")},
+                "error": error["error"][-1] / error["travelled"][-1],
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
-                "forward": continual.forward_transfer(-losses, visits),
                 "between": between.mean() if len(between) else math.nan,
                 "events": (between > 0).mean() if len(between) else math.nan,
-                "seconds": run.result["seconds_per_iteration"],
                 "wall": sum(run.metrics["seconds"]),
                 "memory": run.result["peak_memory_mb"],
             }
@@ -211,61 +179,82 @@ def comparison(record: Record) -> pd.DataFrame:
 
 
 def curves(record: Record) -> pd.DataFrame:
-    """Validation accuracy of every run against iterations, matched segments and seconds of matching."""
-    rows = []
+    """A row an iteration of every run of a comparison, from the start on.
+
+    Columns: `variant`, `seed`, `iteration`; `matched` segments and `elapsed` seconds of matching until then; `loss`;
+    and, where it was measured, `accuracy` on the validation images.
+    """
+    tables = []
     for run in runs_of(record):
-        elapsed = np.cumsum([0.0, *run.metrics["seconds"]])
-        for iteration, values in run.metrics["validation_accuracy"]:
-            row = {"variant": run.variant, "seed": run.seed, "iteration": iteration, "matched": iteration * run.cost}
-            rows.append({**row, "elapsed": elapsed[iteration], "accuracy": float(np.mean(values))})
-    return pd.DataFrame(rows)
+        table = pd.DataFrame({"loss": [math.nan, *run.metrics["loss"]]}).rename_axis("iteration")
+        table["elapsed"] = np.cumsum([0.0, *run.metrics["seconds"]])
+        table["accuracy"] = pd.Series({i: np.mean(values) for i, values in run.metrics.get("validation_accuracy", [])})
+        tables.append(table.assign(variant=run.variant, seed=run.seed, matched=table.index * run.cost).reset_index())
+    return pd.concat(tables, ignore_index=True)
 
 
 def paired(table: pd.DataFrame, column: str, first: str, second: str) -> Effect:
     """`first` minus `second`, seed by seed."""
-    values = {name: table[table["variant"] == name].set_index("seed")[column] for name in (first, second)}
-    return effect((values[first] - values[second]).dropna().tolist())
+    values = table.pivot(index="seed", columns="variant", values=column)
+    return effect((values[first] - values[second]).dropna())
 
 
-Price = Literal["iteration", "matched"]
-"""What two runs have had equally much of: iterations, or matched segments, which is compute."""
+STOPPED = "when they were stopped"
+PRICES = {"matched": "after {} matched segments", "iteration": "after {} iterations", "stopped": STOPPED}
+"""At what runs can be compared; equal numbers of matched segments are equal compute."""
 
 
-def at_equal(price: Price, table: pd.DataFrame, first: str, second: str) -> tuple[int, Effect]:
-    """The largest price at which both variants were validated, and `first` minus `second` there, seed by seed.
+def at_equal(table: pd.DataFrame, value: str) -> dict[str, pd.DataFrame]:
+    """By each price that `table` has, in words: the rows of the largest one at which all runs have a `value`.
 
     Args:
-        price: a column of `table`.
-        table: from `curves`.
-        first: a variant.
-        second: another.
+        table: a row for each measurement of a run, as from `curves`.
+        value: a column; where it is nan nothing was measured.
     """
-    both = [set(table[table["variant"] == name][price]) for name in (first, second)]
-    most = max(both[0] & both[1])
-    return most, paired(table[table[price] == most], "accuracy", first, second)
+    found, table = {}, table.dropna(subset=value)
+    for price, words in PRICES.items():
+        if price in table:
+            runs = table.groupby(["variant", "seed"], observed=True)[price]
+            most = max(set.intersection(*map(set, runs.unique())), default=0)
+            if most:
+                found[words.format(most)] = table[table[price] == most]
+    return found
 
 
-def probes_at_equal(price: Price, record: Record, first: str, second: str) -> tuple[int, dict[str, Effect]]:
-    """The largest price at which the probes of both variants were measured, and `first` minus `second`, seed by seed:
-    the `loss` there, a mean over the probes, and the average `forgetting` on the way.
+def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """By price in words, the largest at which the probes of all these variants' runs were measured: a row a run, with
+    the `mean loss of the probes` there and the `average forgetting` on the way.
 
-    Both variants count the measurements at the same prices only: more of them find more forgetting.
+    All of them count the measurements at the same prices only: more of them find more forgetting.
     """
-    differences: dict[str, list[float]] = {"loss": [], "forgetting": []}
-    runs = {(run.variant, run.seed): run for run in runs_of(record)}
-    most = 0
-    for seed in sorted({seed for variant, seed in runs if variant == first}):
-        pair = [runs[first, seed], runs[second, seed]]
-        costs = [run.cost if price == "matched" else 1 for run in pair]
-        at = [{iteration * cost for iteration in run.measured} for run, cost in zip(pair, costs, strict=True)]
-        common = sorted(at[0] & at[1])
-        most = common[-1]
-        values = []
-        for run, cost in zip(pair, costs, strict=True):
-            losses, visits = run.probes([place // cost for place in common])
-            values.append((float(losses[-1].mean()), continual.average_forgetting(-losses, visits)))
-        for key, one, other in zip(differences, *values, strict=True):
-            differences[key].append(one - other)
-    return most, {
-        key: effect([value for value in values if not math.isnan(value)]) for key, values in differences.items()
-    }
+    runs, found = [run for run in runs_of(record) if run.variant in variants], {}
+    for price in ("matched", "iteration"):
+        costs = [run.cost if price == "matched" else 1 for run in runs]
+        places = [{time * cost for time in run.measured} for run, cost in zip(runs, costs, strict=True)]
+        common, rows = set.intersection(*places), []
+        for run, cost in zip(runs, costs, strict=True):
+            losses, visits = run.probes({place // cost for place in common})
+            row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
+            rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})
+        found[PRICES[price].format(max(common))] = pd.DataFrame(rows)
+    return found
+
+
+def gpu_losses(distil: Record) -> pd.DataFrame:
+    """As `curves`, of the runs that `make gpu` recorded; `loss` is a mean over 50 segments, an end is `stopped`."""
+    tables = []
+    for run in distil["runs"]:
+        k, reached = run["segments"], run["iterations"]
+        table = pd.DataFrame({"variant": f"K={k}", "seed": run["seed"], "iteration": range(1, reached + 1)})
+        loss = pd.DataFrame(run["losses"]).mean(axis=1).rolling(max(1, 50 // k)).mean()
+        tables.append(table.assign(matched=k * table["iteration"], stopped=table["iteration"] == reached, loss=loss))
+    return pd.concat(tables, ignore_index=True)
+
+
+def gpu_accuracies(evaluated: Record, distil: Record) -> pd.DataFrame:
+    """A row a set of these runs that was tested: the mean accuracy `test` of its `networks` in place of a loss."""
+    reached = {(run["segments"], run["seed"]): run["iterations"] for run in distil["runs"]}
+    table = pd.DataFrame(evaluated["rows"]).sort_values(["segments", "matched", "seed"])
+    last = [reached[key] for key in zip(table["segments"], table["seed"], strict=True)]
+    table = table.assign(variant="K=" + table["segments"].astype(str), stopped=table["iteration"] == last)
+    return table.assign(test=table["accuracies"].map(np.mean), networks=table["accuracies"].map(len))

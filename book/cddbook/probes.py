@@ -1,4 +1,8 @@
-"""Probes: a fixed set of segments that a run follows, whatever it matches."""
+"""Probes: a fixed set of segments that a run follows, whatever it matches.
+
+Each has students whose batches and augmentation never change. So its loss is a function of the synthetic set alone, and
+two of its values differ only by what happened to the set.
+"""
 
 import dataclasses
 import functools
@@ -17,7 +21,6 @@ from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import MatchingConfig, plan_student, roll_out, segment_chunks
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
-from cddlib.synthetic import SyntheticSet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,17 +49,14 @@ class ProbeHook:
 
     def after_iteration(self, run: Run) -> dict[str, Any]:
         """`probe_losses`, `gradient_similarity` and `accumulated_error`, each where it is due."""
-        config, synthetic = run.config, run.synthetic
-        self.check(config, run.buffer)
-        whose: dict[str, Any] = {"expert": self.probe_expert, "seed": config.seed}
-        probes = Probes(config, run.buffer, starts=self.probe_starts, **whose)
+        self.check(run.config, run.buffer)
         measured: dict[str, Any] = {}
         if self.probe_starts and run.due(self.probe_every):
-            measured["probe_losses"] = probes.losses(synthetic)
+            measured["probe_losses"] = self.losses(run)
         if run.due(self.similarity_every):
-            measured["gradient_similarity"] = probes.gradient_similarity(synthetic)
+            measured["gradient_similarity"] = self.gradient_similarity(run)
         if run.due(self.error_every):
-            measured["accumulated_error"] = accumulated_error(config, run.buffer, synthetic, **whose)
+            measured["accumulated_error"] = self.accumulated_error(run)
         return measured
 
     def check(self, config: DistillConfig, buffer: Buffer) -> None:
@@ -70,41 +70,21 @@ class ProbeHook:
                 f"{length} epochs long; probes may start at epoch {latest} at the latest."
             )
 
-
-@dataclasses.dataclass(frozen=True)
-class Probes:
-    """A fixed set of segments, each with students whose batches and augmentation never change.
-
-    So a loss is a function of the synthetic set alone, and two of its values differ only by what happened to the set.
-    """
-
-    config: DistillConfig
-    """Of the students, their segments and augmentation."""
-    buffer: Buffer
-    """Trajectories."""
-    _: dataclasses.KW_ONLY
-    starts: tuple[int, ...]
-    """Start epochs of the P segments."""
-    expert: int
-    """The expert whose segments they are."""
-    seed: int
-    """The students' seed."""
-
-    def in_turns(self, synthetic: SyntheticSet, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
+    def in_turns(self, run: Run, *, draw: int = 0) -> Iterator[tuple[Float[Tensor, " s"], list[Tensor]]]:
         """Matching losses of the probes, turn by turn, and the variables they depend on, a row for each loss.
 
         Another `draw` is another student on every segment.
         """
-        config, network = self.config, self.buffer.network
-        parameters = functools.partial(self.buffer.parameters_on, synthetic.images.device, self.expert)
+        config, network, synthetic = run.config, run.buffer.network, run.synthetic
+        parameters = functools.partial(run.buffer.parameters_on, synthetic.images.device, self.probe_expert)
         students = [
             plan_student(config.student, len(synthetic.labels), config.augmentation.augment, stream)
-            for stream in (generator(self.seed, "probe", start, draw) for start in self.starts)
+            for stream in (generator(config.seed, "probe", start, draw) for start in self.probe_starts)
         ]
         plain = MatchingConfig(side_by_side=config.student.side_by_side)
         for turn in segment_chunks(network, plain, synthetic.images, len(students[0][0].indices), len(students)):
             starts, targets = (
-                torch.stack([parameters(start + ahead) for start in self.starts[turn]])
+                torch.stack([parameters(start + ahead) for start in self.probe_starts[turn]])
                 for ahead in (0, config.schedule.expert_epochs)
             )
             copies = synthetic.copies(len(starts))
@@ -112,12 +92,12 @@ class Probes:
             losses = matching_losses(network, starts, targets, *held_by_each, students[turn], plain)
             yield losses, list(copies.values())
 
-    def losses(self, synthetic: SyntheticSet) -> list[float]:
+    def losses(self, run: Run) -> list[float]:
         """Matching loss of every probe."""
         with torch.no_grad():
-            return [loss for losses, _ in self.in_turns(synthetic) for loss in losses.tolist()]
+            return [loss for losses, _ in self.in_turns(run) for loss in losses.tolist()]
 
-    def gradient_similarity(self, synthetic: SyntheticSet) -> dict[str, Any]:
+    def gradient_similarity(self, run: Run) -> dict[str, Any]:
         """Inner products of the probes' gradients, and the losses after a fresh optimiser's step on each probe.
 
         Returns:
@@ -127,74 +107,68 @@ class Probes:
         """
         gradients: list[tuple[Tensor, ...]] = []
         losses: list[float] = []
-        for found, variables in (turn for draw in (0, 1) for turn in self.in_turns(synthetic, draw=draw)):
+        for found, variables in (turn for draw in (0, 1) for turn in self.in_turns(run, draw=draw)):
             gradients += zip(*torch.autograd.grad(found.sum(), variables), strict=True)
             losses += found.tolist()
-        count, rates, after = len(self.starts), self.config.optimizer.rates(synthetic), []
+        count, rates, after = len(self.probe_starts), run.config.optimizer.rates(run.synthetic), []
         for gradient in gradients[:count]:
-            stepped = synthetic.copy()
+            stepped = run.synthetic.copy()
             for variable, rate, slope in zip(stepped.variables(), rates, gradient, strict=True):
                 variable -= rate * slope  # the first step of torch.optim.SGD, with or without momentum
-            after.append(self.losses(stepped))
+            after.append(self.losses(run._replace(synthetic=stepped)))
         products = {
             name: gramian([[gradient[v]] for gradient in gradients], [1.0]).tolist()
-            for v, name in enumerate(synthetic.variable_tensors())
+            for v, name in enumerate(run.synthetic.variable_tensors())
         }
         return {"losses": losses[:count], "after": after, "products": products}
 
+    def accumulated_error(self, run: Run) -> dict[str, list[float | int]]:
+        """How far a student that never returns to the expert's path ends up from it, and why (FTD, Eqs. 6-8).
 
-def accumulated_error(
-    config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, *, expert: int, seed: int
-) -> dict[str, list[float | int]]:
-    """How far a student that never returns to the expert's path ends up from it, and why (FTD, Eqs. 6-8).
+        One student is trained on the synthetic set from θ*_0 along the trajectory, N steps for every M epochs that it
+        has; another starts each of these segments where the expert is. With A(θ) the way that a student goes from θ::
 
-    One student is trained on the synthetic set from θ*_0 along the trajectory, N steps for every M epochs that it has;
-    another starts each of these segments where the expert is. With A(θ) the way that a student goes from θ::
+            δ_{t+1} = A(θ*_t) − (θ*_{t+M} − θ*_t)        matching error: what the loss sees
+            I_t     = A(θ*_t + ε_t) − A(θ*_t)            initialisation error: what starting elsewhere adds
+            ε_{t+1} = ε_t + I_t + δ_{t+1}                accumulated error: the first student minus the expert
 
-        δ_{t+1} = A(θ*_t) − (θ*_{t+M} − θ*_t)        matching error: what the loss sees
-        I_t     = A(θ*_t + ε_t) − A(θ*_t)            initialisation error: what starting elsewhere adds
-        ε_{t+1} = ε_t + I_t + δ_{t+1}                accumulated error: the first student minus the expert
+        Both students of a segment see the same batches and augmentations.
 
-    Both students of a segment see the same batches and augmentations.
+        Returns:
+            A value for each segment's end. `epoch`; the lengths `error` ‖ε‖, `matching` ‖δ‖, `initialisation` ‖I‖;
+            `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; `travelled` ‖θ*_t − θ*_0‖; and `identity`, how far ε is
+            from ε_t + I + δ by rounding, relative to it.
+        """
+        config, buffer, synthetic, expert = run.config, run.buffer, run.synthetic, self.probe_expert
+        device, targets = synthetic.images.device, synthetic.targets().detach()
 
-    Args:
-        config: of the students, their segments and augmentation.
-        buffer: trajectories.
-        synthetic: what the students train on.
-        expert: whose trajectory.
-        seed: of the students.
+        def way(theta: Tensor, epoch: int) -> Tensor:
+            stream = generator(config.seed, "accumulated error", epoch)
+            steps = plan_student(config.student, len(targets), config.augmentation.augment, stream)
+            learned = synthetic.images.detach(), targets, synthetic.step_size.detach()
+            return roll_out(buffer.network, theta, *learned, steps)[-1] - theta
 
-    Returns:
-        A value for each segment's end. `epoch`; the lengths `error` ‖ε‖, `matching` ‖δ‖, `initialisation` ‖I‖;
-        `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; `travelled` ‖θ*_t − θ*_0‖; and `identity`, how far ε is from
-        ε_t + I + δ by rounding, relative to it.
-    """
-    device = synthetic.images.device
-    targets = synthetic.targets().detach()
-
-    def way(theta: Tensor, epoch: int) -> Tensor:
-        stream = generator(seed, "accumulated error", epoch)
-        steps = plan_student(config.student, len(targets), config.augmentation.augment, stream)
-        path = roll_out(buffer.network, theta, synthetic.images.detach(), targets, synthetic.step_size.detach(), steps)
-        return path[-1] - theta
-
-    origin = buffer.parameters(expert, 0).to(device)
-    student, star = origin, origin
-    error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
-    rows: list[dict[str, float | int]] = []
-    length = config.schedule.expert_epochs
-    for end in range(length, buffer.epochs + 1, length):
-        following = buffer.parameters(expert, end).to(device)
-        from_expert, from_student = way(star, end), way(student, end)
-        matching = from_expert - (following - star)
-        initialisation = from_student - from_expert
-        summed = error + initialisation + matching
-        student, star = student + from_student, following
-        error = student - star
-        matching_sum += matching
-        initialisation_sum += initialisation
-        vectors = {"error": error, "matching": matching, "initialisation": initialisation}
-        vectors |= {"matching_sum": matching_sum, "initialisation_sum": initialisation_sum, "travelled": star - origin}
-        lengths = {name: vector.norm().item() for name, vector in vectors.items()}
-        rows.append({"epoch": end, **lengths, "identity": ((error - summed).norm() / error.norm()).item()})
-    return {name: [row[name] for row in rows] for name in rows[0]}
+        origin = buffer.parameters(expert, 0).to(device)
+        student, star = origin, origin
+        error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
+        rows: list[dict[str, float | int]] = []
+        length = config.schedule.expert_epochs
+        for end in range(length, buffer.epochs + 1, length):
+            following = buffer.parameters(expert, end).to(device)
+            from_expert, from_student = way(star, end), way(student, end)
+            matching = from_expert - (following - star)
+            initialisation = from_student - from_expert
+            summed = error + initialisation + matching
+            student, star = student + from_student, following
+            error = student - star
+            matching_sum += matching
+            initialisation_sum += initialisation
+            vectors = {"error": error, "matching": matching, "initialisation": initialisation}
+            vectors |= {
+                "matching_sum": matching_sum,
+                "initialisation_sum": initialisation_sum,
+                "travelled": star - origin,
+            }
+            lengths = {name: vector.norm().item() for name, vector in vectors.items()}
+            rows.append({"epoch": end, **lengths, "identity": ((error - summed).norm() / error.norm()).item()})
+        return {name: [row[name] for row in rows] for name in rows[0]}

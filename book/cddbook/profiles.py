@@ -14,12 +14,12 @@ class Profile:
     """Overrides of the buffer's recipe."""
     distill: dict[str, Any]
     """Overrides of the distillation's recipe."""
-    seeds: int
-    """Repetitions."""
     correlate_iterations: int
     """Iterations of each run of a correlation study."""
     compare_iterations: int
     """Matched segments of each run of a comparison."""
+    seeds: int = 3
+    """Repetitions."""
 
 
 PROFILES = {
@@ -27,18 +27,17 @@ PROFILES = {
         buffer={"width": 8, "experts": 2, "epochs": 10},
         distill={"width": 8, "window_end": 8, "iterations": 4, "student_steps": 3}
         | {"validate_every": 2, "evaluation_epochs": 5},
-        seeds=2,
         correlate_iterations=3,
         compare_iterations=8,
+        seeds=2,
     ),
     "quick": Profile(
         buffer={"experts": 3},
         distill={"iterations": 32, "validate_every": 8, "evaluation_epochs": 200},
-        seeds=3,
         correlate_iterations=16,
         compare_iterations=64,
     ),
-    "full": Profile(buffer={}, distill={}, seeds=3, correlate_iterations=200, compare_iterations=5000),
+    "full": Profile(buffer={}, distill={}, correlate_iterations=200, compare_iterations=5000),
 }
 
 

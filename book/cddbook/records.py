@@ -1,7 +1,6 @@
 """Records: JSON that runs and studies wrote, committed under `book/results`."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,18 @@ def write_record(path: Path, value: dict[str, Any], *, indent: int | None = 1) -
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-def record_path(name: str) -> Path:
-    """`book/results/<name>.json`, found from the repository's root or from notebooks/; the record need not be there."""
-    folders = [folder / "book" / "results" for folder in (Path.cwd(), Path.cwd().parent)]
-    found = next((folder for folder in folders if folder.is_dir()), None)
-    if found is None:
-        raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
-    return found / f"{name}.json"
-
-
 def read_record(record: str | Path) -> Any:
     """A record that `write_record` wrote.
 
     Args:
-        record: its file, or its name.
+        record: its file; or its name in `book/results`, which is found from the repository's root or from notebooks/.
     """
-    path = record_path(record) if isinstance(record, str) else record
-    return parse_json(read_bytes(path), str(path))
+    if isinstance(record, Path):
+        return parse_json(read_bytes(record), str(record))
+    for folder in (Path.cwd() / "book" / "results", Path.cwd().parent / "book" / "results"):
+        if folder.is_dir():
+            return read_record(folder / f"{record}.json")
+    raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
 
 
 def collect(folder: Path) -> dict[str, Any]:
@@ -50,8 +44,6 @@ def collect(folder: Path) -> dict[str, Any]:
         record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]
     return record
 
-
-# --- Studies ----------------------------------------------------------------------------------------------------
 
 STOPPED = "stopped.json"
 """File in the folder of a run that stopped on its own."""
@@ -106,12 +98,3 @@ def _measured(run: Path) -> dict[str, Any]:
         "result": result,
         "evaluations": [read_json(path)["accuracies"] for path in sorted(run.glob("evaluation-*.json"))],
     }
-
-
-def lines_of(metrics: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """The lines that `metrics` of a record were made from, in order, as far as it keeps them."""
-    lines: dict[int, dict[str, Any]] = {}
-    for key, values in metrics.items():
-        for iteration, value in zip(metrics["iteration"], values, strict=True) if key in DENSE else values:
-            lines.setdefault(iteration, {"iteration": iteration})[key] = value
-    return [lines[iteration] for iteration in sorted(lines)]

@@ -1,12 +1,5 @@
 """Studies: families of distillations that differ in one thing, run side by side and gathered in one record.
 
-On the command line::
-
-    python -m cddbook correlate --buffer runs/buffer --out runs/correlation --probe-starts 0 3 6 9
-    python -m cddbook compare --what segments --buffer runs/buffer --out runs/segments
-    python -m cddbook compare --what remedies --segments 4 --buffer runs/buffer --out runs/remedies
-    python -m cddbook search --buffer runs/buffer --out runs/search --vary lr_images=10,30 step_size=0.02
-
 Every run has a folder of its own below the study's and resumes from it, so a study that was stopped goes on when it is
 asked for again. `jobs` processes work on the runs, each with its share of the cores.
 """
@@ -25,20 +18,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from cddbook.probes import ProbeHook, Probes
+from cddbook.probes import ProbeHook
 from cddbook.records import STOPPED, ended, study_record
-from cddlib.data.dataset import load
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
 from cddlib.methods.recipes import distill_recipe
 from cddlib.runtime.config import as_dict, field_types, replace
-from cddlib.runtime.device import end_with_parent, keep_freed_memory, resolve_device
+from cddlib.runtime.device import end_with_parent, keep_freed_memory
 from cddlib.runtime.errors import Diverged, UserError, as_user_error
 from cddlib.runtime.files import read_json, write_json
 from cddlib.runtime.run_folder import locked, refuse_other_run
-from cddlib.synthetic import initialise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,13 +46,6 @@ def study_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **o
     """The recipe of a distillation, with fields of `DistillConfig` and of `ProbeHook` as keywords."""
     probes = ProbeHook(**{name: overrides.pop(name) for name in field_types(ProbeHook) if name in overrides})
     return StudyConfig(distillation=distill_recipe(method, data, ipc, **overrides), probes=probes)
-
-
-Task = tuple[str, StudyConfig, Path, Path, int, bool, Path | None, str]
-"""A run: name, configuration, buffer, folder, networks that test it, whether baselines are tested, root, device."""
-
-
-# --- What is run ------------------------------------------------------------------------------------------------
 
 
 def correlation_runs(base: StudyConfig, replicates: int, experts: int) -> dict[str, StudyConfig]:
@@ -169,21 +153,6 @@ def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
     return dict(sorted(found.items(), key=lambda entry: -statistics.fmean(entry[1])))
 
 
-def first_similarities(base: StudyConfig, buffer: Buffer, *, device: str = "auto") -> list[dict[str, Any]]:
-    """`Probes.gradient_similarity` of the initial synthetic set, once an expert: its probes, and a seed of its own."""
-    config, similarities = base.distillation, []
-    dataset = load(config.data.data)
-    for expert in range(len(buffer.experts)):
-        seed = config.seed + expert
-        synthetic = initialise(config.synthetic, dataset, buffer, seed, resolve_device(device))
-        probes = Probes(config, buffer, starts=base.probes.probe_starts, expert=expert, seed=seed)
-        similarities.append(probes.gradient_similarity(synthetic))
-    return similarities
-
-
-# --- Running it -------------------------------------------------------------------------------------------------
-
-
 def run_study(
     base: StudyConfig,
     runs: Mapping[str, StudyConfig],
@@ -233,8 +202,9 @@ def run_study(
         for name, config in runs.items():
             baselines = config.distillation.seed not in seeds  # the first run of a seed also tests random real images
             seeds.add(config.distillation.seed)
-            work.append((name, config, buffer, out / name, networks, baselines, root, device))
-        failed = _in_processes(work, jobs) if jobs else _reasons(map(_one, work), len(work))
+            task = functools.partial(_one, name, config, buffer, out / name, root=root, device=device)
+            work.append(functools.partial(task, networks=networks, baselines=baselines))
+        failed = _in_processes(work, jobs) if jobs else _reasons((task() for task in work), len(work))
         if failed and not (keep_stopped and all(ended(out / name) for name in runs)):
             raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
@@ -247,14 +217,15 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
     return {**description["config"], **unfolded, "runs": f"{len(description['runs'])} of {families}"}
 
 
-def _one(task: Task) -> str | None:
+def _one(
+    name: str, config: StudyConfig, buffer: Path, out: Path, *, networks: int, baselines: bool, **where: Any
+) -> str | None:
     """Do one run; returns why it failed."""
-    name, config, buffer, out, networks, baselines, root, device = task
     try:
-        distill(config.distillation, buffer, out, hooks=[config.probes], root=root, device=device)
+        distill(config.distillation, buffer, out, hooks=[config.probes], **where)
         if networks:
             seed = config.distillation.seed * networks
-            evaluate_run(out, runs=networks, baselines=baselines, root=root, device=device, seed=seed)
+            evaluate_run(out, runs=networks, baselines=baselines, seed=seed, **where)
     except (UserError, OSError) as error:
         if isinstance(error, Diverged) and (out / "config.json").exists():  # it began, and no other machine mends it
             write_json(out / STOPPED, {"reason": str(error)})
@@ -267,7 +238,7 @@ def _reasons(done: Iterable[str | None], total: int) -> list[str]:
     return [reason for reason in tqdm(done, desc="study", unit="run", total=total) if reason]
 
 
-def _in_processes(work: Sequence[Task], jobs: int) -> list[str]:
+def _in_processes(work: Sequence[functools.partial[str | None]], jobs: int) -> list[str]:
     """A process for every run, `jobs` at a time; no process does two, so that each one's peak memory is its own."""
     threads = max(1, torch.get_num_threads() // jobs)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # each thread waits for one process
@@ -275,13 +246,13 @@ def _in_processes(work: Sequence[Task], jobs: int) -> list[str]:
         return _reasons(done, len(work))  # interrupted, it begins no further run
 
 
-def _in_a_process(task: Task, threads: int, number: int) -> str | None:
+def _in_a_process(task: functools.partial[str | None], threads: int, number: int) -> str | None:
     context = multiprocessing.get_context("spawn")
     try:
         with concurrent.futures.ProcessPoolExecutor(1, context, _prepare, (threads, number)) as pool:
-            return pool.submit(_one, task).result()
+            return pool.submit(task).result()
     except concurrent.futures.process.BrokenProcessPool:
-        return f"{task[0]}: its process was killed, perhaps for want of memory; fewer jobs need less."
+        return f"{task.args[0]}: its process was killed, perhaps for want of memory; fewer jobs need less."
 
 
 def _prepare(threads: int, number: int) -> None:

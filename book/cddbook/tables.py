@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy.stats
 
 from cddbook import correlation
-from cddbook.findings import Correlations, Record, comparison, effect
+from cddbook.findings import Correlations, Record, comparison, gpu_accuracies
 from cddbook.records import read_record
 from cddbook.study import settings_by_accuracy
 from cddlib.data.dataset import DATA_NAMES
@@ -24,13 +25,12 @@ def markdown(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> str:
 
 
 def mean_sd(values: Sequence[float] | pd.Series, *, scale: float = 1.0, digits: int = 1) -> str:
-    """Mean ± standard deviation of `scale` times the values; of a single value, that one."""
+    """Mean ± standard deviation of `scale` times the values; of a single value, that one; of none, –."""
     numbers = pd.Series(values)
+    if not numbers.count():
+        return "–"
     spread = f" ± {scale * numbers.std():.{digits}f}" if numbers.count() > 1 else ""
     return f"{scale * numbers.mean():.{digits}f}{spread}"
-
-
-# --- Methods ----------------------------------------------------------------------------------------------------
 
 
 def methods_table() -> str:
@@ -67,25 +67,21 @@ def published(data: str) -> pd.DataFrame:
     return table[table["data"] == data]
 
 
-def published_table(data: str) -> str:
-    """Published test accuracies on a data set, in percent; their sources below."""
-    table = published(data)
-    titles = {**{name: f"`{name}`" for name in METHODS}, "random_real": "random real images"}
-    sources = sorted(table["source"].unique())
-    spread = table["std"].map(" ± {:g}".format, na_action="ignore").fillna("")
-    number = table["source"].map(lambda source: f" <sup>{sources.index(source) + 1}</sup>")
-    table = table.assign(cell=table["mean"].map("{:.1f}".format) + spread + number)
-    cells = table.pivot(index="method", columns="ipc", values="cell").reindex(columns=CELLS[data])
-    cells = cells.reindex([name for name in titles if name in cells.index]).rename(
-        index=titles, columns="IPC {}".format
-    )
-    notes = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
-    return markdown(cells.rename_axis(data).reset_index()) + f"\n\nSources: {notes}."
-
-
 def published_tables() -> str:
-    """All of them, one after the other."""
-    return "\n\n".join(published_table(data) for data in DATA_NAMES if len(published(data)))
+    """Published test accuracies, in percent, of every data set that has some; a table's sources below it."""
+    titles = {**{name: f"`{name}`" for name in METHODS}, "random_real": "random real images"}
+    blocks = []
+    for data, table in ((data, published(data)) for data in DATA_NAMES if len(published(data))):
+        sources = sorted(table["source"].unique())
+        spread = table["std"].map(" ± {:g}".format, na_action="ignore").fillna("")
+        number = table["source"].map({source: f" <sup>{number}</sup>" for number, source in enumerate(sources, 1)})
+        table = table.assign(cell=table["mean"].map("{:.1f}".format) + spread + number)
+        cells = table.pivot(index="method", columns="ipc", values="cell").reindex(columns=CELLS[data])
+        cells = cells.loc[[name for name in titles if name in cells.index]].rename(titles)
+        notes = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
+        shown = cells.rename(columns="IPC {}".format).rename_axis(data).reset_index()
+        blocks.append(f"{markdown(shown)}\n\nSources: {notes}.")
+    return "\n\n".join(blocks)
 
 
 BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
@@ -107,92 +103,85 @@ def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Re
         setting = f"width {config['width']}, N = {config['student_steps']}, {config['iterations']} segments"
         what = f"{', '.join(tested)} ({setting}, {table['seed'].nunique()} seeds)"
         measured.setdefault((config["data"], config["ipc"]), []).append(what)
-    config = distil["runs"][0]["config"]
-    runs = {(run["segments"], run["seed"]): run["iterations"] for run in distil["runs"]}
-    tests = pd.DataFrame(evaluated["rows"])
-    last = tests[tests["iteration"] == [runs[key] for key in zip(tests["segments"], tests["seed"], strict=True)]]
-    tested = [f"K={k} {mean_sd(t['accuracies'].map(np.mean), scale=100.0)}" for k, t in last.groupby("segments")]
-    setting = f"width {config['width']}, N = {config['student_steps']}, {min(runs.values())} to {max(runs.values())} of"
+    config, iterations = distil["runs"][0]["config"], [run["iterations"] for run in distil["runs"]]
+    last = gpu_accuracies(evaluated, distil).query("stopped")
+    tested = [f"{k} {mean_sd(t['test'], scale=100.0)}" for k, t in last.groupby("variant", sort=False)]
+    setting = f"width {config['width']}, N = {config['student_steps']}, {min(iterations)} to {max(iterations)} of"
     what = f"{', '.join(tested)} ({setting} {config['iterations']} iterations, {last['seed'].nunique()} seeds)"
     measured.setdefault((config["data"], config["ipc"]), []).append(what)
-    rows = []
-    for data in BENCHMARK:
-        cells = published(data).pivot(index="ipc", columns="method", values="mean")
-        for ipc in CELLS[data]:
-            row = {"data": data, "IPC": str(ipc)}
-            for method in ("random_real", "mtt", "tesla", "ftd", "datm"):
-                value = cells[method].get(ipc, math.nan) if method in cells else math.nan
-                row[method.replace("_", " ")] = "" if math.isnan(value) else f"{value:.1f}"
-            rows.append({**row, "measured here": "<br>".join(measured.get((data, ipc), ["not run"]))})
-    return markdown(rows)
+    names = ["random_real", "mtt", "tesla", "ftd", "datm"]
+    cells = {data: published(data).pivot(index="ipc", columns="method", values="mean") for data in BENCHMARK}
+    cells = {data: found.reindex(index=CELLS[data], columns=names) for data, found in cells.items()}
+    table = pd.concat(cells, names=["data", "IPC"]).map("{:.1f}".format, na_action="ignore").fillna("")
+    table["measured here"] = ["<br>".join(measured.get(cell, ["not run"])) for cell in table.index]
+    return markdown(table.rename(columns={"random_real": "random real"}).reset_index())
 
 
-# --- Records of single runs -------------------------------------------------------------------------------------
-
-
-def measured_table(results: Path) -> str:
+def measured_table() -> str:
     """Test accuracies of every method on the digits, from the committed records ``method-digits-*.json``."""
     rows = []
     for name in METHODS:
-        record = read_record(results / f"method-digits-{name}.json")
+        record = read_record(f"method-digits-{name}")
         config, evaluation = record["config"], record["evaluations"][0]
         row = {"method": f"`{name}`", "IPC": config["ipc"], "K": config["segments"], "iterations": config["iterations"]}
         for kind, title in (("synthetic", "distilled (%)"), ("random_real", "random real (%)")):
-            s = evaluation["summary"][kind]
-            row[title] = f"{100 * s['mean']:.1f} ± {100 * s['std']:.1f} ({s['runs']})"
+            accuracies = evaluation["accuracies"][kind]
+            row[title] = f"{mean_sd(accuracies, scale=100.0)} ({len(accuracies)})"
         rows.append({**row, "seconds": f"{record['result']['seconds']:.0f}"})
     device = f"{evaluation['device']}, {evaluation['threads']} thread, torch {evaluation['versions']['torch']}"
     return markdown(rows) + f"\n\nMeasured on: {device}."
 
 
-def plan_table(results: Path) -> str:
+def plan_table() -> str:
     """What `cddlib plan` said and what runs took, from the committed record ``plan.json``."""
-    record = read_record(results / "plan.json")
-    rows = [
-        {
-            "run": run["what"],
-            "stage": stage,
-            "planned (s)": f"{run['planned'][stage]:.1f}",
-            "took (s)": f"{took:.1f}",
-            "off by": f"{run['planned'][stage] / took - 1:+.0%}",
-        }
-        for run in record["runs"]
-        for stage, took in run["measured"].items()
-    ]
+    record = read_record("plan")
+    rows = []
+    for run in record["runs"]:
+        for stage, took in run["measured"].items():
+            planned = run["planned"][stage]
+            row = {"run": run["what"], "stage": stage, "planned (s)": f"{planned:.1f}", "took (s)": f"{took:.1f}"}
+            rows.append({**row, "off by": f"{planned / took - 1:+.0%}"})
     return markdown(rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
 
 
-def streaming_table(results: Path) -> str:
+def streaming_table() -> str:
     """What streaming a folder took, and what a mapped cache holds in memory, from the record ``streaming.json``."""
-    record = read_record(results / "streaming.json")
+    record = read_record("streaming")
     streamed, mapped = record["streamed"], record["mapped"]
-    resumed, cache = streamed["resumed"], f"a cache of {record['config']['mapped_gb']:g} GB, all of it read"
-    rows: list[tuple[str, str, str]] = []
-    for part in (streamed["few"], streamed["whole"]):
-        peak = f"{part['peak_anonymous']['all_shared_once_mb']:.0f}"
-        rows.append((f"{part['images']:,} images into the cache", f"{part['seconds']:.0f}", peak))
-    again = f"resumed after being killed at {resumed['durable_images']:,}, same bytes"
-    rows.append((again, f"{resumed['seconds']:.0f}", ""))
-    rows.append((cache, "", f"{mapped['fingerprint']['anonymous_mb']:.0f}"))
-    rows.append(("before it was opened", "", f"{mapped['before']['anonymous_mb']:.0f}"))
-    table = pd.DataFrame(rows, columns=["what", "seconds", "memory, without mapped files (MB)"])
-    return markdown(table) + f"\n\nMeasured on: {record['device']}, {streamed['workers']} workers."
+    resumed, titles = streamed["resumed"], ["seconds", "memory, without mapped files (MB)"]
+    rows = {
+        f"{part['images']:,} images into the cache": (part["seconds"], part["peak_anonymous"]["all_shared_once_mb"])
+        for part in (streamed["few"], streamed["whole"])
+    }
+    rows[f"resumed after being killed at {resumed['durable_images']:,}, same bytes"] = resumed["seconds"], None
+    cache = f"a cache of {record['config']['mapped_gb']:g} GB, all of it read"
+    rows |= {cache: (None, mapped["fingerprint"]["anonymous_mb"])}
+    rows |= {"before it was opened": (None, mapped["before"]["anonymous_mb"])}
+    table = pd.DataFrame.from_dict(rows, "index", columns=titles).map("{:.0f}".format, na_action="ignore").fillna("")
+    described = markdown(table.rename_axis("what").reset_index())
+    return described + f"\n\nMeasured on: {record['device']}, {streamed['workers']} workers."
 
 
 def provenance(records: Mapping[str, Record]) -> str:
-    """Where and by which code records of a GPU, given by name, were made; a Markdown list."""
+    """Where and by which code records, given by name, were made, and what the runs of a study are; a Markdown list."""
     lines = []
     for name, record in records.items():
-        commits = {row.get("commit", record["commit"])[:7] for row in record.get("rows", [record])}
-        torch = f", PyTorch {record['versions']['torch']}" if "versions" in record else ""
-        lines.append(
-            f"- {record['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(commits))}. "
-            f"Record: book/results/gpu/{name}.json."
-        )
+        study = isinstance(record.get("runs"), dict)
+        results = [run["result"] for run in record["runs"].values()] if study else [record]
+        made = results[0]
+        commits = {str(row.get("commit", made["commit"]))[:7] for row in record.get("rows", results)}
+        torch = f", PyTorch {made['versions']['torch']}" if "versions" in made else ""
+        said = f"{made['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(commits))}"
+        if study:
+            config, minutes = record["config"], math.fsum(result["seconds"] for result in results) / 60
+            window = f"[{config['window_start']}, {config['window_end']})"
+            said = (
+                f"{len(results)} runs, {minutes:.0f} minutes of distillation in all; threads a run: {made['threads']}, "
+                f"{said}; {config['data']}, IPC {config['ipc']}, width {config['width']}, "
+                f"N = {config['student_steps']}, M = {config['expert_epochs']}, window {window}"
+            )
+        lines.append(f"- {name}: {said}.")
     return "\n".join(lines)
-
-
-# --- Records of studies -----------------------------------------------------------------------------------------
 
 
 def negative_table(studies: Mapping[str, Correlations]) -> str:
@@ -207,24 +196,13 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
             "cosine of gradients, last images": study.cosines("sequential", -1),
         }
         for measure, matrices in measures.items():
-            below, above = zip(*[correlation.negative_shares(matrix) for matrix in matrices], strict=True)
-            off = [float(correlation.off_diagonal(matrix).mean()) for matrix in matrices]
-            rows.append(
-                {
-                    "study": name,
-                    "what is negative": measure,
-                    "below the diagonal": f"{np.mean(below):.0%} ± {_standard_error(below):.0%}",
-                    "above the diagonal": f"{np.mean(above):.0%} ± {_standard_error(above):.0%}",
-                    "mean off the diagonal": f"{np.mean(off):+.2f} ± {_standard_error(off):.2f}",
-                }
-            )
+            below, above = correlation.negative_shares(matrices)
+            off = correlation.off_diagonal(matrices).mean(axis=1)
+            row = {"study": name, "what is negative": measure}
+            row["below the diagonal"] = f"{np.mean(below):.0%} ± {scipy.stats.sem(below):.0%}"
+            row["above the diagonal"] = f"{np.mean(above):.0%} ± {scipy.stats.sem(above):.0%}"
+            rows.append({**row, "mean off the diagonal": f"{np.mean(off):+.2f} ± {scipy.stats.sem(off):.2f}"})
     return markdown(rows)
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Of the mean; nan for a single value."""
-    found = effect(values)
-    return found.std / math.sqrt(found.count)
 
 
 def comparison_table(table: pd.DataFrame) -> str:
@@ -238,12 +216,11 @@ def comparison_table(table: pd.DataFrame) -> str:
         "wall": ("matching, s", 1.0, 1),
         "memory": ("memory, MB", 1.0, 0),
     }
-    rows = []
-    for variant, mine in table.groupby("variant", sort=False, observed=True):
-        row = {"variant": variant}
-        for key, (title, scale, digits) in columns.items():
-            row[title] = "–" if mine[key].isna().all() else mean_sd(mine[key], scale=scale, digits=digits)
-        rows.append(row)
+    rows = [
+        {"variant": variant}
+        | {title: mean_sd(mine[key], scale=scale, digits=digits) for key, (title, scale, digits) in columns.items()}
+        for variant, mine in table.groupby("variant", sort=False, observed=True)
+    ]
     note = (
         f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Memory is the peak "
         "of the process, with data and validation: a run's own only if it had a process of its own, as in the records, "
@@ -264,23 +241,9 @@ def rates_table(records: Mapping[int, Record]) -> str:
 
 def baselines_in_words(record: Record) -> str:
     """Test accuracy of networks trained on random real images and on all training images, under the same protocol."""
-    tests = [entry for run in record["runs"].values() for entry in run["evaluations"]]
+    tests = [entry.get("accuracies", entry) for run in record["runs"].values() for entry in run["evaluations"]]
     parts = []
     for key, name in (("random_real", "random real images"), ("full", "all training images for as many steps")):
         accuracies = [accuracy for entry in tests for accuracy in entry[key]]
         parts.append(f"{name} {mean_sd(accuracies, scale=100.0)} ({len(accuracies)} networks)")
     return "Test accuracy in percent under the same protocol: " + "; ".join(parts) + "."
-
-
-def provenance_in_words(record: Record) -> str:
-    """Where and for how long the runs of a study ran."""
-    results: list[dict[str, Any]] = [run["result"] for run in record["runs"].values()]
-    seconds = math.fsum(result["seconds"] for result in results)
-    config, first = record["config"], results[0]
-    commit = (first["commit"] or "unknown")[:12]
-    return (
-        f"{len(results)} runs, {seconds / 60:.0f} minutes of distillation in all; threads a run: {first['threads']}, "
-        f"{first['device']}, torch {first['versions']['torch']}, commit `{commit}`; {config['data']}, "
-        f"IPC {config['ipc']}, width {config['width']}, N = {config['student_steps']}, M = {config['expert_epochs']}, "
-        f"window [{config['window_start']}, {config['window_end']})."
-    )

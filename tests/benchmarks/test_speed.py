@@ -125,10 +125,8 @@ def test_a_record_s_parts_are_for_two_tables() -> None:
     rows = [{"name": "large", "implementation": name, "side": 32} for name in names]
     rows += [{"name": "alone", "implementation": name, "side": 32} for name in names[:2]]
     rows += [{"name": "small", "implementation": name, "side": 8} for name in (names[0], *names[2:])]
-    usual, apart = (
-        [rows.index(row) for row in speed_figures.part({"measurements": rows}, apart=apart)["measurements"]]
-        for apart in (False, True)
-    )
+    table = speed_figures.measurements({"measurements": rows})
+    usual, apart = (speed_figures.part(table, apart=apart).index.tolist() for apart in (False, True))
     assert usual == [0, 1, 4, 5]
     assert apart == [0, 2, 3, 6, 7, 8]
 
@@ -141,7 +139,7 @@ def test_ratios_are_to_the_faster_textbook() -> None:
     measured += [{"name": "b", "implementation": "textbook", "left_out": "not enough memory"}]
     measured += [{"name": "c", "implementation": name, "left_out": "too long"} for name in ("textbook", "cddlib")]
     measured += [{"name": "a", "implementation": "cddlib, too", "curve": "x", "seconds": 1.0}]
-    found = {"measurements": measured}
+    found = speed_figures.measurements({"measurements": measured}).query("curve == ''")
     assert speed_figures.ratio_table(found, "seconds").splitlines()[2:] == [
         "| a | 3 s | 2 s, 1.50 |",
         "| b | not enough memory | 5 s |",
@@ -164,12 +162,13 @@ def test_the_law_is_found_and_drawn(record: dict) -> None:
         if row["curve"] and row["implementation"] == "cddlib":
             row["seconds"] = 0.5 + 2e-9 * row["operations"]
         row["peak_memory_mb"] = row["start_memory_mb"] + 10.0  # one process measured all, and had its peak before
-    a, b, error = speed_figures.law(record, "cddlib")
+    a, b, error = speed_figures.law(speed_figures.measurements(record), "cddlib")
     assert (a, b) == (pytest.approx(0.5), pytest.approx(2e-9)) and error < 1e-9
     record["measurements"][-1]["seconds"] *= 1.5
-    assert speed_figures.law(record, record["measurements"][-1]["implementation"])[2] > 0.05
+    table = speed_figures.measurements(record)
+    assert speed_figures.law(table, record["measurements"][-1]["implementation"])[2] > 0.05
     varied = {"student steps": "student_steps", "side": "side"}
-    axes = speed_figures.curves(record, varied).axes
+    axes = speed_figures.curves(table, varied).axes
     assert [axis.get_xlabel() for axis in axes if axis.get_xlabel()] == list(varied)
     assert len(axes[0].lines) == 4, "two ways, each with its law"
 

@@ -1,13 +1,12 @@
 """What the book says of a GPU follows from records: a record that says the opposite turns the sentence."""
 
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pytest
 
-from cddbook import tables
-from cddbook.figures import ch6_cifar10, ch8_gpu
+from cddbook import findings, tables
+from cddbook.figures import ch5_concurrent, ch6_cifar10, ch8_gpu
 from cddlib import distill_recipe
 from cddlib.runtime.config import as_dict
 
@@ -34,31 +33,30 @@ def speed_of(**ms: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("sentence", "ms", "said"),
+    ("ms", "said"),
     [
-        (ch8_gpu.faster_sentence, {}, "gradient takes 30 ms, 10.0 times as fast as the textbook's way (300 ms)"),
-        (ch8_gpu.faster_sentence, {"one": 600}, "gradient takes 600 ms, 2.0 times as slow as the textbook's way"),
-        (ch8_gpu.faster_sentence, {"one": 301}, "about as fast as the textbook's way"),
-        (ch8_gpu.graph_sentence, {}, "takes 30 ms, 3.0 times as fast as the same steps launched one by one (90"),
-        (ch8_gpu.bfloat16_sentence, {}, "bfloat16 takes 20 ms, 1.5 times as fast as in float32 (30 ms)"),
-        (ch8_gpu.segments_sentence, {}, "K = 2 takes 1.2 times, K = 4 takes 2.0 times as long as K = 1. Every K is"),
-        (ch8_gpu.segments_sentence, {"two": 60}, "K = 4 takes 2.0 times as long as K = 1. K = 4 is more than"),
-        (ch8_gpu.segments_sentence, {"two": 60, "four": 130}, "K = 1. No K is more than a tenth faster"),
+        ({}, "gradient takes 30 ms, 10.0 times as fast as the textbook's way (300 ms)"),
+        ({}, "takes 30 ms, 3.0 times as fast as the same steps launched one by one (90"),
+        ({}, "bfloat16 takes 20 ms, 1.5 times as fast as in float32 (30 ms)"),
+        ({"one": 600}, "gradient takes 600 ms, 2.0 times as slow as the textbook's way"),
+        ({"one": 301}, "about as fast as the textbook's way"),
+        ({}, "K = 2 takes 1.2 times, K = 4 takes 2.0 times as long as K = 1. Every K is"),
+        ({"two": 60}, "K = 4 takes 2.0 times as long as K = 1. K = 4 is more than"),
+        ({"two": 60, "four": 130}, "K = 1. No K is more than a tenth faster"),
     ],
 )
-def test_speeds_turn(sentence: Callable[[Any], str], ms: dict[str, float], said: str) -> None:
-    assert said in sentence(speed_of(**ms))
+def test_speeds_turn(ms: dict[str, float], said: str) -> None:
+    speed = speed_of(**ms)
+    assert said in ch8_gpu.faster_sentences(speed) + ch8_gpu.segments_sentence(speed)
 
 
 def test_only_rows_of_one_commit_are_compared() -> None:
     speed = speed_of()
     speed["rows"][0]["commit"] = "abcdefghij"
-    assert ch8_gpu.graph_sentence(speed) == ch8_gpu.bfloat16_sentence(speed) == ""
+    assert "one by one" not in ch8_gpu.faster_sentences(speed) and "bfloat16" not in ch8_gpu.faster_sentences(speed)
     speed["rows"].append({**speed["rows"][0], "way": ch8_gpu.OWN[1], "ms": 45, "commit": "0123456789"})
-    assert "takes 45 ms, 2.0 times as fast" in ch8_gpu.graph_sentence(speed)
-    assert tables.provenance({"speed": speed}) == (
-        "- a GPU, PyTorch 2.11, commit `0123456` and `abcdefg`. Record: book/results/gpu/speed.json."
-    )
+    assert "takes 45 ms, 2.0 times as fast" in ch8_gpu.faster_sentences(speed)
+    assert tables.provenance({"speed": speed}) == "- speed: a GPU, PyTorch 2.11, commit `0123456` and `abcdefg`."
 
 
 def test_tables_of_speed() -> None:
@@ -132,18 +130,17 @@ def distil_of(gap: float, *, apart: float = 0.0, finished: bool = False) -> dict
 @pytest.mark.parametrize(
     ("gap", "apart", "said"),
     [
-        (0.05, 0.0, "and when they were stopped the matching loss of K = 2 is higher than that of K = 1."),
-        (-0.05, 0.0, "and when they were stopped the matching loss of K = 2 is lower than that of K = 1."),
-        (0.05, 0.1, "and when they were stopped the matching loss of K = 2 cannot be told apart from that of K = 1"),
+        (0.05, 0.0, "and when they were stopped the matching loss of K=2 is higher than that of K=1."),
+        (-0.05, 0.0, "and when they were stopped the matching loss of K=2 is lower than that of K=1."),
+        (0.05, 0.1, "and when they were stopped the matching loss of K=2 cannot be told apart, with these seeds, from"),
     ],
 )
 def test_losses_turn(gap: float, apart: float, said: str) -> None:
-    table = ch6_cifar10.losses(distil_of(gap, apart=apart))
-    sentence = ch6_cifar10.equal_sentence(table, "loss")
-    assert sentence.startswith(f"After 120 matched segments, after 80 iterations {said}")
-    rows = ch6_cifar10.equal_table(table, "loss").split("\n")
+    table = findings.gpu_losses(distil_of(gap, apart=apart))
+    sentence = ch5_concurrent.equal_sentence(table, "loss")
+    assert sentence.startswith(f"After 120 matched segments and after 80 iterations {said}")
+    rows = ch5_concurrent.equal_table(table, "loss").split("\n")
     assert len(rows) == 5 and f"{gap:+.3f} [" in rows[2] and rows[2].endswith("| 3 |")
-    assert sentence in ch6_cifar10.loss_caption(table)
 
 
 def test_comparisons_may_differ() -> None:
@@ -151,19 +148,16 @@ def test_comparisons_may_differ() -> None:
     distil = distil_of(0.0)
     for run in distil["runs"]:
         run["losses"] = [[1 - 0.001 * i * (1 + 0.5 * (run["segments"] - 1))] for i in range(run["iterations"])]
-    said = ch6_cifar10.equal_sentence(ch6_cifar10.losses(distil), "loss")
-    assert "After 80 iterations and when they were stopped the matching loss of K = 2 is lower" in said
-    assert "After 120 matched segments the matching loss of K = 2 is higher" in said
+    said = ch5_concurrent.equal_sentence(findings.gpu_losses(distil), "loss")
+    assert "After 80 iterations and when they were stopped the matching loss of K=2 is lower" in said
+    assert "After 120 matched segments the matching loss of K=2 is higher" in said
 
 
-def test_the_curves_are_drawn_where_all_seeds_are_and_described() -> None:
-    table = ch6_cifar10.losses(distil_of(0.0))
-    segments, iterations = ch6_cifar10.loss_curves(table).axes
-    assert [line.get_xdata()[-1] for line in segments.get_lines()] == [120, 160]
-    assert [line.get_xdata()[-1] for line in iterations.get_lines()] == [120, 80]
-    assert "K = 1 falls from 0.66 to 0.60 and that of K = 2 falls from 0.72 to 0.60" in ch6_cifar10.loss_alt(table)
-    rising = table.assign(loss=1 - table["loss"])
-    assert "K = 1 rises from 0.34 to 0.40" in ch6_cifar10.loss_alt(rising)
+def test_the_curves_are_drawn_where_all_seeds_are() -> None:
+    table = findings.gpu_losses(distil_of(0.0))
+    figure = ch5_concurrent.curves(table, "loss")
+    drawn = [[max(line.get_xdata()) for line in axis.lines if len(line.get_xdata())] for axis in figure.axes]
+    assert drawn == [[120, 80], [120, 160]]
     plt.close("all")
 
 
@@ -189,13 +183,9 @@ def evaluated_of(gain: float) -> dict[str, Any]:
 @pytest.mark.parametrize(("gain", "how", "better"), [(0.1, "higher", "12 of 12"), (-0.3, "lower", "6 of 12")])
 def test_accuracies_turn(gain: float, how: str, better: str) -> None:
     text = ch6_cifar10.tested(evaluated_of(gain), distil_of(0.0))
-    assert f"After 100 matched segments and when they were stopped the test accuracy of K = 2 is {how} than" in text
+    assert f"After 100 matched segments and when they were stopped the test accuracy of K=2 is {how} than" in text
     assert f"{better} sets have a higher accuracy than any network on random real images" in text
     rows = cells(text)
-    assert rows[2] == ["K = 1", "100", "100", "40.1 ± 0.1", "3", "2"]
-    assert rows[3] == ["K = 1", "when they were stopped", "120 to 122", "40.1 ± 0.1", "3", "2"]
+    assert rows[2] == ["K=1", "100", "100", "40.1 ± 0.1", "3", "2"]
+    assert rows[3] == ["K=1", "when they were stopped", "120 to 122", "40.1 ± 0.1", "3", "2"]
     assert rows[6] == ["random real images", "", "", "15.0 ± 1.4", "", "2"]
-
-
-def test_sets_that_were_not_tested_are_said_to_be_so() -> None:
-    assert ch6_cifar10.tested(None, distil_of(0.0)).startswith("These sets have not been tested yet")

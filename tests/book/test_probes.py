@@ -14,13 +14,15 @@ from torch import Tensor
 
 import cddlib
 from cddbook import probes
-from cddbook.probes import ProbeHook, Probes, accumulated_error
+from cddbook.probes import ProbeHook
 from cddlib.data import augment
+from cddlib.distillation.hooks import Run
 from cddlib.runtime.run_folder import read_metrics
 from cddlib.synthetic import initialise
 
 CPU = torch.device("cpu")
 STARTS = (0, 1, 4)
+PROBES = ProbeHook(probe_starts=STARTS, probe_expert=1)
 
 
 class Doubles(cddlib.Buffer):
@@ -48,18 +50,10 @@ class Problem:
 
         monkeypatch.setattr(probes, "plan_student", overhear)
 
-    @property
-    def probes(self) -> Probes:
-        return self.probes_of(STARTS)
-
-    def probes_of(self, starts: tuple[int, ...], expert: int = 1, seed: int = 7) -> Probes:
-        return Probes(self.config, self.buffer, starts=starts, expert=expert, seed=seed)
-
-    def losses(self) -> list[float]:
-        return self.probes.losses(self.synthetic)
-
-    def error(self, expert: int = 0, seed: int = 5) -> dict[str, list[float]]:
-        return accumulated_error(self.config, self.buffer, self.synthetic, expert=expert, seed=seed)
+    def run(self, synthetic: cddlib.SyntheticSet | None = None, seed: int = 7) -> Run:
+        """As a hook sees it."""
+        config = dataclasses.replace(self.config, seed=seed)
+        return Run(config, self.buffer, Path(), 0, synthetic or self.synthetic, {})
 
     def student(self, theta: Tensor, plan: Any, synthetic: cddlib.SyntheticSet | None = None) -> Tensor:
         """Where N steps of SGD lead from `theta`, with the graph of all of them; without a plan, on all images."""
@@ -110,31 +104,20 @@ def problem(buffer: cddlib.Buffer, quick: dict[str, Any], monkeypatch: pytest.Mo
 # --- Losses and gradients ---------------------------------------------------------------------------------------
 
 
-def test_probes_losses_are_matching_losses(problem: Callable[..., Problem]) -> None:
-    plain = problem(augment="none", student_batch=None)
-    wanted = [plain.unrolled(plain.synthetic, start).item() for start in STARTS]
-    assert plain.losses() == pytest.approx(wanted, rel=1e-9)
-    usual = problem()
-    found = usual.losses()
-    assert [[len(step.indices) for step in plan] for plan in usual.plans] == [[4, 4, 2, 4, 4]] * 3
-    wanted = [usual.unrolled(usual.synthetic, *pair).item() for pair in zip(STARTS, usual.plans, strict=True)]
-    assert found == pytest.approx(wanted, rel=1e-9)
-
-
 def test_probes_losses_depend_on_the_synthetic_set_alone(problem: Callable[..., Problem]) -> None:
     usual = problem()
-    first, error = usual.losses(), usual.error()
+    first, error = PROBES.losses(usual.run()), PROBES.accumulated_error(usual.run())
     torch.rand(1)
-    assert (usual.losses(), usual.error()) == (first, error)
-    assert usual.error(seed=6)["error"] != error["error"]
-    assert usual.probes_of((1,)).losses(usual.synthetic) == pytest.approx([first[1]], rel=1e-12)
+    assert (PROBES.losses(usual.run()), PROBES.accumulated_error(usual.run())) == (first, error)
+    assert PROBES.accumulated_error(usual.run(seed=6))["error"] != error["error"]
+    assert ProbeHook(probe_starts=(1,), probe_expert=1).losses(usual.run()) == pytest.approx([first[1]], rel=1e-12)
     moved = usual.synthetic.copy()
     moved.images[0] += 0.1
     for other in (
-        usual.probes.losses(moved),
-        [loss for losses, _ in usual.probes.in_turns(usual.synthetic, draw=1) for loss in losses.tolist()],
-        usual.probes_of(STARTS, seed=8).losses(usual.synthetic),
-        usual.probes_of(STARTS, expert=0).losses(usual.synthetic),
+        PROBES.losses(usual.run(moved)),
+        [loss for losses, _ in PROBES.in_turns(usual.run(), draw=1) for loss in losses.tolist()],
+        PROBES.losses(usual.run(seed=8)),
+        dataclasses.replace(PROBES, probe_expert=0).losses(usual.run()),
     ):
         assert all(a != b for a, b in zip(other, first, strict=True))
 
@@ -144,9 +127,9 @@ def test_similarities_are_those_of_autograd(
     problem: Callable[..., Problem], side_by_side: int | None, turns: int
 ) -> None:
     usual = problem(side_by_side=side_by_side)
-    assert len(list(usual.probes.in_turns(usual.synthetic))) == turns
+    assert len(list(PROBES.in_turns(usual.run()))) == turns
     usual.plans.clear()
-    found = usual.probes.gradient_similarity(usual.synthetic)
+    found = PROBES.gradient_similarity(usual.run())
     plans = usual.plans[:6]  # first students of the three probes, then second ones
     for variable in usual.synthetic.variables():
         variable.requires_grad_()
@@ -163,8 +146,8 @@ def test_similarities_are_those_of_autograd(
 def test_after_is_the_first_real_step_of_sgd(problem: Callable[..., Problem], labels: str) -> None:
     usual = problem(labels=labels, lr_images=20.0, lr_labels=3.0, lr_step_size=1e-3)
     rates = usual.config.optimizer.rates(usual.synthetic)
-    found = usual.probes.gradient_similarity(usual.synthetic)["after"]
-    before = usual.losses()
+    found = PROBES.gradient_similarity(usual.run())["after"]
+    before = PROBES.losses(usual.run())
     for probe in range(3):
         stepped = usual.synthetic.copy()
         groups = [{"params": [v], "lr": rate} for v, rate in zip(stepped.variables(), rates, strict=True)]
@@ -173,7 +156,7 @@ def test_after_is_the_first_real_step_of_sgd(problem: Callable[..., Problem], la
             variable.requires_grad_()
         usual.unrolled(stepped, STARTS[probe], usual.plans[probe]).backward()
         optimizer.step()
-        assert found[probe] == pytest.approx(usual.probes.losses(stepped), rel=1e-10)
+        assert found[probe] == pytest.approx(PROBES.losses(usual.run(stepped)), rel=1e-10)
         assert found[probe] != pytest.approx(before, rel=1e-5)
 
 
@@ -184,8 +167,8 @@ def test_measuring_leaves_the_synthetic_set_alone(problem: Callable[..., Problem
     for variable in variables:
         variable.requires_grad_(needs_gradients)
     before = usual.synthetic.copy().variables()
-    usual.probes.gradient_similarity(usual.synthetic)
-    usual.error()
+    PROBES.gradient_similarity(usual.run())
+    PROBES.accumulated_error(usual.run())
     assert all(map(torch.equal, before, variables))
     assert all(v.requires_grad == needs_gradients and v.grad is None for v in variables)
 
@@ -198,7 +181,7 @@ def test_measuring_leaves_the_synthetic_set_alone(problem: Callable[..., Problem
 def test_accumulated_error_is_ftd_s(problem: Callable[..., Problem], expert: int, length: int, plain: bool) -> None:
     images = {"augment": "none", "student_batch": None} if plain else {}
     usual = problem(expert_epochs=length, step_size=0.3, window_end=3, segments=1, **images)
-    found = usual.error(expert)
+    found = ProbeHook(probe_expert=expert).accumulated_error(usual.run())
     firsts, seconds = usual.plans[::2], usual.plans[1::2]  # both students of a segment see the same batches
     for first, second in itertools.chain(*(zip(*plans, strict=True) for plans in zip(firsts, seconds, strict=True))):
         assert torch.equal(first.indices, second.indices)
@@ -215,53 +198,36 @@ def test_accumulated_error_is_ftd_s(problem: Callable[..., Problem], expert: int
 
 # --- The hook ---------------------------------------------------------------------------------------------------
 
-HOOK = ProbeHook(probe_starts=(0, 2, 4), probe_expert=1, probe_every=2, similarity_every=3, error_every=5)
-MEASURED = {"probe_losses", "gradient_similarity", "accumulated_error"}
-
-
-def run_with(hook: ProbeHook, buffer: cddlib.Buffer, quick: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run that it follows."""
-    config = cddlib.distill_recipe("contra", "digits", 1, **{**quick, "iterations": 7, "validate_every": 0})
-    cddlib.distill(config, buffer, folder, hooks=[hook], device="cpu")
-    return read_metrics(folder)
-
 
 def test_probes_are_measured_on_time(buffer: cddlib.Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
-    lines = run_with(HOOK, buffer, quick, tmp_path)
-    measured = {name: [line["iteration"] for line in lines if name in line] for name in MEASURED}
-    assert measured == {
-        "probe_losses": [0, 2, 4, 6, 7],
-        "gradient_similarity": [0, 3, 6, 7],
-        "accumulated_error": [0, 5, 7],
-    }
+    hook = ProbeHook(probe_starts=(0, 2, 4), probe_expert=1, probe_every=2, similarity_every=3, error_every=5)
+    config = cddlib.distill_recipe("contra", "digits", 1, **{**quick, "iterations": 7, "validate_every": 0})
+    cddlib.distill(config, buffer, tmp_path, hooks=[hook], device="cpu")
+    lines = read_metrics(tmp_path)
+    wanted = {"probe_losses": [0, 2, 4, 6, 7], "gradient_similarity": [0, 3, 6, 7], "accumulated_error": [0, 5, 7]}
+    assert {name: [line["iteration"] for line in lines if name in line] for name in wanted} == wanted
     assert all(len(line["probe_losses"]) == 3 for line in lines if "probe_losses" in line)
     for line in (lines[0], lines[6], lines[7]):
         assert line["gradient_similarity"]["losses"] == line["probe_losses"]
     assert lines[0]["probe_losses"] != lines[2]["probe_losses"]
 
 
-def test_probes_that_the_buffer_does_not_hold_are_refused(
-    buffer: cddlib.Buffer, quick: dict[str, Any], tmp_path: Path
-) -> None:
-    late = (
-        r"^probe_starts is \(0, 5\), but the experts stop at epoch 6 and segments are 2 epochs long; .* at epoch 4 at "
-    )
-    with pytest.raises(cddlib.UserError, match=late):
-        run_with(ProbeHook(probe_starts=(0, 5)), buffer, quick, tmp_path / "late")
-    with pytest.raises(cddlib.UserError, match=r"^probe_expert is 2, but .* holds experts 0 to 1\.$"):
-        run_with(ProbeHook(probe_expert=2), buffer, quick, tmp_path / "missing")
-
-
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"probe_starts": (1, 1)}, "probe_starts is (1, 1); epochs must be 0 or more, ascending, each once."),
-        ({"probe_expert": -1}, "probe_expert is -1; it must be at least 0."),
-        ({"error_every": -1}, "error_every is -1; it must be at least 0."),
-        ({"similarity_every": 5}, "similarity_every is 5, but probe_starts names no segments."),
+        ({"probe_starts": (1, 1)}, r"^probe_starts is \(1, 1\); epochs must be 0 or more, ascending, each once\.$"),
+        ({"probe_expert": -1}, r"^probe_expert is -1; it must be at least 0\.$"),
+        ({"error_every": -1}, r"^error_every is -1; it must be at least 0\.$"),
+        ({"similarity_every": 5}, r"^similarity_every is 5, but probe_starts names no segments\.$"),
+        (
+            {"probe_starts": (0, 5)},
+            r"^probe_starts is \(0, 5\), but the experts stop at epoch 6 .* at epoch 4 at ",
+        ),
+        ({"probe_expert": 2}, r"^probe_expert is 2, but .* holds experts 0 to 1\.$"),
     ],
 )
-def test_impossible_probes_are_refused(fields: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(cddlib.UserError) as refused:
-        ProbeHook(**fields)
-    assert str(refused.value) == sentence
+def test_impossible_probes_are_refused(
+    buffer: cddlib.Buffer, quick: dict[str, Any], fields: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(cddlib.UserError, match=sentence):
+        ProbeHook(**fields).check(cddlib.distill_recipe("contra", "digits", 1, **quick), buffer)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import cddbook.__main__ as studies
 from cddbook.study import remedies
 from cddlib.experts.buffer import Buffer
+from cddlib.matching.combine import Combine
 
 SHORT = ["--student-steps", "2", "--window-end", "4", "--evaluation-epochs", "2", "--device", "cpu"]
 
@@ -34,16 +36,11 @@ def test_a_correlation_study(buffer: Buffer, tmp_path: Path, capsys) -> None:
     found = recorded(tmp_path)
     assert capsys.readouterr().out == f"wrote {tmp_path / 'r.json'}\n"
     assert (found["networks"], found["buffer_id"], found["config"]["width"]) == (0, buffer.id, 8)
-    names = ("matched-00", "matched-03", "sequential", "concurrent")
-    assert list(found["runs"]) == [f"replicate-{replicate}/{name}" for replicate in (0, 1) for name in names]
     for name, entry in found["runs"].items():
         metrics, (_, replicate, kind) = entry["metrics"], re.split("[-/]", name, maxsplit=2)
-        assert [iteration for iteration, _ in metrics["probe_losses"]] == [0, 1, 2]
-        assert ("gradient_similarity" in metrics) == ("matched" not in kind)
         assert [len(matched) for matched in metrics["matched"]] == 2 * [2 if kind == "concurrent" else 1]
         for expert, start in metrics["matched"][0]:
             assert expert == int(replicate) and ("matched" not in kind or start == int(kind[-2:]))
-        assert entry["evaluations"] == []
 
 
 def test_segment_counts_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> None:
@@ -63,8 +60,10 @@ def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path) -> None:
     record = recorded(tmp_path)
     found = {name.removesuffix("/seed-0"): entry for name, entry in record["runs"].items()}
     assert found.keys() == remedies(2).keys()
-    for name, changes in remedies(2).items():
-        assert {key: {**record["config"], **found[name]["changes"]}[key] for key in changes} == changes
+    configs = {name: {**record["config"], **entry["changes"]} for name, entry in found.items()}
+    assert all(remedies(2)[name].items() <= config.items() for name, config in configs.items())
+    assert {config["combine"] for config in configs.values()} == set(typing.get_args(Combine))
+    assert {config["consolidation"] for config in configs.values()} == {"none", "ewc", "si"}
     losses = {name: entry["metrics"]["loss"] for name, entry in found.items()}
     held = [losses.pop(name) for name in ("sequential", "ewc", "si")]
     assert {len(values) for values in held} == {4} and {len(values) for values in losses.values()} == {2}

@@ -1,26 +1,18 @@
 """Figures of chapter 1: experts."""
 
-import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from matplotlib.figure import Figure
 
-from cddbook.figures.style import PERCENT
+from cddbook.figures.style import lines
 from cddlib.experts.buffer import Buffer
 
 
 def expert_accuracy(buffer: Buffer) -> Figure:
-    """Validation accuracy of every expert after each epoch, and their mean."""
+    """Validation accuracy after each epoch; mean and standard deviation over experts."""
     table = pd.DataFrame([expert["validation_accuracy"] for expert in buffer.experts])
-    figure, axis = plt.subplots()
-    axis.plot(table.T, color="0.7", linewidth=1)
-    spread = table.std() if len(table) > 1 else None
-    axis.errorbar(table.columns, table.mean(), spread, marker="o", capsize=2, label="mean ± sd")
-    axis.set(xlabel="epoch t", ylabel="validation accuracy")
-    axis.legend(loc="lower right")
-    axis.yaxis.set_major_formatter(PERCENT)
-    return figure
+    table = table.melt(var_name="epoch t", value_name="validation accuracy").assign(of="mean of the experts")
+    return lines(table, "epoch t", "validation accuracy", hue="of")
 
 
 def trajectory_lengths(buffer: Buffer) -> Figure:
@@ -32,8 +24,4 @@ def trajectory_lengths(buffer: Buffer) -> Figure:
         moved = points.diff(dim=0).norm(dim=1).tolist()
         rows += [(epoch, distance, "from the start, ‖θ*_t − θ*_0‖") for epoch, distance in enumerate(away)]
         rows += [(epoch, distance, "in one epoch, ‖θ*_t − θ*_{t−1}‖") for epoch, distance in enumerate(moved, 1)]
-    table = pd.DataFrame(rows, columns=["epoch t", "distance", "of"])
-    figure, axis = plt.subplots()
-    sns.lineplot(table, x="epoch t", y="distance", hue="of", style="of", markers=True, errorbar="sd")
-    sns.move_legend(axis, "best", title=None)
-    return figure
+    return lines(pd.DataFrame(rows, columns=["epoch t", "distance", "of"]), "epoch t", "distance", hue="of")

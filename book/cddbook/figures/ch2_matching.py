@@ -5,13 +5,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 import torch
 from jaxtyping import Float
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cddbook.figures.style import MARKERS, band
+from cddbook.figures.style import lines
 from cddlib.matching.segments import SegmentsConfig, draw_segments
 
 
@@ -32,43 +31,31 @@ def segment_draws(configs: Sequence[SegmentsConfig], draws: int, generator: torc
 
 def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Figure:
     """Normalised squared distance to the target after each student step; mean and standard deviation over repeats."""
-    figure, axis = plt.subplots()
-    for (label, values), marker in zip(distances.items(), MARKERS, strict=False):
-        steps = range(values.shape[1])
-        band(axis, steps, values.numpy(), marker=marker, markevery=max(1, len(steps) // 10), label=label)
-    axis.axhline(1, color="0.4", linestyle=":")
-    axis.set(xlabel="student step i", ylabel="matching loss if it stopped here")
-    axis.legend()
+    x, y = "student step i", "matching loss if it stopped here"
+    tables = {label: pd.DataFrame(values.numpy()).melt(var_name=x, value_name=y) for label, values in distances.items()}
+    figure = lines(pd.concat(tables, names=["images"]).reset_index(), x, y, hue="images")
+    figure.axes[0].axhline(1, color="0.4", linestyle=":")
     return figure
 
 
-def _by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
-    """The measurements of single segments, with the peak `above` the start, in MB."""
+def memory_by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Peak memory above the start of matching single segments, in MB: a row an implementation and N student steps."""
     table = pd.DataFrame(record["measurements"])
     table = table[table["implementation"].isin(("cddlib", "textbook"))]
-    return table.assign(above=table["peak_mb"] - table["start_mb"])
+    return table.assign(memory=table["peak_mb"] - table["start_mb"])[["implementation", "student_steps", "memory"]]
 
 
 def memory_against_steps(record: Mapping[str, Any]) -> Figure:
     """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
-    table = _by_steps(record)
-    figure, axis = plt.subplots()
-    sns.lineplot(table, x="student_steps", y="above", hue="implementation", style="implementation", markers=True)
-    axis.set(xlabel="student steps N", ylabel="peak memory above the start, MB")
-    axis.set_ylim(bottom=0)
+    names = {"student_steps": "student steps N", "memory": "peak memory above the start, MB"}
+    figure = lines(memory_by_steps(record).rename(columns=names), *names.values(), hue="implementation")
+    figure.axes[0].set_ylim(bottom=0)
     return figure
 
 
 def memory_in_words(record: Mapping[str, Any]) -> str:
     """The numbers behind `memory_against_steps`, and where they were measured."""
-    table = _by_steps(record)
-    parts = []
-    for implementation, mine in table.groupby("implementation"):
-        points = zip(mine["student_steps"], mine["above"], strict=True)
-        pairs = ", ".join(f"{mb:.0f} MB at N = {steps}" for steps, mb in points)
-        parts.append(f"{implementation}: {pairs}")
+    parts = [f"{way} {mb:.0f} MB at N = {steps}" for way, steps, mb in memory_by_steps(record).to_numpy()]
     config = record["config"]
-    return (
-        f"Above the process's {table['start_mb'].median():.0f} MB, with {config['images']} images and width "
-        f"{config['width']} on {record['device']}: " + "; ".join(parts) + "."
-    )
+    where = f"with {config['images']} images and width {config['width']} on {record['device']}"
+    return f"Above what the process held before, {where}: {', '.join(parts)}."

@@ -5,42 +5,25 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
 from cddbook.figures.style import MARKERS, PERCENT
 from cddbook.tables import markdown
 
 
-def _stacked(table: pd.DataFrame, xlabel: str) -> Figure:
-    """Horizontal bars, a row each, made of the columns."""
+def bars(rows: Sequence[Mapping[str, Any]], by: Sequence[str], columns: Mapping[str, str], xlabel: str) -> Figure:
+    """Horizontal bars of a record's rows, summed `by` some columns and made of others, which are named in words."""
+    table = pd.DataFrame(rows).groupby(list(by), sort=False)[list(columns)].sum().rename(columns=columns)
+    table.index = pd.Index([", ".join(words) for words in table.index.to_frame().to_numpy()])
     figure, axis = plt.subplots(figsize=(6.4, 0.6 + 0.36 * len(table)))
     table.plot.barh(stacked=True, width=0.8, ax=axis, legend=False)
     axis.invert_yaxis()
     axis.margins(y=0.01)
     axis.set(xlabel=xlabel, ylabel="")
-    if len(table.columns) > 1:
-        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(table.columns))
+    if len(columns) > 1:
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(columns))
     return figure
-
-
-def kills(record: Mapping[str, Any]) -> Figure:
-    """How many times each kind of work was killed, and went on to the same bytes."""
-    table = pd.DataFrame(record["kills"]).groupby("work", sort=False)["kills"].sum()
-    return _stacked(table.to_frame("kills"), "times killed with SIGKILL, and resumed to the same bytes")
-
-
-def damage(record: Mapping[str, Any]) -> Figure:
-    """What became of damaged copies of every file: refused, or harmless because nothing depended on them."""
-    table = pd.DataFrame(record["damage"]).groupby("file", sort=False)[["refused", "harmless"]].sum()
-    return _stacked(table, "damaged copies of the file")
-
-
-def fuzzed(record: Mapping[str, Any]) -> Figure:
-    """What loaders made of inputs: damaged files, sealed lies, and options."""
-    table = pd.DataFrame(record["loaders"])
-    table.index = pd.Index(table["loader"] + ", " + table["kind"])
-    columns = {"refused": "refused", "unchanged": "read as it was", "valid": "another valid one"}
-    return _stacked(table.rename(columns=columns)[list(columns.values())], "inputs")
 
 
 def drift(record: Mapping[str, Any]) -> Figure:
@@ -59,23 +42,24 @@ def drift(record: Mapping[str, Any]) -> Figure:
 
 def speedups(record: Mapping[str, Any]) -> Figure:
     """How many times faster an iteration is with several processes: measured, and as the model has it."""
-    table = pd.DataFrame(record["measured"])
+    table = pd.DataFrame(record["measured"]).sort_values("processes")
+    table["work"] += ", K = " + table["segments"].astype(str)
+    alone = table.groupby("work")["seconds"].transform("first")
+    table = table.assign(measured=alone / table["seconds"], model=alone / table["predicted"])
     figure, axis = plt.subplots()
-    for ((work, segments), rows), marker in zip(table.groupby(["work", "segments"], sort=False), MARKERS, strict=False):
-        rows = rows.set_index("processes").sort_index()
-        alone = rows["seconds"].iloc[0]
-        (drawn,) = axis.plot(alone / rows["seconds"], marker, label=f"{work}, K = {segments}")
-        axis.plot(alone / rows["predicted"], color=drawn.get_color())
-    counts = sorted(set(table["processes"]))
+    look = {"x": "processes", "hue": "work", "ax": axis}
+    sns.scatterplot(table, y="measured", style="work", **look)
+    sns.lineplot(table, y="model", legend=False, **look)
+    counts = table["processes"].unique()
     axis.plot(counts, counts, color="0.4", linestyle=":")
-    axis.set(xlabel="processes", ylabel="times as fast as one process", xticks=counts)
+    axis.set(ylabel="times as fast as one process", xticks=counts)
     axis.legend(fontsize=8)
     return figure
 
 
 def _curves(record: Mapping[str, Any]) -> pd.DataFrame:
     """The model's points, with the name of the curve that each belongs to."""
-    table = pd.DataFrame(record["model"])
+    table = pd.DataFrame(record["model"]).sort_values("devices")
     work = (table["segments"] * table["concurrent_experts"]).astype(str) + " segments"
     each = table["segments"].astype(str) + " segments a device"
     table["curve"] = table["set"] + ", " + work.where(table["scaling"] == "strong", each)
@@ -85,11 +69,9 @@ def _curves(record: Mapping[str, Any]) -> pd.DataFrame:
 def efficiencies(record: Mapping[str, Any]) -> Figure:
     """The model's efficiency on many devices."""
     figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    for (curve, rows), marker in zip(_curves(record).groupby("curve", sort=False), MARKERS, strict=False):
-        line = "-" if rows["scaling"].iloc[0] == "strong" else "--"
-        axis.plot(rows["devices"], rows["efficiency"], line, marker=marker, markersize=4, label=curve)
+    sns.lineplot(_curves(record), x="devices", y="efficiency", hue="curve", style="scaling", marker="o")
     axis.set_xscale("log", base=2)
-    axis.set(xlabel="devices", ylabel="efficiency, by the model", ylim=(0, 1.05))
+    axis.set(ylabel="efficiency, by the model", ylim=(0, 1.05))
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.yaxis.set_major_formatter(PERCENT)
     axis.legend(fontsize=8)
@@ -108,15 +90,14 @@ PARTS = {
 
 def binding_table(record: Mapping[str, Any]) -> str:
     """What keeps each curve of the model from its ideal, and from how many devices on; a Markdown table."""
-    curves = [rows.sort_values("devices") for _, rows in _curves(record).groupby("curve", sort=False)]
-    begins = pd.concat([rows[rows["binds"] != rows["binds"].shift()] for rows in curves])
-    table = {
-        "curve": begins["curve"],
-        "devices": begins["devices"].map("from {}".format),
-        "efficiency": begins["efficiency"].map("{:.0%}".format),
-        "what binds": begins["binds"].map(PARTS),
-    }
-    return markdown(pd.DataFrame(table))
+    table = _curves(record)
+    before = table.groupby("curve")["binds"].shift()
+    begins = table[table["binds"] != before].sort_values(
+        "curve", key=lambda curve: pd.factorize(curve)[0], kind="stable"
+    )
+    shown = {"curve": begins["curve"], "devices": begins["devices"].map("from {}".format)}
+    shown |= {"efficiency": begins["efficiency"].map("{:.0%}".format), "what binds": begins["binds"].map(PARTS)}
+    return markdown(pd.DataFrame(shown))
 
 
 def total(rows: Sequence[Mapping[str, Any]], column: str) -> int:

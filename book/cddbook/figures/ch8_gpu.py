@@ -1,6 +1,5 @@
 """Tables and sentences of chapter 8: what `make gpu` recorded of speed and precision on a GPU."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -8,7 +7,6 @@ import pandas as pd
 from cddbook.findings import Record
 from cddbook.tables import markdown
 
-ITERATION = "an iteration's gradient"
 OWN = ("cddlib", "cddlib, each kernel as the compiler makes it")
 """cddlib's usual way on a GPU, compiled and replayed as a graph: now, and before its kernels were combined."""
 APART = "cddlib, launched one by one"
@@ -19,14 +17,11 @@ GATE = {"median": 0.999, "min": 0.99}
 """Cosines to the float64 gradient that a precision has to reach to be a default."""
 
 
-# --- Speed ------------------------------------------------------------------------------------------------------
-
-
 def _timed(speed: Record) -> pd.DataFrame:
     """A row a measurement, with its work in words, the textbook's ms for that work, and the commit."""
     columns = ["what", "way", *SIZES.values(), "segments", "ms", "least", "most"]
     table = pd.DataFrame(speed["rows"]).reindex(columns=columns)
-    table.loc[table["what"] == "without a graph", ["what", "way"]] = ITERATION, APART
+    table.loc[table["what"] == "without a graph", ["what", "way"]] = "an iteration's gradient", APART
     table["work"] = [
         ", ".join([row["what"], *(f"{word} {row[size]:,.0f}" for word, size in SIZES.items() if pd.notna(row[size]))])
         for row in table.to_dict("records")
@@ -52,39 +47,28 @@ def speed_table(speed: Record) -> str:
     return markdown(pd.DataFrame(shown))
 
 
-def _sentence(row: Mapping[str, Any], what: str, own: int | float, whose: str, theirs: int | float) -> str:
-    """How a time in ms compares with another one for the same work."""
-    ratio = theirs / own
-    much = f"{ratio:.1f} times as fast as" if ratio > 1 else f"{1 / ratio:.1f} times as slow as"
-    much = "about as fast as" if 0.95 < ratio < 1.05 else much
-    work = f"With IPC {row['ipc']:.0f} and N = {row['steps']:.0f}"
-    return f"{work} {what} takes {own:.0f} ms, {much} {whose} ({theirs:.0f} ms)."
+COMPARED = {
+    ("cddlib",): (("textbook",), "a segment's gradient", "the textbook's way"),
+    OWN: ((APART,), "a walk as one graph", "the same steps launched one by one"),
+    ("cddlib, bfloat16",): (OWN, "a gradient in bfloat16", "in float32"),
+}
+"""Ways, the others that each is compared with, and both in words."""
 
 
-def faster_sentence(speed: Record) -> str:
-    """cddlib's gradient of one segment beside the textbook's."""
-    rows = _timed(speed).query("segments == 1 and way == @OWN[0] and ms_textbook == ms_textbook").to_dict("records")
-    what, whose = "a segment's gradient", "the textbook's way"
-    return " ".join(_sentence(row, what, row["ms"], whose, row["ms_textbook"]) for row in rows)
-
-
-def _beside_usual(speed: Record, way: str) -> list[dict[Any, Any]]:
-    """The measurements of a way, with `ms_usual` of cddlib's usual way for the same work at the same commit."""
-    table, same = _timed(speed), ["work", "segments", "commit"]
-    usual = table.loc[table["way"].isin(OWN), [*same, "ms"]]
-    return table[table["way"] == way].merge(usual, on=same, suffixes=("", "_usual")).to_dict("records")
-
-
-def graph_sentence(speed: Record) -> str:
-    """A walk as one graph beside the same walk whose compiled steps are launched one by one."""
-    what, whose = "a walk as one graph", "the same steps launched one by one"
-    return " ".join(_sentence(row, what, row["ms_usual"], whose, row["ms"]) for row in _beside_usual(speed, APART))
-
-
-def bfloat16_sentence(speed: Record) -> str:
-    """bfloat16 beside float32."""
-    rows = _beside_usual(speed, "cddlib, bfloat16")
-    return " ".join(_sentence(row, "a gradient in bfloat16", row["ms"], "in float32", row["ms_usual"]) for row in rows)
+def faster_sentences(speed: Record) -> str:
+    """How times for the same work compare: those of the same commit, unless they are beside the textbook's."""
+    table, said = _timed(speed), []
+    for ways, (others, what, whose) in COMPARED.items():
+        same = ["work", "segments"] + ["commit"] * (others != ("textbook",))
+        theirs = table.loc[table["way"].isin(others), [*same, "ms"]]
+        pairs = table[table["way"].isin(ways)].merge(theirs, on=same, suffixes=("", "_other"))
+        for row in pairs.query("segments == 1").to_dict("records"):
+            ratio = row["ms_other"] / row["ms"]
+            much = f"{ratio:.1f} times as fast as" if ratio > 1 else f"{1 / ratio:.1f} times as slow as"
+            much = "about as fast as" if 0.95 < ratio < 1.05 else much
+            work = f"With IPC {row['ipc']:.0f} and N = {row['steps']:.0f}"
+            said.append(f"{work} {what} takes {row['ms']:.0f} ms, {much} {whose} ({row['ms_other']:.0f} ms).")
+    return " ".join(said)
 
 
 def _segments(speed: Record) -> pd.DataFrame:
@@ -126,9 +110,6 @@ def runs_sentence(at_once: Record) -> str:
     more = "More gain nothing" if enough < rates.index.max() else "More were not tried"
     worth = f"It pays to start {enough} at once. {more}" if enough > 1 else "It does not pay to start several at once"
     return f"{parts} as many segments a second as one run. {worth}."
-
-
-# --- Precision --------------------------------------------------------------------------------------------------
 
 
 def gradients_table(gradients: Record) -> str:

@@ -20,32 +20,26 @@ SMALL_SIDE = 8
 COLUMNS = ("curve", "seconds", "peak_memory_mb", "start_memory_mb", "rate", "convolution_rate", "left_out")
 
 
-def measurements(record: Mapping[str, Any], *, curves: bool) -> pd.DataFrame:
-    """A row a measurement, of the curves or of the others; of what was left out, seconds and memory are nan.
+def measurements(record: Mapping[str, Any]) -> pd.DataFrame:
+    """A row a measurement of `make bench`; of what was left out, seconds and memory are nan.
 
-    `memory_mb` is how far the process grew beyond what it held before the work.
+    `memory_mb` is how far the process grew beyond what it held before the work; `curve` is empty outside the curves.
     """
     table = pd.DataFrame(record["measurements"])
     table = table.reindex(columns=table.columns.union(COLUMNS, sort=False))
-    table["memory_mb"] = table["peak_memory_mb"] - table["start_memory_mb"]
-    return table[(table["curve"].fillna("") != "") == curves]
+    table["curve"] = table["curve"].astype(object).fillna("")
+    return table.assign(memory_mb=table["peak_memory_mb"] - table["start_memory_mb"])
 
 
-def part(record: Mapping[str, Any], *, apart: bool) -> dict[str, Any]:
-    """Of a record of `make bench`, what compares segments side by side with segments one by one; or all else."""
-    rows = record["measurements"]
-    own = [row for row in rows if row["implementation"].endswith(APART)]
-    if apart:
-        names = {row["name"] for row in own}
-        chosen = [r for r in rows if r["name"] in names and (r in own or r["implementation"].startswith(TEXTBOOK))]
-    else:
-        chosen = [row for row in rows if row not in own and row["side"] != SMALL_SIDE]
-    return {**record, "measurements": chosen}
+def part(table: pd.DataFrame, *, apart: bool) -> pd.DataFrame:
+    """Outside the curves, what compares segments side by side with segments one by one; or all else."""
+    own = table["implementation"].str.endswith(APART)
+    beside = table["name"].isin(table["name"][own]) & table["implementation"].str.startswith(TEXTBOOK)
+    return table[(table["curve"] == "") & (own | beside if apart else ~own & (table["side"] != SMALL_SIDE))]
 
 
-def bars(record: Mapping[str, Any], column: str, xlabel: str) -> Figure:
+def bars(table: pd.DataFrame, column: str, xlabel: str) -> Figure:
     """Bars of seconds or of memory, on a logarithmic axis; what was left out has its reason in place of a bar."""
-    table = measurements(record, curves=False)
     names, implementations = table["name"].unique(), table["implementation"].unique()
     figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.6 * len(names)))
     shown = table.pivot(index="name", columns="implementation").reindex(names)
@@ -64,14 +58,13 @@ def bars(record: Mapping[str, Any], column: str, xlabel: str) -> Figure:
     return figure
 
 
-def ratio_table(record: Mapping[str, Any], column: str) -> str:
+def ratio_table(table: pd.DataFrame, column: str) -> str:
     """How each of cddlib's ways compares with the faster of the textbook's; a Markdown table.
 
     Args:
-        record: of `make bench`.
+        table: from `part`.
         column: `seconds`, of which the ratio says how many times as fast; or `memory_mb`, of which it is the fraction.
     """
-    table = measurements(record, curves=False)
     ways = [way for way in table["implementation"].unique() if not way.startswith(TEXTBOOK)]
     shown = "{:.3g} s" if column == "seconds" else "{:,.0f} MB"
     rows = []
@@ -87,36 +80,33 @@ def ratio_table(record: Mapping[str, Any], column: str) -> str:
     return markdown(pd.DataFrame(rows, columns=["work", TEXTBOOK, *ways]))
 
 
-def rate_of(record: Mapping[str, Any], implementation: str) -> pd.Series:
+def rate_of(table: pd.DataFrame, implementation: str) -> pd.Series:
     """By the work's name, its rate as a fraction of the convolution's."""
-    table = measurements(record, curves=False)
     rows = table[table["implementation"] == implementation].dropna(subset="rate").set_index("name")
     return rows["rate"] / rows["convolution_rate"]
 
 
-def law(record: Mapping[str, Any], implementation: str) -> tuple[float, float, float]:
+def law(table: pd.DataFrame, implementation: str) -> tuple[float, float, float]:
     """Seconds = a + b operations, fitted to the curves in relative error; a, b, and the largest relative error."""
-    table = measurements(record, curves=True)
-    rows = table[table["implementation"] == implementation].dropna(subset="seconds")
+    rows = table[(table["curve"] != "") & (table["implementation"] == implementation)].dropna(subset="seconds")
     seconds, operations = rows["seconds"].astype(float), rows["operations"].astype(float)
     b, a = np.polyfit(operations, seconds, deg=1, w=1 / seconds)
     return float(a), float(b), float(((a + b * operations) / seconds - 1).abs().max())
 
 
-def curves(record: Mapping[str, Any], varied: Mapping[str, str]) -> Figure:
+def curves(table: pd.DataFrame, varied: Mapping[str, str]) -> Figure:
     """Seconds, with the law, and memory of an iteration, against one thing at a time.
 
     Args:
-        record: of `make bench`.
+        table: from `measurements`.
         varied: for each curve, the column that varies.
     """
-    table = measurements(record, curves=True)
     figure, axes = plt.subplots(2, len(varied), figsize=(9, 4.6), sharey="row", layout="constrained")
     for (curve, column), (upper, lower) in zip(varied.items(), axes.T, strict=True):
         for way, rows in table[table["curve"] == curve].groupby("implementation", sort=False):
             upper.plot(rows[column], rows["seconds"], "o", label=way, markersize=4)
             lower.plot(rows[column], rows["memory_mb"], "o-", label=way, markersize=4)
-            a, b, _ = law(record, str(way))
+            a, b, _ = law(table, str(way))
             upper.plot(rows[column], a + b * rows["operations"], "-", color=upper.lines[-1].get_color(), linewidth=1)
         lower.set(xlabel=curve, xscale="log", yscale="log")
         upper.set(xscale="log", yscale="log")

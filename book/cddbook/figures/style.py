@@ -5,13 +5,11 @@ import html
 import io
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
@@ -26,12 +24,19 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
 
 
-def band(axis: Axes, x: Any, repeats: Any, *, alpha: float = 0.2, **line: Any) -> None:
-    """A line of the mean, with a band of the standard deviation on both sides of it; `repeats` has a row a repeat."""
-    table = pd.DataFrame(repeats)
-    mean, spread = table.mean().to_numpy(), table.std().fillna(0).to_numpy()
-    (drawn,) = axis.plot(x, mean, **line)
-    axis.fill_between(x, mean - spread, mean + spread, color=drawn.get_color(), alpha=alpha, linewidth=0)
+def lines(
+    table: pd.DataFrame, x: str, y: str, *, hue: str = "variant", panel: str | None = None, palette: str = "colorblind"
+) -> Figure:
+    """Means of `y` by `x`, with bands of the standard deviation: a line for each `hue`, a plot for each `panel`."""
+    dots = table[x].nunique() < 40
+    look = {"markers": dots, "dashes": not dots, "height": 3.4, "aspect": 0.9 if panel else 1.4}
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn's grid has a layout of its own
+        columns = {"x": x, "y": y, "hue": hue, "style": hue, "col": panel, "palette": palette}
+        grid = sns.relplot(table, kind="line", errorbar="sd", facet_kws={"sharex": False}, **columns, **look)
+    grid.set_titles("{col_name}")
+    if "accuracy" in y:
+        grid.axes[0, 0].yaxis.set_major_formatter(PERCENT)
+    return grid.figure
 
 
 def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
@@ -46,18 +51,6 @@ def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
     return figure
 
 
-def captioned(figure: Figure, caption: str, alt: str, *, attributes: str = 'style="margin:0"') -> str:
-    """A figure as HTML, with words that a function made of its numbers; it is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    plt.close(figure)
-    picture = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure {attributes}><img src="data:image/png;base64,{picture}" alt="{html.escape(alt)}" '
-        f'style="max-width:100%"><figcaption>{html.escape(caption)}</figcaption></figure>'
-    )
-
-
 def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str, name: str) -> str:
     """Frames behind a slider, as HTML that needs neither a kernel nor a network; each frame has its alt text.
 
@@ -69,8 +62,14 @@ def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str,
     """
     blocks = []
     for index, (value, figure) in enumerate(frames.items()):
-        attributes = f'data-value="{value}" style="margin:0"{" hidden" if index else ""}'
-        blocks.append(captioned(figure, alts[value], alts[value], attributes=attributes))
+        buffer, words = io.BytesIO(), html.escape(alts[value])
+        figure.savefig(buffer, format="png", dpi=100)
+        plt.close(figure)
+        picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        blocks.append(
+            f'<figure data-value="{value}" style="margin:0"{" hidden" if index else ""}><img src="{picture}" '
+            f'alt="{words}" style="max-width:100%"><figcaption>{words}</figcaption></figure>'
+        )
     first = next(iter(frames))
     script = (
         f"const frames = document.querySelectorAll('#{name} figure'), value = frames[this.value].dataset.value;"

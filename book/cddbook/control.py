@@ -9,7 +9,7 @@ from collections.abc import Callable
 import ipywidgets
 from matplotlib.figure import Figure
 
-from cddbook.figures.style import captioned
+from cddbook.figures.style import picture
 from cddlib.runtime.errors import UserError
 
 
@@ -44,8 +44,7 @@ def live_slider(show: Callable[[int], tuple[Figure, str]], *, label: str, value:
             try:
                 if chosen not in results:
                     say(f"{label} = {chosen}: at work. Jupyter's stop button stops it.")
-                    figure, caption = show(chosen)
-                    results[chosen] = captioned(figure, caption, caption)
+                    results[chosen] = picture(*show(chosen))
                 if slider.value == chosen:
                     shown.value = results[chosen]
             except UserError as error:

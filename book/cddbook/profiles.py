@@ -1,6 +1,8 @@
 """How much work a chapter does."""
 
+import ast
 import dataclasses
+import itertools
 from typing import Any
 
 from cddlib.runtime.errors import UserError
@@ -42,7 +44,23 @@ PROFILES = {
 
 
 def profile(name: str) -> Profile:
-    """The profile called `name`: ci (seconds), quick (minutes on a CPU, the digits) or full (the whole recipe)."""
+    """The profile called `name`: ci (seconds), quick (minutes on a CPU, the digits) or full (the whole recipe).
+
+    Raises:
+        UserError: there is no such profile, or papermill gave the chapter that asks a parameter that it does not have.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    for declared, given in itertools.pairwise(shell.history_manager.input_hist_raw if shell else []):
+        if given.startswith("# Parameters\n") and (unknown := [*_assigned(given).keys() - _assigned(declared).keys()]):
+            raise UserError(f"there is no parameter {unknown[0]}; the chapter has {', '.join(_assigned(declared))}.")
     if not isinstance(name, str) or name not in PROFILES:
         raise UserError(f"unknown profile {name!r}; choose one of {', '.join(PROFILES)}.")
     return PROFILES[name]
+
+
+def _assigned(cell: str) -> dict[str, None]:
+    """The names that a cell of parameters assigns, in order."""
+    assignments = (statement for statement in ast.parse(cell).body if isinstance(statement, ast.Assign))
+    return {ast.unparse(target): None for statement in assignments for target in statement.targets}

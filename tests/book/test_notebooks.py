@@ -1,5 +1,6 @@
 """Chapters run under papermill; a bad parameter or a failing cell fails the build."""
 
+import contextlib
 import re
 import shlex
 import subprocess
@@ -36,6 +37,15 @@ def test_unknown_parameters_and_failing_cells_fail(tmp_path, source, parameters,
         build.execute(notebook(tmp_path / "a.ipynb", source), tmp_path / "out" / "a.ipynb", parameters)
 
 
+@pytest.mark.parametrize(("given", "allowed"), [("profile", True), ("profil", False)])
+def test_papermill_cannot_give_a_chapter_a_parameter_that_it_lacks(tmp_path, given, allowed):
+    source = notebook(tmp_path / "a.ipynb", "from cddbook import profiles\nprint(profiles.profile(profile).buffer)")
+    message = "there is no parameter profil; the chapter has profile"
+    refused = pytest.raises(papermill.PapermillExecutionError, match=message)
+    with contextlib.nullcontext() if allowed else refused:
+        papermill.execute_notebook(str(source), str(tmp_path / "out.ipynb"), {given: "quick"}, progress_bar=False)
+
+
 def test_all_parameters_are_recorded_and_the_source_is_untouched(tmp_path):
     source = notebook(tmp_path / "a.ipynb", "print(profile)")
     before = source.read_bytes()
@@ -56,5 +66,5 @@ def test_documented_lines_run_as_written(path, tmp_path):
     assert not [output for output in outputs if output.output_type == "error"]
     if path.stem == "05_concurrent_matching":
         assert any("K = 3" in str(output.get("data", {}).get("text/html")) for output in outputs)
-        (control,) = (cell for cell in cells if "ipywidgets.interact" in cell.source)
+        (control,) = (cell for cell in cells if "live_slider" in cell.source)
         assert len(control.outputs) == 1  # the widget, and no picture of its own that would never change

@@ -1,5 +1,8 @@
 """What chapters 4 to 6 show of variants that are compared, usually different K: figures, a table, and a sentence."""
 
+import statistics
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -9,6 +12,8 @@ from matplotlib.figure import Figure
 from cddbook.figures.style import PERCENT, lines
 from cddbook.findings import Record, at_equal, paired, runs_of
 from cddbook.tables import markdown, mean_sd
+from cddlib.runtime.files import read_json
+from cddlib.runtime.run_folder import read_metrics
 
 AGAINST = {"iteration": "iterations", "matched": "segments matched", "elapsed": "seconds of matching"}
 VALUES = {"loss": "matching loss", "accuracy": "validation accuracy", "test": "test accuracy"}
@@ -96,3 +101,17 @@ def error_along(record: Record) -> Figure:
     figure = lines(parts.melt([x, "variant"], value_name=y), x, y, panel="variable")
     figure.axes[0].set_ylim(bottom=0)
     return figure
+
+
+def selection_sentence(segments: int, run: Path) -> str:
+    """Which set of a run validation selected, and how accurate the first and this one are."""
+    result, first = read_json(run / "result.json"), statistics.fmean(read_metrics(run)[0]["validation_accuracy"])
+    if result["selected_iteration"] == 0:
+        return (
+            f"K = {segments}: no iteration was better than the start, so these are its random real images; validation "
+            f"accuracy {first:.1%}."
+        )
+    return (
+        f"K = {segments}: the distilled images of iteration {result['selected_iteration']}; validation accuracy "
+        f"{first:.1%} at the start, {result['validation_accuracy']:.1%} with these."
+    )

@@ -51,25 +51,30 @@ def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
     return figure
 
 
-def slider(frames: Mapping[int, Figure], alts: Mapping[int, str], *, label: str, name: str) -> str:
-    """Frames behind a slider, as HTML that needs neither a kernel nor a network; each frame has its alt text.
+def picture(figure: Figure, words: str, attributes: str = "") -> str:
+    """A figure as HTML over `words`, which are its alt text too; it is closed."""
+    buffer, said = io.BytesIO(), html.escape(words)
+    figure.savefig(buffer, format="png", dpi=100)
+    plt.close(figure)
+    return (
+        f'<figure style="margin:0" {attributes}><img src="data:image/png;base64,'
+        f'{base64.b64encode(buffer.getvalue()).decode()}" alt="{said}" style="max-width:100%">'
+        f"<figcaption>{said}</figcaption></figure>"
+    )
+
+
+def slider(frames: Mapping[int, tuple[Figure, str]], *, label: str, name: str) -> str:
+    """Frames behind a slider, as HTML that needs neither a kernel nor a network.
 
     Args:
-        frames: a figure for each position of the slider; they are closed.
-        alts: what each frame shows, in words; also written below it.
+        frames: for each position of the slider a figure, which is closed, and what it shows, in words.
         label: what the slider turns.
         name: an identifier, unique on the page.
     """
-    blocks = []
-    for index, (value, figure) in enumerate(frames.items()):
-        buffer, words = io.BytesIO(), html.escape(alts[value])
-        figure.savefig(buffer, format="png", dpi=100)
-        plt.close(figure)
-        picture = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        blocks.append(
-            f'<figure data-value="{value}" style="margin:0"{" hidden" if index else ""}><img src="{picture}" '
-            f'alt="{words}" style="max-width:100%"><figcaption>{words}</figcaption></figure>'
-        )
+    blocks = [
+        picture(figure, words, f'data-value="{value}"{" hidden" if index else ""}')
+        for index, (value, (figure, words)) in enumerate(frames.items())
+    ]
     first = next(iter(frames))
     script = (
         f"const frames = document.querySelectorAll('#{name} figure'), value = frames[this.value].dataset.value;"

@@ -10,7 +10,7 @@ import functools
 import math
 import weakref
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, UInt8
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cddlib.data.dataset import FROM_FOLDER, Dataset, Images
 from cddlib.runtime.device import free_memory
+from cddlib.runtime.distributed import Ranks
 
 # The published codes use CIFAR-10's numbers for CIFAR-100 too, and ImageNet's for everything cut from it.
 _CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -89,7 +90,12 @@ class Whitening(Preprocessing):
         if data not in self._whitened:
             if 4 * len(data.labels) * len(self.mean) > free_memory(data.labels.device) // 4:
                 return None
-            self._whitened[data] = torch.cat([self(chunk) for chunk in data.chunks()])
+            parts: list[Tensor] = []
+            with _progress("whitening", len(data.labels)) as bar:
+                for chunk in data.chunks():
+                    parts.append(self(chunk))
+                    bar.update(len(chunk))
+            self._whitened[data] = torch.cat(parts)
         return self._whitened[data]
 
     @functools.cached_property
@@ -121,16 +127,24 @@ def fit_preprocessing(dataset: Dataset, *, zca: bool, device: torch.device | Non
 def _fit_whitening(train: Images, device: torch.device, epsilon: float = 0.1) -> Whitening:
     n, d = len(train.labels), train.store[0].numel()
 
-    def chunks() -> Iterator[Tensor]:
-        return (chunk.to(device).flatten(1).double() / 255 for chunk in train.chunks())
+    with _progress("fitting the whitening", 2 * n) as bar:
 
-    mean = cast(Tensor, sum(chunk.sum(0) for chunk in chunks())) / n
-    covariance = torch.zeros(d, d, dtype=torch.float64, device=device)
-    for chunk in chunks():
-        covariance += (chunk - mean).T @ (chunk - mean)
-    eigenvalues, eigenvectors = torch.linalg.eigh(covariance / (n - 1))
+        def chunks() -> Iterator[Tensor]:
+            for chunk in train.chunks():
+                yield chunk.to(device).flatten(1).double() / 255
+                bar.update(len(chunk))
+
+        mean = cast(Tensor, sum(chunk.sum(0) for chunk in chunks())) / n
+        covariance = torch.zeros(d, d, dtype=torch.float64, device=device)
+        for chunk in chunks():
+            covariance += (chunk - mean).T @ (chunk - mean)
+        eigenvalues, eigenvectors = torch.linalg.eigh(covariance / (n - 1))
     fitted = (mean, eigenvectors, eigenvalues.clamp(min=0) + epsilon)
     return Whitening(*(tensor.float().cpu() for tensor in fitted))
+
+
+def _progress(what: str, images: int) -> Any:
+    return Ranks().progress(desc=what, total=images, unit="image", unit_scale=True, leave=False)
 
 
 def preprocessing_from(tensors: dict[str, Tensor], shape: tuple[int, int, int]) -> Preprocessing:

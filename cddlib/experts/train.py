@@ -14,6 +14,7 @@ under torchrun its processes divide them.
 import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,11 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
                 preprocessing = fit_preprocessing(dataset, zca=config.data.zca, device=dev)
                 write_tensors(out / PREPROCESSING, preprocessing.tensors(), "preprocessing")
         training = ExpertTraining(config, dataset, out, dev)
-        for expert in ranks.portion(missing):
-            train_expert(training, expert, config_hash(_identity(wanted)))
+        mine = ranks.portion(missing)
+        images = len(mine) * config.epochs * len(training.train.labels)
+        with ranks.progress(total=images, desc="experts", unit="image", unit_scale=True) as bar:
+            for expert in mine:
+                train_expert(training, expert, config_hash(_identity(wanted)), bar)
         ranks.wait()
         if ranks.first:
             experts = manifest["experts"]
@@ -175,8 +179,18 @@ class ExpertTraining:
             [theta.requires_grad_()], lr=c.learning_rate, momentum=c.momentum, weight_decay=c.weight_decay
         )
 
-    def epoch(self, expert: int, epoch: int, theta: Float[Tensor, " p"], optimizer: torch.optim.Optimizer) -> float:
-        """Train `theta` for the epoch of that number, counted from 1; returns the mean loss."""
+    def epoch(
+        self,
+        expert: int,
+        epoch: int,
+        theta: Float[Tensor, " p"],
+        optimizer: torch.optim.Optimizer,
+        progress: Callable[[float], object] = int,
+    ) -> float:
+        """Train `theta` for the epoch of that number, counted from 1; returns the mean loss.
+
+        The numbers that `progress` is called with add up to all training images, however many the curriculum shows.
+        """
         config, seen = self.config, self.train
         if self.difficulty_rank is not None:
             seen = seen.select(select(config.curriculum, self.difficulty_rank, epoch - 1))
@@ -191,6 +205,7 @@ class ExpertTraining:
             generator=generator(config.seed + expert, "epoch", epoch),
             sharpness=config.sharpness,
             compute=config.compute,
+            progress=lambda images: progress(images * len(self.train.labels) / len(seen.labels)),
         )
 
     def accuracy(self, theta: Float[Tensor, " p"], part: Images) -> float:
@@ -198,7 +213,7 @@ class ExpertTraining:
         return accuracy(self.network, theta, part, self.preprocessing)
 
 
-def train_expert(training: ExpertTraining, number: int, buffer: str) -> None:
+def train_expert(training: ExpertTraining, number: int, buffer: str, bar: Any) -> None:
     """Train one expert, from the epoch that an earlier run saved if there is one, and write its trajectory."""
     config, ranks, path = training.config, training.ranks, expert_path(training.folder, number)
     unfinished, saved = path.with_name(f".{path.stem}.unfinished.safetensors"), time.monotonic()
@@ -206,27 +221,26 @@ def train_expert(training: ExpertTraining, number: int, buffer: str) -> None:
     optimizer = training.optimizer(theta)
     snapshots, losses, accuracies = read_unfinished(unfinished, buffer, theta, optimizer)
     accuracies = accuracies or [training.accuracy(theta, training.validation)]
-    name = f"expert {number + 1}/{config.experts}"
-    with ranks.progress(total=config.epochs, initial=len(losses), desc=name, unit="epoch") as bar:
-        for epoch in range(len(losses) + 1, config.epochs + 1):
-            loss = training.epoch(number, epoch, theta, optimizer)
-            measured = training.accuracy(theta, training.validation)
-            if not loss < math.inf or math.isnan(measured) or not bool(theta.isfinite().all()):
-                raise Diverged(f"expert {number} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")
-            snapshots.append(theta.detach().clone())  # cloned: the vector itself goes on changing
-            losses.append(loss)
-            accuracies.append(measured)
-            bar.update()
-            bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{measured:.1%}")
-            if epoch < config.epochs and (ranks.asked or time.monotonic() - saved > UNFINISHED_SECONDS):
-                momentum = optimizer.state[theta].get("momentum_buffer")
-                tensors = {"snapshots": torch.stack(snapshots)} | ({} if momentum is None else {"momentum": momentum})
-                header = {"buffer": buffer, "losses": losses, "accuracies": accuracies}
-                write_tensors(unfinished, tensors, "unfinished", header)
-                saved = time.monotonic()
-                if ranks.asked:
-                    done = f"stopped after epoch {epoch} of expert {number}, which is saved"
-                    raise Interrupted(done, ranks.asked)
+    bar.update(len(losses) * len(training.train.labels))
+    for epoch in range(len(losses) + 1, config.epochs + 1):
+        loss = training.epoch(number, epoch, theta, optimizer, bar.update)
+        measured = training.accuracy(theta, training.validation)
+        if not loss < math.inf or math.isnan(measured) or not bool(theta.isfinite().all()):
+            raise Diverged(f"expert {number} diverged in epoch {epoch} (loss {loss}); lower --learning-rate.")
+        snapshots.append(theta.detach().clone())  # cloned: the vector itself goes on changing
+        losses.append(loss)
+        accuracies.append(measured)
+        done = f"{number + 1} of {config.experts}, epoch {epoch} of {config.epochs}"
+        bar.set_postfix(expert=done, loss=f"{loss:.3f}", accuracy=f"{measured:.1%}")
+        if epoch < config.epochs and (ranks.asked or time.monotonic() - saved > UNFINISHED_SECONDS):
+            momentum = optimizer.state[theta].get("momentum_buffer")
+            tensors = {"snapshots": torch.stack(snapshots)} | ({} if momentum is None else {"momentum": momentum})
+            header = {"buffer": buffer, "losses": losses, "accuracies": accuracies}
+            write_tensors(unfinished, tensors, "unfinished", header)
+            saved = time.monotonic()
+            if ranks.asked:
+                done = f"stopped after epoch {epoch} of expert {number}, which is saved"
+                raise Interrupted(done, ranks.asked)
     record = {
         "buffer": buffer,
         "seed": config.seed + number,

@@ -66,8 +66,12 @@ def train_epoch(
     generator: torch.Generator,
     sharpness: SharpnessConfig | None = None,
     compute: ComputeConfig | None = None,
+    progress: Callable[[int], object] = int,
 ) -> float:
-    """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss."""
+    """One pass over `size` examples in random order; `optimizer` updates `theta`. Returns the mean loss.
+
+    After each batch, `progress` is called with the number of its examples.
+    """
     step = make_step(network, compute or ComputeConfig(), theta.device)
     captured = theta.is_cuda and isinstance(step, ConvNetStep)
     total = torch.zeros((), device=theta.device)
@@ -79,6 +83,7 @@ def train_epoch(
         loss, theta.grad = _descent(gradient, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
         total += loss * len(indices)
+        progress(len(indices))
     return float(total) / size
 
 

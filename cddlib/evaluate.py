@@ -191,6 +191,10 @@ class Trainer:
         """Open the run in the folder `run`; `network` and the errors as in `evaluate_run`."""
         path = run / "synthetic.safetensors"
         if not path.exists():
+            if (run / "config.json").exists():
+                raise UserError(
+                    f"the distillation in {run} is not finished; its `cddlib distill` command goes on with it."
+                )
             raise UserError(f"{run} holds no finished distillation: {path.name} is missing.")
         self.device = resolve_device(device)
         settings = read_json(run / "config.json")

@@ -118,7 +118,17 @@ BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
         (["distill", "--init", "zeros", *BOTH], "zeros"),
         (["compare", "--window-end", "4", "--what", "nothing", *BOTH], "nothing"),
         (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
+        (["evaluate", "BEGUN"], "is not finished; its `cddlib distill` command goes on with it."),
+        (
+            ["verify", "BEGUN", "--buffer", "BUFFER"],
+            "begun/config.json is not a distillation's configuration (it has no '",
+        ),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
+        (["record", "OUT", "--to", "FILE"], "cannot be read as JSON"),
+        (
+            ["record", "OUT", "--to", "BEGUN/other.json"],
+            "other.json exists and is not a record of a run; choose another",
+        ),
         (["distil", *BOTH], "there is no command 'distil'; did you mean distill?"),
         (["train"], "there is no command 'train'; did you mean data, recipes, plan, buffer, distill, "),
         (["buffer", "--colour", "1", *OUT], "--colour"),
@@ -126,8 +136,12 @@ BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(buffer: Buffer, tmp_path: Path, capsys, arguments, message) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "begun").mkdir()
+    files.write_json(tmp_path / "begun" / "config.json", {"method": "mtt"})
+    (tmp_path / "begun" / "other.json").write_text("[]")
     places = {"OUT": tmp_path / "out", "BUFFER": buffer.folder, "OUT/none": tmp_path / "none"}
     places |= {"FILE": tmp_path / "file", "FILE/run": tmp_path / "file" / "run"}
+    places |= {"BEGUN": tmp_path / "begun", "BEGUN/other.json": tmp_path / "begun" / "other.json"}
     assert run(*(str(places.get(argument, argument)) for argument in arguments)) not in (0, None)
     assert message in sentence(capsys)
     assert not (tmp_path / "out").exists()

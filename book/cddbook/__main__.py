@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from cddbook import study
-from cddbook.records import collect, study_record, write_record
+from cddbook.records import collect, read_record, study_record, write_record
 from cddlib import cli
 from cddlib.commands import Device, Root
 from cddlib.distillation.config import DistillConfig
@@ -122,6 +122,9 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
         folder: Folder of a buffer, a distillation, or a study.
         to: The record to write.
     """
+    earlier = read_record(to) if to.exists() else {"runs": {}}
+    if not isinstance(earlier, dict) or not earlier.keys() & {"runs", "result"}:
+        raise UserError(f"{to} exists and is not a record of a run; choose another file.")
     is_study = (folder / "study.json").exists()
     write_record(to, study_record(folder) if is_study else collect(folder), indent=None if is_study else 1)
     print(f"wrote {to}")

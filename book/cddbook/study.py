@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cddlib.experts.buffer import Buffer
 from cddlib.methods.recipes import distill_recipe
 from cddlib.runtime.config import as_dict, field_types, replace
 from cddlib.runtime.device import end_with_parent, keep_freed_memory
-from cddlib.runtime.errors import Diverged, UserError, as_user_error
+from cddlib.runtime.errors import Diverged, UserError, as_user_error, require
 from cddlib.runtime.files import read_json, write_json
 from cddlib.runtime.run_folder import locked, refuse_other_run
 
@@ -182,9 +183,10 @@ def run_study(
     Raises:
         UserError: `out` holds another study or is in use, or some runs failed; the others are finished first.
     """
-    for name, value in (("jobs", jobs), ("networks", networks)):
-        if value < 0:
-            raise UserError(f"{name} is {value}; it must be 0 or more.")
+    require(0, jobs=jobs, networks=networks)
+    if jobs > (cores := os.cpu_count() or 1):
+        print(f"jobs is {jobs}; this machine has {cores} cores, so {cores} runs go on at a time.", file=sys.stderr)
+        jobs = cores
     if not runs:
         raise UserError("there is nothing to run; give at least one seed, replicate and variant.")
     experts = Buffer(buffer)

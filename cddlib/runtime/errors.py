@@ -65,7 +65,8 @@ def as_user_error(source: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise UserError(f"{source} is not {what} ({error!r}).") from None
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{source} is not {what} ({reason}).") from None
 
 
 @contextlib.contextmanager

@@ -97,8 +97,8 @@ def test_variants_are_compared_at_equal_compute(recipe: Recipe) -> None:
         (segment_counts([1, 4]), {}, r"^iterations is 3; K=4 matches 4 segments an iteration\.$"),
         ({"replay": remedies(4)["replay"]}, {}, r"^iterations is 3; replay matches 4 segments an iteration\.$"),
         (segment_counts([0]), {}, r"^segments is 0; it must be at least 1\.$"),
-        (segment_counts([1]), {"jobs": -1}, r"^jobs is -1; it must be 0 or more\.$"),
-        (segment_counts([1]), {"networks": -1}, r"^networks is -1; it must be 0 or more\.$"),
+        (segment_counts([1]), {"jobs": -1}, r"^jobs is -1; it must be at least 0\.$"),
+        (segment_counts([1]), {"networks": -1}, r"^networks is -1; it must be at least 0\.$"),
         ({}, {}, "^there is nothing to run; give at least one seed, replicate and variant"),
     ],
 )

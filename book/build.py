@@ -27,6 +27,7 @@ import yaml
 
 import cddlib
 from cddbook.claims import claims_table, committed_findings, summary_table
+from cddbook.figures.sets import committed_sets, sets_page
 from cddbook.tables import (
     markdown,
     measured_table,
@@ -136,10 +137,13 @@ def main() -> None:
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         print(f"executing {source.name}", flush=True)
         executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
+    for k, (figure, _) in committed_sets().items():
+        figure.savefig(stage / "book" / f"set-{k}.png", dpi=200)
     found = committed_findings()
     generated = {
         "api": api(),
         "provenance": provenance(executed),
+        "sets": sets_page(),
         "claims": summary_table(found),
         "claims-table": claims_table(found),
         "methods-overview": methods_table(),

@@ -37,6 +37,16 @@ rates() { # K ITERATIONS: 320 matched segments
 rates-cifar10-ipc1-k1() { rates 1 320; }
 rates-cifar10-ipc1-k2() { rates 2 160; }
 rates-cifar10-ipc1-k4() { rates 4 80; }
+pictures() { # of the first page and of chapter 5: where the tuned comparison began, and what two of its runs made of it
+    local out=$results/pictures name
+    cddlib distill --method mtt --data cifar10 --root "$root" --ipc 1 --buffer "$runs/cifar10-short" --student-steps 20 --window-end 4 --iterations 1 --validate-every 0 --lr-images 1e-9 --out "$runs/pictures/start"
+    ln -sfn "$(realpath "$runs")/segments-cifar10-ipc1-tuned/K=1/seed-0" "$runs/pictures/k1"
+    ln -sfn "$(realpath "$runs")/segments-cifar10-ipc1-tuned/K=4/seed-0" "$runs/pictures/k4"
+    for name in start k1 k4; do
+        rm -f "$out/cifar10-$name.parquet"
+        cddlib export "$runs/pictures/$name" --to "$out/cifar10-$name.parquet" --form parquet
+    done
+}
 segments-cifar10-ipc1-tuned() { study segments-cifar10-ipc1-tuned compare "$tuned --what segments --counts 1 4 --lr-images 300 --step-size 0.02 --iterations 800 --validate-every 200 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 16 --seeds 3 --networks 10"; }
 
 buffers-published() { cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"; }
@@ -100,7 +110,7 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
     done
 }
 
-all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1-tuned
+all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1-tuned pictures
  buffers-published segments-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
  segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50 $searches methods"
 left=""

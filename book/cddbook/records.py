@@ -8,6 +8,9 @@ from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import parse_json, read_bytes, read_json, write_atomically
 from cddlib.runtime.run_folder import read_metrics
 
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+"""The committed records, beside this package in the repository."""
+
 
 def write_record(path: Path, value: dict[str, Any], *, indent: int | None = 1) -> None:
     """Write a record for the book, which git guards: plain JSON; without `indent` half the size for many numbers."""
@@ -19,14 +22,10 @@ def read_record(record: str | Path) -> Any:
     """A record that `write_record` wrote.
 
     Args:
-        record: its file; or its name in `book/results`, which is found from the repository's root or from notebooks/.
+        record: its file, or its name in `RESULTS`.
     """
-    if isinstance(record, Path):
-        return parse_json(read_bytes(record), str(record))
-    for folder in (Path.cwd() / "book" / "results", Path.cwd().parent / "book" / "results"):
-        if folder.is_dir():
-            return read_record(folder / f"{record}.json")
-    raise UserError(f"book/results is not in {Path.cwd()} or above it; run the notebook inside the repository.")
+    path = record if isinstance(record, Path) else RESULTS / f"{record}.json"
+    return parse_json(read_bytes(path), str(path))
 
 
 def collect(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""Distilled sets that are committed: those of the first seed of the tuned comparison on CIFAR-10, and their start."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from cddbook.figures.style import pictures
+from cddbook.records import RESULTS, read_record
+from cddbook.tables import mean_sd
+
+
+def committed_sets() -> dict[int, tuple[Figure, str]]:
+    """For each K a picture of its set, and how accurate networks are that were trained on it; random real ones at 0."""
+    runs = read_record("segments-cifar10-ipc1-tuned")["runs"]
+    tests = {int(name[2:-7]): run["evaluations"][0] for name, run in runs.items() if name.endswith("/seed-0")}
+    found = {0: _picture(RESULTS / "pictures" / "cifar10-start.parquet")}
+    words = {0: ("Random real images", tests[1]["random_real"])}
+    for k, accuracies in tests.items():
+        found[k] = _picture(RESULTS / "pictures" / f"cifar10-k{k}.parquet")
+        words[k] = f"K = {k}: distilled images", accuracies["synthetic"]
+    return {
+        k: (
+            figure,
+            f"{words[k][0]} of CIFAR-10, one a class. Networks trained on them recognise "
+            f"{mean_sd(words[k][1], scale=100.0)} % of the test images ({len(words[k][1])} networks).",
+        )
+        for k, figure in found.items()
+    }
+
+
+def sets_page() -> str:
+    """The pictures as figures in MyST, whose files are called `set-K.png`."""
+    blocks = [f"```{{figure}} set-{k}.png\n:alt: {words}\n\n{words}\n```" for k, (_, words) in committed_sets().items()]
+    return "\n\n".join(blocks)
+
+
+def _picture(file: Path) -> Figure:
+    """The images of a set that `cddlib export` wrote as Parquet."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(file)
+    names = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"]
+    images = [pil_to_tensor(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()]
+    return pictures(torch.stack(images) / 255, [names[label] for label in table["label"].to_pylist()])

@@ -121,7 +121,7 @@ def _of_images(studies: Mapping[str, Correlations]) -> list[Finding]:
     found = []
     for data in dict.fromkeys(setting.split(",")[0] for setting in studies):
         same = [study for setting, study in studies.items() if setting.split(",")[0] == data]
-        few, *_, many = sorted([*same, *same], key=lambda study: study.ipc)
+        few, many = (extreme(same, key=lambda study: study.ipc) for extreme in (min, max))
         if few.ipc < many.ipc:
             (_, least), (_, most) = (correlation.negative_shares(study.pearson()) for study in (few, many))
             measure = f"share of negative pairs above the diagonal (losses), IPC {many.ipc} minus IPC {few.ipc}"

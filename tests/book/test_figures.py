@@ -1,14 +1,72 @@
-"""Tables and the slider say what the runs say."""
+"""Figures, tables and the slider say what the records say."""
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from scaling_model import Parts
 
 from cddbook.figures import ch5_concurrent, style
+from cddbook.figures import ch7_reliability as reliability
 from cddlib.runtime.files import write_json
 from cddlib.runtime.run_folder import Metrics
+
+
+def lengths(figure: Figure) -> dict[str, list[float]]:
+    """The lengths of the bars by row."""
+    (axis,) = figure.axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    return {name: [bars[row].get_width() for bars in axis.containers] for row, name in enumerate(names)}
+
+
+def test_bars_are_sums_by_row_and_stacked():
+    rows = [("a.json", 1, 2), ("a.json", 3, 0), ("b.json", 5, 1)]
+    damage = [{"file": file, "kind": "flip", "refused": r, "harmless": h} for file, r, h in rows]
+    figure = reliability.bars(damage, ["file", "kind"], {"refused": "refused", "harmless": "no harm"}, "copies")
+    assert lengths(figure) == {"a.json, flip": [4, 2], "b.json, flip": [5, 1]}
+    assert [bar.get_x() for bar in figure.axes[0].containers[1]] == [4, 5]
+    assert lengths(reliability.bars(damage, ["file"], {"refused": "no"}, "copies")) == {"a.json": [4], "b.json": [5]}
+
+
+def test_no_difference_is_drawn_at_the_bottom():
+    variants = {"here": {"1": 0.0, "10": 0.0}, "again": {"1": 0.0, "10": 0.0}, "AVX2": {"1": 1e-7, "10": 1e-4}}
+    figure = reliability.drift({"variants": {name: {"losses": losses} for name, losses in variants.items()}})
+    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
+    assert lines.keys() == {"again", "AVX2"}  # the first is what the others are compared with
+    assert list(lines["again"]) == [1e-9, 1e-9] and list(lines["AVX2"]) == [1e-7, 1e-4]
+
+
+def test_speedups_are_those_of_one_process():
+    rows = [("digits", 4, 2, 1.25, 1.0), ("digits", 4, 1, 2.0, 2.0)]
+    names = ("work", "segments", "processes", "seconds", "predicted")
+    figure = reliability.speedups({"measured": [dict(zip(names, row, strict=True)) for row in rows]})
+    predicted, ideal = (line for line in figure.axes[0].get_lines() if len(line.get_xdata()))
+    points = figure.axes[0].collections[0].get_offsets()
+    np.testing.assert_allclose(points, [[1, 1], [2, 1.6]])
+    np.testing.assert_allclose(predicted.get_ydata(), [1, 2])
+    assert list(ideal.get_ydata()) == [1, 2]
+
+
+def test_the_table_says_where_something_begins_to_bind_and_the_figure_has_a_line_a_curve():
+    rows = [("strong", 1, 1, 1.0, "compute"), ("strong", 1, 2, 0.96, "compute"), ("strong", 1, 4, 0.5, "idle")]
+    rows += [("weak", 1, 1, 1.0, "compute"), ("weak", 2, 2, 0.75, "compute")]
+    names = ("scaling", "concurrent_experts", "devices", "efficiency", "binds")
+    model = {"model": [{"set": "S", "segments": 8, **dict(zip(names, row, strict=True))} for row in rows]}
+    assert reliability.binding_table(model).splitlines()[2:] == [
+        "| S, 8 segments | from 1 | 100% | computing itself |",
+        "| S, 8 segments | from 4 | 50% | devices that have no segment |",
+        "| S, 8 segments a device | from 1 | 100% | computing itself |",
+    ]
+    lines = reliability.efficiencies(model).axes[0].get_lines()
+    strong, weak = (line for line in lines if len(line.get_xdata()))
+    assert list(strong.get_ydata()) == [1, 0.96, 0.5] and list(weak.get_ydata()) == [1, 0.75]
+
+
+def test_every_part_of_an_iteration_has_words():
+    assert tuple(reliability.PARTS) == Parts._fields
 
 
 def test_values_are_compared_at_the_last_place_that_all_runs_share() -> None:

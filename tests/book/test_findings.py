@@ -94,9 +94,6 @@ def comparison_record(seeds: int = 4, *, gain: float = 0.1, noise: float = 0.0) 
     return {"config": config, "runs": runs}
 
 
-# --- Effects ----------------------------------------------------------------------------------------------------
-
-
 @hypothesis.given(st.lists(st.floats(-10, 10), min_size=2, max_size=12))
 def test_the_interval_is_students(values):
     hypothesis.assume(statistics.stdev(values) > 1e-6)
@@ -181,14 +178,6 @@ def test_curves_count_segments_and_seconds():
     assert (last["elapsed"] == 12).all() and last.loc["concurrent", "accuracy"] == pytest.approx(0.6)
 
 
-def test_paired_differences_remove_what_seeds_share():
-    found = findings.paired(findings.comparison(comparison_record()), "test", "concurrent", "sequential")
-    assert (found.low, found.high, found.count) == (pytest.approx(0.1), pytest.approx(0.1), 4)
-
-
-# --- Claims -----------------------------------------------------------------------------------------------------
-
-
 def test_probes_are_compared_at_equal_prices():
     """Sequential runs four iterations for one of the concurrent ones; its losses fall by 0.1 an iteration."""
     record = comparison_record(3)
@@ -266,9 +255,6 @@ def test_the_table_has_every_claim_once_and_every_finding():
 def test_the_committed_records_give_findings_on_every_claim():
     found = claims.committed_findings()
     assert {finding.claim for finding in found} == set(claims.CLAIMS)
-
-
-# --- Figures ----------------------------------------------------------------------------------------------------
 
 
 def test_heat_maps_are_centred_and_starred():

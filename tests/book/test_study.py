@@ -30,8 +30,6 @@ from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.run_folder import read_metrics
 
-module = importlib.import_module("cddlib.distillation.loop")  # the package's attribute of this name is the function
-
 Recipe = Callable[..., StudyConfig]
 
 
@@ -174,17 +172,6 @@ def test_the_record_keeps_the_metrics_to_six_digits(whole: Path) -> None:
         for key, values in found["metrics"].items():
             sparse = [[line["iteration"], line[key]] for line in lines if key in line]
             assert values == ([line[key] for line in lines[1:]] if key in records.DENSE else sparse)
-
-
-def test_a_finished_study_runs_nothing_again(
-    recipe: Recipe, buffer: cddlib.Buffer, whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, record = contents(whole), study_record(whole)
-    monkeypatch.setattr(module, "concurrent_gradient", None)  # calling it fails
-    monkeypatch.setattr(module, "accuracy_of_set", None)
-    monkeypatch.setattr("cddlib.evaluate.train_network", None)
-    assert run(recipe, buffer, whole) == record
-    assert contents(whole) == before
 
 
 def test_a_study_that_was_interrupted_while_it_tested_goes_on(

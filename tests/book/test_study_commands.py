@@ -36,11 +36,6 @@ def test_a_correlation_study(buffer: Buffer, tmp_path: Path, capsys) -> None:
     found = recorded(tmp_path)
     assert capsys.readouterr().out == f"wrote {tmp_path / 'r.json'}\n"
     assert (found["networks"], found["buffer_id"], found["config"]["width"]) == (0, buffer.id, 8)
-    for name, entry in found["runs"].items():
-        metrics, (_, replicate, kind) = entry["metrics"], re.split("[-/]", name, maxsplit=2)
-        assert [len(matched) for matched in metrics["matched"]] == 2 * [2 if kind == "concurrent" else 1]
-        for expert, start in metrics["matched"][0]:
-            assert expert == int(replicate) and ("matched" not in kind or start == int(kind[-2:]))
 
 
 def test_segment_counts_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> None:
@@ -71,26 +66,17 @@ def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path) -> None:
     assert len({values[-1] for values in held}) == 3
 
 
-def test_search_ranks_settings_by_validation_accuracy(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    assert run(buffer, tmp_path, "search", "--iterations", 2, "--vary", "lr_images=1,30", "step_size=0.05,0.1") == 0
-    lines = capsys.readouterr().out.splitlines()
-    ranked = [float(line.split()[0]) for line in lines]
-    assert len(lines) == 4 and "lr_images=1.0  step_size=0.05" in {line.split("%")[1].strip() for line in lines}
-    means: dict[str, list[float]] = {}
-    for name, entry in recorded(tmp_path)["runs"].items():
-        means.setdefault(name.split("/")[0], []).append(entry["result"]["validation_accuracy"])
-    assert ranked == sorted((round(50 * sum(values), 1) for values in means.values()), reverse=True)
-
-
-def test_a_setting_that_diverges_is_the_last_and_says_why(buffer: Buffer, tmp_path: Path, capsys) -> None:
-    options = ["--iterations", 2, "--segments", 1, "--seeds", 1, "--vary", "lr_step_size=1e9,1e-5"]
+def test_a_search_ranks_settings_and_one_that_diverges_is_the_last(buffer: Buffer, tmp_path: Path, capsys) -> None:
+    varied = ["lr_step_size=1e9,1e-5", "step_size=0.05"]
     for _ in range(2):  # the second time it is only read, and what diverged diverges again
-        assert run(buffer, tmp_path, "search", *options) == 0
+        assert run(buffer, tmp_path, "search", "--iterations", 2, "--segments", 1, "--vary", *varied) == 0
         said = capsys.readouterr().out.splitlines()
-        assert re.match(r"counted as 0 %: iteration 1, .*: the step size became", said[0])
-        assert said[1].endswith("lr_step_size=1e-05") and said[2] == "  0.0 %  lr_step_size=1000000000.0"
-    stopped = {name: "stopped" in entry for name, entry in recorded(tmp_path)["runs"].items()}
-    assert stopped == {"lr_step_size=1000000000.0/seed-0": True, "lr_step_size=1e-05/seed-0": False}
+        assert re.match(r"counted as 0 %: iteration 1, .*: the step size became", said[0]) and len(said) == 4
+        assert said[3] == "  0.0 %  lr_step_size=1000000000.0  step_size=0.05"
+    found = recorded(tmp_path)["runs"]
+    assert [("stopped" in entry) for entry in found.values()] == [True, True, False, False]
+    accuracies = [entry["result"]["validation_accuracy"] for entry in found.values() if "result" in entry]
+    assert said[2] == f"{50 * sum(accuracies):5.1f} %  lr_step_size=1e-05  step_size=0.05"
 
 
 @pytest.mark.parametrize(

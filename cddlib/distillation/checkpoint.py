@@ -103,12 +103,12 @@ class State:
         for name in sorted(state.keys() | found.keys()):
             if name not in found and name.startswith("momentum."):
                 continue  # of a file of before the first step, or of an older version
-            is_, wanted = (
+            held, wanted = (
                 f"{str(of[name].dtype).removeprefix('torch.')}{list(of[name].shape)}" if name in of else "missing"
                 for of in (found, state)
             )
-            if is_ != wanted:
-                raise UserError(f"{path} is a checkpoint of another run: {name} is {is_}, not {wanted}.")
+            if held != wanted:
+                raise UserError(f"{path} is a checkpoint of another run: {name} is {held}, not {wanted}.")
         with torch.no_grad():
             for name, tensor in found.items():
                 state[name].copy_(tensor)

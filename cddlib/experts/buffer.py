@@ -80,14 +80,14 @@ class Buffer:
         with as_user_error(folder / "buffer.json", "a buffer's description"):
             self.config: dict[str, Any] = {**as_dict(BufferConfig()), **manifest["config"]}  # older ones say less
             self.data: dict[str, Any] = manifest["data"]
-            self.experts: list[dict[str, Any]] = list(map(dict, manifest["experts"]))
+            self.experts: list[dict[str, Any]] = [{**expert} for expert in manifest["experts"]]
             network, data = from_dict(BufferConfig, self.config).network, from_dict(_Data, self.data)
             self.network = build_network(network, data.shape, data.classes)
             self.epochs: int = self.config["epochs"]
         if len(self.experts) < self.config["experts"]:
             raise UserError(f"{folder} lacks some of its experts; run the same `cddlib buffer` again to finish.")
         self.id = config_hash(manifest)
-        self._files: dict[int, tuple[Any, list[str]]] = {}
+        self._files: dict[int, tuple[Any, list[Any]]] = {}
         self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
         self._on_gpu: dict[tuple[int, int | float], Float[Tensor, " p"]] = {}
 
@@ -165,7 +165,7 @@ class Buffer:
             self._on_gpu[expert, epoch] = theta
         return theta
 
-    def _open(self, expert: int, path: Path) -> tuple[Any, list[str]]:
+    def _open(self, expert: int, path: Path) -> tuple[Any, list[Any]]:
         """The expert's file, and the digests of its vectors; refuses a file that `buffer.json` does not describe."""
         file = open_tensors(path)
         header, known = read_header(file, path, "expert"), self.experts[expert]

@@ -267,9 +267,8 @@ def read_unfinished(
     with as_user_error(path, "an unfinished expert, and can be deleted"):
         losses, accuracies = list(header["losses"]), list(header["accuracies"])
         wanted = {"snapshots": (len(losses) + 1, len(theta)), "momentum": (len(theta),)}
-        if len(accuracies) != len(losses) + 1 or any(
-            (tensor.dtype, tensor.shape) != (theta.dtype, wanted[name]) for name, tensor in tensors.items()
-        ):
+        fit = all((tensor.dtype, tensor.shape) == (theta.dtype, wanted[name]) for name, tensor in tensors.items())
+        if not fit or len(accuracies) != len(losses) + 1 or {*map(type, losses + accuracies)} != {float}:
             raise TypeError(f"{len(losses)} epochs of {len(theta)} parameters")
         theta.data.copy_(tensors["snapshots"][-1])
         if "momentum" in tensors:

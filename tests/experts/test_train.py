@@ -250,15 +250,6 @@ def test_divergence_is_reported(tmp_path: Path, overrides: dict[str, float], los
     assert not expert_path(tmp_path, 0).exists()
 
 
-@pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[data.Images]:
-    """The images of each epoch that is trained from now on."""
-    parts: list[data.Images] = []
-    fetch = training.fetch_real
-    monkeypatch.setattr(training, "fetch_real", lambda images, map_: parts.append(images) or fetch(images, map_))
-    return parts
-
-
 def test_check_data_refuses_other_images(buffer: Buffer) -> None:
     digits = data.load("digits")
     buffer.check_data(digits)
@@ -273,7 +264,9 @@ def test_check_data_refuses_other_images(buffer: Buffer) -> None:
 
 @pytest.mark.usefixtures("quick_scores")
 @pytest.mark.parametrize("holdout", [True, False])
-def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, seen, holdout: bool) -> None:
+def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, holdout: bool) -> None:
+    seen, fetch = [], training.fetch_real
+    monkeypatch.setattr(training, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
     config = recipe(**STAGED, holdout=holdout)
     opened = train(config, tmp_path)
     digits = data.load("digits")

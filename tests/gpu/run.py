@@ -49,12 +49,12 @@ from cddbook.records import read_record, write_record  # noqa: E402
 from cddlib.data.augment import CHANGES, AugmentConfig  # noqa: E402
 from cddlib.data.dataset import Images  # noqa: E402
 from cddlib.data.preprocessing import Normalisation  # noqa: E402
-from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set  # noqa: E402
+from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set, fetch_synthetic, train_network  # noqa: E402
 from cddlib.matching import loss as losses  # noqa: E402
 from cddlib.matching import student as students  # noqa: E402
 from cddlib.matching.loss import matching_losses  # noqa: E402
 from cddlib.matching.student import MatchingConfig  # noqa: E402
-from cddlib.protocol import EvaluateConfig, fetch_synthetic, train_network  # noqa: E402
+from cddlib.protocol import EvaluateConfig  # noqa: E402
 from cddlib.runtime.config import replace  # noqa: E402
 from cddlib.runtime.device import resolve_device  # noqa: E402
 from cddlib.runtime.distributed import Interrupted, Ranks  # noqa: E402

@@ -28,47 +28,26 @@ MODULE = sys.modules["cddlib.data.download"]  # whose function hides it
 
 # --- Preparing from a folder ------------------------------------------------------------------------------------
 
-RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+def as_tiny_imagenet(folder: Path) -> Path:
+    """Bring a folder into Tiny ImageNet's original layout: validation in one folder, with annotations."""
+    files = sorted((folder / "val").glob("*/*"))
+    rows = [f"{file.name}\t{file.parent.name}\t0\t32\t44\t62\n" for file in files]
+    (folder / "val" / "val_annotations.txt").write_text("".join(rows))
+    for file in sorted((folder / "train").glob("*/*")):
+        file.parent.joinpath("images").mkdir(exist_ok=True)
+        file.rename(file.parent / "images" / file.name)
+    (folder / "val" / "images").mkdir()
+    for file in files:
+        file.rename(folder / "val" / "images" / file.name)
+    return folder
 
 
-def save_image(path: Path, colour: object, size: tuple[int, int] = (64, 64), mode: str = "RGB") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path, quality=95)
-
-
-def assert_one_colour(image: torch.Tensor, colour: tuple[int, int, int]) -> None:
-    difference = image.int() - torch.tensor(colour)[:, None, None]
-    assert difference.abs().max() <= 3  # JPEG
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A folder in Tiny ImageNet's original layout: two classes, validation in one folder with annotations."""
-    source = tmp_path / "tiny-imagenet-200"
-    for wnid, colour in (("n01", RED), ("n02", GREEN)):
-        for i in range(2):
-            save_image(source / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", colour)
-        (source / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t63\t63\n")
-    rows = []
-    for i, (wnid, colour) in enumerate([("n02", GREEN), ("n01", RED), ("n02", GREEN)]):
-        save_image(source / "val" / "images" / f"val_{i}.JPEG", colour)
-        rows.append(f"val_{i}.JPEG\t{wnid}\t0\t32\t44\t62\n")
-    (source / "val" / "val_annotations.txt").write_text("".join(rows))
-    save_image(source / "test" / "images" / "test_0.JPEG", BLUE)  # unlabelled: not used
-    return source
-
-
-def test_tiny_imagenet_in_its_original_layout(tmp_path: Path, tiny: Path) -> None:
-    path = prepare("tiny_imagenet", tmp_path / "root", source=tiny)
-    assert path == tmp_path / "root" / "tiny_imagenet.safetensors"
-    found = load("tiny_imagenet", tmp_path / "root")
-    assert found.classes == ("n01", "n02")
-    assert found.shape == (3, 64, 64)
-    assert found.train.labels.tolist() == [0, 0, 1, 1]
-    assert found.test.labels.tolist() == [1, 0, 1]
-    for part in (found.train, found.test):
-        for image, label in zip(part.images, part.labels, strict=True):
-            assert_one_colour(image, (RED, GREEN)[label])
+def test_tiny_imagenet_in_its_original_layout(tmp_path: Path, folder: Path) -> None:
+    wanted = reference(folder, tmp_path / "wanted", 64)
+    path = prepare("tiny_imagenet", tmp_path, source=as_tiny_imagenet(folder))
+    assert path == tmp_path / "tiny_imagenet.safetensors"
+    assert path.read_bytes() == wanted
 
 
 TINY, FOLDER, IMAGENET = ("tiny_imagenet", 64), ("imagefolder", 8), ("imagenet", 64)
@@ -80,7 +59,7 @@ ONLY = "has a size of its own; only imagefolder takes one."
     [
         (TINY, lambda at: (at / "val/val_annotations.txt").unlink(), "is not in Tiny ImageNet's original layout."),
         (TINY, lambda at: (at / "val/val_annotations.txt").write_text(""), "names no image of the classes in train/."),
-        (TINY, lambda at: (at / "val/images/val_1.JPEG").unlink(), "val_1.JPEG is not a readable image ("),
+        (TINY, lambda at: (at / "val/images/000.png").unlink(), "000.png is not a readable image ("),
         (IMAGENET, lambda at: [*map(shutil.rmtree, (at / "val").iterdir())], "val must hold a folder of images"),
         (IMAGENET, lambda at: (at / "train").rename(at / "x"), "needs --source, a folder that holds train/ and val/"),
         (FOLDER, lambda at: (at / "train/no images").mkdir(), "no images"),
@@ -93,13 +72,12 @@ ONLY = "has a size of its own; only imagefolder takes one."
     ],
 )
 def test_what_cannot_be_prepared_is_refused(
-    tmp_path: Path, request: pytest.FixtureRequest, what: tuple[str, int], change: Callable, message: str
+    tmp_path: Path, folder: Path, what: tuple[str, int], change: Callable, message: str
 ) -> None:
     name, size = what
-    source = request.getfixturevalue("tiny" if name == "tiny_imagenet" else "folder")
-    change(source)
+    change(as_tiny_imagenet(folder) if name == "tiny_imagenet" else folder)
     with pytest.raises(UserError) as refused:
-        prepare(name, tmp_path / "root", source=source, size=size)
+        prepare(name, tmp_path / "root", source=folder, size=size)
     assert message in str(refused.value)
     assert not (tmp_path / "root" / f"{name}.safetensors").exists()
 

@@ -23,7 +23,7 @@ from cddlib.training.epoch import fetch_real
 CLASSES = ["a", "b", "c"]
 
 
-def random_arrays(seed: int = 0, shape: tuple[int, int, int] = (3, 4, 4)) -> dict[str, np.ndarray]:
+def random_arrays(seed: int = 0, shape: tuple[int, ...] = (3, 4, 4)) -> dict[str, np.ndarray]:
     """A small data set as `cddlib.data.download` holds it before writing."""
     rng = np.random.default_rng(seed)
     arrays = {}

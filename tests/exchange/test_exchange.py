@@ -83,21 +83,18 @@ def snapshot(folder: Path) -> set[Path]:
 # --- Buffers ----------------------------------------------------------------------------------------------------
 
 
-def test_an_imported_buffer_says_what_is_known(published: Path, tmp_path: Path) -> None:
+def test_an_imported_buffer_says_what_is_known_and_gets_no_experts_of_ours(published: Path, tmp_path: Path) -> None:
     found = import_buffer(published, tmp_path / "out", DIGITS, device="cpu")
     assert (found.epochs, found.config["experts"], found.config["epochs"]) == (2, 1, 2)
     (expert,) = found.experts
-    digits = data.load("digits")
-    accuracies = []
-    for part in (digits.split[1], digits.test):
-        right = found.network(found.parameters(0, 2), found.preprocessing(part.images)).argmax(1) == part.labels
-        accuracies.append(right.double().mean().item())
-    assert expert["validation_accuracy"] == [None, None, pytest.approx(accuracies[0])]
-    assert expert["test_accuracy"] == pytest.approx(accuracies[1])
+    assert expert["validation_accuracy"][:2] == [None, None]
     assert (expert["train_loss"], expert["seed"]) == ([], None)
     digest = cddlib.runtime.files.file_digest(published)
     assert expert["source"] == {"file": "replay_buffer_0.pt", "sha256": digest, "expert": 0}
     assert collect(tmp_path / "out")["result"]["experts_imported"] == 1
+    config = dataclasses.replace(DIGITS, experts=2, epochs=2)
+    with pytest.raises(UserError, match=r"holds another run \(imported is True there and None here\)"):
+        cddlib.train_buffer(config, tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize(("experts_per_file", "sizes"), [(1, [1, 1]), (3, [2])])
@@ -130,13 +127,6 @@ def test_files_are_read_in_numeric_order_and_parameters_as_tensors(tmp_path: Pat
     for expert, epoch in itertools.product(range(11), range(2)):
         wanted = torch.cat([tensor.flatten() for tensor in experts[expert][epoch]])
         assert torch.equal(found.parameters(expert, epoch), wanted)
-
-
-def test_no_experts_are_added_to_imported_ones(published: Path, tmp_path: Path) -> None:
-    import_buffer(published, tmp_path / "out", DIGITS, device="cpu")
-    config = dataclasses.replace(DIGITS, experts=2, epochs=2)
-    with pytest.raises(UserError, match=r"holds another run \(imported is True there and None here\)"):
-        cddlib.train_buffer(config, tmp_path / "out", device="cpu")
 
 
 def test_a_full_folder_is_not_written_to_an_empty_one_is(buffer: Buffer, published: Path, tmp_path: Path) -> None:
@@ -185,10 +175,7 @@ DAMAGE = {
         r"replay_buffer_0\.pt, expert 0, epoch 1, parameter conv1\.weight is float32\[16, 8, 3, 3\]; "
         r"it must be float32\[8, 8, 3, 3\]\.$",
     ),
-    "fewer parameters": (
-        lambda c: c[0][1].pop(),
-        r"expert 0, epoch 1, is a list of 9; it must be a list of the 10 p",
-    ),
+    "fewer parameters": (lambda c: c[0][1].pop(), r"epoch 1, is a list of 9; it must be a list of the 10 p"),
     "aliased epochs": (
         lambda c: c[0].__setitem__(2, c[0][0]),
         r"expert 0, has the same parameters at epochs 0 and 2: they were saved without being",

@@ -1,6 +1,5 @@
 """The matching loss: its gradient against brute force through the whole student."""
 
-import dataclasses
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,7 +15,6 @@ from cddlib.data import augment
 from cddlib.matching.loss import kept_parameters, matching_losses, nearest_step
 from cddlib.matching.student import MatchingConfig, StudentStep, chunk_size, segment_chunks
 from cddlib.networks.convnet import Network
-from cddlib.synthetic import initialise
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.engine import make_step
 from cddlib.training.step import ComputeConfig
@@ -310,73 +308,3 @@ def test_impossible_students_are_refused(field: str, value: float, allowed: str)
     with pytest.raises(cddlib.UserError) as refused:
         MatchingConfig(**{field: value})
     assert str(refused.value) == f"{field} is {value}; it must be {allowed}."
-
-
-# --- K segments of an iteration ---------------------------------------------------------------------------------
-
-
-class Doubles(cddlib.Buffer):
-    """A buffer read as float64."""
-
-    def parameters(self, expert: int, epoch: int) -> Tensor:
-        return super().parameters(expert, epoch).double()
-
-
-CONTRA = {"segments": 3, "labels": "learned", "student_batch": 4}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "anchor_weight"),
-    [
-        *(({**CONTRA, "side_by_side": number}, 1 / 3) for number in (None, 1, 2, 5)),
-        ({"segments": 1}, 1.0),
-        ({**CONTRA, "balance": 0.0}, 1.0),
-        ({**CONTRA, "balance": 0.5}, 2 / 3),
-        ({**CONTRA, "gradient": "truncated"}, 1 / 3),
-        ({**CONTRA, "match_step": "nearest", "step_size": 1.0}, 1 / 3),
-        ({**CONTRA, "dropped_fraction": 0.3}, 1 / 3),
-        ({**CONTRA, "labels": "teacher", "ipc": 2}, 1 / 3),
-    ],
-    ids=str,
-)
-def test_concurrent_gradient_is_the_weighted_sum(
-    buffer: cddlib.Buffer,
-    quick: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    overrides: dict[str, Any],
-    anchor_weight: float,
-) -> None:
-    """Each segment has its own batches, and may have labels from its own target network, which are constant."""
-    plans: list[list[StudentStep]] = []
-
-    def overhear(*arguments: Any) -> Tensor:
-        plans.extend(arguments[6])
-        return matching_losses(*arguments)
-
-    monkeypatch.setattr("cddlib.distillation.gradient.matching_losses", overhear)
-    config, doubles = cddlib.distill_recipe("contra", "digits", **{**quick, **overrides}), Doubles(buffer.folder)
-    start = initialise(config.synthetic, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
-    variables = {name: tensor.double().requires_grad_() for name, tensor in start.variable_tensors().items()}
-    synthetic = dataclasses.replace(start, **variables)
-    found, record = cddlib.concurrent_gradient(config, doubles, synthetic, iteration=1)
-
-    others = len(plans) - 1
-    assert len(plans) == len(record["matched"]) == len(set(map(tuple, record["matched"]))) == config.schedule.segments
-    assert not others or not torch.equal(plans[0][0].indices, plans[1][0].indices)
-    wanted = [torch.zeros_like(variable) for variable in synthetic.variables()]
-    total = 0.0
-    for k, ((expert, start), plan) in enumerate(zip(record["matched"], plans, strict=True)):
-        ends = [doubles.parameters(expert, epoch) for epoch in (start, start + config.schedule.expert_epochs)]
-        targets = synthetic.targets()
-        if config.synthetic.labels == "teacher":
-            targets = buffer.network(ends[1], synthetic.images.detach()).softmax(1)
-        arguments = (buffer.network, *ends, synthetic.images, targets, synthetic.step_size, plan)
-        loss = unrolled(*arguments, config.student)
-        assert record["losses"][k] == pytest.approx(loss.item(), rel=1e-9)
-        weight = anchor_weight if k == record["anchor"] else (1 - anchor_weight) / others
-        total += weight * loss.item()
-        gradients = torch.autograd.grad(loss, synthetic.variables(), allow_unused=True, materialize_grads=True)
-        for sum_, gradient in zip(wanted, gradients, strict=True):
-            sum_ += weight * gradient
-    assert record["loss"] == pytest.approx(total, rel=1e-9)
-    assert all(torch.equal(f, w) or relative(f, w) < 1e-9 for f, w in zip(found, wanted, strict=True))

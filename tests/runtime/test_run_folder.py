@@ -140,16 +140,11 @@ def test_file_systems_without_locks_are_used_without(tmp_path: Path, monkeypatch
     ids=["python", "GPU", "CPU", "mmap", "C++", "system"],
 )
 def test_a_want_of_memory_says_what_to_lower(error: Exception) -> None:
-    @errors.out_of_memory_hint("--width or --ipc")
-    def work() -> None:
+    with pytest.raises(UserError) as refused, errors.out_of_memory_hint("--width or --ipc"):
         raise error
-
-    with pytest.raises(UserError) as refused:
-        work()
-    reason = " ".join(str(error).split())
     assert str(refused.value) == (
-        f"there is not enough memory ({reason}); lower --width or --ipc, in another folder, or go on with the same "
-        f"command where there is more: what was saved is kept."
+        f"there is not enough memory ({' '.join(str(error).split())}); lower --width or --ipc, in another folder, or "
+        f"go on with the same command where there is more: what was saved is kept."
     )
 
 

@@ -254,16 +254,11 @@ def test_equal_to_the_network_written_out(reference: Any, shape: tuple[int, int,
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_init_of_every_architecture_depends_on_its_generator_alone(name: Any) -> None:
     network = build_network(NetworkConfig(network=name), (1, 8, 8), 3)
-    theta = network.init(torch.Generator().manual_seed(3))
-    torch.rand(1)
     state = torch.get_rng_state()
-    assert torch.equal(network.init(torch.Generator().manual_seed(3)), theta)
+    theta, again, other = (network.init(torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
-    rng = torch.Generator().manual_seed(4)
-    fresh = [network.init(rng), network.init(rng), theta]
-    assert all(not torch.equal(one, other) for one, other in itertools.combinations(fresh, 2))
-    assert theta.dtype == torch.float
-    assert theta.shape == (parameter_count(network),)
+    assert torch.equal(again, theta) and not torch.equal(other, theta)
+    assert (theta.dtype, theta.shape) == (torch.float, (parameter_count(network),))
     assert bool(theta.isfinite().all())
 
 

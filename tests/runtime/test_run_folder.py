@@ -69,20 +69,6 @@ def test_metrics_drop_what_follows_the_checkpoint(metrics_file: Path, rest: byte
     assert metrics_file.read_bytes() == b""
 
 
-@pytest.mark.parametrize("damage", [lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]], lambda lines: []])
-def test_lines_that_are_not_those_that_were_written_are_refused(metrics_file: Path, damage) -> None:
-    digests = {iteration: digest_until(metrics_file, iteration) for iteration in (4, 5)}
-    metrics_file.write_bytes(b"".join(damage(metrics_file.read_bytes().splitlines(keepends=True))))
-    before = metrics_file.read_bytes()
-    for call in (
-        lambda: run_folder.parse_metrics(metrics_file, digests[5]),
-        lambda: run_folder.Metrics(metrics_file, resume_at=4, digest=digests[4]),
-    ):
-        with pytest.raises(UserError, match=rf"^{metrics_file} is damaged or missing: its lines are not those that"):
-            call()
-    assert metrics_file.read_bytes() == before
-
-
 def test_a_finished_run_s_metrics_are_those_that_its_result_knows(metrics_file: Path) -> None:
     result = metrics_file.with_name("result.json")
     write_json(result, {"metrics_sha256": digest_until(metrics_file, 5)})

@@ -106,7 +106,6 @@ BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
         (["distill", "--segments", "two", *BOTH], "Error parsing --segments: invalid literal for int()"),
         (["distill", "--init", "zeros", *BOTH], "zeros"),
         (["compare", "--window-end", "4", "--what", "nothing", *BOTH], "nothing"),
-        (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
         (["train"], "train"),
         (["buffer", "--colour", "1", *OUT], "--colour"),

@@ -61,7 +61,6 @@ CIFAR = ["--data", "cifar10", "--ipc", "50"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["data"], ["--root", "--source", "--size"]),
         (["buffer"], ["--out", "--experts", "--epochs", "--holdout", "--zca", "(default: 5)", "default: auto"]),
         (["buffer", "--data", "cifar10"], ["(default: 100)"]),
         (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 100)"]),
@@ -70,7 +69,6 @@ CIFAR = ["--data", "cifar10", "--ipc", "50"]
             for command in ("distill", "correlate", "compare")
         ),
         (["import-buffer"], ["holdout", "(default: False)"]),
-        (["evaluate"], ["--runs", "--baselines", "--seed"]),
         (["correlate"], ["--replicates", "--jobs", "--probe-starts", "--buffer", "(default: 100)"]),
         (["compare"], ["--what", "{segments,remedies}", "--counts", "--seeds", "--networks", "(default: 1 2 4 8)"]),
     ],

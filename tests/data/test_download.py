@@ -127,20 +127,6 @@ def make(folder: Path, root: Path, size: int = SIZE) -> bytes:
     return prepare("imagefolder", root, source=folder, size=size).read_bytes()
 
 
-def noted(root: Path) -> int:
-    """The number of images that the record beside an unfinished file says are durable."""
-    return read_json(root / "imagefolder.progress.json")["images"]
-
-
-@pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The files that are decoded from now on, in this process."""
-    seen: list[str] = []
-    read_image = pictures._read_image
-    monkeypatch.setattr(pictures, "_read_image", lambda file, size: seen.append(file) or read_image(file, size))
-    return seen
-
-
 @pytest.fixture
 def broken(folder: Path) -> tuple[Path, bytes]:
     """An image somewhere in the middle, broken, and what it was."""
@@ -188,7 +174,7 @@ def test_a_mended_image_lets_the_same_run_go_on_and_another_starts_anew(
     tmp_path: Path,
     folder: Path,
     broken: tuple[Path, bytes],
-    decoded: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     change: Callable[[Path, Path], object],
     size: int,
     left: int,
@@ -198,10 +184,13 @@ def test_a_mended_image_lets_the_same_run_go_on_and_another_starts_anew(
         with pytest.raises(UserError) as caught:
             make(folder, tmp_path)
         assert str(caught.value).startswith(f"{file} is not a readable image (")
-        assert noted(tmp_path) == 240  # 60 for testing, two classes of 80, and 20 before it in the third
+        assert (
+            read_json(tmp_path / "imagefolder.progress.json")["images"] == 240
+        )  # 60 for testing, two classes of 80, and 20 before it in the third
     file.write_bytes(good)
     change(folder, tmp_path)
-    decoded.clear()
+    decoded, read_image = [], pictures._read_image
+    monkeypatch.setattr(pictures, "_read_image", lambda file, size: decoded.append(file) or read_image(file, size))
     found = make(folder, tmp_path, size)
     assert len(decoded) == left
     assert found == reference(folder, tmp_path / "wanted", size)

@@ -138,6 +138,8 @@ def test_a_full_folder_is_not_written_to_an_empty_one_is(buffer: Buffer, publish
     ):
         with pytest.raises(UserError, match=r"exists and is not an empty folder; choose another\.$"):
             write()
+    with pytest.raises(UserError, match=r"^experts_per_file is 0; it must be at least 1\.$"):
+        export_buffer(buffer, tmp_path / "pt", experts_per_file=0)
     assert snapshot(tmp_path) == before
     (tmp_path / "pt").mkdir()
     assert all(path.exists() for path in export_buffer(buffer, tmp_path / "pt"))
@@ -153,11 +155,6 @@ def test_a_write_that_fails_leaves_nothing(buffer: Buffer, tmp_path: Path, monke
     with pytest.raises(OSError, match="disk full"):
         export_buffer(buffer, tmp_path / "pt", experts_per_file=1)
     assert snapshot(tmp_path) == set()
-
-
-def test_no_experts_in_a_file_is_refused(buffer: Buffer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^experts_per_file is 0; it must be at least 1\.$"):
-        export_buffer(buffer, tmp_path / "pt", experts_per_file=0)
 
 
 def put(epoch: int, place: int, value: object) -> Callable[[list], None]:

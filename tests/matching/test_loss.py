@@ -279,14 +279,12 @@ def test_the_plan_depends_on_the_generator_alone() -> None:
     assert plan(0)[0][0] != plan(0)[3][0]  # a new order in the second pass
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "allowed"),
-    [
-        *((field, 0, "at least 1") for field in ("student_steps", "student_batch", "side_by_side")),
-        *(("dropped_fraction", value, "at least 0 and below 1") for value in (-0.1, 1.0, float("nan"))),
-    ],
-)
-def test_impossible_students_are_refused(field: str, value: float, allowed: str) -> None:
-    with pytest.raises(cddlib.UserError) as refused:
-        MatchingConfig(**{field: value})
-    assert str(refused.value) == f"{field} is {value}; it must be {allowed}."
+def test_impossible_students_are_refused() -> None:
+    for field in ("student_steps", "student_batch", "side_by_side"):
+        with pytest.raises(cddlib.UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
+            MatchingConfig(**{field: 0})
+    for value in (-0.1, 1.0, float("nan")):
+        with pytest.raises(
+            cddlib.UserError, match=rf"^dropped_fraction is {value}; it must be at least 0 and below 1\.$"
+        ):
+            MatchingConfig(dropped_fraction=value)

@@ -184,9 +184,8 @@ def test_a_mended_image_lets_the_same_run_go_on_and_another_starts_anew(
         with pytest.raises(UserError) as caught:
             make(folder, tmp_path)
         assert str(caught.value).startswith(f"{file} is not a readable image (")
-        assert (
-            read_json(tmp_path / "imagefolder.progress.json")["images"] == 240
-        )  # 60 for testing, two classes of 80, and 20 before it in the third
+        durable = read_json(tmp_path / "imagefolder.progress.json")["images"]
+        assert durable == 240  # 60 for testing, two classes of 80, and 20 before it in the third
     file.write_bytes(good)
     change(folder, tmp_path)
     decoded, read_image = [], pictures._read_image

@@ -62,7 +62,6 @@ CIFAR = ["--data", "cifar10", "--ipc", "50"]
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["data"], ["--root", "--source", "--size"]),
         (["buffer"], ["--out", "--experts", "--epochs", "--holdout", "--zca", "(default: 5)", "default: auto"]),
         (["buffer", "--data", "cifar10"], ["(default: 100)"]),
         (["distill"], ["--buffer", "--segments", "--window-end", "--ipc", "--seed", "(default: 100)"]),
@@ -71,7 +70,6 @@ CIFAR = ["--data", "cifar10", "--ipc", "50"]
             for command in ("distill", "correlate", "compare")
         ),
         (["import-buffer"], ["holdout", "(default: False)"]),
-        (["evaluate"], ["--runs", "--baselines", "--seed"]),
         (["correlate"], ["--replicates", "--jobs", "--probe-starts", "--buffer", "(default: 100)"]),
         (["compare"], ["--what", "{segments,remedies}", "--counts", "--seeds", "--networks", "(default: 1 2 4 8)"]),
     ],
@@ -117,12 +115,8 @@ BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
         (["buffer", "--data", "cifar10", "--root", "FILE", *OUT], "which is a file; it must be the folder of the data"),
         (["distill", "--init", "zeros", *BOTH], "zeros"),
         (["compare", "--window-end", "4", "--what", "nothing", *BOTH], "nothing"),
-        (["evaluate", "OUT"], "holds no finished distillation: synthetic.safetensors is missing."),
         (["evaluate", "BEGUN"], "is not finished; its `cddlib distill` command goes on with it."),
-        (
-            ["verify", "BEGUN", "--buffer", "BUFFER"],
-            "begun/config.json is not a distillation's configuration (it has no '",
-        ),
+        (["verify", "BEGUN", "--buffer", "BUFFER"], "is not finished; its `cddlib distill` command goes on with it."),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
         (["record", "OUT", "--to", "FILE"], "cannot be read as JSON"),
         (

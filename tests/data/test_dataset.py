@@ -23,7 +23,7 @@ from cddlib.training.epoch import fetch_real
 CLASSES = ["a", "b", "c"]
 
 
-def random_arrays(seed: int = 0, shape: tuple[int, int, int] = (3, 4, 4)) -> dict[str, np.ndarray]:
+def random_arrays(seed: int = 0, shape: tuple[int, ...] = (3, 4, 4)) -> dict[str, np.ndarray]:
     """A small data set as `cddlib.data.download` holds it before writing."""
     rng = np.random.default_rng(seed)
     arrays = {}
@@ -62,23 +62,15 @@ def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
 
 
 def test_digits_are_scikit_learns_divided_by_class() -> None:
-    digits = data.load("digits")
-    assert digits.shape == (1, 8, 8)
-    assert digits.classes == tuple("0123456789")
-    pairs = [
-        (i.numpy().tobytes(), int(y))
-        for part in (digits.train, digits.test)
-        for i, y in zip(part.images, part.labels, strict=True)
-    ]
-    bunch = load_digits()
-    wanted = [
-        (np.round(i * 255 / 16).astype(np.uint8).tobytes(), y)
-        for i, y in zip(bunch.images, bunch.target.tolist(), strict=True)
-    ]
-    assert len(pairs) == 1797
-    assert Counter(pairs) == Counter(wanted)  # every image once: test and training are disjoint
-    every, test = np.bincount(bunch.target), digits.test.labels.bincount().numpy()
-    assert np.array_equal(test, np.round(every / 5))
+    digits, bunch = data.load("digits"), load_digits()
+    assert (digits.shape, digits.classes) == ((1, 8, 8), tuple("0123456789"))
+    images, labels = (
+        torch.cat([getattr(part, name) for part in (digits.train, digits.test)]) for name in ("images", "labels")
+    )
+    wanted = np.round(bunch.images * 255 / 16).astype(np.uint8)
+    found = Counter(zip((image.numpy().tobytes() for image in images), labels.tolist(), strict=True))
+    assert found == Counter(zip((image.tobytes() for image in wanted), bunch.target.tolist(), strict=True))
+    assert np.array_equal(digits.test.labels.bincount(), np.round(np.bincount(bunch.target) / 5))
 
 
 @hypothesis.given(
@@ -221,13 +213,11 @@ NOT_BOTH = "are .*, not U8\\[n, c, h, w\\] and I64\\[n\\]"
         ({"train_images": np.zeros((30, 3, 4, 4), np.float32)}, {}, f"train_images and train_labels {NOT_BOTH}"),
         ({"test_images": np.zeros((9, 48), np.uint8)}, {}, f"test_images and test_labels {NOT_BOTH}"),
         ({"test_images": np.zeros((9, 3, 5, 5), np.uint8)}, {}, f"test_images and test_labels {NOT_BOTH}"),
-        ({"train_labels": np.zeros(30, np.int32)}, {}, f"train_images and train_labels {NOT_BOTH}"),
         ({"train_labels": np.zeros(29, np.int64)}, {}, f"train_images and train_labels {NOT_BOTH}"),
         ({name: ARRAYS[name][:0] for name in ("test_images", "test_labels")}, {}, f"test_images and .* {NOT_BOTH}"),
         ({name: array[:, :0] for name, array in ARRAYS.items() if "images" in name}, {}, f"train_images .* {NOT_BOTH}"),
         ({"test_labels": None}, {}, r"KeyError\('test_labels'\)"),
         ({"test_labels": np.full(9, 3)}, {}, "test_labels reach from 3 to 3, with 3 classes named"),
-        ({"train_labels": np.full(30, -1)}, {}, "train_labels reach from -1 to -1, with 3 classes named"),
         ({}, {"fingerprint": "short"}, "its fingerprint is short"),
         ({}, {"fingerprint": 3}, "TypeError"),
         *(({}, {"classes": classes}, "classes in its header") for classes in (3, None, [1, 2])),

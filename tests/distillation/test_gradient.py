@@ -23,17 +23,21 @@ def segment_gradients(
     rows = torch.tensor(rows_of(config, iteration))
     for expert, start in matched:
         steps = cddlib.plan_student(config.student, len(rows), config.augmentation.augment, rng)
+        ends = [buffer.parameters(expert, epoch) for epoch in (start, start + config.schedule.expert_epochs)]
+        targets = synthetic.targets()
+        if config.synthetic.labels == "teacher":
+            targets = buffer.network(ends[1], synthetic.images.detach()).softmax(1)
         loss = cddlib.matching_loss(
             buffer.network,
-            buffer.parameters(expert, start),
-            buffer.parameters(expert, start + config.schedule.expert_epochs),
+            *ends,
             synthetic.images,
-            synthetic.targets(),
+            targets,
             synthetic.step_size,
             [step._replace(indices=rows[step.indices]) for step in steps],
+            config.student,
         )
         losses.append(loss.item())
-        gradients.append(torch.autograd.grad(loss, synthetic.variables()))
+        gradients.append(torch.autograd.grad(loss, synthetic.variables(), materialize_grads=True))
     return losses, gradients, rng
 
 
@@ -49,6 +53,11 @@ RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
         ({"replay": 2, "combine": "gem"}, 4),
         ({"concurrent_experts": 2, "labels": "learned"}, 4),
         ({"convex": True}, 2),
+        ({"segments": 3, "side_by_side": 1}, 3),
+        ({"segments": 3, "side_by_side": 2}, 3),
+        ({"gradient": "truncated", "dropped_fraction": 0.3}, 2),
+        ({"match_step": "nearest", "step_size": 1.0}, 2),
+        ({"labels": "teacher", "ipc": 2}, 2),
         ({**SUBSETS, "labels": "learned", "student_batch": 7}, 2),
         *(({"combine": rule, "segments": 3}, 3) for rule in RULES),
     ],

@@ -83,21 +83,18 @@ def snapshot(folder: Path) -> set[Path]:
 # --- Buffers ----------------------------------------------------------------------------------------------------
 
 
-def test_an_imported_buffer_says_what_is_known(published: Path, tmp_path: Path) -> None:
+def test_an_imported_buffer_says_what_is_known_and_gets_no_experts_of_ours(published: Path, tmp_path: Path) -> None:
     found = import_buffer(published, tmp_path / "out", DIGITS, device="cpu")
     assert (found.epochs, found.config["experts"], found.config["epochs"]) == (2, 1, 2)
     (expert,) = found.experts
-    digits = data.load("digits")
-    accuracies = []
-    for part in (digits.split[1], digits.test):
-        right = found.network(found.parameters(0, 2), found.preprocessing(part.images)).argmax(1) == part.labels
-        accuracies.append(right.double().mean().item())
-    assert expert["validation_accuracy"] == [None, None, pytest.approx(accuracies[0])]
-    assert expert["test_accuracy"] == pytest.approx(accuracies[1])
+    assert expert["validation_accuracy"][:2] == [None, None]
     assert (expert["train_loss"], expert["seed"]) == ([], None)
     digest = cddlib.runtime.files.file_digest(published)
     assert expert["source"] == {"file": "replay_buffer_0.pt", "sha256": digest, "expert": 0}
     assert collect(tmp_path / "out")["result"]["experts_imported"] == 1
+    config = dataclasses.replace(DIGITS, experts=2, epochs=2)
+    with pytest.raises(UserError, match=r"holds another run \(imported is True there and None here\)"):
+        cddlib.train_buffer(config, tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize(("experts_per_file", "sizes"), [(1, [1, 1]), (3, [2])])
@@ -132,13 +129,6 @@ def test_files_are_read_in_numeric_order_and_parameters_as_tensors(tmp_path: Pat
         assert torch.equal(found.parameters(expert, epoch), wanted)
 
 
-def test_no_experts_are_added_to_imported_ones(published: Path, tmp_path: Path) -> None:
-    import_buffer(published, tmp_path / "out", DIGITS, device="cpu")
-    config = dataclasses.replace(DIGITS, experts=2, epochs=2)
-    with pytest.raises(UserError, match=r"holds another run \(imported is True there and None here\)"):
-        cddlib.train_buffer(config, tmp_path / "out", device="cpu")
-
-
 def test_a_full_folder_is_not_written_to_an_empty_one_is(buffer: Buffer, published: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     for write in (
@@ -148,6 +138,8 @@ def test_a_full_folder_is_not_written_to_an_empty_one_is(buffer: Buffer, publish
     ):
         with pytest.raises(UserError, match=r"exists and is not an empty folder; choose another\.$"):
             write()
+    with pytest.raises(UserError, match=r"^experts_per_file is 0; it must be at least 1\.$"):
+        export_buffer(buffer, tmp_path / "pt", experts_per_file=0)
     assert snapshot(tmp_path) == before
     (tmp_path / "pt").mkdir()
     assert all(path.exists() for path in export_buffer(buffer, tmp_path / "pt"))
@@ -165,11 +157,6 @@ def test_a_write_that_fails_leaves_nothing(buffer: Buffer, tmp_path: Path, monke
     assert snapshot(tmp_path) == set()
 
 
-def test_no_experts_in_a_file_is_refused(buffer: Buffer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^experts_per_file is 0; it must be at least 1\.$"):
-        export_buffer(buffer, tmp_path / "pt", experts_per_file=0)
-
-
 def put(epoch: int, place: int, value: object) -> Callable[[list], None]:
     """Put a value in the place of one of an epoch's parameters."""
     return lambda content: content[0][epoch].__setitem__(place, value)
@@ -185,10 +172,7 @@ DAMAGE = {
         r"replay_buffer_0\.pt, expert 0, epoch 1, parameter conv1\.weight is float32\[16, 8, 3, 3\]; "
         r"it must be float32\[8, 8, 3, 3\]\.$",
     ),
-    "fewer parameters": (
-        lambda c: c[0][1].pop(),
-        r"expert 0, epoch 1, is a list of 9; it must be a list of the 10 p",
-    ),
+    "fewer parameters": (lambda c: c[0][1].pop(), r"epoch 1, is a list of 9; it must be a list of the 10 p"),
     "aliased epochs": (
         lambda c: c[0].__setitem__(2, c[0][0]),
         r"expert 0, has the same parameters at epochs 0 and 2: they were saved without being",

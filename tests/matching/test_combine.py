@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -44,23 +43,12 @@ def test_the_others_weigh_beta_times_the_anchor(balance: float | None, segments:
     assert all(fixed_weights(CombineConfig(combine=rule), segments, anchor) is None for rule in RULES)
 
 
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        *(
-            ({"balance": value}, f"balance is {value}; it must be a finite number, 0 or more.")
-            for value in (-0.1, float("inf"), float("nan"))
-        ),
-        (
-            {"balance": 0.5, "combine": "gem"},
-            "balance is 0.5, but combine is 'gem'; balance is part of 'mean'.",
-        ),
-    ],
-)
-def test_impossible_balances_are_refused(values: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(cddlib.UserError) as refused:
-        CombineConfig(**values)
-    assert str(refused.value) == sentence
+def test_impossible_balances_are_refused() -> None:
+    for value in (-0.1, math.inf, math.nan):
+        with pytest.raises(cddlib.UserError, match=rf"^balance is {value}; it must be a finite number, 0 or more\.$"):
+            CombineConfig(balance=value)
+    with pytest.raises(cddlib.UserError, match=r"^balance is 0\.5, but combine is 'gem'; balance is part of 'mean'\.$"):
+        CombineConfig(balance=0.5, combine="gem")
 
 
 @pytest.mark.parametrize("rule", ["mean", *RULES])

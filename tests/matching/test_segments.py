@@ -1,8 +1,9 @@
 """Which segments are matched: spacing, uniform draws, curricula, subsets, real epochs, and what is refused."""
 
+import dataclasses
 import itertools
 from collections import Counter
-from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,14 +15,13 @@ from cddlib.matching.segments import Segments, SegmentsConfig, active_subset, dr
 
 
 @st.composite
-def configurations(draw: st.DrawFn, **fixed: Any) -> SegmentsConfig:
+def configurations(draw: st.DrawFn) -> SegmentsConfig:
     """Any possible configuration: with a curriculum, with subsets, or with neither."""
     start = draw(st.integers(0, 10))
     subsets = draw(st.just(1) | st.integers(1, 7))
     initial = draw(st.none() | st.integers(start + 1, start + 30)) if subsets == 1 else None
     end = draw(st.integers(initial or start + subsets, start + 40))
     return SegmentsConfig(
-        **fixed,
         iterations=draw(st.integers(1, 70)),
         subsets=subsets,
         segments=draw(st.integers(1, ((initial or end) - start) // subsets)),
@@ -32,19 +32,18 @@ def configurations(draw: st.DrawFn, **fixed: Any) -> SegmentsConfig:
     )
 
 
-def all_draws(config: SegmentsConfig, iteration: int) -> list[Segments]:
-    """What comes of every value that the generator can return; they are equally likely."""
+def all_draws(config: SegmentsConfig, iteration: int, fraction: float = 0.0) -> list[Segments]:
+    """What comes of every value that the generator can return, all equally likely; of real ones at that fraction."""
     lower, upper = window(config, iteration)
     draws = []
     for value in range(upper - lower):
-
-        def randint(high: int, size: tuple[int, ...], *, generator: Any, value: int = value) -> torch.Tensor:
-            assert (high, size) == (upper - lower, ())
-            return torch.tensor(value)
-
+        randint = Mock(return_value=torch.tensor(value))
+        rand = Mock(return_value=torch.tensor((value + fraction) / (upper - lower), dtype=torch.float64))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "randint", randint)
+            patch.setattr(torch, "rand", rand)
             draws.append(draw_segments(config, iteration, torch.Generator()))
+        assert rand.called if config.convex else randint.call_args.args == (upper - lower, ())
     return draws
 
 
@@ -99,23 +98,12 @@ def test_subsets_take_equal_turns_and_parts(config: SegmentsConfig) -> None:
 # --- Real start epochs ------------------------------------------------------------------------------------------
 
 
-@hypothesis.given(config=configurations(convex=True), iteration=st.integers(0, 80), share=st.floats(0, 1 - 1e-9))
-def test_real_start_epochs_are_spaced_inside_the_window(config: SegmentsConfig, iteration: int, share: float) -> None:
-    def rand(size: tuple[int, ...], *, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-        assert (size, dtype) == ((), torch.float64)
-        return torch.tensor(share, dtype=dtype)
-
-    lower, upper = window(config, iteration)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", rand)
-        starts, anchor = draw_segments(config, iteration, torch.Generator())
-    assert all(isinstance(start, float) for start in starts)
-    assert len(starts) == config.segments
-    assert lower <= starts[0]
-    assert starts[-1] < upper
-    spacing = (upper - lower) // config.segments
-    assert [b - a for a, b in itertools.pairwise(starts)] == pytest.approx([spacing] * (len(starts) - 1))
-    assert starts[anchor] == pytest.approx(lower + share * (upper - lower))
+@hypothesis.given(config=configurations(), iteration=st.integers(0, 80), fraction=st.floats(0.01, 0.99))
+def test_real_start_epochs_lie_between_whole_ones(config: SegmentsConfig, iteration: int, fraction: float) -> None:
+    found = all_draws(dataclasses.replace(config, convex=True), iteration, fraction)
+    for (starts, anchor), whole in zip(found, all_draws(config, iteration), strict=True):
+        assert all(isinstance(start, float) for start in starts)
+        assert (starts, anchor) == (pytest.approx([start + fraction for start in whole.starts]), whole.anchor)
 
 
 # --- Refused ----------------------------------------------------------------------------------------------------

@@ -15,12 +15,8 @@ from cddlib.evaluate import accuracy_of_set
 from cddlib.methods import recipes
 from cddlib.methods.catalogue import METHODS
 from cddlib.methods.recipes import ROWS
-from cddlib.protocol import EvaluateConfig, train_network
 from cddlib.runtime.config import flat
-from cddlib.runtime.random import generator
-from cddlib.synthetic import random_real
-from cddlib.training.epoch import accuracy, fetch_real
-from cddlib.training.step import ComputeConfig
+from cddlib.synthetic import initialise
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "book" / "results"
@@ -28,25 +24,19 @@ SHORT = {"width": 16, "student_steps": 12, "window_end": 8, "validate_every": 0,
 IPC = 2  # so that two subsets have images of every class
 
 
+def validated(synthetic: cddlib.SyntheticSet, config: cddlib.DistillConfig, seed: int) -> float:
+    """Validation accuracy of a network trained on a set."""
+    network, validation = cddlib.build_network(config.network, (1, 8, 8), 10), cddlib.load("digits").split[1]
+    how = (config.evaluation, config.augmentation.augment, config.compute)
+    return accuracy_of_set(synthetic, network, *how, validation, purpose="evaluation", seed=seed)
+
+
 @pytest.fixture(scope="module")
-def random_accuracy() -> float:
+def random_accuracy(buffer: cddlib.Buffer) -> float:
     """Mean validation accuracy of networks trained on random real images, by the same protocol."""
-    dataset = cddlib.load("digits")
-    preprocessing = cddlib.data.preprocessing.fit_preprocessing(dataset, zca=False)
-    network = cddlib.build_network(cddlib.NetworkConfig(depth=2, width=16), (1, 8, 8), 10)
-    found = []
-    for seed in range(6):
-        train = random_real(dataset.split[0], 10, IPC, generator(seed, "random real"))
-        fetch, how = (
-            fetch_real(train, preprocessing),
-            {"purpose": "evaluation", "seed": seed, "device": torch.device("cpu")},
-        )
-        config = EvaluateConfig(evaluation_epochs=100)
-        theta = train_network(
-            network, fetch, len(train.labels), config, "crop_scale_rotate", ComputeConfig(), 0.05, **how
-        )
-        found.append(accuracy(network, theta, dataset.split[1], preprocessing))
-    return statistics.fmean(found)
+    config = cddlib.distill_recipe("mtt", "digits", IPC, init="real", step_size=0.05, **SHORT)
+    real = [initialise(config.synthetic, cddlib.load("digits"), buffer, seed, torch.device("cpu")) for seed in range(6)]
+    return statistics.fmean(validated(images, config, seed) for seed, images in enumerate(real))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -56,13 +46,7 @@ def test_a_short_run_beats_random_real_images(method: str, random_accuracy: floa
     iterations = 30 if method == "contra" else 60
     config = cddlib.distill_recipe(method, "digits", IPC, iterations=iterations, **SHORT)
     synthetic = cddlib.distill(config, buffer, tmp_path / "run", device="cpu")
-    validation = cddlib.load("digits").split[1]
-    how = (config.evaluation, config.augmentation.augment, config.compute)
-    found = [
-        accuracy_of_set(synthetic, buffer.network, *how, validation, purpose="evaluation", seed=seed)
-        for seed in range(3)
-    ]
-    assert statistics.fmean(found) > random_accuracy + 0.02
+    assert statistics.fmean(validated(synthetic, config, seed) for seed in range(3)) > random_accuracy + 0.02
 
 
 # --- Values found by search ---------------------------------------------------------------------------------------

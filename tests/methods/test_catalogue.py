@@ -10,7 +10,7 @@ import torch
 
 import cddlib
 from cddbook.study import settings_by_accuracy
-from cddbook.tables import measured_table, methods_table, plan_table, published_table
+from cddbook.tables import measured_table, methods_table, plan_table, published_tables
 from cddlib.evaluate import accuracy_of_set
 from cddlib.methods import recipes
 from cddlib.methods.catalogue import METHODS
@@ -88,20 +88,20 @@ def test_the_overview_has_a_row_for_every_method_with_what_it_sets() -> None:
 
 
 def test_published_tables_hold_the_accuracies_and_their_sources() -> None:
-    text = published_table("cifar10")
+    text = published_tables()
     assert "| `datm` | 46.9 ± 0.5 <sup>" in text and "Sources: 1 " in text and "DATM README" in text
     assert "| random real images | 15.4 ± 0.3" in text
 
 
 def test_measured_tables_are_the_records() -> None:
-    text = measured_table(RESULTS)
+    text = measured_table()
     for method in METHODS:
         record = json.loads((RESULTS / f"method-digits-{method}.json").read_text())
         summary = record["evaluations"][0]["summary"]["synthetic"]
         (row,) = [line for line in text.splitlines() if line.startswith(f"| `{method}`")]
         assert f"{100 * summary['mean']:.1f} ± {100 * summary['std']:.1f} ({summary['runs']})" in row
     for run in json.loads((RESULTS / "plan.json").read_text())["runs"]:
-        assert plan_table(RESULTS).count(run["what"]) == 3
+        assert plan_table().count(run["what"]) == 3
 
 
 def test_the_committed_plans_are_within_thirty_percent() -> None:

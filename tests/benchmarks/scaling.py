@@ -1,4 +1,4 @@
-"""An iteration on 1, 2 and 4 processes beside what `scaling_model.py` predicts, and its curves to 64 GPUs.
+"""An iteration on 1, 2 and 4 processes beside what a model predicts, and the model's curves to 64 GPUs.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scaling.py --to book/results/scaling.json
 
@@ -12,14 +12,25 @@ Wants a quiet machine with four cores, and takes some minutes. Each number of pr
 Times are medians, spreads half the distance between the 16th and the 84th percentile: the machine's other work counts
 less so, if there is some. All are measured in turn, several rounds of them, for the machine is not always as fast.
 Nothing is measured on a GPU: the curves rest on the assumptions that the record lists.
+
+The model: devices divide the segments of an iteration; all wait for the slowest of them; a ring all-reduce adds the
+gradients; and every device draws all students and takes the optimiser's step on its own::
+
+    T(W) = E max over devices (their segments' times)               compute, idle devices, the slowest one
+         + 2 (W − 1) latency + 2 (W − 1) / W · bytes / bandwidth    communication
+         + segments · draw + alone                                  what is not divided
+
+The times of segments add up, as they do one by one; small steps that are taken side by side take less.
+Efficiency is T(1) / (W T(W)) for the same work (strong scaling), and T(1) / T(W) if the work grows with the devices, by
+`concurrent_experts` (weak scaling).
 """
 
-import argparse
 import collections
 import concurrent.futures
 import datetime
 import functools
 import itertools
+import math
 import multiprocessing
 import tempfile
 import time
@@ -30,18 +41,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 from PIL import Image
-from scaling_model import (
-    Cluster,
-    Link,
-    Scaling,
-    Work,
-    fit_link,
-    gradient_bytes,
-    iteration,
-    scaled,
-    work_of,
-)
+from scipy.optimize import nnls
 
 import cddlib
 from cddbook.records import write_record
@@ -49,15 +51,118 @@ from cddlib.data.dataset import load, sizes_of
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import initial_state, iterate
 from cddlib.matching.student import plan_student
+from cddlib.plan import buffer_of, plan
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
 
+# --- The model --------------------------------------------------------------------------------------------------
+
+BINDS = 0.05
+"""What takes a larger part of an iteration than this binds; below it, computing does."""
+
+
+class Link(NamedTuple):
+    """What carries numbers from one device to the next."""
+
+    latency: float
+    """Seconds of a step of the ring that carries nothing."""
+    bandwidth: float
+    """Bytes a second, in one direction."""
+
+
+class Work(NamedTuple):
+    """One iteration, as far as time depends on it."""
+
+    segments: int
+    """Segments that are matched, of all experts together."""
+    segment: float
+    """Seconds of one segment."""
+    size: int = 0
+    """Bytes that the all-reduce adds up."""
+    draw: float = 0.0
+    """Seconds in which every device draws one segment's student."""
+    alone: float = 0.0
+    """Seconds of all else that every device does, the optimiser's step above all."""
+    segment_spread: float = 0.0
+    """Standard deviation of a segment's time over its mean, each segment for itself."""
+    device_spread: float = 0.0
+    """Standard deviation of the devices' speeds over their mean, the same for all segments of a device."""
+
+
+class Parts(NamedTuple):
+    """Seconds of an iteration, by what takes them."""
+
+    compute: float
+    """The segments, if they could be divided evenly."""
+    idle: float
+    """Some devices have a segment less than others, or none."""
+    slowest: float
+    """The slowest device takes longer than the mean."""
+    communication: float
+    """The all-reduce."""
+    alone: float
+    """What is not divided."""
+
+    @property
+    def binds(self) -> str:
+        """The largest part beside computing; computing itself, if no other is more than `BINDS` of the whole."""
+        largest, name = max((seconds, name) for name, seconds in self._asdict().items() if name != "compute")
+        return name if largest > BINDS * sum(self) else "compute"
+
+
+def iteration(work: Work, devices: int, link: Link) -> Parts:
+    """The parts of an iteration on so many devices."""
+    shares = np.array([len(range(rank, work.segments, devices)) for rank in range(min(devices, work.segments))])
+    spreads = work.segment * np.hypot(shares**0.5 * work.segment_spread, shares * work.device_spread)
+    times = np.random.default_rng(0).normal(shares * work.segment, spreads, (20_000, len(shares)))
+    compute, most = work.segments * work.segment / devices, shares[0] * work.segment
+    return Parts(
+        compute=compute,
+        idle=most - compute,
+        slowest=float(times.max(axis=1).mean() - most) if len(shares) > 1 else 0.0,
+        communication=all_reduce(work.size, devices, link),
+        alone=work.segments * work.draw + work.alone,
+    )
+
+
+def all_reduce(size: int, devices: int, link: Link) -> float:
+    """Seconds of a ring all-reduce: W − 1 steps that add, W − 1 that spread the sum, each with a W-th of the bytes."""
+    return 2 * (devices - 1) * (link.latency + size / devices / link.bandwidth)
+
+
+def fit_link(measured: Sequence[tuple[int, int, float]]) -> Link:
+    """The link that explains measured all-reduces (bytes, devices, seconds) best, in relative terms."""
+    size, devices, seconds = np.array(measured, dtype=np.float64).T
+    terms = np.stack([2 * (devices - 1), 2 * (devices - 1) / devices * size], axis=1)
+    latency, per_byte = nnls(terms / seconds[:, None], np.ones(len(seconds)))[0]
+    return Link(float(latency), float(1 / per_byte) if per_byte else math.inf)
+
+
+def operations(config: DistillConfig) -> tuple[float, float]:
+    """Floating-point operations of one segment, and of an iteration beside its segments, as `cddlib.plan` counts."""
+    now, more = (
+        plan(buffer_of(changed), changed, measure=False)[1].flops
+        for replay in (config.schedule.replay, config.schedule.replay + 1)
+        for changed in [cddlib.replace(config, iterations=1, replay=replay, validate_every=0)]
+    )
+    return more - now, now - config.schedule.segments_in_all * (more - now)
+
+
+def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
+    """What one all-reduce adds up: a gradient of the synthetic set, or one for each segment where weights need them."""
+    sizes = sizes_of(config.data.data, root)
+    logits = 0 if config.synthetic.labels == "hard" else sizes.classes
+    numbers = config.synthetic.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1
+    return 4 * numbers * (1 if config.combination.combine == "mean" else config.schedule.segments_in_all)
+
+
+# --- What is measured -------------------------------------------------------------------------------------------
+
 PROCESSES = (1, 2, 4)
 SEGMENTS = (4, 8)
 SIZES = (4, 2**13, 2**17, 2**20, 2**24)
-DEVICES = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 4
 
 
@@ -101,17 +206,12 @@ def cases(folder: Path) -> list[Case]:
 # --- In one of the processes ------------------------------------------------------------------------------------
 
 
-class Apart(Ranks):
+def apart(segments: int) -> Ranks:
     """A process that differentiates the first few segments and adds them up with nobody."""
-
-    def __init__(self, segments: int) -> None:
-        """Work on so many segments."""
-        super().__init__()
-        self.rank, self.count, self._segments = 0, 1, segments
-
-    def share(self, work: Sequence[Any]) -> Sequence[Any]:
-        """The first few."""
-        return work[: self._segments]
+    alone = Ranks()
+    alone.rank, alone.count = 0, 1
+    alone.share = lambda work: work[:segments]  # type: ignore[method-assign]
+    return alone
 
 
 def timed(repeats: int, *runs: Callable[[], object]) -> list[list[float]]:
@@ -139,7 +239,7 @@ def process(rank: int, *, count: int, store: Path, works: list[Case]) -> dict[An
         buffer = cddlib.Buffer(case.buffer)
         state = initial_state(config, load(config.data.data, case.root), buffer, torch.device("cpu"))
         state.progress.iteration = 0
-        ranks = {"nothing": Apart(0), "one": Apart(1), "iteration": Ranks()}
+        ranks = {"nothing": apart(0), "one": apart(1), "iteration": Ranks()}
         runs = [functools.partial(iterate, state, config, buffer, group) for group in ranks.values()]
         for name, seconds in zip(ranks, timed(case.repeats, *runs), strict=True):
             found[case.name, segments, name] = seconds
@@ -189,7 +289,7 @@ def compared(works: list[Case], by_count: dict[int, list[dict[Any, list[float]]]
     rows = []
     for case, segments, count in itertools.product(works, SEGMENTS, PROCESSES):
         seconds = float(np.median(by_count[count][0][case.name, segments, "iteration"]))
-        predicted = iteration(work_measured(by_count[count], case, segments), count, link).seconds
+        predicted = sum(iteration(work_measured(by_count[count], case, segments), count, link))
         row = {"work": case.name, "segments": segments, "processes": count}
         rows.append({**row, "seconds": seconds, "predicted": predicted, "error": predicted / seconds - 1})
         print(rows[-1], flush=True)
@@ -213,36 +313,36 @@ ASSUMED = {
     "device_spread": (0.03, "assumed: GPUs of one kind differ by some percent"),
 }
 SETS = (("CIFAR-100, IPC 50", "datm", "cifar100", 50), ("ImageNet-1K, IPC 10", "tesla", "imagenet", 10))
-CURVES: tuple[tuple[Scaling, int], ...] = (("strong", 1), ("strong", 8), ("weak", 1))
+CURVES = (("strong", 1), ("strong", 8), ("weak", 1))
 """The kind of scaling, and the experts that are matched at once: by all devices, or for each of them."""
+
+
+def work_of(config: DistillConfig, draw: float) -> Work:
+    """The work of an iteration on the assumed device. Beside segments, it passes over the gradient about ten times."""
+    (segment, beside), size = operations(config), gradient_bytes(config)
+    rate, memory, *spreads = (
+        ASSUMED[name][0]
+        for name in ("operations_per_second", "memory_bytes_per_second", "segment_spread", "device_spread")
+    )
+    alone = beside / rate + 10 * size / memory
+    return Work(config.schedule.segments_in_all, segment / rate, size, draw, alone, *spreads)
 
 
 def model(draws: dict[str, float], segments: int = 8) -> list[dict[str, Any]]:
     """The curves of `SETS`; `draws` says how many seconds each takes to draw a segment's student."""
-    a = {name: value for name, (value, _) in ASSUMED.items()}
-    inside, between = (Link(a[f"{where}_latency"], a[f"{where}_bandwidth"]) for where in ("inside", "between"))
-    cluster = Cluster(inside, between, int(a["node"]))
+    links = [Link(ASSUMED[f"{where}_latency"][0], ASSUMED[f"{where}_bandwidth"][0]) for where in ("inside", "between")]
     rows = []
-    for (name, config), (scaling, experts) in itertools.product(configurations(segments).items(), CURVES):
-        work = work_of(
-            cddlib.replace(config, concurrent_experts=experts),
-            a["operations_per_second"],
-            memory=a["memory_bytes_per_second"],
-            draw=draws[name],
-            segment_spread=a["segment_spread"],
-            device_spread=a["device_spread"],
-        )
-        for devices in DEVICES:
-            parts, efficiency = scaled(work, devices, cluster, scaling)
-            at_once = experts * (devices if scaling == "weak" else 1)
-            row = {"set": name, "scaling": scaling, "segments": segments, "concurrent_experts": at_once}
+    for (name, *recipe), (scaling, experts) in itertools.product(SETS, CURVES):
+        config = cddlib.distill_recipe(*recipe, segments=segments, concurrent_experts=experts)
+        work = work_of(config, draws[name])
+        for devices in (1, 2, 4, 8, 16, 32, 64):
+            times = devices if scaling == "weak" else 1
+            link = links[devices > ASSUMED["node"][0]]  # a ring is as slow as its slowest link
+            parts = iteration(work._replace(segments=work.segments * times), devices, link)
+            efficiency = sum(iteration(work, 1, link)) * times / devices / sum(parts)
+            row = {"set": name, "scaling": scaling, "segments": segments, "concurrent_experts": experts * times}
             rows.append({**row, "devices": devices, "efficiency": efficiency, "binds": parts.binds})
     return rows
-
-
-def configurations(segments: int) -> dict[str, DistillConfig]:
-    """The recipes of `SETS`."""
-    return {name: cddlib.distill_recipe(*recipe, segments=segments) for name, *recipe in SETS}
 
 
 def drawing_seconds(config: DistillConfig) -> float:
@@ -253,11 +353,8 @@ def drawing_seconds(config: DistillConfig) -> float:
     return float(np.median(seconds))
 
 
-def main() -> None:
-    """Measure, predict, and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, required=True, help="the record")
-    options = parser.parse_args()
+def main(to: Path) -> None:
+    """Measure, predict, and write the record `to`."""
     torch.set_num_threads(1)
     recorder = Recorder(torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
@@ -271,12 +368,11 @@ def main() -> None:
                 for what, seconds in once.items():
                     pooled[what] += seconds
         measured = compared(works, by_count)
-    draws = {name: drawing_seconds(config) for name, config in configurations(8).items()}
+    draws = {name: drawing_seconds(cddlib.distill_recipe(*recipe)) for name, *recipe in SETS}
     assumptions = {name: {"value": value, "source": where} for name, (value, where) in ASSUMED.items()}
     assumptions["draw_seconds"] = {"value": draws, "source": "measured here: students are drawn on the CPU"}
-    record = {"measured": measured, "assumptions": assumptions, "model": model(draws), **recorder.report()}
-    write_record(options.to, record)
+    write_record(to, {"measured": measured, "assumptions": assumptions, "model": model(draws), **recorder.report()})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -7,7 +7,6 @@ writing, not a disk's reading. Memory is anonymous memory, the part that no file
 (Pss_Anon) a page that processes share counts once.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+import tyro
 from PIL import Image
 
 import cddlib
@@ -147,11 +147,8 @@ def measure_mapped(root: Path) -> dict[str, dict[str, float]]:
     return {"before": {"anonymous_mb": before}, "fingerprint": {"anonymous_mb": anonymous(this)}}
 
 
-def main() -> None:
-    """Measure everything, print it, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, required=True, help="the record")
-    options = parser.parse_args()
+def main(to: Path) -> None:
+    """Measure everything, print it, write the record `to`."""
     recorder = Recorder(resolve_device("cpu"))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: CONFIG["processors"]])
     spawn = multiprocessing.get_context("spawn")
@@ -161,8 +158,8 @@ def main() -> None:
         mapped = {"images": images, **fresh.submit(measure_mapped, Path(name)).result()}
     print(json.dumps({"streamed": streamed, "mapped": mapped}, indent=1))
     report = {key: value for key, value in recorder.report().items() if key != "peak_memory_mb"}  # not this process's
-    write_record(options.to, {"config": CONFIG, "streamed": streamed, "mapped": mapped, **report})
+    write_record(to, {"config": CONFIG, "streamed": streamed, "mapped": mapped, **report})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -2,7 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
-from scaling_model import Parts
+from scaling import Parts
 
 from cddbook.figures import ch7_reliability as reliability
 

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,8 +30,8 @@ def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
     compiling.not_compiled.cache_clear()  # what other tests of this process were told
     path, every, most = tmp_path_factory.mktemp("speed") / "speed.json", speed.points, [5]
 
-    def few(options: Any) -> list[Any]:
-        points = [point for point in every(options) if "compiled" not in point.implementation]
+    def few(*options: Any) -> list[Any]:
+        points = [point for point in every(*options) if "compiled" not in point.implementation]
         first = [next(p for p in points if p.work == w and p.implementation == n and p.ipc == i) for w, n, i in WANTED]
         curves = [p for p in points if p.curve and p.side <= 32 and p.segments <= 2 and p.ipc <= 2]
         few = [dataclasses.replace(point, **LITTLE) for point in first]
@@ -42,10 +41,10 @@ def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "points", few)
         patch.setattr(speed, "in_a_process", speed.measure)
-        speed.main(["--threads", "1", "--device", "cpu", "--to", str(path)])
+        speed.main(path, threads=1, device="cpu")
         begun = json.loads(path.read_text())["measurements"]
         most[0] = None
-        speed.main(["--threads", "1", "--device", "cpu", "--to", str(path)])
+        speed.main(path, threads=1, device="cpu")
     whole = json.loads(path.read_text())
     assert whole["measurements"][:5] == begun
     return whole
@@ -107,7 +106,7 @@ def test_all_ways_give_one_gradient(speed: Any) -> None:
 def test_side_by_side_is_measured_where_steps_are_small_and_where_not(
     speed: Any, monkeypatch: pytest.MonkeyPatch, device: str, compiled: bool
 ) -> None:
-    points = speed.points(SimpleNamespace(threads=1, device=device, width=128, seconds=10.0))
+    points = speed.points(1, device, 128, 10.0)
     apart = [point for point in points if point.implementation.endswith(speed_figures.APART)]
     small = [point for point in apart if point.side == speed_figures.SMALL_SIDE]
     assert {point.segments for point in small} == {1, 2, 4, 8}

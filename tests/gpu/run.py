@@ -425,19 +425,18 @@ def at_once(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {"rows": rows}
 
 
-def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> list[BaseException]:
-    """Do all of them, each in a thread with a stream of its own; returns what they raised."""
-    raised: list[BaseException] = []
+def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> None:
+    """Do all of them, each in a thread with a stream of its own; what they raise is printed."""
 
     def work(function: Callable[[], object]) -> None:
         stream = torch.cuda.stream(torch.cuda.Stream(bench.device)) if bench.gpu else contextlib.nullcontext()
         try:
             with stream:
                 function()
+        except Interrupted:
+            pass
         except BaseException as error:
-            raised.append(error)
-            if not isinstance(error, Interrupted):
-                traceback.print_exception(error)
+            traceback.print_exception(error)
 
     threads = [threading.Thread(target=work, args=(function,), daemon=True) for function in works]
     for thread in threads:
@@ -445,7 +444,6 @@ def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> list[Base
     for thread in threads:
         while thread.is_alive():
             thread.join(0.2)  # signals are heeded in between
-    return raised
 
 
 # --- Real work --------------------------------------------------------------------------------------------------

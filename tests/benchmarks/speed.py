@@ -38,7 +38,6 @@ import cddlib
 from cddbook.records import read_record, write_record
 from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import Images
-from cddlib.data.preprocessing import Normalisation
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import MatchingConfig, segment_chunks
@@ -163,7 +162,7 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
     """An expert's epoch, or `steps` of its steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size = BATCH * steps if steps else point.images
-    pixels, labels, normalisation = real_images(size, device)
+    pixels, labels, normalisation = real_images(size, SHAPE, device)
     compute = WAYS[point.implementation][0]
     if compute:
         network = convnet(point)
@@ -178,13 +177,8 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
         textbook.train_epoch(module, torch.optim.SGD(module.parameters(), lr=0.01), inputs, labels, BATCH, STRATEGY)
 
 
-@functools.cache
-def real_images(size: int, device: torch.device) -> tuple[Tensor, Tensor, Normalisation]:
-    """Pixels, labels and what normalises them; drawing them is no part of an epoch."""
-    rng = cddlib.generator("real images")
-    pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8)
-    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
-    return pixels.to(device), torch.randint(CLASSES, (size,), generator=rng).to(device), normalisation
+real_images = functools.cache(textbook.real_images)
+"""Drawing them is no part of an epoch."""
 
 
 def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
@@ -193,7 +187,7 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
     size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
     images = torch.randn(size, *SHAPE, generator=rng).to(device)
     labels = (torch.arange(size) % CLASSES).to(device)
-    pixels, answers, normalisation = real_images(10 * epochs, device)
+    pixels, answers, normalisation = real_images(10 * epochs, SHAPE, device)
     compute = WAYS[point.implementation][0]
     if compute:
         synthetic = SyntheticSet(

@@ -68,13 +68,6 @@ def test_operations_are_those_counted_by_hand(record: dict) -> None:
     assert found == dict.fromkeys(found, expected)
 
 
-def test_the_ways_do_nearly_the_same_operations(speed: Any) -> None:
-    """Where nothing is computed again. The textbook's leaves out what the first step's parameters would need."""
-    points = [speed.Point(work="match", implementation=name, **LITTLE) for name in ("textbook", "cddlib")]
-    theirs, ours = map(speed.operations, points)
-    assert 0.8 * ours < theirs <= ours
-
-
 def test_a_process_of_its_own_measures_the_same(speed: Any) -> None:
     point = speed.Point(work="match", implementation="cddlib, least memory", operations=1e6, **LITTLE)
     found = speed.in_a_process(point, 100.0)
@@ -103,20 +96,20 @@ def test_all_ways_give_one_gradient(speed: Any) -> None:
 
 
 @pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", True)])
-def test_side_by_side_is_measured_where_steps_are_small_and_where_not(
-    speed: Any, monkeypatch: pytest.MonkeyPatch, device: str, compiled: bool
-) -> None:
-    points = speed.points(1, device, 128, 10.0)
-    apart = [point for point in points if point.implementation.endswith(speed_figures.APART)]
+def test_side_by_side_is_measured_where_steps_are_small_and_where_not(speed: Any, device: str, compiled: bool) -> None:
+    apart = [p for p in speed.points(1, device, 128, 10.0) if p.implementation.endswith(speed_figures.APART)]
     small = [point for point in apart if point.side == speed_figures.SMALL_SIDE]
     assert {point.segments for point in small} == {1, 2, 4, 8}
     large = [point for point in apart if point not in small]
     assert {(point.width, "compiled" in point.implementation) for point in large} == {(128, compiled)}
+
+
+def test_the_way_s_name_says_how_many_segments_walk_together(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(speed, "segment_chunks", lambda *given: taken.append(given[1].side_by_side) or [])
-    for point in [p for p in small if p.segments == 4] + [p for p in points if p.segments == 4 and p.curve]:
-        speed.match(dataclasses.replace(point, width=4), torch.device("cpu"))
-    assert taken == [1, 4, None, None]
+    for name in ("cddlib, one by one", "cddlib, side by side", "cddlib"):
+        speed.match(speed.Point(work="match", implementation=name, segments=4, **LITTLE), torch.device("cpu"))
+    assert taken == [1, 4, None]
 
 
 def test_a_record_s_parts_are_for_two_tables() -> None:

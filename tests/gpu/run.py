@@ -48,7 +48,6 @@ import cddlib  # noqa: E402
 from cddbook.records import read_record, write_record  # noqa: E402
 from cddlib.data.augment import CHANGES, AugmentConfig  # noqa: E402
 from cddlib.data.dataset import Images  # noqa: E402
-from cddlib.data.preprocessing import Normalisation  # noqa: E402
 from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set, fetch_synthetic, train_network  # noqa: E402
 from cddlib.matching import loss as losses  # noqa: E402
 from cddlib.matching import student as students  # noqa: E402
@@ -201,13 +200,10 @@ def random_walk(
 ) -> Walk:
     """A student on random images, between random parameters and others that are near."""
     rng, size, side = cddlib.generator("gpu", seed), ipc * CLASSES, bench.sizes.side
-    start = bench.network.init(rng)
-    target = start + 0.01 * torch.randn(start.shape, generator=rng)
-    images = torch.randn(size, 3, side, side, generator=rng)
-    targets = torch.rand(size, CLASSES, generator=rng).softmax(1)
+    start, target, images, _, step_size = textbook.noise(bench.network, (3, side, side), size, rng, bench.device)
+    targets = torch.rand(size, CLASSES, generator=rng).softmax(1).to(bench.device)
     plan = cddlib.plan_student(MatchingConfig(student_steps=steps, student_batch=batch), size, strategy, rng)
-    on = (tensor.to(bench.device) for tensor in (start, target, images, targets, torch.tensor(0.01)))
-    return (*on, plan)  # type: ignore[return-value]
+    return start, target, images, targets, step_size, plan
 
 
 def textbook_gradients(network: cddlib.ConvNet, walk: Walk, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -377,9 +373,7 @@ def expert_epoch(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
     """An epoch on random images."""
     size, shape = bench.sizes.real_images, (3, bench.sizes.side, bench.sizes.side)
     rng = cddlib.generator("expert")
-    pixels = torch.randint(256, (size, *shape), generator=rng, dtype=torch.uint8).to(bench.device)
-    labels = torch.randint(CLASSES, (size,), generator=rng).to(bench.device)
-    normalise = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(bench.device)
+    pixels, labels, normalise = textbook.real_images(size, shape, bench.device)
     theta = bench.network.init(rng).to(bench.device).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr=0.01)
     fetch = fetch_real(Images(pixels, labels), normalise)

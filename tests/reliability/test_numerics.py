@@ -18,7 +18,7 @@ from cddlib.data.dataset import load
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.gradient import concurrent_gradient
 from cddlib.exchange.published import export_buffer, import_buffer
-from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
+from cddlib.experts.buffer import Buffer, expert_path, read_expert_record, write_trajectory
 from cddlib.runtime import files, run_folder
 from cddlib.runtime.errors import Diverged
 from cddlib.synthetic import SyntheticSet
@@ -148,16 +148,12 @@ def test_settings_stop_with_a_sentence_or_end_well(buffer: Buffer, recipe: Recip
 
 
 def spoiled(buffer: Buffer, folder: Path, expert: int, epoch: int, number: float) -> Buffer:
-    """A copy of `buffer` whose files agree with each other, with `number` in one expert's parameters of one epoch."""
+    """A copy of `buffer` with `number` in one expert's parameters of one epoch."""
     shutil.copytree(buffer.folder, folder)
     snapshots = [buffer.parameters(expert, time) for time in range(buffer.epochs + 1)]
     snapshots[epoch][7] = number
     path = expert_path(folder, expert)
-    manifest = files.read_json(folder / "buffer.json")
-    record = {key: value for key, value in manifest["experts"][expert].items() if key not in ("file", "sha256")}
-    write_trajectory(path, buffer.network, snapshots, record)
-    manifest["experts"][expert]["sha256"] = files.file_digest(path)
-    files.write_json(folder / "buffer.json", manifest)
+    write_trajectory(path, buffer.network, snapshots, read_expert_record(path))
     return Buffer(folder)
 
 

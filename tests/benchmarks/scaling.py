@@ -116,8 +116,8 @@ def iteration(work: Work, devices: int, link: Link) -> Parts:
     """The parts of an iteration on so many devices."""
     shares = np.array([len(range(rank, work.segments, devices)) for rank in range(min(devices, work.segments))])
     spreads = work.segment * np.hypot(shares**0.5 * work.segment_spread, shares * work.device_spread)
-    times = np.random.default_rng(0).normal(shares * work.segment, spreads, (20_000, len(shares)))
-    compute, most = work.segments * work.segment / devices, shares[0] * work.segment
+    times = shares * work.segment + spreads * np.random.default_rng(0).standard_normal((20_000, len(shares)))
+    compute, most = work.segments * work.segment / devices, int(shares[0]) * work.segment
     return Parts(
         compute=compute,
         idle=most - compute,
@@ -164,20 +164,11 @@ PROCESSES = (1, 2, 4)
 SEGMENTS = (4, 8)
 SIZES = (4, 2**13, 2**17, 2**20, 2**24)
 ROUNDS = 4
+REPEATS = 4
+"""Iterations that a round times."""
 
 
-class Case(NamedTuple):
-    """One work, with the experts that it matches."""
-
-    name: str
-    config: DistillConfig
-    repeats: int
-    """Iterations that a round times."""
-    buffer: Path
-    root: Path
-
-
-def cases(folder: Path) -> list[Case]:
+def prepared(folder: Path) -> dict[str, DistillConfig]:
     """The works that are measured; trains their experts. The 32-pixel images are noise, in ten classes."""
     rng = generator("scaling")
     for part, label, number in itertools.product(("train", "val"), range(10), range(20)):
@@ -185,22 +176,20 @@ def cases(folder: Path) -> list[Case]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(torch.randint(256, (32, 32, 3), generator=rng, dtype=torch.uint8).numpy()).save(path)
     cddlib.prepare("imagefolder", folder, source=folder / "images", size=32)
-    shared: dict[str, Any] = {"segments": max(SEGMENTS), "window_end": 16, "expert_epochs": 2}
+    shared: dict[str, Any] = {"student_batch": None, "window_end": 16, "expert_epochs": 2}
     shared |= {"side_by_side": 1}  # as the model has it
     shared |= {"lr_images": 0.0, "lr_step_size": 0.0}  # noise teaches nothing, and the same work is timed again
-    found = []
-    for name, data, depth, ipc, steps, repeats in (
-        ("digits, width 32, IPC 1", "digits", 2, 1, 20, 5),
-        ("32-pixel images, width 32, IPC 1", "imagefolder", 3, 1, 4, 4),
-        ("32-pixel images, width 32, IPC 10", "imagefolder", 3, 10, 1, 3),
+    works = {}
+    for name, data, depth, ipc, steps in (
+        ("digits, width 32, IPC 1", "digits", 2, 1, 20),
+        ("32-pixel images, width 32, IPC 1", "imagefolder", 3, 1, 4),
+        ("32-pixel images, width 32, IPC 10", "imagefolder", 3, 10, 1),
     ):
         network: dict[str, Any] = {"width": 32, "depth": depth}
-        config = cddlib.distill_recipe("mtt", data, ipc, student_steps=steps, student_batch=None, **network, **shared)
-        buffer = folder / f"{data}-experts"
+        works[name] = config = cddlib.distill_recipe("mtt", data, ipc, student_steps=steps, **network, **shared)
         experts = cddlib.buffer_recipe(data, experts=1, epochs=18, augment=config.augmentation.augment, **network)
-        cddlib.train_buffer(experts, buffer, root=folder, device="cpu")
-        found.append(Case(name, config, repeats, buffer, folder))
-    return found
+        cddlib.train_buffer(experts, folder / data, root=folder, device="cpu")
+    return works
 
 
 # --- In one of the processes ------------------------------------------------------------------------------------
@@ -210,7 +199,7 @@ def apart(segments: int) -> Ranks:
     """A process that differentiates the first few segments and adds them up with nobody."""
     alone = Ranks()
     alone.rank, alone.count = 0, 1
-    alone.share = lambda work: work[:segments]  # type: ignore[method-assign]
+    alone.portion = lambda work: work[:segments]  # type: ignore[method-assign]
     return alone
 
 
@@ -226,23 +215,23 @@ def timed(repeats: int, *runs: Callable[[], object]) -> list[list[float]]:
     return found
 
 
-def process(rank: int, *, count: int, store: Path, works: list[Case]) -> dict[Any, list[float]]:
-    """Measure everything as one of `count` processes; returns seconds by what they are of."""
+def process(rank: int, *, count: int, store: Path, works: dict[str, DistillConfig]) -> dict[Any, list[float]]:
+    """Measure everything as one of `count` processes that meet at the file `store`; seconds by what they are of."""
     torch.set_num_threads(1)
     keep_freed_memory()
     if count > 1:
         patience = datetime.timedelta(minutes=10)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
     found: dict[Any, list[float]] = {}
-    for case, segments in itertools.product(works, SEGMENTS):
-        config = cddlib.replace(case.config, segments=segments)
-        buffer = cddlib.Buffer(case.buffer)
-        state = initial_state(config, load(config.data.data, case.root), buffer, torch.device("cpu"))
+    for (name, work), segments in itertools.product(works.items(), SEGMENTS):
+        config = cddlib.replace(work, segments=segments)
+        buffer = cddlib.Buffer(store.parent / config.data.data)
+        state = initial_state(config, load(config.data.data, store.parent), buffer, torch.device("cpu"))
         state.progress.iteration = 0
         ranks = {"nothing": apart(0), "one": apart(1), "iteration": Ranks()}
         runs = [functools.partial(iterate, state, config, buffer, group) for group in ranks.values()]
-        for name, seconds in zip(ranks, timed(case.repeats, *runs), strict=True):
-            found[case.name, segments, name] = seconds
+        for who, seconds in zip(ranks, timed(REPEATS, *runs), strict=True):
+            found[name, segments, who] = seconds
     if count > 1:
         for size in SIZES:
             (found["all-reduce", size],) = timed(10, functools.partial(Ranks().sum, torch.zeros(size // 4)))
@@ -253,44 +242,37 @@ def process(rank: int, *, count: int, store: Path, works: list[Case]) -> dict[An
 # --- In the parent ----------------------------------------------------------------------------------------------
 
 
-def together(count: int, works: list[Case], store: Path) -> list[dict[Any, list[float]]]:
-    """What each of `count` processes measured in a round; they find each other at `store`, a new file."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
-        return list(pool.map(functools.partial(process, count=count, store=store, works=works), range(count)))
-
-
 def spread(values: Sequence[float]) -> float:
     """Half the distance between the 16th and the 84th percentile: a normal distribution's standard deviation."""
     low, high = np.percentile(values, [16, 84])
     return float(high - low) / 2
 
 
-def work_measured(every: list[dict[Any, list[float]]], case: Case, segments: int) -> Work:
+def work_measured(every: list[dict[Any, list[float]]], name: str, segments: int, size: int) -> Work:
     """The work, from what the processes measured while each worked by itself."""
-    nothing = [float(np.median(measured[case.name, segments, "nothing"])) for measured in every]
-    one = [measured[case.name, segments, "one"] for measured in every]
+    nothing = [float(np.median(measured[name, segments, "nothing"])) for measured in every]
+    one = [measured[name, segments, "one"] for measured in every]
     means = [float(np.median(times)) - beside for times, beside in zip(one, nothing, strict=True)]
     segment = float(np.mean(means))
     return Work(
         segments=segments,
         segment=segment,
-        size=gradient_bytes(case.config, case.root),
+        size=size,
         alone=float(np.mean(nothing)),
         segment_spread=float(np.mean([spread(times) for times in one])) / segment,
         device_spread=float(np.std(means, ddof=1)) / segment if len(means) > 1 else 0.0,
     )
 
 
-def compared(works: list[Case], by_count: dict[int, list[dict[Any, list[float]]]]) -> list[dict[str, Any]]:
-    """Measured iterations beside predicted ones."""
+def compared(sizes: dict[str, int], by_count: dict[int, list[dict[Any, list[float]]]]) -> list[dict[str, Any]]:
+    """Measured iterations beside predicted ones; `sizes` has the bytes that each work's all-reduce adds up."""
     reduced = [(size, count) for size in SIZES for count in PROCESSES[1:]]
     link = fit_link([(*one, float(np.median(by_count[one[1]][0]["all-reduce", one[0]]))) for one in reduced])
     rows = []
-    for case, segments, count in itertools.product(works, SEGMENTS, PROCESSES):
-        seconds = float(np.median(by_count[count][0][case.name, segments, "iteration"]))
-        predicted = sum(iteration(work_measured(by_count[count], case, segments), count, link))
-        row = {"work": case.name, "segments": segments, "processes": count}
+    for (name, size), segments, count in itertools.product(sizes.items(), SEGMENTS, PROCESSES):
+        seconds = float(np.median(by_count[count][0][name, segments, "iteration"]))
+        predicted = sum(iteration(work_measured(by_count[count], name, segments, size), count, link))
+        row = {"work": name, "segments": segments, "processes": count}
         rows.append({**row, "seconds": seconds, "predicted": predicted, "error": predicted / seconds - 1})
         print(rows[-1], flush=True)
     return rows
@@ -357,17 +339,19 @@ def main(to: Path) -> None:
     """Measure, predict, and write the record `to`."""
     torch.set_num_threads(1)
     recorder = Recorder(torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        works = cases(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder, spawn = Path(name), multiprocessing.get_context("spawn")
+        works = prepared(folder)
         by_count: dict[int, list[dict[Any, list[float]]]] = {
             count: [collections.defaultdict(list) for _ in range(count)] for count in PROCESSES
         }
         for number, count in itertools.product(range(ROUNDS), PROCESSES):
-            found = together(count, works, Path(folder) / f"store-{number}-{count}")
-            for pooled, once in zip(by_count[count], found, strict=True):
-                for what, seconds in once.items():
-                    pooled[what] += seconds
-        measured = compared(works, by_count)
+            measure = functools.partial(process, count=count, store=folder / f"{number}-{count}", works=works)
+            with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
+                for pooled, once in zip(by_count[count], pool.map(measure, range(count)), strict=True):
+                    for what, seconds in once.items():
+                        pooled[what] += seconds
+        measured = compared({name: gradient_bytes(config, folder) for name, config in works.items()}, by_count)
     draws = {name: drawing_seconds(cddlib.distill_recipe(*recipe)) for name, *recipe in SETS}
     assumptions = {name: {"value": value, "source": where} for name, (value, where) in ASSUMED.items()}
     assumptions["draw_seconds"] = {"value": draws, "source": "measured here: students are drawn on the CPU"}

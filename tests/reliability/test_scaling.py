@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import scaling
+import torch
 import yaml
 from scaling import Link, Parts, Work, all_reduce, fit_link, gradient_bytes, iteration, operations
 from torch.distributed.run import get_args_parser
 
 import cddlib
 from cddlib import cli, commands
+from cddlib.distillation.gradient import concurrent_gradient
 from cddlib.runtime.errors import UserError
+from cddlib.synthetic import initialise
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "book" / "examples"
@@ -63,6 +66,14 @@ def test_bytes_are_those_of_the_variables_and_of_every_segment_where_weights_nee
     assert gradient_bytes(config) == alone
     assert gradient_bytes(cddlib.replace(config, concurrent_experts=2, combine="mgda")) == 9 * alone
     assert gradient_bytes(cddlib.replace(config, labels="learned")) == alone + 4 * 1000 * 100
+
+
+@pytest.mark.parametrize("segments", [0, 1])
+def test_a_process_apart_works_on_its_segments(segments: int, buffer: cddlib.Buffer, recipe: Any) -> None:
+    config = recipe(segments=3)
+    synthetic = initialise(config.synthetic, cddlib.load("digits"), buffer, 0, torch.device("cpu"))
+    _, record = concurrent_gradient(config, buffer, synthetic, 1, scaling.apart(segments))
+    assert [loss > 0 for loss in record["losses"]] == [number < segments for number in range(3)]
 
 
 def test_the_committed_curves_are_the_model_s() -> None:

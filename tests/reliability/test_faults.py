@@ -30,11 +30,6 @@ from cddlib.runtime.files import read_json, read_tensors
 from cddlib.runtime.random import generator
 
 
-@pytest.fixture(scope="module")
-def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
-    return Works(tmp_path_factory.mktemp("faults"))
-
-
 def note(notes: dict[str, Any], what: str, **entry: Any) -> None:
     """Add an entry to a list of the record."""
     notes.setdefault(what, []).append(entry)

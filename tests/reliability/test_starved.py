@@ -9,7 +9,6 @@ import datetime
 import functools
 import os
 import re
-import resource
 import shutil
 import subprocess
 import time
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import limit_memory
 from children import Setting, at_operation, die, patch, run
 from conftest import Repeats
 from works import Work, Works, assert_one_sentence, assert_same, contents
@@ -30,11 +30,6 @@ from cddlib.runtime.random import generator
 KINDS = ("short buffer", "short distill", "growing evaluate", "data")
 PAGE = 4096
 MEGABYTE = 2**20
-
-
-@pytest.fixture(scope="module")
-def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
-    return Works(tmp_path_factory.mktemp("works"))
 
 
 # --- Disk -------------------------------------------------------------------------------------------------------
@@ -216,12 +211,6 @@ def test_jumping_clock(works: Works, kind: str, notes: dict[str, Any]) -> None:
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------
-
-
-def limit_memory(spare: int) -> None:
-    """Let the process take only so many bytes more than it has."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + spare
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 @pytest.mark.parametrize("kind", ["large-buffer", "large-distill", "large-evaluate", "large-data"])

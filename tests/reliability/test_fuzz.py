@@ -99,7 +99,7 @@ def damaged(whole: bytes, other: bytes, rng: random.Random) -> bytes:
         for _ in range(rng.randrange(8)):
             spoilt[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         return bytes(spoilt)
-    at, size = rng.randrange(len(whole) + 1), rng.randrange(rng.choice((2, 16, len(whole))))
+    at, size = rng.randrange(len(whole) + 1), rng.randrange(1, 1 + rng.choice((1, 16, len(whole))))
     source = rng.choice((whole, other, rng.choice(EXTREMES), bytes([rng.randrange(256)]) * size))
     start = rng.choice((0, rng.randrange(len(source) + 1)))
     piece = source[start : start + size]

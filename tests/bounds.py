@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-@contextlib.contextmanager
-def little_memory(extra: int = 2**30) -> Iterator[None]:
-    """Within, the process, and those that it starts, may map so many bytes more than it has now."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
+def limit_memory(extra: int) -> None:
+    """Let the process, and those that it starts, map only so many bytes more than it has now."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + extra, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """Within, a gigabyte more."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit_memory(2**30)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from works import Works
 
 import cddlib
 from cddbook.records import write_record
@@ -50,6 +51,12 @@ def quick() -> dict[str, object]:
 def recipe(quick: dict[str, Any]) -> Callable[..., cddlib.DistillConfig]:
     """Configurations of a second; `validate_every=0` for those that need the last iterate."""
     return lambda **overrides: cddlib.distill_recipe("contra", **{**quick, "segments": 2, **overrides})
+
+
+@pytest.fixture(scope="session")
+def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
+    """Command lines that tests kill and starve."""
+    return Works(tmp_path_factory.mktemp("works"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

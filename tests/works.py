@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from children import Child, Setting, patch, run
 from PIL import Image
 
+from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
 
 VOLATILE = {"seconds", "seconds_per_iteration", "finished", "peak_memory_mb", "checksum", "commit", "experts_trained"}
@@ -63,12 +64,29 @@ def assert_same(folder: Path, wanted: Path) -> None:
     assert not different, different
 
 
-def damages(data: bytes, name: str, bits: int) -> Iterator[bytes]:
-    """A file cut off at some lengths, and with that many single bits flipped, half of them in its beginning."""
-    yield from (data[:length] for length in sorted({0, 7, len(data) // 2, len(data) - 1}))
-    for reach in (min(len(data), 400), len(data)):
+def assert_refused(path: Path, bits: int, notes: dict[str, Any], attempt: Callable[[], object], name: str) -> None:
+    """A damaged file is refused by its name (`UserError`), or `attempt`, which reads it, finds that no harm was done.
+
+    It is cut off at some lengths, or one of that many `bits` is flipped, half of them in its beginning. The record
+    calls it `name`.
+    """
+    whole = path.read_bytes()
+    every = [whole[:length] for length in sorted({0, 7, len(whole) // 2, len(whole) - 1})]
+    for reach in (min(len(whole), 400), len(whole)):
         for bit in torch.randint(8 * reach, (bits // 2,), generator=generator("damage", name, reach)).tolist():
-            yield data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+            every.append(whole[: bit // 8] + bytes([whole[bit // 8] ^ 1 << bit % 8]) + whole[bit // 8 + 1 :])
+    refused = 0
+    for damaged in every:
+        path.write_bytes(damaged)
+        try:
+            attempt()
+        except UserError as error:
+            assert path.name in str(error) or path.stem in str(error), error
+            refused += 1
+        assert path.read_bytes() in (damaged, whole), "the damaged file was written over with something else"
+    assert refused
+    entry = {"file": name, "damaged": len(every), "refused": refused, "harmless": len(every) - refused}
+    notes.setdefault("damage", []).append(entry)
 
 
 def pictures(folder: Path, size: tuple[int, int] = (24, 20), train: int = 120, val: int = 30) -> None:

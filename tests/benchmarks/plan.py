@@ -5,12 +5,12 @@
 DIR holds cifar10.safetensors. Runs in a temporary folder and takes some minutes.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
 import cddlib
 from cddbook.records import write_record
@@ -59,21 +59,17 @@ def measure(name: str, root: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure all runs, one after the other, and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--root", type=Path, required=True, help="folder of the data sets")
-    parser.add_argument("--to", type=Path, required=True, help="the record")
-    options = parser.parse_args()
+def main(root: Path, to: Path) -> None:
+    """Measure all runs, one after the other, and write the record `to`; `root` holds the data sets."""
     keep_freed_memory()
     recorder = Recorder(torch.device("cpu"))
     runs = []
     for name in RUNS:
         with tempfile.TemporaryDirectory() as folder:
-            runs.append(measure(name, options.root, Path(folder)))
-        write_record(options.to, {"runs": runs, **recorder.report()})
+            runs.append(measure(name, root, Path(folder)))
+        write_record(to, {"runs": runs, **recorder.report()})
         print(name, runs[-1]["planned"], runs[-1]["measured"], flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

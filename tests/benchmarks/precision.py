@@ -7,12 +7,12 @@ A walk is one segment's matching gradient, from real images, with all augmentati
 the images' gradients, that of each image, and the error of the step size's gradient.
 """
 
-import argparse
 import itertools
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -82,29 +82,24 @@ def compare(found: tuple[float, Tensor, float], exact: tuple[float, Tensor, floa
     }
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Compare every way in every walk; the record is written after each, and goes on from what it has."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("buffer", type=Path)
-    parser.add_argument("--to", type=Path, default=Path("precision.json"), help="the record")
-    parser.add_argument("--root", type=Path, help="folder of the data sets")
-    options = parser.parse_args(arguments)
+def main(experts: tyro.conf.Positional[Path], to: Path = Path("precision.json"), root: Path | None = None) -> None:
+    """Compare every way in every walk; the record `to` is written after each, and goes on from what it has."""
     keep_freed_memory()
-    buffer = Buffer(options.buffer)
+    buffer = Buffer(experts)
     recorder = Recorder(resolve_device("auto"))
     expert = {"data": buffer.data["name"], "epochs": buffer.epochs, "width": buffer.config["width"]}
-    earlier = read_record(options.to) if options.to.exists() else {"expert": expert, "walks": []}
+    earlier = read_record(to) if to.exists() else {"expert": expert, "walks": []}
     if earlier["expert"] != expert:
-        parser.error(f"{options.to} is of another expert, {earlier['expert']}; this one is {expert}.")
+        raise SystemExit(f"{to} is of another expert, {earlier['expert']}; this one is {expert}.")
     rows: list[dict[str, Any]] = earlier["walks"]
     for walk in tqdm(WALKS[len(rows) // len(WAYS) :], unit="walk"):
-        exact = gradients(buffer, walk, options.root, ComputeConfig(), torch.float64)
+        exact = gradients(buffer, walk, root, ComputeConfig(), torch.float64)
         for way, compute in WAYS.items():
-            found = gradients(buffer, walk, options.root, compute, torch.float32)
+            found = gradients(buffer, walk, root, compute, torch.float32)
             named = dict(zip(("ipc", "student_steps", "where", "seed", "step_size"), walk, strict=True))
             rows.append({"way": way, **named, **compare(found, exact)})
-        write_record(options.to, {"expert": expert, "expert_epochs": EXPERT_EPOCHS, "walks": rows, **recorder.report()})
+        write_record(to, {"expert": expert, "expert_epochs": EXPERT_EPOCHS, "walks": rows, **recorder.report()})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

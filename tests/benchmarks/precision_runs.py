@@ -6,10 +6,11 @@
 Short runs: what is compared is the precision, not the method. They resume.
 """
 
-import argparse
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import tyro
 
 import cddlib
 from cddbook.records import write_record
@@ -38,36 +39,35 @@ SETS: dict[str, dict[int, dict[str, Any]]] = {
 SEEDS = 3
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train what is missing; the record is written after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=SETS)
-    parser.add_argument("out", type=Path, help="folder of the runs")
-    parser.add_argument("--root", type=Path, help="folder of the data sets")
-    parser.add_argument("--to", type=Path, required=True, help="the record")
-    options = parser.parse_args(arguments)
+def main(
+    data: tyro.conf.Positional[Literal["digits", "cifar10"]],
+    out: tyro.conf.Positional[Path],
+    to: Path,
+    root: Path | None = None,
+) -> None:
+    """Train what is missing in the folder `out`; the record `to` is written after each."""
     keep_freed_memory()
-    data, root, rows = options.data, options.root, []
+    rows: list[dict[str, Any]] = []
     recorder = Recorder(resolve_device("auto"))
 
     def add(**row: Any) -> None:
         rows.append(row)
-        write_record(options.to, {"data": data, "runs": rows, **recorder.report()})
+        write_record(to, {"data": data, "runs": rows, **recorder.report()})
 
     buffers = {}
     for precision in PRECISIONS:
         config = buffer_recipe(data, precision=precision, **EXPERTS[data])
-        buffers[precision] = cddlib.train_buffer(config, options.out / f"{data}-{precision}", root=root)
+        buffers[precision] = cddlib.train_buffer(config, out / f"{data}-{precision}", root=root)
         for expert in buffers[precision].experts:
             accuracies = [expert["test_accuracy"]]
             add(work="expert", precision=precision, seed=expert["seed"], accuracies=accuracies)
     for (ipc, settings), seed, precision in itertools.product(SETS[data].items(), range(SEEDS), PRECISIONS):
-        out = options.out / f"{data}-{ipc}-{precision}-{seed}"
+        run = out / f"{data}-{ipc}-{precision}-{seed}"
         config = distill_recipe("contra", data, ipc, **{"seed": seed, "precision": precision, **settings})
-        distill(config, buffers["float32"], out, root=root)
-        record = evaluate_run(out, runs=2, baselines=False, root=root)
+        distill(config, buffers["float32"], run, root=root)
+        record = evaluate_run(run, runs=2, baselines=False, root=root)
         add(work=f"IPC {ipc}", precision=precision, seed=seed, accuracies=record["accuracies"]["synthetic"])
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

@@ -8,7 +8,6 @@ has, or more threads. Each variant trains experts, distils and evaluates; every 
 variant's. `cddlib verify` then recomputes the first variant's run under each of the others.
 """
 
-import argparse
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
 from cddbook.records import write_record
 from cddlib.runtime.files import file_digest
@@ -82,11 +82,8 @@ def verified(variant: str, run: Path, buffer: Path) -> dict[str, float]:
     return {what: 0.0 if said == "none" else float(said) for what, said in rows}
 
 
-def main() -> None:
-    """Run every variant and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, required=True)
-    options = parser.parse_args()
+def main(to: Path) -> None:
+    """Run every variant and write the record `to`."""
     recorder = Recorder(torch.device("cpu"))
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -99,8 +96,8 @@ def main() -> None:
                 "verify": verified(variant, first / "run", first / "buffer"),
             }
             print(variant, json.dumps(found[variant], indent=1), flush=True)
-    write_record(options.to, {"iterations": ITERATIONS, "settings": VARIANTS, "variants": found, **recorder.report()})
+    write_record(to, {"iterations": ITERATIONS, "settings": VARIANTS, "variants": found, **recorder.report()})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

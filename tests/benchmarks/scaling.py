@@ -1,4 +1,4 @@
-"""An iteration on 1, 2 and 4 processes beside what `scaling_model.py` predicts, and its curves to 64 GPUs.
+"""An iteration on 1, 2 and 4 processes beside what a model predicts, and the model's curves to 64 GPUs.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/scaling.py --to book/results/scaling.json
 
@@ -12,14 +12,25 @@ Wants a quiet machine with four cores, and takes some minutes. Each number of pr
 Times are medians, spreads half the distance between the 16th and the 84th percentile: the machine's other work counts
 less so, if there is some. All are measured in turn, several rounds of them, for the machine is not always as fast.
 Nothing is measured on a GPU: the curves rest on the assumptions that the record lists.
+
+The model: devices divide the segments of an iteration; all wait for the slowest of them; a ring all-reduce adds the
+gradients; and every device draws all students and takes the optimiser's step on its own::
+
+    T(W) = E max over devices (their segments' times)               compute, idle devices, the slowest one
+         + 2 (W − 1) latency + 2 (W − 1) / W · bytes / bandwidth    communication
+         + segments · draw + alone                                  what is not divided
+
+The times of segments add up, as they do one by one; small steps that are taken side by side take less.
+Efficiency is T(1) / (W T(W)) for the same work (strong scaling), and T(1) / T(W) if the work grows with the devices, by
+`concurrent_experts` (weak scaling).
 """
 
-import argparse
 import collections
 import concurrent.futures
 import datetime
 import functools
 import itertools
+import math
 import multiprocessing
 import tempfile
 import time
@@ -30,18 +41,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+import tyro
 from PIL import Image
-from scaling_model import (
-    Cluster,
-    Link,
-    Scaling,
-    Work,
-    fit_link,
-    gradient_bytes,
-    iteration,
-    scaled,
-    work_of,
-)
+from scipy.optimize import nnls
 
 import cddlib
 from cddbook.records import write_record
@@ -49,30 +51,124 @@ from cddlib.data.dataset import load, sizes_of
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import initial_state, iterate
 from cddlib.matching.student import plan_student
+from cddlib.plan import buffer_of, plan
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
 
+# --- The model --------------------------------------------------------------------------------------------------
+
+BINDS = 0.05
+"""What takes a larger part of an iteration than this binds; below it, computing does."""
+
+
+class Link(NamedTuple):
+    """What carries numbers from one device to the next."""
+
+    latency: float
+    """Seconds of a step of the ring that carries nothing."""
+    bandwidth: float
+    """Bytes a second, in one direction."""
+
+
+class Work(NamedTuple):
+    """One iteration, as far as time depends on it."""
+
+    segments: int
+    """Segments that are matched, of all experts together."""
+    segment: float
+    """Seconds of one segment."""
+    size: int = 0
+    """Bytes that the all-reduce adds up."""
+    draw: float = 0.0
+    """Seconds in which every device draws one segment's student."""
+    alone: float = 0.0
+    """Seconds of all else that every device does, the optimiser's step above all."""
+    segment_spread: float = 0.0
+    """Standard deviation of a segment's time over its mean, each segment for itself."""
+    device_spread: float = 0.0
+    """Standard deviation of the devices' speeds over their mean, the same for all segments of a device."""
+
+
+class Parts(NamedTuple):
+    """Seconds of an iteration, by what takes them."""
+
+    compute: float
+    """The segments, if they could be divided evenly."""
+    idle: float
+    """Some devices have a segment less than others, or none."""
+    slowest: float
+    """The slowest device takes longer than the mean."""
+    communication: float
+    """The all-reduce."""
+    alone: float
+    """What is not divided."""
+
+    @property
+    def binds(self) -> str:
+        """The largest part beside computing; computing itself, if no other is more than `BINDS` of the whole."""
+        largest, name = max((seconds, name) for name, seconds in self._asdict().items() if name != "compute")
+        return name if largest > BINDS * sum(self) else "compute"
+
+
+def iteration(work: Work, devices: int, link: Link) -> Parts:
+    """The parts of an iteration on so many devices."""
+    shares = np.array([len(range(rank, work.segments, devices)) for rank in range(min(devices, work.segments))])
+    spreads = work.segment * np.hypot(shares**0.5 * work.segment_spread, shares * work.device_spread)
+    times = shares * work.segment + spreads * np.random.default_rng(0).standard_normal((20_000, len(shares)))
+    compute, most = work.segments * work.segment / devices, int(shares[0]) * work.segment
+    return Parts(
+        compute=compute,
+        idle=most - compute,
+        slowest=float(times.max(axis=1).mean() - most) if len(shares) > 1 else 0.0,
+        communication=all_reduce(work.size, devices, link),
+        alone=work.segments * work.draw + work.alone,
+    )
+
+
+def all_reduce(size: int, devices: int, link: Link) -> float:
+    """Seconds of a ring all-reduce: W − 1 steps that add, W − 1 that spread the sum, each with a W-th of the bytes."""
+    return 2 * (devices - 1) * (link.latency + size / devices / link.bandwidth)
+
+
+def fit_link(measured: Sequence[tuple[int, int, float]]) -> Link:
+    """The link that explains measured all-reduces (bytes, devices, seconds) best, in relative terms."""
+    size, devices, seconds = np.array(measured, dtype=np.float64).T
+    terms = np.stack([2 * (devices - 1), 2 * (devices - 1) / devices * size], axis=1)
+    latency, per_byte = nnls(terms / seconds[:, None], np.ones(len(seconds)))[0]
+    return Link(float(latency), float(1 / per_byte) if per_byte else math.inf)
+
+
+def operations(config: DistillConfig) -> tuple[float, float]:
+    """Floating-point operations of one segment, and of an iteration beside its segments, as `cddlib.plan` counts."""
+    now, more = (
+        plan(buffer_of(changed), changed, measure=False)[1].flops
+        for replay in (config.schedule.replay, config.schedule.replay + 1)
+        for changed in [cddlib.replace(config, iterations=1, replay=replay, validate_every=0)]
+    )
+    return more - now, now - config.schedule.segments_in_all * (more - now)
+
+
+def gradient_bytes(config: DistillConfig, root: Path | None = None) -> int:
+    """What one all-reduce adds up: a gradient of the synthetic set, or one for each segment where weights need them."""
+    sizes = sizes_of(config.data.data, root)
+    logits = 0 if config.synthetic.labels == "hard" else sizes.classes
+    numbers = config.synthetic.ipc * sizes.classes * (math.prod(sizes.shape) + logits) + 1
+    return 4 * numbers * (1 if config.combination.combine == "mean" else config.schedule.segments_in_all)
+
+
+# --- What is measured -------------------------------------------------------------------------------------------
+
 PROCESSES = (1, 2, 4)
 SEGMENTS = (4, 8)
 SIZES = (4, 2**13, 2**17, 2**20, 2**24)
-DEVICES = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 4
+REPEATS = 4
+"""Iterations that a round times."""
 
 
-class Case(NamedTuple):
-    """One work, with the experts that it matches."""
-
-    name: str
-    config: DistillConfig
-    repeats: int
-    """Iterations that a round times."""
-    buffer: Path
-    root: Path
-
-
-def cases(folder: Path) -> list[Case]:
+def prepared(folder: Path) -> dict[str, DistillConfig]:
     """The works that are measured; trains their experts. The 32-pixel images are noise, in ten classes."""
     rng = generator("scaling")
     for part, label, number in itertools.product(("train", "val"), range(10), range(20)):
@@ -80,38 +176,31 @@ def cases(folder: Path) -> list[Case]:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(torch.randint(256, (32, 32, 3), generator=rng, dtype=torch.uint8).numpy()).save(path)
     cddlib.prepare("imagefolder", folder, source=folder / "images", size=32)
-    shared: dict[str, Any] = {"segments": max(SEGMENTS), "window_end": 16, "expert_epochs": 2}
+    shared: dict[str, Any] = {"student_batch": None, "window_end": 16, "expert_epochs": 2}
     shared |= {"side_by_side": 1}  # as the model has it
     shared |= {"lr_images": 0.0, "lr_step_size": 0.0}  # noise teaches nothing, and the same work is timed again
-    found = []
-    for name, data, depth, ipc, steps, repeats in (
-        ("digits, width 32, IPC 1", "digits", 2, 1, 20, 5),
-        ("32-pixel images, width 32, IPC 1", "imagefolder", 3, 1, 4, 4),
-        ("32-pixel images, width 32, IPC 10", "imagefolder", 3, 10, 1, 3),
+    works = {}
+    for name, data, depth, ipc, steps in (
+        ("digits, width 32, IPC 1", "digits", 2, 1, 20),
+        ("32-pixel images, width 32, IPC 1", "imagefolder", 3, 1, 4),
+        ("32-pixel images, width 32, IPC 10", "imagefolder", 3, 10, 1),
     ):
         network: dict[str, Any] = {"width": 32, "depth": depth}
-        config = cddlib.distill_recipe("mtt", data, ipc, student_steps=steps, student_batch=None, **network, **shared)
-        buffer = folder / f"{data}-experts"
+        works[name] = config = cddlib.distill_recipe("mtt", data, ipc, student_steps=steps, **network, **shared)
         experts = cddlib.buffer_recipe(data, experts=1, epochs=18, augment=config.augmentation.augment, **network)
-        cddlib.train_buffer(experts, buffer, root=folder, device="cpu")
-        found.append(Case(name, config, repeats, buffer, folder))
-    return found
+        cddlib.train_buffer(experts, folder / data, root=folder, device="cpu")
+    return works
 
 
 # --- In one of the processes ------------------------------------------------------------------------------------
 
 
-class Apart(Ranks):
+def apart(segments: int) -> Ranks:
     """A process that differentiates the first few segments and adds them up with nobody."""
-
-    def __init__(self, segments: int) -> None:
-        """Work on so many segments."""
-        super().__init__()
-        self.rank, self.count, self._segments = 0, 1, segments
-
-    def share(self, work: Sequence[Any]) -> Sequence[Any]:
-        """The first few."""
-        return work[: self._segments]
+    alone = Ranks()
+    alone.rank, alone.count = 0, 1
+    alone.portion = lambda work: work[:segments]  # type: ignore[method-assign]
+    return alone
 
 
 def timed(repeats: int, *runs: Callable[[], object]) -> list[list[float]]:
@@ -126,23 +215,23 @@ def timed(repeats: int, *runs: Callable[[], object]) -> list[list[float]]:
     return found
 
 
-def process(rank: int, *, count: int, store: Path, works: list[Case]) -> dict[Any, list[float]]:
-    """Measure everything as one of `count` processes; returns seconds by what they are of."""
+def process(rank: int, *, count: int, store: Path, works: dict[str, DistillConfig]) -> dict[Any, list[float]]:
+    """Measure everything as one of `count` processes that meet at the file `store`; seconds by what they are of."""
     torch.set_num_threads(1)
     keep_freed_memory()
     if count > 1:
         patience = datetime.timedelta(minutes=10)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=patience)
     found: dict[Any, list[float]] = {}
-    for case, segments in itertools.product(works, SEGMENTS):
-        config = cddlib.replace(case.config, segments=segments)
-        buffer = cddlib.Buffer(case.buffer)
-        state = initial_state(config, load(config.data.data, case.root), buffer, torch.device("cpu"))
+    for (name, work), segments in itertools.product(works.items(), SEGMENTS):
+        config = cddlib.replace(work, segments=segments)
+        buffer = cddlib.Buffer(store.parent / config.data.data)
+        state = initial_state(config, load(config.data.data, store.parent), buffer, torch.device("cpu"))
         state.progress.iteration = 0
-        ranks = {"nothing": Apart(0), "one": Apart(1), "iteration": Ranks()}
+        ranks = {"nothing": apart(0), "one": apart(1), "iteration": Ranks()}
         runs = [functools.partial(iterate, state, config, buffer, group) for group in ranks.values()]
-        for name, seconds in zip(ranks, timed(case.repeats, *runs), strict=True):
-            found[case.name, segments, name] = seconds
+        for who, seconds in zip(ranks, timed(REPEATS, *runs), strict=True):
+            found[name, segments, who] = seconds
     if count > 1:
         for size in SIZES:
             (found["all-reduce", size],) = timed(10, functools.partial(Ranks().sum, torch.zeros(size // 4)))
@@ -153,44 +242,37 @@ def process(rank: int, *, count: int, store: Path, works: list[Case]) -> dict[An
 # --- In the parent ----------------------------------------------------------------------------------------------
 
 
-def together(count: int, works: list[Case], store: Path) -> list[dict[Any, list[float]]]:
-    """What each of `count` processes measured in a round; they find each other at `store`, a new file."""
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
-        return list(pool.map(functools.partial(process, count=count, store=store, works=works), range(count)))
-
-
 def spread(values: Sequence[float]) -> float:
     """Half the distance between the 16th and the 84th percentile: a normal distribution's standard deviation."""
     low, high = np.percentile(values, [16, 84])
     return float(high - low) / 2
 
 
-def work_measured(every: list[dict[Any, list[float]]], case: Case, segments: int) -> Work:
+def work_measured(every: list[dict[Any, list[float]]], name: str, segments: int, size: int) -> Work:
     """The work, from what the processes measured while each worked by itself."""
-    nothing = [float(np.median(measured[case.name, segments, "nothing"])) for measured in every]
-    one = [measured[case.name, segments, "one"] for measured in every]
+    nothing = [float(np.median(measured[name, segments, "nothing"])) for measured in every]
+    one = [measured[name, segments, "one"] for measured in every]
     means = [float(np.median(times)) - beside for times, beside in zip(one, nothing, strict=True)]
     segment = float(np.mean(means))
     return Work(
         segments=segments,
         segment=segment,
-        size=gradient_bytes(case.config, case.root),
+        size=size,
         alone=float(np.mean(nothing)),
         segment_spread=float(np.mean([spread(times) for times in one])) / segment,
         device_spread=float(np.std(means, ddof=1)) / segment if len(means) > 1 else 0.0,
     )
 
 
-def compared(works: list[Case], by_count: dict[int, list[dict[Any, list[float]]]]) -> list[dict[str, Any]]:
-    """Measured iterations beside predicted ones."""
+def compared(sizes: dict[str, int], by_count: dict[int, list[dict[Any, list[float]]]]) -> list[dict[str, Any]]:
+    """Measured iterations beside predicted ones; `sizes` has the bytes that each work's all-reduce adds up."""
     reduced = [(size, count) for size in SIZES for count in PROCESSES[1:]]
     link = fit_link([(*one, float(np.median(by_count[one[1]][0]["all-reduce", one[0]]))) for one in reduced])
     rows = []
-    for case, segments, count in itertools.product(works, SEGMENTS, PROCESSES):
-        seconds = float(np.median(by_count[count][0][case.name, segments, "iteration"]))
-        predicted = iteration(work_measured(by_count[count], case, segments), count, link).seconds
-        row = {"work": case.name, "segments": segments, "processes": count}
+    for (name, size), segments, count in itertools.product(sizes.items(), SEGMENTS, PROCESSES):
+        seconds = float(np.median(by_count[count][0][name, segments, "iteration"]))
+        predicted = sum(iteration(work_measured(by_count[count], name, segments, size), count, link))
+        row = {"work": name, "segments": segments, "processes": count}
         rows.append({**row, "seconds": seconds, "predicted": predicted, "error": predicted / seconds - 1})
         print(rows[-1], flush=True)
     return rows
@@ -213,36 +295,36 @@ ASSUMED = {
     "device_spread": (0.03, "assumed: GPUs of one kind differ by some percent"),
 }
 SETS = (("CIFAR-100, IPC 50", "datm", "cifar100", 50), ("ImageNet-1K, IPC 10", "tesla", "imagenet", 10))
-CURVES: tuple[tuple[Scaling, int], ...] = (("strong", 1), ("strong", 8), ("weak", 1))
+CURVES = (("strong", 1), ("strong", 8), ("weak", 1))
 """The kind of scaling, and the experts that are matched at once: by all devices, or for each of them."""
+
+
+def work_of(config: DistillConfig, draw: float) -> Work:
+    """The work of an iteration on the assumed device. Beside segments, it passes over the gradient about ten times."""
+    (segment, beside), size = operations(config), gradient_bytes(config)
+    rate, memory, *spreads = (
+        ASSUMED[name][0]
+        for name in ("operations_per_second", "memory_bytes_per_second", "segment_spread", "device_spread")
+    )
+    alone = beside / rate + 10 * size / memory
+    return Work(config.schedule.segments_in_all, segment / rate, size, draw, alone, *spreads)
 
 
 def model(draws: dict[str, float], segments: int = 8) -> list[dict[str, Any]]:
     """The curves of `SETS`; `draws` says how many seconds each takes to draw a segment's student."""
-    a = {name: value for name, (value, _) in ASSUMED.items()}
-    inside, between = (Link(a[f"{where}_latency"], a[f"{where}_bandwidth"]) for where in ("inside", "between"))
-    cluster = Cluster(inside, between, int(a["node"]))
+    links = [Link(ASSUMED[f"{where}_latency"][0], ASSUMED[f"{where}_bandwidth"][0]) for where in ("inside", "between")]
     rows = []
-    for (name, config), (scaling, experts) in itertools.product(configurations(segments).items(), CURVES):
-        work = work_of(
-            cddlib.replace(config, concurrent_experts=experts),
-            a["operations_per_second"],
-            memory=a["memory_bytes_per_second"],
-            draw=draws[name],
-            segment_spread=a["segment_spread"],
-            device_spread=a["device_spread"],
-        )
-        for devices in DEVICES:
-            parts, efficiency = scaled(work, devices, cluster, scaling)
-            at_once = experts * (devices if scaling == "weak" else 1)
-            row = {"set": name, "scaling": scaling, "segments": segments, "concurrent_experts": at_once}
+    for (name, *recipe), (scaling, experts) in itertools.product(SETS, CURVES):
+        config = cddlib.distill_recipe(*recipe, segments=segments, concurrent_experts=experts)
+        work = work_of(config, draws[name])
+        for devices in (1, 2, 4, 8, 16, 32, 64):
+            times = devices if scaling == "weak" else 1
+            link = links[devices > ASSUMED["node"][0]]  # a ring is as slow as its slowest link
+            parts = iteration(work._replace(segments=work.segments * times), devices, link)
+            efficiency = sum(iteration(work, 1, link)) * times / devices / sum(parts)
+            row = {"set": name, "scaling": scaling, "segments": segments, "concurrent_experts": experts * times}
             rows.append({**row, "devices": devices, "efficiency": efficiency, "binds": parts.binds})
     return rows
-
-
-def configurations(segments: int) -> dict[str, DistillConfig]:
-    """The recipes of `SETS`."""
-    return {name: cddlib.distill_recipe(*recipe, segments=segments) for name, *recipe in SETS}
 
 
 def drawing_seconds(config: DistillConfig) -> float:
@@ -253,30 +335,28 @@ def drawing_seconds(config: DistillConfig) -> float:
     return float(np.median(seconds))
 
 
-def main() -> None:
-    """Measure, predict, and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, required=True, help="the record")
-    options = parser.parse_args()
+def main(to: Path) -> None:
+    """Measure, predict, and write the record `to`."""
     torch.set_num_threads(1)
     recorder = Recorder(torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        works = cases(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder, spawn = Path(name), multiprocessing.get_context("spawn")
+        works = prepared(folder)
         by_count: dict[int, list[dict[Any, list[float]]]] = {
             count: [collections.defaultdict(list) for _ in range(count)] for count in PROCESSES
         }
         for number, count in itertools.product(range(ROUNDS), PROCESSES):
-            found = together(count, works, Path(folder) / f"store-{number}-{count}")
-            for pooled, once in zip(by_count[count], found, strict=True):
-                for what, seconds in once.items():
-                    pooled[what] += seconds
-        measured = compared(works, by_count)
-    draws = {name: drawing_seconds(config) for name, config in configurations(8).items()}
+            measure = functools.partial(process, count=count, store=folder / f"{number}-{count}", works=works)
+            with concurrent.futures.ProcessPoolExecutor(count, mp_context=spawn) as pool:
+                for pooled, once in zip(by_count[count], pool.map(measure, range(count)), strict=True):
+                    for what, seconds in once.items():
+                        pooled[what] += seconds
+        measured = compared({name: gradient_bytes(config, folder) for name, config in works.items()}, by_count)
+    draws = {name: drawing_seconds(cddlib.distill_recipe(*recipe)) for name, *recipe in SETS}
     assumptions = {name: {"value": value, "source": where} for name, (value, where) in ASSUMED.items()}
     assumptions["draw_seconds"] = {"value": draws, "source": "measured here: students are drawn on the CPU"}
-    record = {"measured": measured, "assumptions": assumptions, "model": model(draws), **recorder.report()}
-    write_record(options.to, record)
+    write_record(to, {"measured": measured, "assumptions": assumptions, "model": model(draws), **recorder.report()})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

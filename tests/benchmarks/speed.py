@@ -12,7 +12,6 @@ textbook's way does in convolutions and products of matrices, not what another w
 The record is written after every measurement; the same command goes on with it.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -31,6 +30,7 @@ from typing import Any
 import textbook
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -38,7 +38,6 @@ import cddlib
 from cddbook.records import read_record, write_record
 from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import Images
-from cddlib.data.preprocessing import Normalisation
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import MatchingConfig, segment_chunks
@@ -163,7 +162,7 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
     """An expert's epoch, or `steps` of its steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size = BATCH * steps if steps else point.images
-    pixels, labels, normalisation = real_images(size, device)
+    pixels, labels, normalisation = real_images(size, SHAPE, device)
     compute = WAYS[point.implementation][0]
     if compute:
         network = convnet(point)
@@ -178,13 +177,8 @@ def expert(point: Point, device: torch.device, steps: int | None = None) -> None
         textbook.train_epoch(module, torch.optim.SGD(module.parameters(), lr=0.01), inputs, labels, BATCH, STRATEGY)
 
 
-@functools.cache
-def real_images(size: int, device: torch.device) -> tuple[Tensor, Tensor, Normalisation]:
-    """Pixels, labels and what normalises them; drawing them is no part of an epoch."""
-    rng = cddlib.generator("real images")
-    pixels = torch.randint(256, (size, *SHAPE), generator=rng, dtype=torch.uint8)
-    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
-    return pixels.to(device), torch.randint(CLASSES, (size,), generator=rng).to(device), normalisation
+real_images = functools.cache(textbook.real_images)
+"""Drawing them is no part of an epoch."""
 
 
 def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
@@ -193,7 +187,7 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
     size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
     images = torch.randn(size, *SHAPE, generator=rng).to(device)
     labels = (torch.arange(size) % CLASSES).to(device)
-    pixels, answers, normalisation = real_images(10 * epochs, device)
+    pixels, answers, normalisation = real_images(10 * epochs, SHAPE, device)
     compute = WAYS[point.implementation][0]
     if compute:
         synthetic = SyntheticSet(
@@ -310,11 +304,10 @@ def limit_memory() -> None:
 # --- In the parent ----------------------------------------------------------------------------------------------
 
 
-def points(options: argparse.Namespace) -> list[Point]:
+def points(threads: int, device: str, width: int, seconds: float) -> list[Point]:
     """Everything that is measured."""
-    shared: dict[str, Any] = {"threads": options.threads, "device": options.device, "width": options.width}
-    shared["least_seconds"] = options.seconds / 10
-    gpu = options.device != "cpu"
+    shared: dict[str, Any] = {"threads": threads, "device": device, "width": width, "least_seconds": seconds / 10}
+    gpu = device != "cpu"
     ways = [name for name in WAYS if name != "textbook, keeping memory" or not gpu]
     apart = [name for name in ways if name.endswith(("one by one", "side by side"))]
     works: list[dict[str, Any]] = [
@@ -333,7 +326,7 @@ def points(options: argparse.Namespace) -> list[Point]:
     for segments, name in itertools.product(SEGMENTS, ways):
         if name.startswith("textbook") or (name in apart and "compiled" not in name):
             found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))
-    little: dict[str, Any] = {"student_steps": 10, "least_seconds": options.seconds / 50}
+    little: dict[str, Any] = {"student_steps": 10, "least_seconds": seconds / 50}
     for (curve, variants), name in itertools.product(CURVES.items(), CURVED):
         for variant in variants:
             sizes = {**shared, **little, **variant}
@@ -345,7 +338,7 @@ def in_a_process(point: Point, most_seconds: float) -> dict[str, Any]:
     """Measure a point in a process of its own."""
     command = [sys.executable, __file__, "--point", json.dumps(dataclasses.asdict(point))]
     environment = {**os.environ, **WAYS[point.implementation][1], "OMP_NUM_THREADS": str(point.threads)}
-    done = subprocess.run([*command, "--seconds", str(most_seconds)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, str(most_seconds)], env=environment, capture_output=True, text=True)
     if done.returncode < 0:
         return {"left_out": f"ended by signal {-done.returncode}"}
     if done.returncode:
@@ -365,28 +358,23 @@ def described(point: Point) -> str:
     return "expert, an epoch" if point.work == "expert" else f"{NETWORKS} evaluation networks, IPC {point.ipc}{width}"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Measure every point, print a table, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=Path("speed.json"), help="the record")
-    parser.add_argument("--threads", type=int, default=0, help="0 is PyTorch's own choice")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--width", type=int, default=128, help="channels of the ConvNet")
-    parser.add_argument("--seconds", type=float, default=100.0, help="leave out what would take longer")
-    parser.add_argument("--point", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.point:
-        limit_memory()
-        print(json.dumps(measure(Point(**json.loads(options.point)), options.seconds)))
-        return
-    options.device = str(resolve_device(options.device))
-    options.threads = options.threads or torch.get_num_threads()
-    recorder = Recorder(resolve_device(options.device))
+def main(
+    to: Path = Path("speed.json"), threads: int = 0, device: str = "auto", width: int = 128, seconds: float = 100.0
+) -> None:
+    """Measure every point, print a table, write the record `to`.
+
+    Args:
+        threads: 0 is PyTorch's own choice.
+        width: channels of the ConvNet.
+        seconds: leave out what would take longer.
+    """
+    chosen, threads = resolve_device(device), threads or torch.get_num_threads()
+    recorder = Recorder(chosen)
     print(f"{'':42}{'':28}{'seconds':>9}{'MB':>8}{'Gflop/s':>9}{'of conv':>9}")
-    measured = measure if options.device.startswith("cuda") else in_a_process
-    earlier = read_record(options.to)["measurements"] if options.to.exists() else []
+    measured = measure if chosen.type == "cuda" else in_a_process
+    earlier = read_record(to)["measurements"] if to.exists() else []
     rows: list[dict[str, Any]] = []
-    for bare in points(options):
+    for bare in points(threads, str(chosen), width, seconds):
         wanted = {key: value for key, value in dataclasses.asdict(bare).items() if key != "operations"}
         known = next((row for row in earlier if wanted.items() <= row.items()), None)
         if known:
@@ -394,7 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         one = dataclasses.replace(bare, implementation="textbook", segments=1, curve="", least_seconds=0.0)
         point = dataclasses.replace(bare, operations=bare.segments * operations(one))
-        found = measured(point, options.seconds)
+        found = measured(point, seconds)
         named = {"name": described(point), **found, "commit": recorder.report()["commit"]}
         rows.append({**dataclasses.asdict(point), **named})
         if "left_out" in found:
@@ -404,8 +392,12 @@ def main(arguments: list[str] | None = None) -> None:
             said = "{:9.3f}{:8.0f}{:9.1f}".format(*numbers) + f"{found['rate'] / found['convolution_rate']:9.0%}"
         print(f"{described(point):42}{point.implementation:28}{said}", flush=True)
         report = {key: value for key, value in recorder.report().items() if key not in ("peak_memory_mb", "threads")}
-        write_record(options.to, {"threads": options.threads, "measurements": rows, **report})
+        write_record(to, {"threads": threads, "measurements": rows, **report})
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--point"]:
+        limit_memory()
+        print(json.dumps(measure(Point(**json.loads(sys.argv[2])), float(sys.argv[3]))))
+    else:
+        tyro.cli(main, description=__doc__)

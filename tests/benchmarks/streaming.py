@@ -3,11 +3,9 @@
     python tests/benchmarks/streaming.py --to book/results/streaming.json
 
 Images as large as ImageNet's usually are, few different ones under many names: what is measured is decoding and
-writing, not a disk's reading. Memory is anonymous memory, the part that no file backs (RssAnon); in the other number
-(Pss_Anon) a page that processes share counts once.
+writing, not a disk's reading. Memory is anonymous memory, the part that no file backs (Pss_Anon).
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import json
@@ -23,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
+import tyro
 from PIL import Image
 
 import cddlib
@@ -60,63 +58,43 @@ def write_folder(folder: Path, images: int) -> Path:
     return folder
 
 
-def anonymous(process: psutil.Process) -> float:
-    """MB of memory that no file backs."""
-    memory = process.memory_info()
-    return round((memory.rss - memory.shared) / 1e6, 1)
+def anonymous(process: int) -> float:
+    """MB of memory that no file backs; a page that n processes share counts as an n-th of a page."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return round(next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Pss_Anon:")), 1)
 
 
-def shared_once(process: psutil.Process) -> float:
-    """The same, where a page that n processes share counts as an n-th of a page."""
-    lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("Pss_Anon:"))
-
-
-class Watched:
-    """A run of `cddlib data` in a process of its own, whose memory is watched."""
-
-    def __init__(self, source: Path, root: Path, until: Callable[[], bool] = lambda: False) -> None:
-        """Run until the end, or kill it as soon as `until`."""
-        self.peak = {"process_mb": 0.0, "all_shared_once_mb": 0.0}
-        start = time.monotonic()
-        command = [sys.executable, "-m", "cddlib", "data", "imagefolder", "--size", str(CONFIG["size"])]
-        command += ["--source", str(source), "--root", str(root)]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None:
-                with contextlib.suppress(OSError, StopIteration, psutil.Error):  # a process that has just ended
-                    self._watch(psutil.Process(process.pid))
-                if until():
-                    process.send_signal(signal.SIGKILL)
-                time.sleep(0.25)
-        self.seconds = round(time.monotonic() - start, 2)
-        assert process.returncode in (0, -signal.SIGKILL), command
-
-    def _watch(self, process: psutil.Process) -> None:
-        now = {"process_mb": anonymous(process), "all_shared_once_mb": round(shared_once(process), 1)}
-        self.peak = {key: max(value, now[key]) for key, value in self.peak.items()}
+def watched(source: Path, root: Path, until: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Run `cddlib data` in a process of its own, or kill it as soon as `until`; its seconds and its peak of memory."""
+    peak, start = 0.0, time.monotonic()
+    command = [sys.executable, "-m", "cddlib", "data", "imagefolder", "--size", str(CONFIG["size"])]
+    command += ["--source", str(source), "--root", str(root)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            with contextlib.suppress(OSError, StopIteration):  # a process that has just ended
+                peak = max(peak, anonymous(process.pid))
+            if until():
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.25)
+    assert process.returncode in (0, -signal.SIGKILL), command
+    return {"seconds": round(time.monotonic() - start, 2), "peak_anonymous": {"all_shared_once_mb": peak}}
 
 
 def stream(folder: Path) -> dict[str, Any]:
     """Prepare a few images and all of them; then once more, killed in the middle and resumed."""
     images = CONFIG["images"]
-    few = Watched(write_folder(folder / "few", DIFFERENT), folder / "start")
+    few = watched(write_folder(folder / "few", DIFFERENT), folder / "start")
     source = write_folder(folder / "source", images)
-    whole = Watched(source, folder / "whole")
+    whole = watched(source, folder / "whole")
     record = folder / "resumed" / "imagefolder.progress.json"
-    Watched(source, folder / "resumed", lambda: record.exists() and read_json(record)["images"] >= images // 2)
-    durable = read_json(record)["images"]
-    rest = Watched(source, folder / "resumed")
+    watched(source, folder / "resumed", lambda: record.exists() and read_json(record)["images"] >= images // 2)
+    resumed = {"durable_images": read_json(record)["images"], **watched(source, folder / "resumed")}
     files = [folder / root / "imagefolder.safetensors" for root in ("whole", "resumed")]
     return {
         "workers": CONFIG["processors"],
-        "file_mb": round(files[0].stat().st_size / 1e6, 1),
-        "few": {"images": DIFFERENT, "seconds": few.seconds, "peak_anonymous": few.peak},
-        "whole": {"images": images, "seconds": whole.seconds, "peak_anonymous": whole.peak},
-        "resumed": {
-            "durable_images": durable,
-            "seconds": rest.seconds,
-            "same_bytes": file_digest(files[0]) == file_digest(files[1]),
-        },
+        "few": {"images": DIFFERENT, **few},
+        "whole": {"images": images, **whole},
+        "resumed": {**resumed, "same_bytes": file_digest(files[0]) == file_digest(files[1])},
     }
 
 
@@ -135,8 +113,7 @@ def write_cache(path: Path) -> int:
 def measure_mapped(root: Path) -> dict[str, dict[str, float]]:
     """Use the data set as training does, and read all of it; the memory before and after."""
     torch.set_num_threads(1)
-    this = psutil.Process()
-    before = anonymous(this)
+    before = anonymous(os.getpid())
     dataset = cddlib.load("imagenet", root)
     train, _ = dataset.split
     fetch = fetch_real(train, fit_preprocessing(dataset, zca=False))
@@ -144,14 +121,11 @@ def measure_mapped(root: Path) -> dict[str, dict[str, float]]:
     for _ in range(CONFIG["batches"]):
         fetch(torch.randint(len(train.labels), (256,), generator=rng))
     assert fingerprint(dataset.train, dataset.test)
-    return {"before": {"anonymous_mb": before}, "fingerprint": {"anonymous_mb": anonymous(this)}}
+    return {"before": {"anonymous_mb": before}, "fingerprint": {"anonymous_mb": anonymous(os.getpid())}}
 
 
-def main() -> None:
-    """Measure everything, print it, write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, required=True, help="the record")
-    options = parser.parse_args()
+def main(to: Path) -> None:
+    """Measure everything, print it, write the record `to`."""
     recorder = Recorder(resolve_device("cpu"))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: CONFIG["processors"]])
     spawn = multiprocessing.get_context("spawn")
@@ -161,8 +135,8 @@ def main() -> None:
         mapped = {"images": images, **fresh.submit(measure_mapped, Path(name)).result()}
     print(json.dumps({"streamed": streamed, "mapped": mapped}, indent=1))
     report = {key: value for key, value in recorder.report().items() if key != "peak_memory_mb"}  # not this process's
-    write_record(options.to, {"config": CONFIG, "streamed": streamed, "mapped": mapped, **report})
+    write_record(to, {"config": CONFIG, "streamed": streamed, "mapped": mapped, **report})
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

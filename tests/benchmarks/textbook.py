@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib.data import augment
+from cddlib.data.preprocessing import Normalisation
 from cddlib.matching.student import StudentStep
 from cddlib.networks.convnet import Network
 
@@ -38,6 +39,14 @@ def noise(
     images = torch.randn(size, *shape, generator=rng)
     targets = F.one_hot(torch.arange(size) % 10, 10).float()
     return [tensor.to(device) for tensor in (start, target, images, targets, torch.tensor(0.01))]
+
+
+def real_images(size: int, shape: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Normalisation]:
+    """Pixels of random bytes, labels of ten classes, and what normalises them."""
+    rng = cddlib.generator("real images")
+    pixels = torch.randint(256, (size, *shape), generator=rng, dtype=torch.uint8).to(device)
+    normalisation = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(device)
+    return pixels, torch.randint(10, (size,), generator=rng).to(device), normalisation
 
 
 def convnet(config: cddlib.NetworkConfig, shape: tuple[int, int, int], classes: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from scaling_model import Parts
+from scaling import Parts
 
 from cddbook.figures import ch5_concurrent, style
 from cddbook.figures import ch7_reliability as reliability

@@ -48,7 +48,6 @@ import cddlib  # noqa: E402
 from cddbook.records import read_record, write_record  # noqa: E402
 from cddlib.data.augment import CHANGES, AugmentConfig  # noqa: E402
 from cddlib.data.dataset import Images  # noqa: E402
-from cddlib.data.preprocessing import Normalisation  # noqa: E402
 from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set, fetch_synthetic, train_network  # noqa: E402
 from cddlib.matching import loss as losses  # noqa: E402
 from cddlib.matching import student as students  # noqa: E402
@@ -202,13 +201,10 @@ def random_walk(
 ) -> Walk:
     """A student on random images, between random parameters and others that are near."""
     rng, size, side = cddlib.generator("gpu", seed), ipc * CLASSES, bench.sizes.side
-    start = bench.network.init(rng)
-    target = start + 0.01 * torch.randn(start.shape, generator=rng)
-    images = torch.randn(size, 3, side, side, generator=rng)
-    targets = torch.rand(size, CLASSES, generator=rng).softmax(1)
+    start, target, images, _, step_size = textbook.noise(bench.network, (3, side, side), size, rng, bench.device)
+    targets = torch.rand(size, CLASSES, generator=rng).softmax(1).to(bench.device)
     plan = cddlib.plan_student(MatchingConfig(student_steps=steps, student_batch=batch), size, strategy, rng)
-    on = (tensor.to(bench.device) for tensor in (start, target, images, targets, torch.tensor(0.01)))
-    return (*on, plan)  # type: ignore[return-value]
+    return start, target, images, targets, step_size, plan
 
 
 def textbook_gradients(network: cddlib.ConvNet, walk: Walk, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -378,9 +374,7 @@ def expert_epoch(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
     """An epoch on random images."""
     size, shape = bench.sizes.real_images, (3, bench.sizes.side, bench.sizes.side)
     rng = cddlib.generator("expert")
-    pixels = torch.randint(256, (size, *shape), generator=rng, dtype=torch.uint8).to(bench.device)
-    labels = torch.randint(CLASSES, (size,), generator=rng).to(bench.device)
-    normalise = Normalisation(torch.full((3,), 0.5), torch.full((3,), 0.25)).to(bench.device)
+    pixels, labels, normalise = textbook.real_images(size, shape, bench.device)
     theta = bench.network.init(rng).to(bench.device).requires_grad_()
     optimizer = torch.optim.SGD([theta], lr=0.01)
     fetch = fetch_real(Images(pixels, labels), normalise)
@@ -425,19 +419,18 @@ def at_once(bench: Bench) -> Iterator[dict[str, Any]]:
         yield {"rows": rows}
 
 
-def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> list[BaseException]:
-    """Do all of them, each in a thread with a stream of its own; returns what they raised."""
-    raised: list[BaseException] = []
+def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> None:
+    """Do all of them, each in a thread with a stream of its own; what they raise is printed."""
 
     def work(function: Callable[[], object]) -> None:
         stream = torch.cuda.stream(torch.cuda.Stream(bench.device)) if bench.gpu else contextlib.nullcontext()
         try:
             with stream:
                 function()
+        except Interrupted:
+            pass
         except BaseException as error:
-            raised.append(error)
-            if not isinstance(error, Interrupted):
-                traceback.print_exception(error)
+            traceback.print_exception(error)
 
     threads = [threading.Thread(target=work, args=(function,), daemon=True) for function in works]
     for thread in threads:
@@ -445,7 +438,6 @@ def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> list[Base
     for thread in threads:
         while thread.is_alive():
             thread.join(0.2)  # signals are heeded in between
-    return raised
 
 
 # --- Real work --------------------------------------------------------------------------------------------------

@@ -9,9 +9,7 @@ import datetime
 import functools
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import limit_memory
 from children import Setting, at_operation, die, patch, run
 from conftest import Repeats
 from works import Work, Works, assert_one_sentence, assert_same, contents
@@ -33,71 +32,31 @@ PAGE = 4096
 MEGABYTE = 2**20
 
 
-@pytest.fixture(scope="module")
-def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
-    return Works(tmp_path_factory.mktemp("works"))
-
-
 # --- Disk -------------------------------------------------------------------------------------------------------
 
 
-class Disk:
-    """A small disk of its own: a tmpfs, mounted where only one sleeping process sees it.
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A small disk of its own: a tmpfs, mounted as root or in a name space where we are root.
 
-    Others reach it through that process's root. Where the system lets nobody mount, a folder in which no file may be
-    longer than a limit stands for it.
+    Only one sleeping process sees it; others reach it through that process's root.
     """
-
-    def __init__(self, folder: Path) -> None:
-        """Mount it on `folder`, as root or in a name space where we are root."""
-        self.folder, self.process = folder, None
-        folder.mkdir()
-        script = 'mount -t tmpfs -o size=4m tmpfs "$0" && echo mounted && exec sleep 1000'
-        for names in (["--user", "--map-root-user", "--mount"], ["--mount"]):
-            process = subprocess.Popen(
-                ["unshare", *names, "sh", "-c", script, folder], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
+    script = 'mount -t tmpfs -o size=4m tmpfs "$0" && echo mounted && exec sleep 1000'
+    for names in (["--user", "--map-root-user", "--mount"], ["--mount"]):
+        command = ["unshare", *names, "sh", "-c", script, tmp_path]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
             assert process.stdout is not None
-            with process.stdout:
-                mounted = process.stdout.readline()
-            if mounted:
-                self.process, self.folder = process, Path(f"/proc/{process.pid}/root{folder}")
-                break
-            process.wait()
-
-    def fill(self, free: int) -> Setting:
-        """Leave that many bytes free, for a command with this setting."""
-        if self.process is None:
-            return functools.partial(limit_files, free)
-        found = os.statvfs(self.folder)
-        (self.folder / "filler").write_bytes(bytes(found.f_bavail * found.f_frsize - free))
-        return functools.partial(patch, {})
-
-    def empty(self) -> None:
-        """Make space."""
-        (self.folder / "filler").unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Unmount it."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            if process.stdout.readline():
+                yield Path(f"/proc/{process.pid}/root{tmp_path}")
+                process.kill()
+                return
+    pytest.skip("the system lets nobody mount a disk")
 
 
-def limit_files(length: int) -> None:
-    """Let every write behind that length fail."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
-
-
-@pytest.fixture(params=["mounted", "limited"])
-def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Disk]:
-    found = Disk(tmp_path / "disk")
-    if request.param == "limited":
-        found.close()
-        found.folder, found.process = tmp_path / "disk", None
-    yield found
-    found.close()
+def fill(disk: Path, free: int) -> None:
+    """Leave that many bytes free."""
+    found = os.statvfs(disk)
+    (disk / "filler").write_bytes(bytes(found.f_bavail * found.f_frsize - free))
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -108,42 +67,35 @@ def finished(folder: Path) -> dict[str, Any]:
     return kept
 
 
-LITTLE = 50
-"""Bytes; a record says how many seconds it took, so that another time it is some bytes shorter."""
-
-
-def limits(work: Work, disk: Disk, number: int) -> list[int]:
-    """Some sizes that are too small: of a disk a number of pages, of single files all but `LITTLE` bytes of each."""
-    before, after = (
-        {path.name: path.stat().st_size for path in folder.iterdir()} for folder in (work.begin(), work.wanted)
+def limits(work: Work, number: int) -> list[int]:
+    """Bytes of some numbers of pages that are too few."""
+    there, needed = (
+        sum(-(-path.stat().st_size // PAGE) for path in folder.iterdir()) for folder in (work.begin(), work.wanted)
     )
-    if disk.process is None:
-        sizes = {size for name, size in after.items() if size != before.get(name)}
-        return sorted(size - LITTLE for size in sizes if size > 800)[: number - 1]  # the log is a file, too
-    needed, there = (sum(-(-size // PAGE) for size in sizes.values()) for sizes in (after, before))
     pages = range(max(1, needed - there))
     return sorted({pages[(len(pages) - 1) * part // (number - 1)] * PAGE for part in range(number)})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_disk(works: Works, disk: Disk, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
+def test_full_disk(works: Works, disk: Path, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
     """Whichever file does not fit, it is named; nothing finished is lost; with space, the same files result."""
     work, failed, most_kept = works[kind], [], 0
-    for free in limits(work, disk, repeats(3, 6)):
-        folder = work.begin(disk.folder / f"{kind}-{free}")
-        code, said = work.run(folder, disk.fill(free))
+    for free in limits(work, repeats(3, 6)):
+        folder = work.begin(disk / f"{kind}-{free}")
+        fill(disk, free)
+        code, said = work.run(folder)
         if code:
-            why = "No space left on device" if disk.process else "File too large"
-            assert_one_sentence(code, said, f"cannot write [^:]+: {why}.*; what was finished before is kept")
+            sentence = "cannot write [^:]+: No space left on device.*; what was finished before is kept"
+            assert_one_sentence(code, said, sentence)
             failed.append(re.findall("cannot write ([^:]+):", said)[0].split("/")[-1])
         kept = finished(folder)
-        disk.empty()
+        (disk / "filler").unlink()
         work.assert_resumes(folder)
         assert kept.items() <= finished(folder).items()
         most_kept = max(most_kept, len(kept))
         shutil.rmtree(folder)
     assert failed
-    note = {"work": kind, "mounted": disk.process is not None, "times": len(failed), "files": sorted(set(failed))}
+    note = {"work": kind, "mounted": True, "times": len(failed), "files": sorted(set(failed))}
     notes.setdefault("disk_full", []).append({**note, "finished_before": most_kept, "identical": True})
 
 
@@ -259,12 +211,6 @@ def test_jumping_clock(works: Works, kind: str, notes: dict[str, Any]) -> None:
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------
-
-
-def limit_memory(spare: int) -> None:
-    """Let the process take only so many bytes more than it has."""
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + spare
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 @pytest.mark.parametrize("kind", ["large-buffer", "large-distill", "large-evaluate", "large-data"])

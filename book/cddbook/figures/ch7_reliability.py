@@ -85,7 +85,7 @@ PARTS = {
     "communication": "the all-reduce",
     "alone": "what every device does: drawing students, the optimiser's step",
 }
-"""The parts of an iteration (`Parts` of tests/benchmarks/scaling_model.py) in words."""
+"""The parts of an iteration (`Parts` of tests/benchmarks/scaling.py) in words."""
 
 
 def binding_table(record: Mapping[str, Any]) -> str:

@@ -35,7 +35,6 @@ from cddbook.tables import (
     plan_table,
     published_tables,
     recipes_by_method,
-    streaming_table,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -151,7 +150,6 @@ def main() -> None:
         "methods-measured": measured_table(),
         "methods-recipes": recipes_by_method(),
         "plan-accuracy": plan_table(),
-        "streaming": streaming_table(),
     }
     for name, text in generated.items():
         (stage / "book" / f"{name}.md").write_text(text + "\n")

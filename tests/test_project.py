@@ -172,6 +172,7 @@ def test_no_line_of_code_is_cut_off():
     """The pages show 88 columns."""
     blocks = [block for page in PAGES for block in re.findall(r"^```.*?\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
     blocks += ["".join(c["source"]) for cells in CELLS.values() for c in cells if c["cell_type"] == "code"]
+    blocks += [path.read_text() for path in (ROOT / "book" / "examples").iterdir()]
     code = [line for block in blocks for line in block.splitlines()]
     assert len(code) > 500
     assert [line for line in code if len(line) > 88] == []

@@ -144,24 +144,6 @@ def plan_table() -> str:
     return markdown(rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
 
 
-def streaming_table() -> str:
-    """What streaming a folder took, and what a mapped cache holds in memory, from the record ``streaming.json``."""
-    record = read_record("streaming")
-    streamed, mapped = record["streamed"], record["mapped"]
-    resumed, titles = streamed["resumed"], ["seconds", "memory, without mapped files (MB)"]
-    rows = {
-        f"{part['images']:,} images into the cache": (part["seconds"], part["peak_anonymous"]["all_shared_once_mb"])
-        for part in (streamed["few"], streamed["whole"])
-    }
-    rows[f"resumed after being killed at {resumed['durable_images']:,}, same bytes"] = resumed["seconds"], None
-    cache = f"a cache of {record['config']['mapped_gb']:g} GB, all of it read"
-    rows |= {cache: (None, mapped["fingerprint"]["anonymous_mb"])}
-    rows |= {"before it was opened": (None, mapped["before"]["anonymous_mb"])}
-    table = pd.DataFrame.from_dict(rows, "index", columns=titles).map("{:.0f}".format, na_action="ignore").fillna("")
-    described = markdown(table.rename_axis("what").reset_index())
-    return described + f"\n\nMeasured on: {record['device']}, {streamed['workers']} workers."
-
-
 def provenance(records: Mapping[str, Record]) -> str:
     """Where and by which code records, given by name, were made, and what the runs of a study are; a Markdown list."""
     lines = []

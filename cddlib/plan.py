@@ -31,7 +31,7 @@ from cddlib.networks.convnet import parameter_count
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import flat, replace
 from cddlib.runtime.device import resolve_device
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import require
 from cddlib.runtime.random import generator
 from cddlib.training import counting
 from cddlib.training.epoch import predict, train_epoch
@@ -104,9 +104,7 @@ def plan(
     Raises:
         UserError: `devices` or `networks` is below 1, or the size of the data set is not known.
     """
-    for name, value in (("devices", devices), ("networks", networks)):
-        if value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1.")
+    require(1, devices=devices, networks=networks)
     meter = _Meter(config, sizes_of(config.data.data, root), devices, resolve_device(device) if measure else None)
     kind = resolve_device(device).type if device == "auto" else device.split(":")[0]
     return [_buffering(experts, meter), _distillation(config, meter, kind), _evaluation(config, networks, meter)]

@@ -38,8 +38,7 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         require(1, ipc=self.ipc)
-        if not 0 < self.step_size < float("inf"):
-            raise UserError(f"step_size is {self.step_size}; it must be positive.")
+        require(above=0, below=float("inf"), step_size=self.step_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

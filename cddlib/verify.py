@@ -33,7 +33,7 @@ from cddlib.networks.convnet import NetworkConfig
 from cddlib.runtime.config import from_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import UserError, as_user_error
+from cddlib.runtime.errors import UserError, as_user_error, require
 from cddlib.runtime.files import file_digest, read_json, read_tensors
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import read_metrics
@@ -87,10 +87,8 @@ def verify(
     Raises:
         UserError: a file is damaged or missing, or the data set or the buffer is another one.
     """
-    if sample < 1:
-        raise UserError(f"sample is {sample}; it must be at least 1.")
-    if not 0 <= tolerance < math.inf:
-        raise UserError(f"tolerance is {tolerance}; it must be a finite number, 0 or more.")
+    require(1, sample=sample)
+    require(0, below=math.inf, tolerance=tolerance)
     if (folder / "buffer.json").exists():
         found = _recompute_buffer(Buffer(folder), sample, root, resolve_device(device))
     elif buffer is None:

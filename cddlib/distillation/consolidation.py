@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cddlib.runtime.errors import UserError, require
+from cddlib.runtime.errors import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,7 @@ class ConsolidateConfig:
     """Iterations between consolidations."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.consolidation_strength < float("inf"):
-            raise UserError(
-                f"consolidation_strength is {self.consolidation_strength}; it must be a finite number above 0."
-            )
+        require(above=0, below=float("inf"), consolidation_strength=self.consolidation_strength)
         require(1, consolidate_every=self.consolidate_every)
 
 

@@ -24,7 +24,7 @@ from cddlib.networks.convnet import Network, unflatten
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, replace
 from cddlib.runtime.device import resolve_device
-from cddlib.runtime.errors import Diverged, UserError
+from cddlib.runtime.errors import Diverged, UserError, require
 from cddlib.runtime.files import file_digest, refuse_filled, whole_folder, write_atomically, write_json, write_tensors
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
@@ -143,8 +143,7 @@ def export_buffer(buffer: Buffer, folder: Path, *, experts_per_file: int = 10) -
     Raises:
         UserError: `folder` is not empty, or `experts_per_file` is below 1.
     """
-    if experts_per_file < 1:
-        raise UserError(f"experts_per_file is {experts_per_file}; it must be at least 1.")
+    require(1, experts_per_file=experts_per_file)
     number = len(buffer.experts)
     paths = [folder / f"replay_buffer_{file}.pt" for file in range(math.ceil(number / experts_per_file))]
     with whole_folder(folder) as temporary:

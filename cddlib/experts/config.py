@@ -6,7 +6,7 @@ from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig
 from cddlib.experts.curriculum import CurriculumConfig
 from cddlib.networks.convnet import NetworkConfig
-from cddlib.runtime.errors import UserError, require
+from cddlib.runtime.errors import require
 from cddlib.training.epoch import SharpnessConfig
 from cddlib.training.step import ComputeConfig
 
@@ -46,7 +46,6 @@ class BufferConfig:
 
     def __post_init__(self) -> None:
         require(1, experts=self.experts, epochs=self.epochs, batch_size=self.batch_size)
-        if not 0 < self.learning_rate < float("inf"):
-            raise UserError(f"learning_rate is {self.learning_rate}; it must be positive.")
+        require(above=0, below=float("inf"), learning_rate=self.learning_rate)
         require(0, below=1, momentum=self.momentum)
         require(0, below=float("inf"), weight_decay=self.weight_decay)

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cddlib.runtime.errors import UserError, needing
+from cddlib.runtime.errors import UserError, needing, require
 
 Combine = Literal["mean", "gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem"]
 
@@ -46,8 +46,7 @@ class CombineConfig:
     coefficient."""
 
     def __post_init__(self) -> None:
-        if self.balance is not None and not 0 <= self.balance < float("inf"):
-            raise UserError(f"balance is {self.balance}; it must be a finite number, 0 or more.")
+        require(0, below=float("inf"), balance=self.balance)
         if self.balance is not None and self.combine != "mean":
             raise UserError(f"balance is {self.balance}, but combine is {self.combine!r}; balance is part of 'mean'.")
 
@@ -139,11 +138,3 @@ def _gradnorm(products: Tensor, losses: Sequence[float]) -> list[float]:
     lengths = torch.tensor([(loss / mean) ** GRADNORM_POWER for loss in losses], dtype=products.dtype)
     weights = lengths / products.diagonal().sqrt()
     return (weights / weights.sum()).tolist()
-
-
-def weighted_sum(gradients: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> list[Tensor]:
-    """Σ w_k g_k, variable by variable. `gradients[k]` holds segment k's gradient for every variable."""
-    return [
-        sum((w * g for w, g in zip(weights[1:], variable[1:], strict=True)), weights[0] * variable[0])
-        for variable in zip(*gradients, strict=True)
-    ]

@@ -1,9 +1,11 @@
 """Errors that the user can mend, and the ways in which others become one."""
 
 import contextlib
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,19 +18,19 @@ class Diverged(UserError):
     """The numbers of a run are no longer usable."""
 
 
-def require(
-    least: int, *, most: float | int | None = None, below: float | int | None = None, **values: float | int | None
-) -> None:
-    """Raise `UserError` for one of the `values` that is less than `least`, more than `most`, or not `below`.
+Number = float | int | None
 
-    A value may be None, which is not one.
-    """
-    limits = {"at least": least, "at most": most, "below": below}
-    allowed = " and ".join(f"{word} {limit}" for word, limit in limits.items() if limit is not None)
+
+def require(
+    least: Number = None, *, above: Number = None, most: Number = None, below: Number = None, **values: Number
+) -> None:
+    """Raise `UserError` for one of the `values` that is outside the limits. None is no value, and no limit."""
+    limits: list[tuple[Any, ...]] = [(least, operator.ge, "at least"), (above, operator.gt, "above")]
+    limits += [(most, operator.le, "at most"), (below, operator.lt, "below")]
+    limits = [limit for limit in limits if limit[0] is not None]
+    allowed = " and ".join(f"{word} {limit}" for limit, _, word in limits)
     for name, value in values.items():
-        if value is None:
-            continue
-        if not value >= least or (most is not None and value > most) or (below is not None and value >= below):
+        if value is not None and not all(holds(value, limit) for limit, holds, _ in limits):
             raise UserError(f"{name} is {value}; it must be {allowed}.")
 
 

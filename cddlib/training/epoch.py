@@ -18,7 +18,7 @@ from cddlib.data.dataset import Images
 from cddlib.data.preprocessing import Preprocessing, Whitening
 from cddlib.networks.convnet import Network
 from cddlib.runtime.device import upload
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import require
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.engine import make_step
 from cddlib.training.graphs import Graph
@@ -37,9 +37,8 @@ class SharpnessConfig:
     """Measure the radius relative to the size of each parameter (Kwon et al. 2021)."""
 
     def __post_init__(self) -> None:
-        for name in ("sharpness_radius", "sharpness_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}; it must be a finite number, 0 or more.")
+        numbers = {"sharpness_radius": self.sharpness_radius, "sharpness_weight": self.sharpness_weight}
+        require(0, below=float("inf"), **numbers)
 
 
 Fetch = Callable[[Int64[Tensor, " b"]], tuple[Tensor, Tensor]]

@@ -20,12 +20,15 @@ REFUSED = {
     "it must be at least 1 and at most 100000.": [("evaluation_epochs", 0), ("evaluation_epochs", 100_001)],
     "it must be at least 0.": [("milestones", -1)],
     "it must be at least 0 and below 1.": [("momentum", -1.0), ("momentum_labels", 1.0), ("dropped_fraction", 1.0)],
-    "it must be at least 0 and below inf.": [("weight_decay", -1.0), ("lr_images", -1.0)],
-    "it must be positive.": [("learning_rate", 0.0), ("learning_rate", math.nan), ("step_size", math.nan)],
+    "it must be at least 0 and below inf.": [("weight_decay", -1.0), ("lr_images", -1.0), ("sharpness_radius", -1.0)],
+    "it must be above 0 and below inf.": [
+        ("learning_rate", 0.0),
+        ("learning_rate", math.nan),
+        ("step_size", math.nan),
+        ("consolidation_strength", 0.0),
+    ],
     "it must lie between 0 and 1.": [("ema", 1.0)],
     "it must lie above 0 and not above 1.": [("easiest_fraction", 0.0), ("easiest_fraction", 1.1)],
-    "it must be a finite number above 0.": [("consolidation_strength", 0.0), ("consolidation_strength", math.nan)],
-    "it must be a finite number, 0 or more.": [("sharpness_radius", -1.0)],
     "2 subsets need at least 2 images a class.": [("ipc", 1)],
     "epochs must be ascending, each once, and not before all_from_epoch (20).": [
         ("drop_epochs", epochs) for epochs in ((40, 30), (30, 30), (19, 20))

@@ -1,6 +1,7 @@
 """The repository agrees with itself: rooms, sizes, versions, documented commands, stripped notebooks."""
 
 import ast
+import copy
 import functools
 import graphlib
 import itertools
@@ -30,7 +31,7 @@ CELLS = {path.stem: json.loads(path.read_text())["cells"] for path in NOTEBOOKS}
 # --- Rooms and sizes --------------------------------------------------------------------------------------------
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
-MOST_LINES = {"cddlib": 7_720, "book/cddbook": 2_955, "tests": 15_770}  # lower them when the house shrinks
+MOST_LINES = {"cddlib": 7_550, "book/cddbook": 2_630, "tests": 13_500}  # lower them when the house shrinks
 TREES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): ast.parse(path.read_text())
     for path in sorted(ROOT.glob("cddlib/**/*.py"))
@@ -196,8 +197,11 @@ def test_documented_commands_parse(line, buffer, monkeypatch, capsys):
     names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
     for module, name in [*((commands, name) for name in names), (studies.study, "run_study"), (studies, "collect")]:
         monkeypatch.setattr(module, name, reached)
+    long = copy.copy(buffer)
+    long.epochs = 1000
     for module in (cli, commands, studies):
-        monkeypatch.setattr(module, "Buffer", lambda folder: buffer)
+        monkeypatch.setattr(module, "Buffer", lambda folder: long)
+    monkeypatch.setattr(commands, "with_compilation", lambda config, *_: config)
     monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
     main(shlex.split(re.sub(f"^{PROGRAMS}", "", line), comments=True))
     assert capsys.readouterr().err == "cddlib: reached\n"

@@ -11,9 +11,9 @@
 #SBATCH --output=%x-%A.log
 #SBATCH --open-mode=append
 
-# Six jobs of four hours, one after another: each goes on where the last one stopped, and
-# those that come after the end find nothing left to do. 180 s before its time is over,
-# Slurm sends a job's processes SIGTERM.
+# Six jobs of four hours, one after another: each goes on where the last one stopped,
+# and those that come after the end find nothing left to do. 180 s before its time is
+# over, Slurm sends a job's processes SIGTERM.
 set -eu
 shared=${SHARED:?the folder of data, experts and runs, which all nodes see}
 source "${VENV:?the Python environment}/bin/activate"

@@ -5,6 +5,8 @@ import os
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the notebooks' kernels too: threads that wait for a core are slow
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,3 +84,14 @@ def notes(request: pytest.FixtureRequest, repeats: Repeats) -> Iterator[dict[str
     folder = request.config.getoption("--records")
     if folder is not None:
         write_record(folder / f"{request.path.stem.removeprefix('test_')}.json", {**noted, **recorder.report()})
+
+
+@pytest.fixture(scope="session")
+def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole book in profile ci."""
+    output = tmp_path_factory.mktemp("book")
+    build = Path(__file__).resolve().parents[1] / "book" / "build.py"
+    command = [sys.executable, build, "--profile", "ci", "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return output / "_build" / "html"

@@ -56,7 +56,7 @@ def concurrent_gradient(
     if used is None:
         products = gramian([row.split(sizes) for row in sums], config.optimizer.rates(synthetic))
         used = weights(config.combination, products, each, anchor, rng)
-        combined = (sums.new_tensor(used)[:, None] * sums).sum(0)
+        combined = torch.stack([weight * row for weight, row in zip(used, sums, strict=True)]).sum(0)
     averaged = used if config.combination.combine == "mean" else [1 / len(each)] * len(each)
     parts = combined.split(sizes)
     return [part.view_as(variable) for part, variable in zip(parts, variables, strict=True)], {

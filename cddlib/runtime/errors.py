@@ -67,7 +67,7 @@ def as_user_error(source: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise UserError(f"{source} is not {what} ({reason}).") from None
 
 

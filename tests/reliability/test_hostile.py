@@ -415,6 +415,7 @@ def test_the_makefile_hands_a_profile_on_as_it_is(tmp_path: Path) -> None:
     (tmp_path / ".venv" / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{script}" "$@"\n')
     (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
     for value in ("quick; touch ran", "`touch ran`", "'; touch ran; '", "$$(touch ran)", "$(shell touch ran)"):
-        subprocess.run(["make", "book", f"PROFILE={value}"], cwd=tmp_path, capture_output=True)
+        subprocess.run(["make", "book", f"PROFILE={value}", f"REPOSITORY={value}"], cwd=tmp_path, capture_output=True)
         assert not (tmp_path / "ran").exists()
-        assert ast.literal_eval((tmp_path / "said").read_text())[-1] == value
+        said = ast.literal_eval((tmp_path / "said").read_text())
+        assert said[1:] == ["--profile", value, "--repository", value]

@@ -1,5 +1,6 @@
 """The model of scaling against numbers by hand; and the syntax of the book's cluster examples."""
 
+import copy
 import itertools
 import json
 import math
@@ -181,8 +182,11 @@ def test_documented_launches_parse(
 
     for name in ("train_buffer", "distill", "evaluate_run"):
         monkeypatch.setattr(commands, name, reached)
+    long = copy.copy(buffer)
+    long.epochs = 1000
     for module in (cli, commands):
-        monkeypatch.setattr(module, "Buffer", lambda folder: buffer)
+        monkeypatch.setattr(module, "Buffer", lambda folder: long)
+    monkeypatch.setattr(commands, "with_compilation", lambda config, *_: config)
     lines = every_launch()
     assert {words[words.index("cddlib") + 1] for words in lines} == {*cli.DIVIDED}
     for words in lines:

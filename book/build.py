@@ -137,7 +137,7 @@ def main() -> None:
         print(f"executing {source.name}", flush=True)
         executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
     for k, (figure, _) in committed_sets().items():
-        figure.savefig(stage / "book" / f"set-{k}.png", dpi=200)
+        figure.savefig(stage / "book" / f"set-{k}.png", dpi=200, bbox_inches="tight")
     found = committed_findings()
     generated = {
         "api": api(),

@@ -47,7 +47,7 @@ def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:
         axis.axis("off")
         if image is not None:
             axis.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
-            axis.set_title(title, fontsize=9)
+            axis.set_title(title, fontsize=9 if max(map(len, titles)) < 9 else 7)
     return figure
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from cddlib.data import augment
 from cddlib.matching.student import StudentStep, student_batches
 from cddlib.networks.convnet import Network
+from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.errors import require
 from cddlib.runtime.random import generator
 from cddlib.training.convnet_step import ConvNetStep
@@ -82,16 +83,19 @@ def train_network(
     rates = rates.to(device)
     image = fetch(torch.zeros(1, dtype=torch.int64, device=device))[0]
     number = max(1, AT_ONCE // (min(batch_size, size) * image.nbytes))
-    for first in range(0, len(plan), number):
-        steps = plan[first : first + number]
-        inputs, targets = fetch(torch.cat([indices for indices, _ in steps]).to(device))
-        places = torch.arange(len(inputs)).split([len(indices) for indices, _ in steps])
-        again = [StudentStep(place, draw) for place, (_, draw) in zip(places, steps, strict=True)]
-        inputs, targets, sizes = student_batches([again], inputs[None], targets[None])
-        descend: Callable[..., tuple[Tensor, ...]] = functools.partial(_descend, step, sizes)
-        if theta.is_cuda and isinstance(step, ConvNetStep):
-            descend = _graph(step, sizes, targets.dtype, threading.get_ident())
-        theta, velocity = descend(theta, velocity, inputs, targets, rates[first : first + number])
+    what = {"total": len(plan), "desc": f"a network on {size:,} images", "unit": "step", "delay": 2, "leave": False}
+    with Ranks().progress(**what) as bar:
+        for first in range(0, len(plan), number):
+            steps = plan[first : first + number]
+            inputs, targets = fetch(torch.cat([indices for indices, _ in steps]).to(device))
+            places = torch.arange(len(inputs)).split([len(indices) for indices, _ in steps])
+            again = [StudentStep(place, draw) for place, (_, draw) in zip(places, steps, strict=True)]
+            inputs, targets, sizes = student_batches([again], inputs[None], targets[None])
+            descend: Callable[..., tuple[Tensor, ...]] = functools.partial(_descend, step, sizes)
+            if theta.is_cuda and isinstance(step, ConvNetStep):
+                descend = _graph(step, sizes, targets.dtype, threading.get_ident())
+            theta, velocity = descend(theta, velocity, inputs, targets, rates[first : first + number])
+            bar.update(len(steps))
     return theta[0]
 
 

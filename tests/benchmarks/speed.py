@@ -93,21 +93,10 @@ class Point:
     device: str = "cpu"
     operations: float = 0.0
     """Floating-point operations of the work."""
-    curve: str = ""
-    """Which of `CURVES` the point is of."""
     least_seconds: float = 10.0
     """It is done again until it has taken so long, or `MOST_REPEATS` times."""
 
 
-CURVES: dict[str, tuple[dict[str, int], ...]] = {
-    "student steps": tuple({"student_steps": n} for n in (5, 10, 20, 40)),
-    "images a class": tuple({"ipc": ipc} for ipc in (1, 2, 5, 10)),
-    "side": tuple({"side": side} for side in (16, 32, 64, 128)),
-    "width": tuple({"width": width} for width in (32, 64, 128, 256)),
-    "segments": tuple({"segments": segments} for segments in (1, 2, 4, 8)),
-}
-"""One size varied; the others are one image a class, ten student steps, one segment and those of `Point`."""
-CURVED = ("cddlib", "cddlib, least memory")
 MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
 """Images a class, student steps, images a step."""
 SEGMENTS = (1, 2, 4, 8)
@@ -326,11 +315,6 @@ def points(threads: int, device: str, width: int, seconds: float) -> list[Point]
     for segments, name in itertools.product(SEGMENTS, ways):
         if name.startswith("textbook") or (name in apart and "compiled" not in name):
             found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))
-    little: dict[str, Any] = {"student_steps": 10, "least_seconds": seconds / 50}
-    for (curve, variants), name in itertools.product(CURVES.items(), CURVED):
-        for variant in variants:
-            sizes = {**shared, **little, **variant}
-            found.append(Point(**sizes, work="match", curve=curve, implementation=name))
     return found
 
 
@@ -348,9 +332,6 @@ def in_a_process(point: Point, most_seconds: float) -> dict[str, Any]:
 
 def described(point: Point) -> str:
     """A point in words."""
-    if point.curve:
-        (name,) = CURVES[point.curve][0]
-        return f"match, {point.curve}: {getattr(point, name)}"
     width = "" if point.width == 128 or point.side != 32 else f", width {point.width}"
     if point.work == "match":
         side = "" if point.side == 32 else f", {point.side} × {point.side} pixels"
@@ -380,7 +361,7 @@ def main(
         if known:
             rows.append(known)
             continue
-        one = dataclasses.replace(bare, implementation="textbook", segments=1, curve="", least_seconds=0.0)
+        one = dataclasses.replace(bare, implementation="textbook", segments=1, least_seconds=0.0)
         point = dataclasses.replace(bare, operations=bare.segments * operations(one))
         found = measured(point, seconds)
         named = {"name": described(point), **found, "commit": recorder.report()["commit"]}

@@ -68,13 +68,17 @@ def test_pages_have_no_barriers_and_no_script_errors(browser: Browser, site: str
     assert [error for error in found if "THEBE_JS_URL" not in error] == []  # the theme declares it twice
 
 
-def test_no_page_is_wider_than_a_phone(browser: Browser, site: str) -> None:
-    page = browser.new_context(viewport={"width": 390, "height": 800}).new_page()
+@pytest.mark.parametrize("width", [390, 768, 1400])
+def test_no_page_is_wider_than_its_window(browser: Browser, site: str, html: Path, width: int) -> None:
+    """Pictures of the first page and of chapter 5 stay beside the book."""
+    page = browser.new_context(viewport={"width": width, "height": 900}).new_page()
     wide = []
     for name in [*PAGES, "genindex", "_modules/cddlib/matching/loss"]:
         page.goto(f"{site}{name}.html")
         if page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"):
             wide.append(name)
+        if name in (PAGES[0], "notebooks/05_concurrent_matching"):
+            page.screenshot(path=html.parent / "screenshots" / f"{Path(name).stem}-{width}.png", full_page=True)
     assert wide == []
 
 

@@ -17,25 +17,24 @@ APART = ("one by one", "side by side")
 """How the names of implementations end that differ in how many segments they match at a time."""
 SMALL_SIDE = 8
 """Pixels of the images with which steps are small."""
-COLUMNS = ("curve", "seconds", "peak_memory_mb", "start_memory_mb", "rate", "convolution_rate", "left_out")
+COLUMNS = ("seconds", "peak_memory_mb", "start_memory_mb", "rate", "convolution_rate", "left_out")
 
 
 def measurements(record: Mapping[str, Any]) -> pd.DataFrame:
     """A row a measurement of `make bench`; of what was left out, seconds and memory are nan.
 
-    `memory_mb` is how far the process grew beyond what it held before the work; `curve` is empty outside the curves.
+    `memory_mb` is how far the process grew beyond what it held before the work.
     """
     table = pd.DataFrame(record["measurements"])
     table = table.reindex(columns=table.columns.union(COLUMNS, sort=False))
-    table["curve"] = table["curve"].astype(object).fillna("")
     return table.assign(memory_mb=table["peak_memory_mb"] - table["start_memory_mb"])
 
 
 def part(table: pd.DataFrame, *, apart: bool) -> pd.DataFrame:
-    """Outside the curves, what compares segments side by side with segments one by one; or all else."""
+    """What compares segments side by side with segments one by one; or all else."""
     own = table["implementation"].str.endswith(APART)
     beside = table["name"].isin(table["name"][own]) & table["implementation"].str.startswith(TEXTBOOK)
-    return table[(table["curve"] == "") & (own | beside if apart else ~own & (table["side"] != SMALL_SIDE))]
+    return table[own | beside if apart else ~own & (table["side"] != SMALL_SIDE)]
 
 
 def bars(table: pd.DataFrame, column: str, xlabel: str) -> Figure:
@@ -84,39 +83,6 @@ def rate_of(table: pd.DataFrame, implementation: str) -> pd.Series:
     """By the work's name, its rate as a fraction of the convolution's."""
     rows = table[table["implementation"] == implementation].dropna(subset="rate").set_index("name")
     return rows["rate"] / rows["convolution_rate"]
-
-
-def law(table: pd.DataFrame, implementation: str) -> tuple[float, float, float]:
-    """Seconds = a + b operations, fitted to the curves in relative error; a, b, and the largest relative error."""
-    rows = table[(table["curve"] != "") & (table["implementation"] == implementation)].dropna(subset="seconds")
-    seconds, operations = rows["seconds"].astype(float), rows["operations"].astype(float)
-    b, a = np.polyfit(operations, seconds, deg=1, w=1 / seconds)
-    return float(a), float(b), float(((a + b * operations) / seconds - 1).abs().max())
-
-
-def curves(table: pd.DataFrame, varied: Mapping[str, str]) -> Figure:
-    """Seconds, with the law, and memory of an iteration, against one thing at a time.
-
-    Args:
-        table: from `measurements`.
-        varied: for each curve, the column that varies.
-    """
-    figure, axes = plt.subplots(2, len(varied), figsize=(9, 4.6), sharey="row", layout="constrained")
-    for (curve, column), (upper, lower) in zip(varied.items(), axes.T, strict=True):
-        for way, rows in table[table["curve"] == curve].groupby("implementation", sort=False):
-            upper.plot(rows[column], rows["seconds"], "o", label=way, markersize=4)
-            lower.plot(rows[column], rows["memory_mb"], "o-", label=way, markersize=4)
-            a, b, _ = law(table, str(way))
-            upper.plot(rows[column], a + b * rows["operations"], "-", color=upper.lines[-1].get_color(), linewidth=1)
-        lower.set(xlabel=curve, xscale="log", yscale="log")
-        upper.set(xscale="log", yscale="log")
-        for axis in (upper, lower):
-            axis.set_xticks(rows[column], [f"{value:g}" for value in rows[column]], minor=False)
-            axis.minorticks_off()
-    axes[0, 0].set_ylabel("seconds")
-    axes[1, 0].set_ylabel("MB beyond the start")
-    axes[0, 0].legend(fontsize=7)
-    return figure
 
 
 def precision(record: Mapping[str, Any]) -> Figure:

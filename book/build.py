@@ -49,9 +49,9 @@ def execute(source: Path, target: Path, parameters: dict[str, Any]) -> nbformat.
         raise ValueError(f"{source.name} has no parameter {', '.join(unknown)}; it has {', '.join(declared)}.")
     target.parent.mkdir(parents=True, exist_ok=True)
     places = {"input_path": str(source), "output_path": str(target), "cwd": str(source.parent)}
-    notebook = papermill.execute_notebook(
-        **places, parameters=declared | parameters, kernel_name="python3", progress_bar=False
-    )
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # it warns of every connection that is not encrypted
+    how: dict[str, Any] = {"kernel_name": "python3", "progress_bar": False, "extra_arguments": quiet}
+    notebook = papermill.execute_notebook(**places, parameters=declared | parameters, **how)
     notebook.metadata.pop("widgets", None)  # their state would pull scripts from a network
     for cell in notebook.cells:
         if "injected-parameters" in cell.metadata.get("tags", []):

@@ -7,8 +7,8 @@
 # Every command resumes where it was stopped: MINUTES=90 book/record.sh ROOT RUNS works for so long and says what is
 # left. JOBS processes share the runs (0: one after the other in one process), and OMP_NUM_THREADS cores are shared by
 # them. The cells come in the order of what they decide for what they cost: first the tuned comparison of K at width 32
-# (an hour or two of one core), then the published network (hours), then the first, short studies, whose learning rates
-# were chosen in trials of a minute, so that the probes' losses fall.
+# (an hour or two of one core, and two more for its long version), then the published network (hours), then the first,
+# short studies, whose learning rates were chosen in trials of a minute, so that the probes' losses fall.
 set -euo pipefail
 
 root=$1 runs=$2
@@ -48,6 +48,8 @@ pictures() { # of the first page and of chapter 5: where the tuned comparison be
     done
 }
 segments-cifar10-ipc1-tuned() { study segments-cifar10-ipc1-tuned compare "$tuned --what segments --counts 1 4 --lr-images 300 --step-size 0.02 --iterations 800 --validate-every 200 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 16 --seeds 3 --networks 10"; }
+
+segments-cifar10-ipc1-long() { study segments-cifar10-ipc1-long compare "$tuned --what segments --counts 1 2 4 --lr-images 300 --step-size 0.02 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"; }
 
 buffers-published() { cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"; }
 segments-cifar10-ipc1-published() { study segments-cifar10-ipc1-published compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"; }
@@ -110,7 +112,7 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
     done
 }
 
-all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1-tuned pictures
+all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1-tuned pictures segments-cifar10-ipc1-long
  buffers-published segments-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
  segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50 $searches methods"
 left=""

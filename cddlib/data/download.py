@@ -17,7 +17,9 @@ archives and unpickles files only if they have the checksums that it knows.
 
 import contextlib
 import hashlib
+import mmap
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,8 @@ from cddlib.runtime.run_folder import at_work, locked
 _DOWNLOADS = {"fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 """Classes of `torchvision.datasets`."""
 _SIZE = 64
+_THREAD = 2**28
+"""Bytes of addresses that have to be free for each thread when it starts: its stack, and what malloc sets aside."""
 _BATCH = 512
 """Images that wait for a thread or for the disk at most; after as many, those so far are recorded."""
 
@@ -202,7 +206,11 @@ def _decoded(path: Path, files: list[str], size: int, ranks: Ranks) -> UInt8[Ten
 
 def _read(files: list[str], size: int) -> Iterator[bytes]:
     """The pixels of image files in order, decoded by as many threads as PyTorch has."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool, warnings.catch_warnings():
+    count = torch.get_num_threads()
+    with mmap.mmap(-1, count * _THREAD):  # Python waits forever for a thread that finds no memory while it starts
+        ready = threading.Barrier(count)
+    with ThreadPoolExecutor(count) as pool, warnings.catch_warnings():
+        all(pool.map(lambda _: ready.wait() >= 0, range(count)))  # now, before images take memory
         warnings.simplefilter("ignore", DecompressionBombWarning)  # `read_picture` refuses smaller ones
         for start in range(0, len(files), _BATCH):
             yield from pool.map(lambda file: read_picture(file, size), files[start : start + _BATCH])

@@ -207,10 +207,15 @@ def _decoded(path: Path, files: list[str], size: int, ranks: Ranks) -> UInt8[Ten
 def _read(files: list[str], size: int) -> Iterator[bytes]:
     """The pixels of image files in order, decoded by as many threads as PyTorch has."""
     count = torch.get_num_threads()
-    with mmap.mmap(-1, count * _THREAD):  # Python waits forever for a thread that finds no memory while it starts
+    # Python waits forever for a thread that finds no memory while it starts; read-only pages take addresses alone
+    with mmap.mmap(-1, count * _THREAD, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ):
         ready = threading.Barrier(count)
     with ThreadPoolExecutor(count) as pool, warnings.catch_warnings():
-        all(pool.map(lambda _: ready.wait() >= 0, range(count)))  # now, before images take memory
+        try:
+            all(pool.map(lambda _: ready.wait() >= 0, range(count)))  # now, before images take memory
+        except RuntimeError:  # there cannot be so many
+            ready.abort()
+            raise
         warnings.simplefilter("ignore", DecompressionBombWarning)  # `read_picture` refuses smaller ones
         for start in range(0, len(files), _BATCH):
             yield from pool.map(lambda file: read_picture(file, size), files[start : start + _BATCH])

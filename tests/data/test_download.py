@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,24 @@ def test_want_of_memory_is_no_fault_of_the_image(
     monkeypatch.setattr(Image.Image, "convert", convert)
     with pytest.raises(UserError, match=r"^there is not enough memory to read .*; lower --size, or close other"):
         prepare("imagefolder", tmp_path / "root", source=folder, size=16)
+
+
+def test_threads_that_cannot_be_started_are_not_waited_for(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, started = threading.Thread.start, []
+
+    def limited(thread: threading.Thread) -> None:
+        if started:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(UserError, match=r"^there is not enough memory \(can't start new thread\); lower --size"):
+        prepare("imagefolder", tmp_path / "root", source=folder, size=16)
+    assert started
 
 
 def test_the_file_is_what_safetensors_writes(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

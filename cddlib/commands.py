@@ -94,12 +94,12 @@ def distill_data(
         out: Folder of the run; it resumes, or returns the finished result.
         tensorboard: Write the metrics and the images for TensorBoard too, into OUT/tensorboard.
     """
-    dev, ranks = resolve_device(device), Ranks()
+    experts, dev, ranks = Buffer(buffer), resolve_device(device), Ranks()
     begins = ranks.first and not (out / "result.json").exists()
-    if begins and dev.type == "cpu" and with_compilation(config, Buffer(buffer), dev).compute.compiled:
+    if begins and dev.type == "cpu" and with_compilation(config, experts, dev).compute.compiled:
         duration = distillation_time(config, devices=ranks.count, root=root)
         print(f"At most about {duration} in all; the bar below corrects this, as it goes.", file=sys.stderr)
-    distill(config, buffer, out, hooks=[TensorBoard()] if tensorboard else [], root=root, device=device)
+    distill(config, experts, out, hooks=[TensorBoard()] if tensorboard else [], root=root, device=device)
     result, schedule = read_json(out / "result.json"), config.schedule
     accuracy = result["validation_accuracy"]
     measured = "" if accuracy is None else f" (validation accuracy {accuracy:.1%})"

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -136,24 +137,30 @@ def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
     command = arguments[0] if arguments else ""
     if Ranks().count > 1 and command not in DIVIDED:
         raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
+    if command.startswith("import-") and not {"--zca", "--no-zca", "--help"} & {*arguments}:
+        raise UserError("the files do not say whether their images are whitened; give --zca or --no-zca.")
     if command in ("plan", "distill", "import-set"):
-        functions[command] = functools.partial(functions[command], config=chosen_recipe(recipe_choices(arguments)))
-    elif command in ("buffer", "import-buffer"):
-        recipe = chosen_buffer_recipe(recipe_choices(arguments))
-        if command == "import-buffer":  # the published codes hold no images out
-            recipe = dataclasses.replace(recipe, holdout=False)
+        imported = {"method": "mtt"} if command == "import-set" else {}
+        recipe = chosen_recipe(imported | recipe_choices(arguments))
         functions[command] = functools.partial(functions[command], config=recipe)
+    elif command in ("buffer", "import-buffer"):
+        experts = chosen_buffer_recipe(recipe_choices(arguments))
+        if command == "import-buffer":  # the published codes hold no images out
+            experts = dataclasses.replace(experts, holdout=False)
+        functions[command] = functools.partial(functions[command], config=experts)
     return functions
 
 
 def recipe_choices(arguments: list[str]) -> dict[str, Any]:
-    """The options that choose a recipe, read ahead of the others."""
+    """The options that choose a recipe, and its window, read ahead of the others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    numbers, words = ("ipc", "segments", "window-end"), ("method", "data")
+    parser.add_argument("--convex", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+    numbers, words = ("ipc", "segments", "window-start", "window-end", "expert-epochs"), ("method", "data")
     for name, kind in [*((name, int) for name in numbers), *((name, str) for name in words), ("buffer", Path)]:
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
+    dashed = [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word) for word in arguments]  # as tyro does
     try:
-        return vars(parser.parse_known_args(arguments)[0])
+        return vars(parser.parse_known_args(dashed)[0])
     except argparse.ArgumentError:
         return {}  # tyro says what is wrong
 

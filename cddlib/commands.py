@@ -96,7 +96,7 @@ def distill_data(
     """
     experts, dev, ranks = Buffer(buffer), resolve_device(device), Ranks()
     begins = ranks.first and not (out / "result.json").exists()
-    if begins and dev.type == "cpu" and with_compilation(config, experts, dev).compute.compiled:
+    if begins and dev.type == "cpu" and with_compilation(config, experts, out, dev).compute.compiled:
         duration = distillation_time(config, devices=ranks.count, root=root)
         print(f"At most about {duration} in all; the bar below corrects this, as it goes.", file=sys.stderr)
     distill(config, experts, out, hooks=[TensorBoard()] if tensorboard else [], root=root, device=device)

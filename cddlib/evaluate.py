@@ -61,7 +61,7 @@ def accuracy_of_set(
     how, targets, theta = (config, strategy, compute, float(synthetic.step_size)), synthetic.targets(), None
     which: dict[str, Any] = {"purpose": purpose, "seed": seed, "device": targets.device}
     for number in range(synthetic.subsets):
-        rows = torch.cat([synthetic.subset(earlier) for earlier in range(number + 1)])
+        rows = synthetic.learned(number)
         fetch = fetch_synthetic(synthetic.images[rows], targets[rows])
         theta = train_network(network, fetch, len(rows), *how, **which, begun=theta)
     assert theta is not None  # there is at least one subset

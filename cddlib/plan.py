@@ -144,7 +144,7 @@ def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> C
     times = 0 if config.validate_every == 0 else 1 + -(-schedule.iterations // config.validate_every)
     trained = images * config.evaluation.evaluation_epochs * (schedule.subsets + 1) // 2
     network = meter.training(min(config.evaluation.evaluation_batch, images))
-    runs = times * config.validation_runs
+    runs = times * config.validation_runs * (1 if config.optimizer.ema is None else 2)  # of the average too
     checks = [(network, runs * trained), (meter.test, runs * validation), labelled]
 
     path = 4 * meter.parameters * (config.student.student_steps + 3)

@@ -9,7 +9,6 @@ steps are one graph.
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +24,7 @@ from cddlib.runtime.random import generator
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.engine import make_step
 from cddlib.training.epoch import Fetch
-from cddlib.training.graphs import Graph
+from cddlib.training.graphs import graph
 from cddlib.training.step import ComputeConfig, TrainingStep
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
@@ -93,7 +92,7 @@ def train_network(
             inputs, targets, sizes = student_batches([again], inputs[None], targets[None])
             descend: Callable[..., tuple[Tensor, ...]] = functools.partial(_descend, step, sizes)
             if theta.is_cuda and isinstance(step, ConvNetStep):
-                descend = _graph(step, sizes, targets.dtype, threading.get_ident())
+                descend = graph(theta.device, _descent, step, sizes, targets.dtype)
             theta, velocity = descend(theta, velocity, inputs, targets, rates[first : first + number])
             bar.update(len(steps))
     return theta[0]
@@ -117,10 +116,9 @@ def _descend(
     return theta, velocity
 
 
-@functools.lru_cache(maxsize=16)
-def _graph(step: TrainingStep, sizes: tuple[int, ...], targets: torch.dtype, thread: int) -> Graph:
-    """Steps on batches of these sizes, with targets of a type, as a graph; every thread has its own."""
-    return Graph(functools.partial(_descend, step, sizes))
+def _descent(step: TrainingStep, sizes: tuple[int, ...], targets: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
+    """Steps on batches of these sizes, with targets of a type."""
+    return functools.partial(_descend, step, sizes)
 
 
 def fetch_synthetic(images: Float[Tensor, "n c h w"], targets: Float[Tensor, "n classes"]) -> Fetch:

@@ -57,8 +57,14 @@ class SyntheticSet:
 
     def subset(self, number: int) -> Int64[Tensor, " m"]:
         """Which images are in the subset of that number, on the CPU: of every class an equal share, in order."""
-        place = torch.arange(len(self.labels)) % self.ipc
-        return torch.nonzero(place * self.subsets // self.ipc == number).flatten()
+        return torch.nonzero(self._subsets() == number).flatten()
+
+    def learned(self, number: int) -> Int64[Tensor, " m"]:
+        """Which images a network learns while the subset of that number is optimised: it and those before it."""
+        return torch.nonzero(self._subsets() <= number).flatten()
+
+    def _subsets(self) -> Int64[Tensor, " n"]:
+        return torch.arange(len(self.labels)) % self.ipc * self.subsets // self.ipc
 
     @property
     def ipc(self) -> int:
@@ -191,8 +197,8 @@ def initialise(
     """The synthetic set before the first iteration; its real images come from the training part of the split.
 
     Label logits start as the logits that the experts' last parameters give the real image, averaged over the experts
-    that are right about it, or over all if none is (DATM). With noise images they are those of a real image of the
-    class.
+    that are right about it, or over all if none is: as DATM has it with init `correct` (with `real`, its code asks its
+    first expert alone). With noise images they are those of a real image of the class.
 
     Raises:
         UserError: a class has fewer than `ipc` images, or fewer that the expert gets right with init `correct`.

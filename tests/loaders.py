@@ -75,7 +75,7 @@ def write_checkpoint(folder: Path, key: int) -> None:
     state = State(REMEDIED, small_set(0))
     state.optimizer.step([torch.ones_like(variable) for variable in state.synthetic.variables()], torch.arange(6), 1)
     state.progress.iteration = 1
-    state.consider(state.optimizer.candidate(), 0.5 + key / 4)
+    state.consider(state.optimizer.candidates()[-1], 0.5 + key / 4)
     state.save(folder)
 
 

@@ -1,5 +1,6 @@
 """The command line: help, sentences instead of tracebacks, and the whole way from a buffer to a record."""
 
+import itertools
 import json
 import re
 import signal
@@ -165,8 +166,14 @@ def test_the_window_ends_where_short_experts_do(buffer: Buffer, capsys) -> None:
         ({"method": "datm", "data": "cifar10", "ipc": 50}, (5, 5), said),
         ({"window_end": 4}, (4, None), ""),
         ({"method": "datm", "data": "cifar10"}, (4, None), ""),
+        ({"expert_epochs": 4, "segments": 2}, (3, None), said.replace("5", "3")),
+        ({"convex": True}, (4, None), said.replace("5", "4")),
+        ({"window_start": 3, "segments": 2}, (5, None), said),
     ):
-        schedule = cli.chosen_recipe({"buffer": buffer.folder, **given}).schedule
+        words_of = [[f"--{name}"] if value is True else [f"--{name}", str(value)] for name, value in given.items()]
+        chosen = cli.recipe_choices(["--buffer", str(buffer.folder), *itertools.chain(*words_of)])
+        assert chosen == {"buffer": buffer.folder, **given}
+        schedule = cli.chosen_recipe(chosen).schedule
         assert (schedule.window_end, schedule.window_end_initial) == windows
         assert capsys.readouterr().err == words
 

@@ -87,6 +87,9 @@ def test_a_set_goes_out_as_pt_and_comes_back_to_be_evaluated(distilled: Path, tm
     assert run("export", distilled, "--to", tmp_path / "pt", "--form", "pt") == 0
     files = [tmp_path / "pt" / name for name in ("images_best.pt", "labels_best.pt")]
     options = ["--data", "digits", "--width", "8", "--evaluation-epochs", "2", "--out", tmp_path / "theirs"]
+    assert run("import-set", *files, *options) == 1
+    assert "whether their images are whitened; give --zca or --no-zca." in capsys.readouterr().err
+    options.append("--no-zca")
     assert run("import-set", *files, "--lr", tmp_path / "pt" / "lr_best.pt", *options) == 0
     assert "20 images of 10 classes" in capsys.readouterr().out
     ours, theirs = (cddlib.SyntheticSet.load(run / "synthetic.safetensors") for run in (distilled, tmp_path / "theirs"))
@@ -109,7 +112,7 @@ def test_pictures_and_parquet_are_written(distilled: Path, tmp_path: Path, capsy
 
 def test_a_buffer_goes_out_and_comes_back(buffer: Buffer, tmp_path: Path, capsys) -> None:
     assert run("export", buffer.folder, "--to", tmp_path / "pt", "--form", "pt") == 0
-    options = ["--data", "digits", "--width", "8", "--device", "cpu", "--out", tmp_path / "back"]
+    options = ["--data", "digits", "--width", "8", "--no-zca", "--device", "cpu", "--out", tmp_path / "back"]
     assert run("import-buffer", tmp_path / "pt", *options) == 0
     assert "2 experts of 6 epochs and 1,026 parameters in" in capsys.readouterr().out
     assert Buffer(tmp_path / "back").config["holdout"] is False  # as the published codes train, unless told otherwise

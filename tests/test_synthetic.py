@@ -166,6 +166,11 @@ def test_every_image_is_in_one_subset(classes: int, ipc: int, data: st.DataObjec
     parts = [synthetic.subset(number).view(classes, -1) - first for number in range(subsets)]
     assert all((part == part[0]).all() for part in parts)  # the same places of every class
     assert torch.cat([part[0] for part in parts]).tolist() == list(range(ipc))  # the first subset first
+    assert all(
+        {*synthetic.learned(number).tolist()}
+        == {*torch.cat([(part + first).flatten() for part in parts[: number + 1]]).tolist()}
+        for number in range(subsets)
+    )
     sizes = [part.shape[1] for part in parts]
     assert max(sizes) - min(sizes) <= 1
 

@@ -101,8 +101,6 @@ class State:
             self.best = self.synthetic.copy()
         state = self.tensors()
         for name in sorted(state.keys() | found.keys()):
-            if name not in found and name.startswith("momentum."):
-                continue  # of a file of before the first step, or of an older version
             held, wanted = (
                 f"{str(of[name].dtype).removeprefix('torch.')}{list(of[name].shape)}" if name in of else "missing"
                 for of in (found, state)

@@ -1,6 +1,7 @@
 """The configuration of a distillation, and whether a buffer fits it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from cddlib.networks.convnet import NetworkConfig
 from cddlib.protocol import EvaluateConfig
 from cddlib.runtime.config import as_dict, replace
 from cddlib.runtime.errors import UserError, require
+from cddlib.runtime.files import read_json
 from cddlib.synthetic import SyntheticConfig
 from cddlib.training.engine import worth_compiling
 from cddlib.training.step import ComputeConfig
@@ -76,8 +78,10 @@ class DistillConfig:
         return min(self.student.student_batch or subset, subset)
 
 
-def with_compilation(config: DistillConfig, buffer: Buffer, device: torch.device) -> DistillConfig:
-    """`config`, with a decision whether to compile."""
+def with_compilation(config: DistillConfig, buffer: Buffer, folder: Path, device: torch.device) -> DistillConfig:
+    """`config`, with a decision whether to compile: that of the run in `folder`, if it began already."""
+    if config.compute.compiled is None and (folder / "config.json").exists():
+        return replace(config, compiled=read_json(folder / "config.json").get("compiled"))
     steps = config.schedule.iterations * config.schedule.segments_in_all * config.student.student_steps
     images = 3 * steps * config.images_a_step(buffer.data["classes"])  # a student's step is worth three of training
     compiled = worth_compiling(buffer.network, config.compute, device, images)

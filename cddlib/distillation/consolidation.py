@@ -50,20 +50,21 @@ class Consolidation:
         }
 
     @torch.no_grad()
-    def after_step(self, images: Tensor, before: Tensor, gradient: Tensor, iteration: int) -> None:
+    def after_step(self, images: Tensor, before: Tensor, gradient: Tensor, rows: Tensor, iteration: int) -> None:
         """Gather what the step did, pull `images` towards the reference in place, and consolidate if it is time.
 
         Args:
             images: after the optimiser's step.
             before: the images before it.
             gradient: of the matching loss, at `before`.
+            rows: which images the step moved, and the pull may move.
             iteration: its number, from 1. One that the loss guard skips does not come here and consolidates nothing.
         """
         reference, importance, gathered = self.tensors.values()
         gathered += gradient.square() if self.config.consolidation == "ewc" else -gradient * (images - before)
         if importance.any():
             pull = self.config.consolidation_strength * importance / importance.mean()
-            images.copy_(reference + (images - reference) / (1 + pull))
+            images[rows] = (reference + (images - reference) / (1 + pull))[rows]
         if iteration % self.config.consolidate_every == 0:
             if self.config.consolidation == "si":
                 moved = (images - reference).square()

@@ -1,5 +1,6 @@
 """K segments into one gradient of the synthetic set, on one process or divided among several."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from cddlib.matching.combine import fixed_weights, gramian, weights
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.segments import Segment, active_subset, draw_matched
 from cddlib.matching.student import StudentStep, plan_student, segment_chunks
+from cddlib.runtime.device import upload
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.random import generator
 from cddlib.synthetic import SyntheticSet
@@ -24,9 +26,9 @@ def concurrent_gradient(
     """The combined gradient of K segments with respect to `synthetic.variables`, and what was matched.
 
     The segments share an expert, drawn uniformly; each has its own batches and augmentation. That is our choice: the
-    paper's is not known. Nothing random depends on earlier iterations, or on how many ranks there are. Each rank
-    differentiates its portion of the segments, side by side or one after the other, and adds up one gradient, or keeps
-    all where the weights depend on them.
+    paper's is not known. Students learn the subsets up to the active one, which alone is optimised. Nothing random
+    depends on earlier iterations, or on how many ranks there are. Each rank differentiates its portion of the segments,
+    side by side or one after the other, and adds up one gradient, or keeps all where the weights depend on them.
 
     Returns:
         A gradient for each variable, in its shape; and the iteration's `loss`, and `losses`, `gradient_norms` and
@@ -35,8 +37,11 @@ def concurrent_gradient(
     ranks = ranks or Ranks()
     rng = generator(config.seed, "iteration", iteration)
     matched, anchor = draw_matched(config.schedule, config.seed, len(buffer.experts), iteration, rng)
-    rows = synthetic.subset(active_subset(config.schedule, iteration))
-    students = [plan_student(config.student, len(rows), config.augmentation.augment, rng) for _ in matched]
+    active = active_subset(config.schedule, iteration)
+    learned, held = synthetic.learned(active), upload(synthetic.learned(active - 1), synthetic.images.device)
+    how = dataclasses.replace(config.student, student_batch=config.student.student_batch or len(learned) - len(held))
+    plans = [plan_student(how, len(learned), config.augmentation.augment, rng) for _ in matched]
+    students = [[step._replace(indices=learned[step.indices]) for step in plan] for plan in plans]
     variables = synthetic.variables()
     fixed = fixed_weights(config.combination, len(matched), anchor)
     sums = synthetic.images.new_zeros(1 if fixed else len(matched), sum(variable.numel() for variable in variables))
@@ -45,7 +50,7 @@ def concurrent_gradient(
     batch = len(students[0][0].indices)
     for turn in segment_chunks(buffer.network, config.student, synthetic.images, batch, len(mine)):
         here = [matched[k] for k in mine[turn]]
-        differentiated = _segment_gradients(config, buffer, synthetic, rows, here, [students[k] for k in mine[turn]])
+        differentiated = _segment_gradients(config, buffer, synthetic, held, here, [students[k] for k in mine[turn]])
         for k, loss, gradient in zip(mine[turn], *differentiated, strict=True):
             losses[k], norms[k] = loss, gradient.norm()
             sums[0 if fixed else k] += fixed[k] * gradient if fixed else gradient
@@ -73,11 +78,11 @@ def _segment_gradients(
     config: DistillConfig,
     buffer: Buffer,
     synthetic: SyntheticSet,
-    rows: Tensor,
+    held: Tensor,
     matched: list[Segment],
     students: list[list[StudentStep]],
 ) -> tuple[Tensor, Tensor]:
-    """The losses of segments and their gradients, a row each for all variables.
+    """The losses of segments and their gradients, a row each for all variables; 0 for the images that are `held`.
 
     Every student has a copy of the set, so that gradients do not add up.
     """
@@ -95,11 +100,13 @@ def _segment_gradients(
         copies["images"],
         targets,
         copies["step_size"],
-        [[step._replace(indices=rows[step.indices]) for step in steps] for steps in students],
+        students,
         config.student,
         config.compute,
     )
     gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=taught, materialize_grads=taught)
+    for gradient in gradients[:-1]:  # the last is the step size's
+        gradient.index_fill_(1, held, 0)
     return losses.detach(), torch.cat([gradient.reshape(len(matched), -1) for gradient in gradients], 1)
 
 

@@ -46,8 +46,8 @@ class Hook(Protocol):
         """Values, as JSON, that join the iteration's line of metrics; numbers that are not finite stop the run."""
 
 
-_WRITERS: dict[Path, Any] = {}
-"""The event file of the run that was watched last; events of iterations that it does again are taken back."""
+_WRITERS: dict[Path, tuple[Any, int]] = {}
+"""The event file of the run that was watched last, and the iteration that it has come to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,16 @@ class TensorBoard:
     """Writes each number of the metrics, and the synthetic images at each validation, into `RUN/tensorboard`."""
 
     def after_iteration(self, run: Run) -> dict[str, Any]:
-        """See `Hook`; it adds nothing to the metrics."""
-        if _WRITERS.keys() != {run.folder}:
+        """See `Hook`; it adds nothing to the metrics. Events of iterations that are done again are taken back."""
+        writer, latest = _WRITERS.get(run.folder, (None, run.iteration))
+        if run.iteration <= latest:
             with needing("the hook TensorBoard", "tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
-            for earlier in _WRITERS.values():
+            for earlier, _ in _WRITERS.values():
                 earlier.close()
             _WRITERS.clear()
-            _WRITERS[run.folder] = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.iteration)
-        writer = _WRITERS[run.folder]
+            writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.iteration)
+        _WRITERS[run.folder] = writer, run.iteration
         for name, value in run.metrics.items():
             for index, number in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(number, (int, float)) and name != "iteration":

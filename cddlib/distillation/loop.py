@@ -14,6 +14,7 @@ Under torchrun, the segments are divided among its processes, and one all-reduce
 """
 
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -71,7 +72,7 @@ def distill(
     """
     buffer = buffer if isinstance(buffer, Buffer) else Buffer(buffer)
     dev = resolve_device(device)
-    config = with_compilation(config, buffer, dev)
+    config = with_compilation(config, buffer, out, dev)
     identity = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
     for hook in hooks:
         identity |= as_dict(hook)
@@ -171,15 +172,17 @@ class Distillation:
             self.state.save(self.folder, milestone=milestone)
 
     def _validate(self) -> list[float]:
-        """Measure the set as it is now on the validation images; keep it if it is the best so far."""
-        candidate = self.state.optimizer.candidate()
-        accuracies = torch.zeros(self.config.validation_runs, dtype=torch.float64)
-        for number in self.ranks.portion(range(self.config.validation_runs)):
-            accuracies[number] = validation_accuracy(candidate, self.config, self.buffer, self.validation, number)
-        self.ranks.sum(accuracies)
-        check_finite(self.state, "validation_accuracy", accuracies.tolist())
-        self.state.consider(candidate, statistics.fmean(accuracies.tolist()))
-        return accuracies.tolist()
+        """The better candidate's accuracies on the validation images; it is kept if it is the best so far."""
+        candidates, runs = self.state.optimizer.candidates(), self.config.validation_runs
+        measured = torch.zeros(len(candidates), runs, dtype=torch.float64)
+        for which, number in self.ranks.portion([*itertools.product(range(len(candidates)), range(runs))]):
+            how = (self.config, self.buffer, self.validation, number)
+            measured[which, number] = validation_accuracy(candidates[which], *how)
+        self.ranks.sum(measured)
+        check_finite(self.state, "validation_accuracy", measured.tolist())
+        accuracies, candidate = max(zip(measured.tolist(), candidates, strict=True), key=lambda pair: sum(pair[0]))
+        self.state.consider(candidate, statistics.fmean(accuracies))
+        return accuracies
 
     def _finish(self, recorder: Recorder) -> None:
         """Write the selected set, then the result, which marks the run as finished."""
@@ -199,7 +202,7 @@ class Distillation:
     def _save_selected(self) -> int:
         """Write the best set, or the last where nothing was validated; returns its iteration."""
         state, buffer = self.state, self.buffer
-        selected, iteration = state.optimizer.candidate(), state.iteration
+        selected, iteration = state.optimizer.candidates()[-1], state.iteration
         if state.best:
             selected, iteration = state.best, state.progress.best_iteration
         if buffer.config["zca"] and not (self.folder / PREPROCESSING).exists():

@@ -28,7 +28,7 @@ class OptimizerConfig:
     momentum_step_size: float = 0.5
     """Momentum of the student's step size."""
     ema: float | None = None
-    """Decay of a moving average of the images that is evaluated and saved in their place (FTD)."""
+    """Decay of a moving average of the images (FTD). Each validation tests the set with both, and keeps the better."""
 
     def __post_init__(self) -> None:
         for variable in ("images", "labels", "step_size"):
@@ -74,12 +74,12 @@ class SetOptimizer:
             moved = rows if variable.ndim else ()
             variable[moved] = variable[moved].sub(velocity[moved], alpha=rate)
         if self._consolidation is not None:
-            self._consolidation.after_step(images, before, gradients[0], iteration)
+            self._consolidation.after_step(images, before, gradients[0], rows, iteration)
         if config.ema is not None:
             average = self.tensors["ema.images"]
             average[rows] = average[rows].lerp(images[rows], 1 - config.ema)
 
-    def candidate(self) -> SyntheticSet:
-        """A copy of the set as it would be evaluated now."""
+    def candidates(self) -> list[SyntheticSet]:
+        """Copies of the set as it could be evaluated now: with its images, and with their moving average."""
         copy, average = self._synthetic.copy(), self.tensors.get("ema.images")
-        return copy if average is None else dataclasses.replace(copy, images=average.clone())
+        return [copy] if average is None else [copy, dataclasses.replace(copy, images=average.clone())]

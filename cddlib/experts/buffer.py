@@ -88,8 +88,8 @@ class Buffer:
             raise UserError(f"{folder} lacks some of its experts; run the same `cddlib buffer` again to finish.")
         self.id = config_hash(manifest)
         self._files: dict[int, tuple[Any, list[Any]]] = {}
-        self._fractions: dict[int, Float[Tensor, "epochs tensors"]] = {}
-        self._on_gpu: dict[tuple[int, int | float], Float[Tensor, " p"]] = {}
+        self._straightened: dict[int, tuple[Tensor, Tensor, Float[Tensor, "epochs tensors"]]] = {}
+        self._on_gpu: dict[tuple[torch.device, int, int | float], Float[Tensor, " p"]] = {}
 
     @functools.cached_property
     def preprocessing(self) -> Preprocessing:
@@ -121,13 +121,13 @@ class Buffer:
         """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convexified`."""
         if not self.convex or not 0 <= epoch <= self.epochs:
             return self._stored(expert, epoch)
-        if expert not in self._fractions:
-            self._fractions[expert] = self._travelled(expert)
+        if expert not in self._straightened:
+            first, last = (self._stored(expert, end) for end in (0, self.epochs))
+            self._straightened[expert] = first, last - first, self._travelled(expert)
+        first, way, travelled = self._straightened[expert]
         before = min(int(epoch), self.epochs - 1)
-        earlier, later = self._fractions[expert][before : before + 2]
-        fractions = earlier.lerp(later, epoch - before).repeat_interleave(torch.tensor(self._sizes()))
-        first, last = (self._stored(expert, end) for end in (0, self.epochs))
-        return first + fractions * (last - first)
+        earlier, later = travelled[before : before + 2]
+        return first + earlier.lerp(later, epoch - before).repeat_interleave(torch.tensor(self._sizes())) * way
 
     def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
         """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
@@ -155,14 +155,19 @@ class Buffer:
         return theta
 
     def parameters_on(self, device: torch.device, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
-        """θ*_epoch of `expert` on `device`. A GPU keeps the vectors while they take a quarter of what is free."""
-        if device.type != "cuda":
-            return self.parameters(expert, epoch).to(device)
-        if (expert, epoch) in self._on_gpu:
-            return self._on_gpu[expert, epoch]
+        """θ*_epoch of `expert` on `device`.
+
+        A GPU keeps the vectors, while they take a quarter of what is free, if they are not `convexified`: of those
+        hardly one is asked for twice.
+        """
+        key = device, expert, epoch
+        if key in self._on_gpu:
+            return self._on_gpu[key]
         theta = self.parameters(expert, epoch).to(device)
+        if device.type != "cuda" or self.convex:
+            return theta
         if (len(self._on_gpu) + 1) * theta.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
-            self._on_gpu[expert, epoch] = theta
+            self._on_gpu[key] = theta
         return theta
 
     def _open(self, expert: int, path: Path) -> tuple[Any, list[Any]]:

@@ -35,6 +35,7 @@ from cddlib.experts.buffer import (
 )
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import difficulty, rank_in_class, select
+from cddlib.networks.convnet import Network
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, config_hash, replace
 from cddlib.runtime.device import resolve_device
@@ -72,8 +73,7 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
     dev = resolve_device(device)
     dataset = load(config.data.data, root)
     network = build_network(config.network, dataset.shape, len(dataset.classes))
-    seen = config.epochs * len(dataset.train.labels)  # by one expert, so that a buffer can grow
-    config = replace(config, compiled=worth_compiling(network, config.compute, dev, seen))
+    config = replace(config, compiled=_compiled(config, out, network, len(dataset.train.labels), dev))
     wanted: dict[str, Any] = {"config": as_dict(config), "data": describe(dataset), "experts": []}
     if not _resume(out, wanted)[1] and (out / "result.json").exists():
         return Buffer(out)
@@ -104,6 +104,15 @@ def train_buffer(config: BufferConfig, out: Path, *, root: Path | None = None, d
             write_json(out / "result.json", {"experts_trained": len(missing), **recorder.report()})
         ranks.wait()
     return Buffer(out)
+
+
+def _compiled(config: BufferConfig, out: Path, network: Network, images: int, device: torch.device) -> bool:
+    """Whether to compile: as the buffer in `out` began, or if one expert, perhaps all that is added, is worth it."""
+    begun = out / "buffer.json"
+    if config.compute.compiled is None and begun.exists():
+        with as_user_error(begun, "a buffer's description"):
+            return bool(read_json(begun)["config"].get("compiled"))
+    return worth_compiling(network, config.compute, device, config.epochs * images)
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:

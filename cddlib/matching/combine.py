@@ -80,7 +80,7 @@ def weights(
     anchor: int,
     generator: torch.Generator,
 ) -> list[float]:
-    """The weight w_k of each segment's gradient.
+    """The weight w_k of each segment's gradient, where `fixed_weights` has none.
 
     Args:
         config: the rule.
@@ -93,9 +93,6 @@ def weights(
         UserError: the rule needs torchjd, which is not installed.
     """
     count = len(losses)
-    fixed = fixed_weights(config, count, anchor)
-    if fixed is not None:
-        return fixed
     # The loop reports a gradient that is not finite, and no rule applies to one that is zero.
     if not (products.isfinite().all() and products.diagonal().all()):
         return _mean(None, count, anchor)

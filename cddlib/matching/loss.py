@@ -27,7 +27,6 @@ The methods of the field change little here::
 """
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ from cddlib.matching.student import MatchingConfig, StudentStep, Walk, batch_mea
 from cddlib.networks.convnet import Network
 from cddlib.runtime.errors import UserError
 from cddlib.training.engine import residual_budget
-from cddlib.training.graphs import Graph, branches
+from cddlib.training.graphs import branches, graph
 from cddlib.training.step import ComputeConfig
 
 
@@ -96,7 +95,7 @@ def matching_losses(
     if start.device.type != "cuda" or config.match_step == "nearest":
         walk = setting.walk(1)
     else:
-        walk = _graph(setting, inputs.shape, threading.get_ident())
+        walk = graph(start.device, _Setting.branched, setting, inputs.shape)
     variables = (inputs, batch_targets, step_size)
     losses, *gradients = walk(start.detach(), target.detach(), *(x.detach() for x in variables))
     return _Scaled.apply(*variables, losses, *gradients) if gradients else losses
@@ -118,12 +117,10 @@ class _Setting(NamedTuple):
         walk = make_walk(self.network, self.compute, self.device, self.batch_sizes, budget)
         return functools.partial(_losses_and_gradients, walk, self.config, self.derivatives)
 
-
-@functools.lru_cache(maxsize=16)
-def _graph(setting: _Setting, shape: torch.Size, thread: int) -> Graph:
-    """The walks of students with inputs of a `shape`, as a graph with a branch for each; every thread has its own."""
-    streams = [torch.cuda.Stream(setting.device) for _ in range(shape[0])]
-    return Graph(functools.partial(branches, setting.walk(shape[0]), streams))
+    def branched(self, shape: torch.Size) -> Callable[..., tuple[Tensor, ...]]:
+        """The walks of students with inputs of a `shape`, a branch for each."""
+        streams = [torch.cuda.Stream(self.device) for _ in range(shape[0])]
+        return functools.partial(branches, self.walk(shape[0]), streams)
 
 
 class _Scaled(torch.autograd.Function):

@@ -73,7 +73,8 @@ DATM = Method(
 PAD = Method(
     name="pad",
     paper="Li et al. 2024, arXiv 2408.03360",
-    idea="Experts see easy images first and lose the easiest later; parameters that are matched already are left out.",
+    idea="Experts see easy images first and lose the easiest later; the loss leaves out shallow layers, which in the "
+    "released code are the parameters that are matched best.",
     loss="DATM's, over the parameters with the largest errors only",
     base=DATM,
     settings={
@@ -92,8 +93,8 @@ ATT = Method(
     idea="Match the student at the step that is nearest to the target, not always at the last one.",
     loss=r"MTT's at $n^*=\arg\min_i\lVert\theta_i-\theta^*_{t+M}\rVert_1$ in place of $N$",
     base=MTT,
-    settings={"match_step": "nearest"},
-    source="the repository's README figure (NiaLiu/ATT)",
+    settings={"match_step": "nearest", "batch_size": 512},
+    source="the repository's README (NiaLiu/ATT): its figure; iterations and averages from its commands",
 )
 
 MCT = Method(
@@ -102,19 +103,19 @@ MCT = Method(
     idea="Straighten each expert's trajectory into a line, and start anywhere on it.",
     loss=r"MTT's, on the line from $\theta^*_0$ to $\theta^*_T$ instead of the expert's path",
     base=MTT,
-    settings={"convex": True, "zca": False},
-    source="the repository's run_command.md (Zhong0x29a/MCT)",
+    settings={"convex": True, "zca": False, "gradient": "halved"},
+    source="the repository's run_command.md (Zhong0x29a/MCT), whose code never reads the step size given there",
 )
 
 SEQMATCH = Method(
     name="seqmatch",
     paper="Du et al. 2023, arXiv 2311.01570",
     idea="Optimise parts of the synthetic set one after the other, each on a later part of the trajectory.",
-    loss="MTT's, over one subset of the images in the subset's part of the window",
+    loss="MTT's in the subset's part of the window; students learn all subsets so far, and only the last is optimised",
     base=MTT,
     settings={"subsets": 2},
-    source="the repository's run.sh (shqii1j/seqmatch), which trains new experts after every subset; here the window "
-    "is cut instead",
+    source="the repository's run.sh (shqii1j/seqmatch), which trains new experts, and learns another step size, for "
+    "every subset; here the window is cut instead",
 )
 
 CONTRA = Method(

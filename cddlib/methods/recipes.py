@@ -7,7 +7,8 @@ On the command line::
 
 A recipe begins with the data set's line of `data_sets.csv`. Then come the base's recipe, the method's settings, and its
 row of `cells.csv` for the (data set, IPC). Where it has no row, the values are *derived*: taken from the row, of the
-method or its bases, whose IPC is nearest. `segments=K` makes any method concurrent, in a window at least K wide.
+method or its bases, whose IPC is nearest, and what that row leaves open from the method's own nearest one.
+`segments=K` makes any method concurrent, in a window at least K wide.
 """
 
 import csv
@@ -150,14 +151,17 @@ def _resolve(method: str, data: str, ipc: int) -> tuple[dict[str, Any], tuple[Ki
     known = data if any(name in names and of == data for name, of, _ in ROWS) else _STAND_IN[data]
     values: dict[str, Any] = {}
     origin: tuple[Kind, str] = "derived", ""
-    closest = math.inf  # how far the IPC of the rows that were used is from the one wanted
+    closest, decided = math.inf, set[str]()  # how far the IPC of the nearest row is from the one wanted, and its fields
     for m in lineage:
         values |= m.settings
         rows = {of_ipc: row for (name, of, of_ipc), row in ROWS.items() if (name, of) == (m.name, known)}
         nearest = min(rows, key=lambda row_ipc: abs(row_ipc - ipc), default=None)
-        if nearest is None or abs(nearest - ipc) > closest:
+        if nearest is None:
             continue
-        closest = abs(nearest - ipc)
+        if abs(nearest - ipc) > closest:
+            values |= {name: value for name, value in rows[nearest].values.items() if name not in decided}
+            continue
+        closest, decided = abs(nearest - ipc), decided | rows[nearest].values.keys()
         values |= rows[nearest].values
         origin = "derived", f"{m.name}'s values for {known}, IPC {nearest}"
         if (m.name, known, nearest) == (method, data, ipc):

@@ -126,13 +126,18 @@ def _vgg11(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.
 
 
 def _resnet18(config: NetworkConfig, channels: int, side: int, classes: int) -> nn.Module:
-    """ResNet-18 (He et al. 2016) with a stem for small images: convolution 3x3 with stride 1, no pooling."""
+    """ResNet-18 (He et al. 2016) with a stem for small images: convolution 3x3 with stride 1, no pooling.
+
+    Its convolutions begin as in MTT, with PyTorch's numbers and not with torchvision's.
+    """
     from torchvision.models import ResNet
     from torchvision.models.resnet import BasicBlock
 
     net = ResNet(BasicBlock, [2, 2, 2, 2], classes, norm_layer=NORM_LAYERS[config.norm])
     net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
     net.maxpool = nn.Identity()
     for halvings, layer in enumerate((net.layer2, net.layer3, net.layer4), start=1):
         if _too_small(side, -(-side // 2**halvings)):

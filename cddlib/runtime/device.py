@@ -41,8 +41,8 @@ def resolve_device(name: str) -> torch.device:
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU; or on the machine, as far as the container leaves them to its processes."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        torch.cuda.empty_cache()  # what PyTorch still holds then belongs to tensors, or to graphs alone
+        return torch.cuda.mem_get_info(device)[0]
     free, limit = psutil.virtual_memory().available, CGROUP / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int((CGROUP / "memory.current").read_text()))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cddlib.networks.convnet import ConvNet, fold_networks, unflatten, unfold_networks
-from cddlib.training.compiling import can_compile, compile_function, not_compiled
+from cddlib.training.compiling import compile_function
 from cddlib.training.step import Residuals, StepVJP
 
 EPSILON = 1e-5
@@ -44,9 +44,7 @@ class ConvNetStep:
         self._paddings = network.paddings
         self._channels = network.shapes["conv0.weight"][1]
         functions: list[Callable[..., Any]] = [self._loss_and_gradient, self._all_of_forward, self._derivatives]
-        if compiled and not can_compile():
-            not_compiled("there is no C++ compiler")
-        elif compiled:
+        if compiled:
             names = ("training steps", "a student's steps", "their derivatives")
             functions = [compile_function(function, name) for function, name in zip(functions, names, strict=True)]
         self._gradient, self._forward, self._vjp = functions
@@ -56,7 +54,7 @@ class ConvNetStep:
         if targets.dtype == torch.int64:
             targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
         with torch.no_grad(), _multiplying(self._precision, theta.device):
-            return self._gradient(theta.detach(), _channels_last(fold_networks(self.prepared(inputs))), targets)
+            return self._gradient(theta.detach(), *self._ordered(inputs, targets))
 
     def prepared(self, inputs: Tensor) -> Tensor:
         """See `TrainingStep`. On a GPU, channels of zeros are added up to a multiple of four, which is faster there."""
@@ -68,10 +66,14 @@ class ConvNetStep:
     def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
         """See `TrainingStep`."""
         with torch.no_grad(), _multiplying(self._precision, theta.device):
-            x = _channels_last(fold_networks(self.prepared(inputs)))
-            _, gradient, blocks, head = self._forward(theta.detach(), x, targets.detach())
+            _, gradient, blocks, head = self._forward(theta.detach(), *self._ordered(inputs, targets))
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
         return gradient, Residuals((theta.detach(), blocks, head), size)
+
+    def _ordered(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Folded inputs, and targets, each in the one memory order of its shape, wherever they were cut out."""
+        targets = targets.detach().flatten(0, 1).unflatten(0, targets.shape[:2])
+        return _channels_last(fold_networks(self.prepared(inputs))), targets
 
     def vjp(self, residuals: Residuals, direction: Tensor) -> StepVJP:
         """See `TrainingStep`."""

@@ -9,7 +9,7 @@ import torch
 from cddlib.networks.convnet import ConvNet, Network
 from cddlib.runtime.device import free_memory
 from cddlib.runtime.errors import UserError
-from cddlib.training.compiling import can_compile
+from cddlib.training.compiling import can_compile, not_compiled
 from cddlib.training.convnet_step import ConvNetStep, is_standard_convnet
 from cddlib.training.step import AutogradStep, ComputeConfig, TrainingStep
 
@@ -25,7 +25,11 @@ def make_step(network: Network, config: ComputeConfig, device: torch.device) -> 
     because differentiating convolutions twice is slow there.
     """
     written_out = bool(config.compiled) or config.precision == "bfloat16" or device.type == "cuda"
-    return _make_step(network, config.precision, bool(config.compiled), written_out)  # type: ignore[arg-type]  # hashable
+    compiled = bool(config.compiled)
+    if compiled and device.type != "cuda" and not can_compile():
+        not_compiled("there is no C++ compiler")
+        compiled = False
+    return _make_step(network, config.precision, compiled, written_out)  # type: ignore[arg-type]  # hashable
 
 
 @functools.lru_cache(maxsize=16)

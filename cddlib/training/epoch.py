@@ -5,8 +5,6 @@ its successors do for experts.
 """
 
 import dataclasses
-import functools
-import threading
 from collections.abc import Callable
 
 import torch
@@ -21,7 +19,7 @@ from cddlib.runtime.device import upload
 from cddlib.runtime.errors import require
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.engine import make_step
-from cddlib.training.graphs import Graph
+from cddlib.training.graphs import graph
 from cddlib.training.step import ComputeConfig, TrainingStep
 
 
@@ -71,14 +69,19 @@ def train_epoch(
 
     After each batch, `progress` is called with the number of its examples.
     """
-    step = make_step(network, compute or ComputeConfig(), theta.device)
+    compute = compute or ComputeConfig()
+    uncompiled = dataclasses.replace(compute, compiled=False)
+    step, rest = (make_step(network, how, theta.device) for how in (compute, uncompiled))
     captured = theta.is_cuda and isinstance(step, ConvNetStep)
     total = torch.zeros((), device=theta.device)
     for indices in upload(torch.randperm(size, generator=generator), theta.device).split(batch_size):
         inputs, targets = fetch(indices)
         inputs = augment.apply(augment.draw(strategy, len(indices), generator), inputs)
-        key = (step, inputs.shape, targets.dtype, threading.get_ident())
-        gradient = _graph(*key) if captured else step.gradient  # type: ignore[arg-type]  # hashable
+        gradient: Callable[..., tuple[Tensor, ...]] = step.gradient
+        if len(indices) < batch_size:  # the last batch: it would not pay to compile and capture its size
+            gradient = rest.gradient
+        elif captured:
+            gradient = graph(theta.device, _gradient, step, inputs.shape, targets.dtype)
         loss, theta.grad = _descent(gradient, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
         total += loss * len(indices)
@@ -86,10 +89,9 @@ def train_epoch(
     return float(total) / size
 
 
-@functools.lru_cache(maxsize=16)
-def _graph(step: TrainingStep, shape: torch.Size, targets: torch.dtype, thread: int) -> Graph:
-    """A step's gradient as a graph, for inputs of a `shape` and targets of a type; every thread has its own."""
-    return Graph(step.gradient)
+def _gradient(step: TrainingStep, shape: torch.Size, targets: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
+    """A step's gradient, for inputs of a `shape` and targets of a type."""
+    return step.gradient
 
 
 def _descent(

@@ -4,8 +4,10 @@ A student's walk launches thousands of small kernels, which take longer to launc
 all at once, and the walks of several students, which do not depend on each other, run in parallel in it (`branches`).
 """
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,22 +19,36 @@ _CAPTURING = threading.Lock()
 """Only one thread captures at a time."""
 
 
+def graph(device: torch.device, build: Callable[..., Callable[..., tuple[Tensor, ...]]], *key: Any) -> "Graph":
+    """The function `build(*key)` of tensors on a GPU as a graph; every thread has its own, and the latest 16 are kept.
+
+    Whatever decides about the function's course, and the shapes and types of its arguments, belongs to the `key`,
+    which is hashable.
+    """
+    return _graph(device, threading.get_ident(), build, key)
+
+
+@functools.lru_cache(maxsize=16)
+def _graph(device: torch.device, thread: int, build: Callable[..., Any], key: tuple[Any, ...]) -> "Graph":
+    return Graph(build(*key), device)
+
+
 class Graph:
-    """`function` of tensors on a GPU; all calls have arguments of the same shapes.
+    """`function` of tensors on the GPU `device`; all calls have arguments of the same shapes.
 
     The function may not copy between GPU and CPU, and its course may not depend on numbers on the GPU.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
         """The first call captures the graph."""
-        self._function = function
+        self._function, self._device = function, device
         self._captured: tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]] | None = None
 
     @torch.no_grad()
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         """The function's results."""
         if self._captured is None:
-            with _CAPTURING:
+            with _CAPTURING, torch.cuda.device(self._device):  # streams belong to a device
                 self._captured = self._capture(arguments)
         graph, static, results = self._captured
         for buffer, argument in zip(static, arguments, strict=True):

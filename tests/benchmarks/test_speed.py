@@ -4,13 +4,12 @@ import dataclasses
 import importlib
 import json
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 
 from cddbook.figures import ch8_speed as speed_figures
-from cddlib.training import compiling, convnet_step
+from cddlib.training import compiling, engine
 
 LITTLE = {"student_steps": 2, "images": 512, "epochs": 2, "width": 8, "least_seconds": 0.1}
 NAMES = ["textbook", "textbook, keeping memory", "cddlib", "cddlib, least memory"]
@@ -73,9 +72,7 @@ def test_a_process_of_its_own_measures_the_same(speed: Any) -> None:
 
 
 def test_what_is_not_compiled_is_not_called_compiled(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convnet_step, "can_compile", lambda: False)
-    make_step = Mock(side_effect=lambda network, *_: convnet_step.ConvNetStep(network, "float32", True))
-    monkeypatch.setattr("cddlib.matching.student.make_step", make_step)
+    monkeypatch.setattr(engine, "can_compile", lambda: False)
     point = speed.Point(work="match", implementation="cddlib, compiled", operations=1e6, **LITTLE)
     assert speed.measure(point, 100.0) == {"left_out": "cannot be compiled here"}
     compiling.not_compiled.cache_clear()

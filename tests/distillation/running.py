@@ -74,9 +74,15 @@ def stream(config: DistillConfig, buffer: Buffer, iteration: int) -> torch.Gener
     return rng
 
 
-def rows_of(config: DistillConfig, iteration: int) -> list[int]:
-    """Which images an iteration optimises: of every class those whose place is in the active subset."""
+def learned_and_held(config: DistillConfig, iteration: int) -> tuple[list[int], list[int]]:
+    """Which images students learn in an iteration, the active subset's and those before it; and the latter alone."""
     subsets, ipc = config.schedule.subsets, config.synthetic.ipc
     turn = next(k for k in range(subsets) if iteration < config.schedule.iterations * (k + 1) / subsets)
-    places = [place for place in range(ipc) if turn <= place * subsets / ipc < turn + 1]
-    return [label * ipc + place for label in range(10) for place in places]
+    places = [place for place in range(10 * ipc) if place % ipc * subsets / ipc < turn + 1]
+    return places, [place for place in places if place % ipc * subsets / ipc < turn]
+
+
+def rows_of(config: DistillConfig, iteration: int) -> list[int]:
+    """Which images an iteration optimises: of every class those whose place is in the active subset."""
+    learned, held = learned_and_held(config, iteration)
+    return sorted({*learned} - {*held})

@@ -27,7 +27,7 @@ def test_no_strength_overshoots_the_reference(strength: float, kind: str, every:
         before, anchor = images.clone(), held.tensors["reference"].clone()
         images += 0.1 * draw("step", iteration)
         stepped = images.clone()
-        held.after_step(images, before, draw("gradient", iteration), iteration)
+        held.after_step(images, before, draw("gradient", iteration), torch.arange(len(images)), iteration)
         lower, upper = torch.minimum(stepped, anchor), torch.maximum(stepped, anchor)
         assert ((lower - 1e-12 <= images) & (images <= upper + 1e-12)).all()
 
@@ -37,7 +37,7 @@ def test_images_that_stand_still_keep_everything_finite(kind: str) -> None:
     images = draw("start")
     held = Consolidation(ConsolidateConfig(consolidation=kind, consolidate_every=2), images)
     for iteration in range(1, 13):
-        held.after_step(images, images.clone(), draw("gradient", iteration), iteration)
+        held.after_step(images, images.clone(), draw("gradient", iteration), torch.arange(len(images)), iteration)
     assert all(tensor.isfinite().all() for tensor in held.tensors.values())
     assert torch.equal(images, draw("start"))
     assert not held.tensors["gathered"].any()

@@ -11,6 +11,7 @@ from cddlib.distillation.config import with_compilation
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime.config import flat, replace
 from cddlib.runtime.errors import UserError
+from cddlib.runtime.files import write_json
 
 REFUSED = {
     "it must be at least 1.": [
@@ -76,9 +77,9 @@ def test_a_buffer_that_does_not_fit_is_refused(buffer: Buffer, recipe, tmp_path:
     assert not (tmp_path / "run").exists()
 
 
-def test_long_runs_are_compiled_unless_told_otherwise(buffer: Buffer, recipe) -> None:
+def test_long_runs_are_compiled_unless_told_otherwise(buffer: Buffer, recipe, tmp_path: Path) -> None:
     def decided(**overrides: object) -> bool | None:
-        return with_compilation(recipe(**overrides), buffer, CPU).compute.compiled
+        return with_compilation(recipe(**overrides), buffer, tmp_path, CPU).compute.compiled
 
     least = next(n for n in (2**k for k in range(60)) if decided(iterations=n))
     assert least > 10_000, "the digits of the tests earn it late"
@@ -86,3 +87,7 @@ def test_long_runs_are_compiled_unless_told_otherwise(buffer: Buffer, recipe) ->
     assert decided(iterations=5, compiled=True)
     for more in ({"segments": 4}, {"student_steps": 2 * recipe().student.student_steps}, {"ipc": 2}):
         assert decided(iterations=least // 2, **more)
+    for begun in (True, False):  # on another device, where the choice may be another
+        write_json(tmp_path / "config.json", {"compiled": begun})
+        assert decided(iterations=5) is decided(iterations=least) is begun
+        assert decided(iterations=5, compiled=not begun) is not begun

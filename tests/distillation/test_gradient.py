@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from running import SUBSETS, first, rows_of, stream
+from running import SUBSETS, first, learned_and_held, rows_of, stream
 
 import cddlib
 from cddlib.distillation.config import DistillConfig
@@ -20,9 +20,10 @@ def segment_gradients(
 ) -> tuple[list[float], list[tuple[torch.Tensor, ...]], torch.Generator]:
     """Loss and gradient of each segment, with the iteration's batches and augmentations; and its stream after that."""
     rng, losses, gradients = stream(config, buffer, iteration), [], []
-    rows = torch.tensor(rows_of(config, iteration))
+    rows, (learned, held) = rows_of(config, iteration), learned_and_held(config, iteration)
+    how = dataclasses.replace(config.student, student_batch=config.student.student_batch or len(rows))
     for expert, start in matched:
-        steps = cddlib.plan_student(config.student, len(rows), config.augmentation.augment, rng)
+        steps = cddlib.plan_student(how, len(learned), config.augmentation.augment, rng)
         ends = [buffer.parameters(expert, epoch) for epoch in (start, start + config.schedule.expert_epochs)]
         targets = synthetic.targets()
         if config.synthetic.labels == "teacher":
@@ -33,11 +34,13 @@ def segment_gradients(
             synthetic.images,
             targets,
             synthetic.step_size,
-            [step._replace(indices=rows[step.indices]) for step in steps],
+            [step._replace(indices=torch.tensor(learned)[step.indices]) for step in steps],
             config.student,
         )
         losses.append(loss.item())
         gradients.append(torch.autograd.grad(loss, synthetic.variables(), materialize_grads=True))
+        for gradient in gradients[-1][:-1]:
+            gradient[held] = 0
     return losses, gradients, rng
 
 

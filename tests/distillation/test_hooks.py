@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,18 @@ def test_tensorboard_holds_the_metrics_and_the_images(buffer: Buffer, recipe, tm
     grid = torch.tensor(np.array(Image.open(io.BytesIO(pictures[0].encoded_image_string))))[:, :, 0] / 255
     tiles = grid.unflatten(0, (2, 8)).unflatten(2, (8, 8)).transpose(1, 2).flatten(0, 1)[:10]
     assert (tiles - first(config, buffer).pictures()[:, 0]).abs().max() < 0.01
+
+
+def test_tensorboard_takes_back_what_is_done_again(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    """In the process that was stopped, and in a folder that was deleted meanwhile."""
+    config, hooks = recipe(checkpoint_every=2, validate_every=0), [cddlib.TensorBoard()]
+    stop_at(3, config, buffer, tmp_path / "run", hooks=hooks)
+    for _ in range(2):
+        distill(config, buffer, tmp_path / "run", hooks=hooks)
+        events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+        events.Reload()
+        assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+        shutil.rmtree(tmp_path / "run")
 
 
 def test_tensorboard_that_is_missing_is_named(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:

@@ -60,7 +60,7 @@ def test_the_optimiser_steps_the_combined_gradient_of_each_iteration(
     for iteration in range(6):
         gradients, _ = concurrent_gradient(config, buffer, synthetic, iteration)
         optimizer.step(gradients, torch.tensor(rows_of(config, iteration)), iteration + 1)
-    for name, wanted in optimizer.candidate().variable_tensors().items():
+    for name, wanted in optimizer.candidates()[-1].variable_tensors().items():
         assert not torch.equal(found.variable_tensors()[name], start[name])
         assert torch.equal(found.variable_tensors()[name], wanted)
 
@@ -125,6 +125,23 @@ def test_the_best_iterate_on_the_validation_images_is_selected(
     lines = {line["iteration"]: line.get("validation_accuracy") for line in metrics(tmp_path)}
     zero, two, three = ([mean / 2, mean * 3 / 2] for mean in accuracies)
     assert lines == {0: zero, 1: None, 2: two, 3: three}
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_images_or_their_average_are_kept_whichever_is_better(
+    buffer: Buffer, recipe, tmp_path: Path, monkeypatch, better: int
+) -> None:
+    validated = []
+
+    def accuracy(synthetic, *_, **which) -> float:
+        validated.append(synthetic)
+        return 0.5 + len(validated) / 100 + 0.2 * ((len(validated) - 1) % 2 == better)
+
+    monkeypatch.setattr(loop, "accuracy_of_set", accuracy)
+    found = distill(recipe(ema=0.9, validate_every=3), buffer, tmp_path)
+    assert len(validated) == 6 and torch.equal(found.images, validated[4 + better].images)
+    assert not torch.equal(validated[4].images, validated[5].images)
+    assert metrics(tmp_path)[6]["validation_accuracy"] == [pytest.approx(0.7 + (5 + better) / 100)]
 
 
 def test_the_anchor_s_target_labels_the_images(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:

@@ -59,7 +59,7 @@ from cddlib.runtime.device import resolve_device  # noqa: E402
 from cddlib.runtime.distributed import Interrupted, Ranks  # noqa: E402
 from cddlib.runtime.files import read_json, read_tensors  # noqa: E402
 from cddlib.runtime.provenance import Recorder  # noqa: E402
-from cddlib.training import convnet_step  # noqa: E402
+from cddlib.training import convnet_step, graphs  # noqa: E402
 from cddlib.training.epoch import fetch_real, train_epoch  # noqa: E402
 from cddlib.training.step import ComputeConfig  # noqa: E402
 
@@ -341,11 +341,11 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
         yield match("textbook", 1, bench.sizes.steps, count)
     if bench.gpu:
         torch.backends.cudnn.benchmark = True
-        losses._graph.cache_clear()
+        graphs._graph.cache_clear()
         yield match("cddlib", 1, bench.sizes.steps)
         rows[-1]["way"] = "cddlib, cuDNN's search"
         torch.backends.cudnn.benchmark = False
-        losses._graph.cache_clear()
+        graphs._graph.cache_clear()
         yield {"rows": rows, "kernels": kernels(iteration(bench, 1, bench.sizes.steps, 1, ways["cddlib"]))}
 
 
@@ -413,7 +413,7 @@ def at_once(bench: Bench) -> Iterator[dict[str, Any]]:
 
         in_threads([functools.partial(repeat, run) for run in runs], bench)
         seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
-        losses._graph.cache_clear()
+        graphs._graph.cache_clear()
         rows.append({"runs": count, "segments": segments, "segments_a_second": times * count * segments / seconds})
         print(f"    {rows[-1]}", flush=True)
         yield {"rows": rows}
@@ -601,7 +601,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not (bench.gpu or options.tiny):
         parser.error(f"the device is {bench.device}; this is for a GPU. A CPU does all of it with --tiny.")
     if options.no_graphs:
-        losses.Graph = lambda function: function  # type: ignore[assignment,misc]
+        graphs.Graph = lambda function, device: function  # type: ignore[assignment,misc]
     failed = 0
     for name in options.stages:
         path, (stage, least) = options.to / f"{name}.json", STAGES[name]

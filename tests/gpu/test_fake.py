@@ -27,9 +27,8 @@ from cddlib.matching import loss as losses
 from cddlib.matching.student import MatchingConfig, Walk
 from cddlib.networks.convnet import parameter_count
 from cddlib.runtime.distributed import Ranks
-from cddlib.training import epoch as training
+from cddlib.training import graphs
 from cddlib.training.convnet_step import ConvNetStep
-from cddlib.training.graphs import Graph
 from cddlib.training.step import ComputeConfig
 
 CUDA = torch.device("cuda:0")
@@ -79,7 +78,7 @@ class PretendedGPU(TorchDispatchMode):
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     """A pretended GPU. Graphs call what they would replay; autograd, which no fake tensor passes, gives zeros."""
     answers = {"_lazy_init": None, "current_device": 0, "Stream": None, "mem_get_info": (10**10, 10**10)}
-    answers |= {"memory_reserved": 0, "memory_allocated": 0}
+    answers |= {"empty_cache": None}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, answer=answer: answer)
     monkeypatch.setattr(F, "grid_sample", lambda x, grid, **options: x + grid.sum())  # the real one asks the driver
@@ -89,12 +88,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: tolist(self.cpu()) if self.is_cuda else tolist(self))
     monkeypatch.setattr(losses, "branches", one_after_the_other)
-    monkeypatch.setattr(Graph, "__call__", lambda self, *arguments: self._function(*arguments))
-    for module in (losses, training):
-        module._graph.cache_clear()
+    monkeypatch.setattr(graphs.Graph, "__call__", lambda self, *arguments: self._function(*arguments))
+    graphs._graph.cache_clear()
     yield PretendedGPU()
-    for module in (losses, training):
-        module._graph.cache_clear()
+    graphs._graph.cache_clear()
 
 
 def one_after_the_other(function: Any, streams: list[None], *stacked: Tensor) -> tuple[Tensor, ...]:
@@ -124,6 +121,7 @@ def test_an_iteration_keeps_to_its_device(
         for state.progress.iteration in (1, 2):  # so that something can be replayed
             before = gpu.uploads, gpu.waits
             iterate(state, config, experts, Ranks())
+    assert bool(experts._on_gpu) != config.schedule.convex, "of the vectors of a line hardly one is asked for twice"
     uploads, waits = gpu.uploads - before[0], gpu.waits - before[1]
     assert all(variable.is_cuda for variable in state.synthetic.variables())
     segments = config.schedule.segments_in_all

@@ -56,10 +56,14 @@ EXPERTS = {"experts": 100, "epochs": 50, "learning_rate": 0.01, "batch_size": 25
         ("tesla", "cifar10", 1, {"gradient": "halved", "labels": "hard", "window_end": 5, "zca": False}, {}),
         ("tesla", "imagenet", 1, {"labels": "teacher", "student_batch": 100, "depth": 4}, {"experts": 50}),
         ("pad", "cifar10", 1, {"dropped_fraction": 0}, {}),
-        ("pad", "cifar10", 50, {"dropped_fraction": 0.5, "labels": "learned"}, {"drop_epochs": (40, 60)}),
-        ("att", "cifar10", 1, {"match_step": "nearest", "expert_epochs": 4}, {"batch_size": 512}),
+        ("pad", "cifar10", 50, {"dropped_fraction": 0.25, "labels": "learned"}, {"drop_epochs": (40, 60)}),
+        ("att", "cifar10", 1, {"match_step": "nearest", "expert_epochs": 4, "iterations": 6000}, {"batch_size": 512}),
+        ("att", "tiny_imagenet", 50, {"student_batch": 300, "ema": 0.999, "iterations": 80_000}, {"batch_size": 512}),
+        ("ftd", "cifar100", 10, {"zca": True, "ema": 0.9995}, {"zca": True}),
+        ("ftd", "tiny_imagenet", 50, {"student_batch": 300, "ema": 0.999}, {"sharpness_weight": 1}),
         ("mct", "cifar10", 1, {"convex": True, "zca": False, "expert_epochs": 6}, {"zca": False}),
-        ("seqmatch", "cifar10", 50, {"subsets": 3, "window_end": 48}, {}),
+        ("mct", "cifar10", 50, {"gradient": "halved", "step_size": 0.01}, {}),
+        ("seqmatch", "cifar10", 50, {"subsets": 3, "window_end": 48, "iterations": 15_000}, {}),
     ],
 )
 def test_methods_have_the_published_numbers(

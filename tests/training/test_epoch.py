@@ -1,6 +1,7 @@
 """Training an epoch: plain SGD, and GSAM against the two-pass optimiser on a module of torch.nn."""
 
 import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 import cddlib
 from cddlib.data import augment, preprocessing
+from cddlib.training import epoch as epoch_module
+from cddlib.training.engine import make_step
 from cddlib.training.epoch import SharpnessConfig, fetch_real, train_epoch
+from cddlib.training.step import ComputeConfig
 
 SIZE, BATCH, CLASSES = 22, 8, 3
 
@@ -98,6 +102,25 @@ def test_gsam_is_the_optimiser_s(radius: float, weight: float, adaptive: bool) -
     assert losses == pytest.approx(wanted_losses, rel=1e-6)  # of the parameters, not of their surroundings
     plain, _ = train(network, theta, images, labels)
     assert ((found - plain).norm() / (wanted - theta).norm()).item() > 1e-4
+
+
+def test_only_full_batches_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch may have another size in every epoch, and is one of many."""
+    network, theta, images, labels = problem(torch.float32)
+    sizes: list[tuple[bool | None, int]] = []
+
+    def watched(_: Any, compute: ComputeConfig, device: torch.device) -> Any:
+        step = make_step(network, ComputeConfig(), device)
+
+        def gradient(*arguments: Tensor) -> Any:
+            sizes.append((compute.compiled, arguments[1].shape[1]))
+            return step.gradient(*arguments)
+
+        return SimpleNamespace(gradient=gradient)
+
+    monkeypatch.setattr(epoch_module, "make_step", watched)
+    train(network, theta, images, labels, compute=ComputeConfig(compiled=True))
+    assert set(sizes) == {(True, BATCH), (False, SIZE % BATCH)}
 
 
 @pytest.mark.parametrize("sharpness", [None, SharpnessConfig(), SharpnessConfig(sharpness_weight=2.0)])

@@ -26,7 +26,7 @@ from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
 from cddlib.networks.zoo import build_network
 from cddlib.runtime import device as devices
 from cddlib.runtime import distributed
-from cddlib.training import compiling, convnet_step, counting
+from cddlib.training import compiling, counting, graphs
 from cddlib.training import engine as engines
 from cddlib.training.convnet_step import ConvNetStep, is_standard_convnet
 from cddlib.training.engine import make_step, worth_compiling
@@ -299,6 +299,8 @@ def test_who_asks_for_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(cddlib.UserError, match=r"^compiled is True, but there is no C\+\+ compiler here; install one"):
         worth_compiling(network, asked, CPU, 1)
     assert worth_compiling(network, asked, CUDA, 1), "a GPU's compiler is its own"
+    names = [make_step(network, asked, device)._gradient.__name__ for device in (CPU, CUDA)]
+    assert names == ["_loss_and_gradient", "run"], "what compiles on a GPU asks for no C++ compiler"
 
 
 COMPILED = """
@@ -335,10 +337,35 @@ def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
     assert any(tmp_path.iterdir()), "nothing is kept for other processes"
 
 
+def test_a_batch_has_one_memory_order_wherever_it_was_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another order of the same shape would be compiled anew, and at some number of them no longer."""
+    network, theta, inputs, targets, _ = problem((2, 8, 8), batch=12)
+    step, seen = ConvNetStep(network, "float32", False), set()
+    forward = step._all_of_forward
+    for name in ("_gradient", "_forward"):
+        take = slice(2) if name == "_gradient" else slice(4)
+        monkeypatch.setattr(
+            step, name, lambda *x, take=take: seen.add(tuple(t.stride() for t in x)) or forward(*x)[take]
+        )
+    for longer in (3, 6, 12):
+        cut = (theta[None], inputs[None, :longer, ...][:, :3], targets[None, :longer][:, :3])
+        step.gradient(*cut)
+        step.forward(*cut)
+    assert len(seen) == 1
+
+
+def test_a_graph_belongs_to_a_device_and_its_key() -> None:
+    first, second = (torch.device("cuda", number) for number in (0, 1))
+    made = [graphs.graph(device, lambda key: str, key) for device, key in ((first, 1), (second, 1), (first, 2))]
+    assert len({*map(id, made)}) == 3
+    build = functools.partial(lambda key: str)
+    assert graphs.graph(first, build, 1) is graphs.graph(first, build, 1) is not graphs.graph(second, build, 1)
+
+
 @pytest.mark.parametrize(
     ("patched", "reason"),
     [
-        ((convnet_step, "can_compile", lambda: False), "there is no C++ compiler"),
+        ((engines, "can_compile", lambda: False), "there is no C++ compiler"),
         ((torch, "compile", lambda function, **options: raising("no luck")), "PyTorch cannot compile here (no luck)"),
     ],
 )
@@ -348,7 +375,8 @@ def test_without_compiling_there_is_one_notice(
     compiling.not_compiled.cache_clear()
     monkeypatch.setattr(*patched)
     network, *arguments = problem((2, 8, 8))
-    step, plain = ConvNetStep(network, "float32", True), ConvNetStep(network, "float32", False)
+    engines._make_step.cache_clear()
+    step, plain = make_step(network, ComputeConfig(compiled=True), CPU), ConvNetStep(network, "float32", False)
     results = [all_results(each, *alone(*arguments)) for each in (step, step, plain)]
     assert all(torch.equal(a, b) and torch.equal(b, c) for a, b, c in zip(*results, strict=True))
     assert capfd.readouterr().err.splitlines() == [f"{reason}: steps run uncompiled, which takes longer."]

@@ -38,10 +38,10 @@ def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "points", few)
         patch.setattr(speed, "in_a_process", speed.measure)
-        speed.main(path, threads=1, device="cpu")
+        speed.main(path, threads=1)
         begun = json.loads(path.read_text())["measurements"]
         most[0] = None
-        speed.main(path, threads=1, device="cpu")
+        speed.main(path, threads=1)
     whole = json.loads(path.read_text())
     assert whole["measurements"][:5] == begun
     return whole
@@ -84,7 +84,7 @@ def test_what_is_not_compiled_is_not_called_compiled(speed: Any, monkeypatch: py
 def test_all_ways_give_one_gradient(speed: Any) -> None:
     """Where the benchmark runs them."""
     theirs, *others = (
-        speed.match(speed.Point(work="match", implementation=name, segments=3, **LITTLE), torch.device("cpu"))
+        speed.match(speed.Point(work="match", implementation=name, segments=3, **LITTLE))
         for name in ("textbook", "cddlib", "cddlib, one by one", "cddlib, side by side")
     )
     for ours in others:
@@ -92,20 +92,19 @@ def test_all_ways_give_one_gradient(speed: Any) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", True)])
-def test_side_by_side_is_measured_where_steps_are_small_and_where_not(speed: Any, device: str, compiled: bool) -> None:
-    apart = [p for p in speed.points(1, device, 128, 10.0) if p.implementation.endswith(speed_figures.APART)]
+def test_side_by_side_is_measured_where_steps_are_small_and_where_not(speed: Any) -> None:
+    apart = [p for p in speed.points(1, 128, 10.0) if p.implementation.endswith(speed_figures.APART)]
     small = [point for point in apart if point.side == speed_figures.SMALL_SIDE]
     assert {point.segments for point in small} == {1, 2, 4, 8}
     large = [point for point in apart if point not in small]
-    assert {(point.width, "compiled" in point.implementation) for point in large} == {(128, compiled)}
+    assert {point.width for point in large} == {128}
 
 
 def test_the_way_s_name_says_how_many_segments_walk_together(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(speed, "segment_chunks", lambda *given: taken.append(given[1].side_by_side) or [])
     for name in ("cddlib, one by one", "cddlib, side by side", "cddlib"):
-        speed.match(speed.Point(work="match", implementation=name, segments=4, **LITTLE), torch.device("cpu"))
+        speed.match(speed.Point(work="match", implementation=name, segments=4, **LITTLE))
     assert taken == [1, 4, None]
 
 

@@ -20,9 +20,10 @@ from PIL import Image
 
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
+from cddlib.runtime.run_folder import read_metrics
 
 VOLATILE = {"seconds", "seconds_per_iteration", "finished", "peak_memory_mb", "checksum", "commit", "experts_trained"}
-VOLATILE |= {"metrics", "metrics_sha256"}  # digests of lines that hold seconds
+VOLATILE |= {"metrics_sha256"}  # of lines that hold seconds
 """What may differ between two runs that are the same."""
 
 
@@ -44,16 +45,23 @@ def _content(path: Path) -> Any:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         header["__metadata__"] = {k: json.loads(v) for k, v in header.get("__metadata__", {}).items()}
-        return _steady(header), data[8 + length :]
+        return steady(header), data[8 + length :]
     if path.suffix in (".json", ".jsonl"):
-        return [_steady(json.loads(line)) for line in ([data] if path.suffix == ".json" else data.splitlines())]
+        return [steady(json.loads(line)) for line in ([data] if path.suffix == ".json" else data.splitlines())]
     return data
 
 
-def _steady(value: Any) -> Any:
+def steady(value: Any) -> Any:
+    """A value of JSON without what may differ, and without the digest of metrics that a checkpoint has."""
     if isinstance(value, dict):
-        return {key: _steady(entry) for key, entry in value.items() if key not in VOLATILE}
-    return [_steady(entry) for entry in value] if isinstance(value, list) else value
+        kept = {key: entry for key, entry in value.items() if key not in VOLATILE}
+        return {key: steady(entry) for key, entry in kept.items() if key != "metrics" or not isinstance(entry, str)}
+    return [steady(entry) for entry in value] if isinstance(value, list) else value
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a finished run, without what may differ."""
+    return steady(read_metrics(folder))
 
 
 def assert_same(folder: Path, wanted: Path) -> None:

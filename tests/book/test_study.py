@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from works import contents, steady
 
 import cddlib
 from cddbook import records, study
@@ -132,19 +133,6 @@ def whole(recipe: Recipe, buffer: cddlib.Buffer, tmp_path_factory: pytest.TempPa
     return out
 
 
-def timeless(record: Any) -> Any:
-    """A record without what depends on the clock, the process, and the checkout."""
-    if isinstance(record, dict):
-        clock = ("seconds", "seconds_per_iteration", "peak_memory_mb", "finished", "commit")
-        return {key: timeless(value) for key, value in record.items() if key not in clock}
-    return record
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_record_has_every_run_and_what_it_changes(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     base, planned = plan(recipe)
     record = study_record(whole)
@@ -191,14 +179,14 @@ def test_a_study_that_was_interrupted_while_it_tested_goes_on(
     with pytest.raises(UserError, match="holds a study that is not finished"):
         study_record(tmp_path)
     done = contents(tmp_path / "K=1/seed-0")
-    assert timeless(run(recipe, buffer, tmp_path)) == timeless(study_record(whole))
+    assert steady(run(recipe, buffer, tmp_path)) == steady(study_record(whole))
     assert done.items() <= contents(tmp_path / "K=1/seed-0").items()
 
 
 def test_a_process_gives_the_same_numbers(recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path) -> None:
     (base, planned), name = plan(recipe), "K=1/seed-0"
     found = run_study(base, {name: planned[name]}, buffer.folder, tmp_path, networks=2, jobs=2, device="cpu")["runs"]
-    assert timeless(found[name]) == timeless(study_record(whole)["runs"][name])
+    assert steady(found[name]) == steady(study_record(whole)["runs"][name])
 
 
 def test_a_failing_run_is_named_and_the_others_finish(recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from children import CONTEXT
 from conftest import TINY, Repeats
-from works import assert_same
+from works import assert_same, metrics
 
 import cddlib
 from cddlib import cli
@@ -39,7 +39,6 @@ from cddlib.runtime.distributed import Interrupted, Ranks
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json, read_tensors, tensor_digest
 from cddlib.runtime.random import generator
-from cddlib.runtime.run_folder import read_metrics
 
 # The sigmoid has no kinks: with ReLU, a difference in the last digit can grow by a factor of 1e5 in an iteration.
 
@@ -137,12 +136,6 @@ def difference(run: Path, other: Path, file: str = CHECKPOINT) -> float:
 def moved(run: Path) -> float:
     """How far the last iterate is from the first."""
     return difference(run, run, milestone_path(run, 0).name)
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics, without seconds."""
-    lines = read_metrics(run)
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")

@@ -167,6 +167,14 @@ def test_the_gradient_is_exact_whatever_goes_together(
         problem.check(**config)
 
 
+@pytest.mark.parametrize(
+    ("network", "norm", "n"),
+    [("resnet18", "instance", 1), ("alexnet", "instance", 2), ("densenet121", "batch", 1), ("vit", "instance", 1)],
+)
+def test_the_gradient_is_exact_in_every_architecture(network: str, norm: str, n: int) -> None:
+    Problem(network=network, norm=norm, n=n, size=3).check()
+
+
 @pytest.mark.parametrize(("norm", "largest"), [("instance", 3), ("layer", 3), ("none", 3), ("batch", 7)])
 def test_batches_are_cut_into_parts(norm: str, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where images do not depend on their batch, a step takes at most `PART` pixels of them at a time."""
@@ -277,14 +285,3 @@ def test_the_plan_depends_on_the_generator_alone() -> None:
 
     assert plan(0) == plan(0) != plan(1)
     assert plan(0)[0][0] != plan(0)[3][0]  # a new order in the second pass
-
-
-def test_impossible_students_are_refused() -> None:
-    for field in ("student_steps", "student_batch", "side_by_side"):
-        with pytest.raises(cddlib.UserError, match=rf"^{field} is 0; it must be at least 1\.$"):
-            MatchingConfig(**{field: 0})
-    for value in (-0.1, 1.0, float("nan")):
-        with pytest.raises(
-            cddlib.UserError, match=rf"^dropped_fraction is {value}; it must be at least 0 and below 1\.$"
-        ):
-            MatchingConfig(dropped_fraction=value)

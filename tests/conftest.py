@@ -5,6 +5,7 @@ import os
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the notebooks' kernels too: threads that wait for a core are slow
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from children import main
 from works import Works
 
+import cddbook.__main__ as studies
 import cddlib
 from cddbook.records import write_record
+from cddlib import cli, commands
 from cddlib.runtime.provenance import Recorder
 
 torch.set_num_threads(1)  # the test processes share the cores, and every network here is tiny
@@ -59,6 +63,31 @@ def recipe(quick: dict[str, Any]) -> Callable[..., cddlib.DistillConfig]:
 def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
     """Command lines that tests kill and starve."""
     return Works(tmp_path_factory.mktemp("works"))
+
+
+@pytest.fixture
+def reached(buffer: cddlib.Buffer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[[list[str]], None]:
+    """Checks that a command line parses and reaches the work behind it, of which nothing is done."""
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise cddlib.UserError("reached")
+
+    names = ("prepare", "train_buffer", "distill", "evaluate_run", "plan", "recipes_table", "verify", "read_json")
+    names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
+    for module, name in [*((commands, name) for name in names), (studies.study, "run_study"), (studies, "collect")]:
+        monkeypatch.setattr(module, name, stop)
+    long = copy.copy(buffer)
+    long.epochs = 1000
+    for module in (cli, commands, studies):
+        monkeypatch.setattr(module, "Buffer", lambda folder: long)
+    monkeypatch.setattr(commands, "with_compilation", lambda config, *_: config)
+    monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
+
+    def check(words: list[str]) -> None:
+        main(words)
+        assert capsys.readouterr().err == "cddlib: reached\n", words
+
+    return check
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -41,25 +41,12 @@ def test_plan_says_what_each_stage_takes(capsys) -> None:
     assert capsys.readouterr().err == "cddlib: devices is 0; it must be at least 1.\n"
 
 
-def test_a_long_distillation_says_first_how_long_it_may_take(
-    buffer: Buffer, tmp_path: Path, capsys, monkeypatch
-) -> None:
+def test_a_long_distillation_says_first_how_long_it_takes(buffer: Buffer, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(commands, "with_compilation", lambda config, *_: cddlib.replace(config, compiled=True))
-    options = [
-        "--iterations",
-        1,
-        "--student-steps",
-        2,
-        "--validate-every",
-        0,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "a",
-    ]
+    options = ["--iterations", "1", "--student-steps", "2", "--validate-every", "0", "--device", "cpu"]
     said = r"At most about \d[\d.]* seconds in all; the bar below corrects this, as it goes\.\n"
     for pattern in (said, ""):  # a finished run says nothing
-        assert run("distill", *options, "--buffer", buffer.folder) == 0
+        assert run("distill", *options, "--buffer", buffer.folder, "--out", tmp_path) == 0
         err = capsys.readouterr().err
         assert re.search(pattern, err) and err.count("At most") == bool(pattern)
 

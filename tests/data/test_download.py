@@ -279,14 +279,14 @@ def test_downloads_as_torchvision_holds_them(
     tmp_path: Path, name: str, kind: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It finds no file unpacked beside Fashion-MNIST's archives: no checksum would vouch for one."""
-    arrays, raw = random_arrays(shape=shape), tmp_path / "downloads" / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for file in ("train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"):
-        (raw / file).touch()
+    arrays, beside = random_arrays(shape=shape), tmp_path / "downloads" / "FashionMNIST"
+    for file in ("raw/train-images-idx3-ubyte", "raw/train-images-idx3-ubyte.gz", "processed/training.pt"):
+        (beside / file).parent.mkdir(parents=True, exist_ok=True)
+        (beside / file).touch()
 
     def fetch(folder: Path, *, train: bool, download: bool) -> types.SimpleNamespace:
         assert (folder, download) == (tmp_path / "downloads", True)
-        assert [path.suffix for path in raw.iterdir()] == [".gz"]
+        assert [path.suffix for path in beside.glob("*/*")] == [".gz"]
         images, labels = (arrays[f"{'train' if train else 'test'}_{what}"] for what in ("images", "labels"))
         images = images if images.ndim == 4 else torch.from_numpy(images)
         return types.SimpleNamespace(data=images, targets=labels.tolist(), classes=["a", "b", "c"])

@@ -300,7 +300,7 @@ def test_lies_in_records(memory: Path, notes: dict[str, Any], name: str, monkeyp
         digits = data.load("digits")
         honest = {**honest, "data_fingerprint": digits.fingerprint}
         own = {"images": torch.zeros(10, 1, 8, 8), "labels": torch.arange(10), "label_logits": None, "subsets": 1}
-        start = dataclasses.replace(small_set(0), **own, classes=digits.classes)
+        start = small_set(0, **own, classes=digits.classes)
         start.save(memory / "synthetic.safetensors")
         monkeypatch.setattr(SyntheticSet, "load", lambda path: start)
 

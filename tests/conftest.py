@@ -5,12 +5,14 @@ import os
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the notebooks' kernels too: threads that wait for a core are slow
 
+import collections
 import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import pytest
@@ -68,10 +70,7 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
 @pytest.fixture
 def reached(buffer: cddlib.Buffer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[[list[str]], None]:
     """Checks that a command line parses and reaches the work behind it, of which nothing is done."""
-
-    def stop(*arguments: Any, **options: Any) -> None:
-        raise cddlib.UserError("reached")
-
+    stop = Mock(side_effect=cddlib.UserError("reached"))
     names = ("prepare", "train_buffer", "distill", "evaluate_run", "plan", "recipes_table", "verify", "read_json")
     names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
     for module, name in [*((commands, name) for name in names), (studies.study, "run_study"), (studies, "collect")]:
@@ -96,6 +95,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 Repeats = Callable[[Any, Any], Any]
+Note = Callable[..., None]
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("soak", marks=pytest.mark.soak)])
@@ -105,11 +105,11 @@ def repeats(request: pytest.FixtureRequest) -> Repeats:
 
 
 @pytest.fixture(scope="module")
-def notes(request: pytest.FixtureRequest, repeats: Repeats) -> Iterator[dict[str, Any]]:
-    """What the tests of a module find out, JSON values by name; `tests/test_x.py` writes the record `x.json`."""
+def note(request: pytest.FixtureRequest, repeats: Repeats) -> Iterator[Note]:
+    """`note("kills", work="distill")` adds an entry to a list of the record: `tests/test_x.py` writes `x.json`."""
     recorder = Recorder(torch.device("cpu"))
-    noted: dict[str, Any] = {}
-    yield noted
+    noted: dict[str, Any] = collections.defaultdict(list)
+    yield lambda what, **entry: noted[what].append(entry)
     folder = request.config.getoption("--records")
     if folder is not None:
         write_record(folder / f"{request.path.stem.removeprefix('test_')}.json", {**noted, **recorder.report()})

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from children import exit_code as run
@@ -134,10 +135,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(buffer: Buffer, tmp_path: Pat
 
 
 def test_interruption_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> None:
-    def interrupted(*_args, **_kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands, "train_buffer", interrupted)
+    monkeypatch.setattr(commands, "train_buffer", Mock(side_effect=KeyboardInterrupt))
     assert run("buffer", "--out", tmp_path) == 130
     assert capsys.readouterr().err == "\ncddlib: interrupted; the same command resumes.\n"
 
@@ -193,13 +191,8 @@ def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, caps
 
 
 def test_options_override_the_recipe_of_method_and_data(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
-    seen = []
-
-    def distill(config: cddlib.DistillConfig, *_args: object, **_kwargs: object) -> None:
-        seen.append(config)
-        raise cddlib.UserError("that is enough")
-
+    distill = Mock(side_effect=cddlib.UserError("that is enough"))
     monkeypatch.setattr(commands, "distill", distill)
     options = ["--method", "mtt", "--ipc", "7", "--lr-images", "5", "--window-end", "3", "--no-zca"]
     assert run("distill", *options, "--buffer", buffer.folder, "--out", tmp_path) == 1
-    assert seen == [cddlib.distill_recipe("mtt", "digits", 7, lr_images=5.0, window_end=3, width=8)]
+    assert distill.call_args.args[0] == cddlib.distill_recipe("mtt", "digits", 7, lr_images=5.0, window_end=3, width=8)

@@ -27,8 +27,6 @@ def test_recipes_prints_the_chosen_ones(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 5
     assert all("NUS-HPC-AI-Lab/DATM" in line for line in lines[2:])
-    assert run("recipes", "--method", "dsa") == 1
-    assert "unknown method 'dsa'; choose one of mtt, tesla" in capsys.readouterr().err
 
 
 def test_plan_says_what_each_stage_takes(capsys) -> None:
@@ -37,8 +35,6 @@ def test_plan_says_what_each_stage_takes(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["experts", "distillation", "evaluation"]
     assert "611 MB" in lines[2]  # 3 experts x 101 vectors x 504,420 numbers x 4 bytes
-    assert run("plan", *options, "--devices", 0) == 1
-    assert capsys.readouterr().err == "cddlib: devices is 0; it must be at least 1.\n"
 
 
 def test_a_long_distillation_says_first_how_long_it_takes(buffer: Buffer, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -63,9 +59,6 @@ def test_another_network_is_evaluated_and_recorded_apart(distilled: Path, capsys
         ("convnet", "instance", 8),
         ("mlp", "instance", 128),
     ]
-    capsys.readouterr()
-    assert run("evaluate", distilled, "--network", "vgg11", "--norm", "layer", *options) == 1
-    assert "vgg11 takes 'instance' or 'batch'" in capsys.readouterr().err
     assert run("evaluate", distilled / "none", "--network", "mlp") == 1
     assert "config.json does not exist." in capsys.readouterr().err
 

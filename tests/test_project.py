@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 
 import cddlib
 from cddlib import cli
+from cddlib.runtime.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -219,6 +220,26 @@ def test_examples_in_python_run(small_digits, place):
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["record"]["summary"]["synthetic"]["runs"] == 3
+
+
+DEVELOPING = (ROOT / "book" / "developing.md").read_text()
+
+
+def test_every_file_that_the_page_for_developers_names_is_there():
+    files = re.findall(r"`((?:cddlib|book)/[\w/]+\.py)`", DEVELOPING)
+    assert len(set(files)) >= 11
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_the_code_for_developers_runs_and_its_hook_writes_a_number(buffer, quick, tmp_path):
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", DEVELOPING, re.DOTALL):
+        exec(block, names)
+    config = cddlib.distill_recipe("contra", "digits", **quick, segments=2)
+    cddlib.distill(config, buffer, tmp_path, hooks=names["hooks"], device="cpu")
+    assert [line["iteration"] for line in read_metrics(tmp_path) if "contrast" in line] == [0, 5, 6]
+    assert json.loads((tmp_path / "config.json").read_text())["contrast_every"] == 5
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_the_committed_record_shows_constant_memory():

@@ -164,35 +164,6 @@ def test_every_image_is_in_one_subset(classes: int, ipc: int, data: st.DataObjec
     assert max(sizes) - min(sizes) <= 1
 
 
-def test_targets_are_probabilities(buffer: Buffer) -> None:
-    hard, soft = start(buffer, ipc=3), start(buffer, ipc=3, labels="learned")
-    assert torch.equal(hard.targets(), torch.eye(10).repeat_interleave(3, 0))
-    exponentials = soft.label_logits.double().exp()
-    wanted = exponentials / exponentials.sum(1, keepdim=True)
-    assert torch.allclose(soft.targets().double(), wanted, atol=1e-6)
-
-
-@pytest.mark.parametrize("zca", [False, True])
-def test_pictures_are_pixels(buffer: Buffer, zca: bool) -> None:
-    digits = data.load("digits")
-    preprocessing = fit_preprocessing(digits, zca=zca)
-    images = digits.train.images[:10]
-    synthetic = dataclasses.replace(start(buffer), images=preprocessing(images), preprocessing=preprocessing)
-    assert torch.allclose(synthetic.pictures(), images / 255, atol=1e-5)
-    loud = dataclasses.replace(synthetic, images=100 * torch.randn(synthetic.images.shape, generator=torch.Generator()))
-    assert loud.pictures().min() == 0
-    assert loud.pictures().max() == 1
-
-
-def test_a_copy_has_its_own_memory(buffer: Buffer) -> None:
-    synthetic = start(buffer, labels="learned")
-    copy = synthetic.copy()
-    for variable in synthetic.variables():
-        variable += 1
-    for name, tensor in copy.variable_tensors().items():
-        assert torch.allclose(tensor + 1, synthetic.variable_tensors()[name])
-
-
 def test_a_whitening_s_matrices_are_stored_once(buffer: Buffer, tmp_path: Path) -> None:
     """Beside the sets of a folder, which say what they need."""
     whitenings = [fit_preprocessing(part, zca=True) for part in (data.load("digits"), halved(data.load("digits")))]

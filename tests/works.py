@@ -72,7 +72,7 @@ def assert_same(folder: Path, wanted: Path) -> None:
     assert not different, different
 
 
-def assert_refused(path: Path, bits: int, notes: dict[str, Any], attempt: Callable[[], object], name: str) -> None:
+def assert_refused(path: Path, bits: int, note: Callable[..., None], attempt: Callable[[], object], name: str) -> None:
     """A damaged file is refused by its name (`UserError`), or `attempt`, which reads it, finds that no harm was done.
 
     It is cut off at some lengths, or one of that many `bits` is flipped, half of them in its beginning. The record
@@ -93,8 +93,7 @@ def assert_refused(path: Path, bits: int, notes: dict[str, Any], attempt: Callab
             refused += 1
         assert path.read_bytes() in (damaged, whole), "the damaged file was written over with something else"
     assert refused
-    entry = {"file": name, "damaged": len(every), "refused": refused, "harmless": len(every) - refused}
-    notes.setdefault("damage", []).append(entry)
+    note("damage", file=name, damaged=len(every), refused=refused, harmless=len(every) - refused)
 
 
 def pictures(folder: Path, size: tuple[int, int] = (24, 20), train: int = 120, val: int = 30) -> None:

@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import textbook
 import torch
 import torch.nn.functional as F
@@ -273,9 +274,7 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
 
 def limit_memory() -> None:
     """End with an error, not by the system's hand, where less than a tenth of the machine's memory would be left."""
-    page = resource.getpagesize()
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * page
-    most = now + int(0.9 * os.sysconf("SC_AVPHYS_PAGES") * page)
+    most = psutil.Process().memory_info().vms + int(0.9 * psutil.virtual_memory().available)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 

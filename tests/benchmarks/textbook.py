@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import cddlib
 from cddlib.data import augment
 from cddlib.data.preprocessing import Normalisation
-from cddlib.matching.student import StudentStep
+from cddlib.matching.student import MatchingConfig, StudentStep
 from cddlib.networks.convnet import Network
 
 
@@ -21,15 +21,29 @@ def matching_loss(
     targets: Tensor,
     step_size: Tensor,
     steps: list[StudentStep],
+    config: MatchingConfig | None = None,
 ) -> Tensor:
-    """The matching loss with the graph of all steps, as MTT's code has it."""
-    theta = start.clone().requires_grad_()
+    """The matching loss with the graph of all steps, as MTT's code has it.
+
+    With TESLA's gradient no step sees where the last one led. ATT's end is the nearest step, of equal ones the last.
+    """
+    config = config or MatchingConfig()
+    if config.gradient == "halved":
+        images = (images + images.detach()) / 2
+    path = [start.clone().requires_grad_()]
     for indices, draw in steps:
         chosen = indices.to(images.device)
+        theta = path[-1] if config.gradient == "exact" else path[-1].detach().requires_grad_()
         loss = F.cross_entropy(network(theta, augment.apply(draw, images[chosen])), targets[chosen])
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = theta - step_size * gradient
-    return (theta - target).square().sum() / (start - target).square().sum()
+        path.append(path[-1] - step_size * gradient)
+    ends = path[:0:-1] if config.match_step == "nearest" else path[-1:]
+    end = min(ends, key=lambda theta: (theta - target).abs().sum())
+    errors, scales = (end - target).square(), (start - target).square()
+    if config.dropped_fraction:
+        kept = errors.argsort()[int(config.dropped_fraction * len(errors)) :]
+        errors, scales = errors[kept], scales[kept]
+    return errors.sum() / scales.sum()
 
 
 def noise(

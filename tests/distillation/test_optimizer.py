@@ -11,17 +11,9 @@ import cddlib
 from cddlib.distillation.consolidation import ConsolidateConfig, Consolidation
 from cddlib.distillation.optimizer import OptimizerConfig, SetOptimizer
 
-RATES = {"images": 3.0, "label_logits": 0.5, "step_size": 0.01}
-MOMENTA = {"images": 0.7, "label_logits": 0.9, "step_size": 0.3}
-CONFIG = OptimizerConfig(
-    lr_images=3.0,
-    lr_labels=0.5,
-    lr_step_size=0.01,
-    momentum_images=0.7,
-    momentum_labels=0.9,
-    momentum_step_size=0.3,
-    ema=0.8,
-)
+RATES = {"lr_images": 3.0, "lr_labels": 0.5, "lr_step_size": 0.01}
+MOMENTA = {"momentum_images": 0.7, "momentum_labels": 0.9, "momentum_step_size": 0.3}
+CONFIG = OptimizerConfig(**RATES, **MOMENTA, ema=0.8)
 
 
 def drawn(shapes: dict[str, Tensor], iteration: int, rows: list[int]) -> dict[str, Tensor]:
@@ -54,9 +46,9 @@ def test_a_step_is_sgd_then_consolidation_then_the_average(
         gradients = drawn(x, iteration, rows)
         optimizer.step(list(gradients.values()), torch.tensor(rows), iteration + 1)
         before = x["images"].clone()
-        for name, variable in x.items():
-            velocity[name] = MOMENTA[name] * velocity[name] + gradients[name]
-            change = RATES[name] * velocity[name]
+        for (name, variable), rate, momentum in zip(x.items(), RATES.values(), MOMENTA.values(), strict=True):
+            velocity[name] = momentum * velocity[name] + gradients[name]
+            change = rate * velocity[name]
             if name == "step_size":
                 variable -= change
             else:

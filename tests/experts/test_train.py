@@ -236,13 +236,10 @@ def test_another_buffers_expert_is_named(buffer: Buffer, tmp_path: Path) -> None
     assert_same(tmp_path / "b", buffer.folder)
 
 
-LAST_STEP = {"learning_rate": 3e38, "epochs": 1, "batch_size": 2000, "weight_decay": 1e3}
-
-
-@pytest.mark.parametrize(("overrides", "loss"), [({"learning_rate": 1e30}, "nan"), (LAST_STEP, "[0-9.]+")])
-def test_divergence_is_reported(tmp_path: Path, overrides: dict[str, float], loss: str) -> None:
-    with pytest.raises(UserError, match=rf"^expert 0 diverged in epoch \d \(loss {loss}\); lower --learning-rate\.$"):
-        train(recipe(**overrides), tmp_path)
+def test_divergence_is_reported_although_the_loss_is_finite(tmp_path: Path) -> None:
+    last_step = {"learning_rate": 3e38, "epochs": 1, "batch_size": 2000, "weight_decay": 1e3}
+    with pytest.raises(UserError, match=r"^expert 0 diverged in epoch 1 \(loss [0-9.]+\); lower --learning-rate\.$"):
+        train(recipe(**last_step), tmp_path)
     assert not expert_path(tmp_path, 0).exists()
 
 

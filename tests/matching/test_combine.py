@@ -12,28 +12,17 @@ import scipy.optimize
 import torch
 
 import cddlib
-from cddlib.matching.combine import (
-    CAGRAD_RADIUS,
-    GRADNORM_POWER,
-    CombineConfig,
-    fixed_weights,
-    gramian,
-    weights,
-)
+from cddlib.matching.combine import CAGRAD_RADIUS, GRADNORM_POWER, CombineConfig, fixed_weights, gramian, weights
 
 RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
-
-
-def mean_weights(config: CombineConfig, segments: int, anchor: int) -> list[float]:
-    """Weights of the rule mean, which looks at neither inner products nor losses."""
-    return weights(config, torch.eye(segments).double(), [1.0] * segments, anchor, cddlib.generator("combine"))
 
 
 @hypothesis.given(balance=st.none() | st.floats(0, 1e6), segments=st.integers(2, 50), data=st.data())
 def test_the_others_weigh_beta_times_the_anchor(balance: float | None, segments: int, data: st.DataObject) -> None:
     anchor = data.draw(st.integers(0, segments - 1))
     config = CombineConfig(balance=balance)
-    found = mean_weights(config, segments, anchor)
+    nothing = torch.eye(segments).double(), [1.0] * segments  # the rule looks at neither inner products nor losses
+    found = weights(config, *nothing, anchor, cddlib.generator("combine"))
     others = found[:anchor] + found[anchor + 1 :]
     assert len(set(others)) == 1
     assert min(found) >= 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Repeats
+from conftest import Note, Repeats
 from works import assert_refused, pictures, steady
 
 import cddlib
@@ -96,22 +96,18 @@ def test_every_file_is_there(room: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damage_is_refused_or_does_no_harm(
-    name: str, room: Path, tmp_path: Path, notes: dict[str, Any], repeats: Repeats
-) -> None:
+def test_damage_is_refused_or_does_no_harm(name: str, room: Path, tmp_path: Path, note: Note, repeats: Repeats) -> None:
     wanted = _work(room)
     folder = Path(shutil.copytree(room, tmp_path / "copy", ignore=shutil.ignore_patterns("pictures")))
 
     def attempt() -> None:
         assert _work(folder) == wanted
 
-    assert_refused(next(folder.glob(name)), repeats(8, 48), notes, attempt, name)
+    assert_refused(next(folder.glob(name)), repeats(8, 48), note, attempt, name)
 
 
-def test_the_difficulty_that_more_experts_need(
-    room: Path, tmp_path: Path, notes: dict[str, Any], repeats: Repeats
-) -> None:
+def test_the_difficulty_that_more_experts_need(room: Path, tmp_path: Path, note: Note, repeats: Repeats) -> None:
     shutil.copytree(room, tmp_path / "copy", ignore=shutil.ignore_patterns("pictures", "study", "run"))
     name = "buffer/difficulty.safetensors"
     attempt = functools.partial(_buffer, tmp_path / "copy", experts=3)
-    assert_refused(tmp_path / "copy" / name, repeats(8, 48), notes, attempt, name)
+    assert_refused(tmp_path / "copy" / name, repeats(8, 48), note, attempt, name)

@@ -164,17 +164,12 @@ def launched(text: str) -> list[list[str]]:
     return [shlex.split(match[1].split("   #")[0]) for match in found if match]
 
 
-def every_launch() -> list[list[str]]:
-    """The arguments of torchrun in the README, the page and the examples."""
+def test_documented_launches_parse(reached: Callable[[list[str]], None]) -> None:
+    """In the README, the page and the examples."""
     pages = (ROOT / "README.md", ROOT / "book" / "several-devices.md", EXAMPLES / "slurm.sh")
-    found = [command for page in pages for command in launched(page.read_text())]
     (container,) = manifests()["Job"]["spec"]["template"]["spec"]["containers"]
     assert container["command"][0] == "torchrun"
-    return [*found, container["command"][1:]]
-
-
-def test_documented_launches_parse(reached: Callable[[list[str]], None]) -> None:
-    lines = every_launch()
+    lines = [*(command for page in pages for command in launched(page.read_text())), container["command"][1:]]
     assert {words[words.index("cddlib") + 1] for words in lines} == {*cli.DIVIDED}
     for words in lines:
         launcher = get_args_parser().parse_args(words)

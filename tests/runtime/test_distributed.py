@@ -28,7 +28,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from children import CONTEXT
-from conftest import TINY, Repeats
+from conftest import TINY, Note, Repeats
 from works import assert_same, metrics
 
 import cddlib
@@ -144,7 +144,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_end_where_one_process_ends(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], repeats: Repeats, case: str
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, note: Note, repeats: Repeats, case: str
 ) -> None:
     """Three segments on two ranks, and on four, one of which has none."""
     config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "validation_runs": 2, **CASES[case]})
@@ -168,13 +168,12 @@ def test_ranks_end_where_one_process_ends(
                 assert line.get(name) == wanted.get(name)
             assert line.get("losses", []) == pytest.approx(wanted.get("losses", []), rel=1e-5)
         assert apart < 1e-6 and moved(out) > 1e-3
-        row = {"ranks": count, "rule": case, "largest_relative_difference": apart}
-        notes.setdefault("agreement", []).append(row)
+        note("agreement", ranks=count, rule=case, largest_relative_difference=apart)
 
 
 @pytest.mark.parametrize(("activation", "iterations"), [("sigmoid", 5), ("relu", 3)])
 def test_the_digits_recipe_with_eight_segments(
-    tmp_path: Path, notes: dict[str, Any], repeats: Repeats, activation: str, iterations: int
+    tmp_path: Path, note: Note, repeats: Repeats, activation: str, iterations: int
 ) -> None:
     """The same set within the rounding of sums. With ReLU, as near as one process that adds in another order."""
     iterations = repeats(iterations, 60)
@@ -196,7 +195,7 @@ def test_the_digits_recipe_with_eight_segments(
         apart = difference(tmp_path / "alone", out)
         assert apart < (1e-5 if activation == "sigmoid" else 0.1)
         rule = f"mean, {activation}, {iterations} iterations" + (", segments added backwards" if count == 1 else "")
-        notes.setdefault("agreement", []).append({"ranks": count, "rule": rule, "largest_relative_difference": apart})
+        note("agreement", ranks=count, rule=rule, largest_relative_difference=apart)
 
 
 def distil_backwards(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
@@ -370,7 +369,7 @@ def arguments(command: str, **options: Any) -> list[Any]:
 
 
 def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], repeats: Repeats
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, note: Note, repeats: Repeats
 ) -> None:
     """Again and again, at a random moment, a random one of two."""
     kills = repeats(1, 10)
@@ -388,11 +387,11 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
         assert agent.wait(180) == 0, log.read_text()
     assert "iteration" in log.read_text()
     assert_same(out, tmp_path / "whole")
-    notes.setdefault("kills", []).append({"work": "distill, 2 processes", "kills": kills, "identical": True})
+    note("kills", work="distill, 2 processes", kills=kills, identical=True)
 
 
 def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any]
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, note: Note
 ) -> None:
     """Two agents with a rank each; one is killed whole, and the other one goes on alone."""
     config = {**quick, **LONG}
@@ -418,10 +417,8 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     assert [line["matched"] for line in found[1:]] == [line["matched"] for line in wanted[1:]]
     apart = difference(tmp_path / "1", out)
     assert apart < 1e-4 and moved(out) > 1e-3
-    notes.setdefault("agreement", []).append(
-        {"ranks": "2, then 1", "rule": "mean", "largest_relative_difference": apart}
-    )
-    notes.setdefault("kills", []).append({"work": "distill, one of 2 machines", "kills": 1, "identical": False})
+    note("agreement", ranks="2, then 1", rule="mean", largest_relative_difference=apart)
+    note("kills", work="distill, one of 2 machines", kills=1, identical=False)
 
 
 def listens(port: int) -> bool:
@@ -431,7 +428,7 @@ def listens(port: int) -> bool:
     return False
 
 
-def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, notes: dict[str, Any]) -> None:
+def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, note: Note) -> None:
     config = {"width": 4, "epochs": 12, "experts": 3}
     cddlib.train_buffer(cddlib.buffer_recipe("digits", **config), tmp_path / "1", device="cpu")
     out = tmp_path / "buffer"
@@ -441,4 +438,4 @@ def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, note
         workers(agent)[1].kill()
         assert agent.wait(180) == 0, log.read_text()
     assert_same(out, tmp_path / "1")
-    notes.setdefault("kills", []).append({"work": "buffer, 2 processes", "kills": 1, "identical": True})
+    note("kills", work="buffer, 2 processes", kills=1, identical=True)

@@ -47,6 +47,7 @@ class Problem:
         config = cddlib.NetworkConfig(**{"depth": 2, "width": 4, **network})
         self.network = cddlib.build_network(config, (2, 8, 8), CLASSES)
         self.start = torch.stack([self.network.init(rng) for _ in range(students)]).double()
+        self.start += 0.01 * torch.randn(self.start.shape, **doubles)  # a new transformer answers 0 to every image
         self.target = self.start + 0.1 * torch.randn(self.start.shape, **doubles)
         self.images = torch.randn(students, size, 2, 8, 8, **doubles, requires_grad=True)
         self.logits = torch.randn(students, size, CLASSES, **doubles, requires_grad=True)

@@ -118,14 +118,14 @@ def patch(values: Mapping[str, Any]) -> None:
         setattr(importlib.import_module(module), attribute, value)
 
 
-def before(name: str, action: Callable[[], object], number: int = 1) -> None:
-    """Do something before the `number`-th call of a function, named as `module.function`."""
+def before(name: str, action: Callable[[], object]) -> None:
+    """Do something before the first call of a function, named as `module.function`."""
     module, attribute = name.rsplit(".", 1)
-    function, calls = getattr(importlib.import_module(module), attribute), itertools.count(1)
+    function, once = getattr(importlib.import_module(module), attribute), iter([action])
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
-        if next(calls) == number:
-            action()
+        for act in once:
+            act()
         return function(*arguments, **options)
 
     patch({name: wrapped})

@@ -5,19 +5,25 @@ import os
 os.environ["TQDM_DISABLE"] = "1"  # before tqdm is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # for the notebooks' kernels too: threads that wait for a core are slow
 
+import collections
+import copy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import hypothesis
 import pytest
 import torch
+from children import main
 from works import Works
 
+import cddbook.__main__ as studies
 import cddlib
 from cddbook.records import write_record
+from cddlib import cli, commands
 from cddlib.runtime.provenance import Recorder
 
 torch.set_num_threads(1)  # the test processes share the cores, and every network here is tiny
@@ -61,12 +67,35 @@ def works(tmp_path_factory: pytest.TempPathFactory) -> Works:
     return Works(tmp_path_factory.mktemp("works"))
 
 
+@pytest.fixture
+def reached(buffer: cddlib.Buffer, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[[list[str]], None]:
+    """Checks that a command line parses and reaches the work behind it, of which nothing is done."""
+    stop = Mock(side_effect=cddlib.UserError("reached"))
+    names = ("prepare", "train_buffer", "distill", "evaluate_run", "plan", "recipes_table", "verify", "read_json")
+    names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
+    for module, name in [*((commands, name) for name in names), (studies.study, "run_study"), (studies, "collect")]:
+        monkeypatch.setattr(module, name, stop)
+    long = copy.copy(buffer)
+    long.epochs = 1000
+    for module in (cli, commands, studies):
+        monkeypatch.setattr(module, "Buffer", lambda folder: long)
+    monkeypatch.setattr(commands, "with_compilation", lambda config, *_: config)
+    monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
+
+    def check(words: list[str]) -> None:
+        main(words)
+        assert capsys.readouterr().err == "cddlib: reached\n", words
+
+    return check
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--records book/results` keeps what tests measured as the book's records; `make soak` says how."""
     parser.addoption("--records", type=Path, default=None, help="folder for the records of tests that measure")
 
 
 Repeats = Callable[[Any, Any], Any]
+Note = Callable[..., None]
 
 
 @pytest.fixture(scope="module", params=["quick", pytest.param("soak", marks=pytest.mark.soak)])
@@ -76,11 +105,11 @@ def repeats(request: pytest.FixtureRequest) -> Repeats:
 
 
 @pytest.fixture(scope="module")
-def notes(request: pytest.FixtureRequest, repeats: Repeats) -> Iterator[dict[str, Any]]:
-    """What the tests of a module find out, JSON values by name; `tests/test_x.py` writes the record `x.json`."""
+def note(request: pytest.FixtureRequest, repeats: Repeats) -> Iterator[Note]:
+    """`note("kills", work="distill")` adds an entry to a list of the record: `tests/test_x.py` writes `x.json`."""
     recorder = Recorder(torch.device("cpu"))
-    noted: dict[str, Any] = {}
-    yield noted
+    noted: dict[str, Any] = collections.defaultdict(list)
+    yield lambda what, **entry: noted[what].append(entry)
     folder = request.config.getoption("--records")
     if folder is not None:
         write_record(folder / f"{request.path.stem.removeprefix('test_')}.json", {**noted, **recorder.report()})

@@ -52,10 +52,10 @@ def read_expert(path: Path) -> list[str]:
     return [tensor_digest(buffer.parameters(0, epoch)) for epoch in range(3)]
 
 
-def small_set(key: int) -> SyntheticSet:
-    """Two images for each of three classes."""
+def small_set(key: int, **changes: Any) -> SyntheticSet:
+    """Two images for each of three classes, unless `changes` say otherwise."""
     rng = generator("fuzz", key)
-    return SyntheticSet(
+    usual = SyntheticSet(
         images=torch.randn(6, 1, 2, 3, generator=rng),
         labels=torch.arange(3).repeat_interleave(2),
         label_logits=torch.randn(6, 3, generator=rng),
@@ -64,6 +64,7 @@ def small_set(key: int) -> SyntheticSet:
         classes=("a", "β", "c"),
         subsets=2,
     )
+    return dataclasses.replace(usual, **changes)
 
 
 def described(synthetic: SyntheticSet) -> Any:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from children import exit_code as run
@@ -98,18 +99,13 @@ BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
     [
         (["buffer", "--data", "cifar10", "--root", "OUT", *OUT], "run `cddlib data cifar10 --root "),
         (["buffer", "--device", "cuda:99", *OUT], "device 'cuda:99' is not available here"),
-        (["buffer", "--experts", "0", *OUT], "experts is 0; it must be at least 1."),
         (["buffer"], "--out PATH"),
         (["distill", "--buffer", "OUT/none", "--out", "OUT"], "none holds no buffer; train one with `cddlib buffer"),
         (["distill", *OUT], "--buffer PATH"),
-        (["distill", "--segments", "20", *BOTH], "segments is 20, but the window [0, 5) has only 5 start epochs; use"),
         (["distill", "--window-end", "20", *BOTH], "window_end may be at most 5."),
         (["distill", "--segments", "two", *BOTH], "Error parsing --segments: 'two' is not a whole number"),
         (["distill", "--lr-images", "fast", *BOTH], "Error parsing --lr-images: 'fast' is not a number"),
-        (
-            ["distill", "--momentum-images", "1", *BOTH],
-            "cddlib: momentum_images is 1.0; it must be at least 0 and below",
-        ),
+        (["distill", "--momentum-images", "1", *BOTH], "cddlib: momentum_images is 1.0; it must be at least 0 and b"),
         (["distill", *BOTH[:2], "--out", "FILE"], "is not a folder, or lies in a file; choose another place."),
         (["distill", *BOTH[:2], "--out", "FILE/run"], "is not a folder, or lies in a file; choose another place."),
         (["data", "cifar10", "--root", "FILE"], "is not a folder, or lies in a file; choose another place."),
@@ -120,10 +116,7 @@ BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
         (["verify", "BEGUN", "--buffer", "BUFFER"], "is not finished; its `cddlib distill` command goes on with it."),
         (["record", "OUT", "--to", "OUT/r.json"], "holds no finished run: result.json is missing."),
         (["record", "OUT", "--to", "FILE"], "cannot be read as JSON"),
-        (
-            ["record", "OUT", "--to", "BEGUN/other.json"],
-            "other.json exists and is not a record of a run; choose another",
-        ),
+        (["record", "OUT", "--to", "BEGUN/other.json"], "other.json exists and is not a record of a run; choose ano"),
         (["distil", *BOTH], "there is no command 'distil'; did you mean distill?"),
         (["train"], "there is no command 'train'; did you mean data, recipes, plan, buffer, distill, "),
         (["buffer", "--colour", "1", *OUT], "--colour"),
@@ -143,10 +136,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(buffer: Buffer, tmp_path: Pat
 
 
 def test_interruption_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> None:
-    def interrupted(*_args, **_kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands, "train_buffer", interrupted)
+    monkeypatch.setattr(commands, "train_buffer", Mock(side_effect=KeyboardInterrupt))
     assert run("buffer", "--out", tmp_path) == 130
     assert capsys.readouterr().err == "\ncddlib: interrupted; the same command resumes.\n"
 
@@ -208,13 +198,8 @@ def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, caps
 
 
 def test_options_override_the_recipe_of_method_and_data(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
-    seen = []
-
-    def distill(config: cddlib.DistillConfig, *_args: object, **_kwargs: object) -> None:
-        seen.append(config)
-        raise cddlib.UserError("that is enough")
-
+    distill = Mock(side_effect=cddlib.UserError("that is enough"))
     monkeypatch.setattr(commands, "distill", distill)
     options = ["--method", "mtt", "--ipc", "7", "--lr-images", "5", "--window-end", "3", "--no-zca"]
     assert run("distill", *options, "--buffer", buffer.folder, "--out", tmp_path) == 1
-    assert seen == [cddlib.distill_recipe("mtt", "digits", 7, lr_images=5.0, window_end=3, width=8)]
+    assert distill.call_args.args[0] == cddlib.distill_recipe("mtt", "digits", 7, lr_images=5.0, window_end=3, width=8)

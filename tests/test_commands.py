@@ -27,8 +27,6 @@ def test_recipes_prints_the_chosen_ones(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 5
     assert all("NUS-HPC-AI-Lab/DATM" in line for line in lines[2:])
-    assert run("recipes", "--method", "dsa") == 1
-    assert "unknown method 'dsa'; choose one of mtt, tesla" in capsys.readouterr().err
 
 
 def test_plan_says_what_each_stage_takes(capsys) -> None:
@@ -37,29 +35,14 @@ def test_plan_says_what_each_stage_takes(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["experts", "distillation", "evaluation"]
     assert "611 MB" in lines[2]  # 3 experts x 101 vectors x 504,420 numbers x 4 bytes
-    assert run("plan", *options, "--devices", 0) == 1
-    assert capsys.readouterr().err == "cddlib: devices is 0; it must be at least 1.\n"
 
 
-def test_a_long_distillation_says_first_how_long_it_may_take(
-    buffer: Buffer, tmp_path: Path, capsys, monkeypatch
-) -> None:
+def test_a_long_distillation_says_first_how_long_it_takes(buffer: Buffer, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(commands, "with_compilation", lambda config, *_: cddlib.replace(config, compiled=True))
-    options = [
-        "--iterations",
-        1,
-        "--student-steps",
-        2,
-        "--validate-every",
-        0,
-        "--device",
-        "cpu",
-        "--out",
-        tmp_path / "a",
-    ]
+    options = ["--iterations", "1", "--student-steps", "2", "--validate-every", "0", "--device", "cpu"]
     said = r"At most about \d[\d.]* seconds in all; the bar below corrects this, as it goes\.\n"
     for pattern in (said, ""):  # a finished run says nothing
-        assert run("distill", *options, "--buffer", buffer.folder) == 0
+        assert run("distill", *options, "--buffer", buffer.folder, "--out", tmp_path) == 0
         err = capsys.readouterr().err
         assert re.search(pattern, err) and err.count("At most") == bool(pattern)
 
@@ -76,9 +59,6 @@ def test_another_network_is_evaluated_and_recorded_apart(distilled: Path, capsys
         ("convnet", "instance", 8),
         ("mlp", "instance", 128),
     ]
-    capsys.readouterr()
-    assert run("evaluate", distilled, "--network", "vgg11", "--norm", "layer", *options) == 1
-    assert "vgg11 takes 'instance' or 'batch'" in capsys.readouterr().err
     assert run("evaluate", distilled / "none", "--network", "mlp") == 1
     assert "config.json does not exist." in capsys.readouterr().err
 

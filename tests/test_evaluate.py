@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loaders import small_set
 
 import cddlib
 from cddlib import evaluate
@@ -77,14 +78,10 @@ def test_networks_are_trained_by_the_published_protocol(
 def test_a_set_is_trained_at_its_own_step_size_on_its_soft_labels(buffer: Buffer) -> None:
     digits = data.load("digits")
     rng = torch.Generator().manual_seed(0)
-    synthetic = SyntheticSet(
-        images=torch.randn(20, 1, 8, 8, generator=rng),
-        labels=torch.arange(10).repeat_interleave(2),
-        label_logits=3 * torch.randn(20, 10, generator=rng),
-        step_size=torch.tensor(0.25),
-        preprocessing=buffer.preprocessing,
-        classes=digits.classes,
-    )
+    images, logits = torch.randn(20, 1, 8, 8, generator=rng), 3 * torch.randn(20, 10, generator=rng)
+    own = {"images": images, "labels": torch.arange(10).repeat_interleave(2), "label_logits": logits, "subsets": 1}
+    own |= {"step_size": torch.tensor(0.25), "preprocessing": buffer.preprocessing, "classes": digits.classes}
+    synthetic = small_set(0, **own)
     found = accuracy_on(digits.split[1], synthetic, NETWORK, 6, 8, DSA, seed=5)
     theta = reference(synthetic.images, synthetic.label_logits.softmax(1), epochs=6, rate=0.25, batch=8, seed=5)
     right = NETWORK(theta, buffer.preprocessing(digits.split[1].images)).argmax(1) == digits.split[1].labels
@@ -111,14 +108,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def record_of(run: Path) -> dict:
-    (path,) = run.glob("evaluation-*.json")
-    return files.read_json(path)
-
-
 def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
     record = evaluate_run(run, runs=2)
-    assert record == record_of(run)
+    assert [record] == [*map(files.read_json, run.glob("evaluation-*.json"))]
     assert record["synthetic_sha256"] == files.file_digest(run / "synthetic.safetensors")
     how = {"evaluation_epochs": 5, "evaluation_batch": 256, "precision": "float32", "compiled": False}
     assert record["evaluation"] == how
@@ -217,6 +209,10 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
         evaluate_run(run, network=NetworkConfig(depth=4))
     with pytest.raises(UserError, match=r"none holds no finished distillation: synthetic\.safetensors is missing\.$"):
         evaluate_run(tmp_path / "none")
+    path = run / "synthetic.safetensors"
+    dataclasses.replace(SyntheticSet.load(path), classes=tuple("abcdefghij")).save(path)
+    with pytest.raises(UserError, match=r"synthetic\.safetensors has other classes, or images of another shape"):
+        evaluate_run(run)
     files.write_json(run / "config.json", {})
     with pytest.raises(UserError, match=r"config\.json is not a distillation's configuration \(it has no '.*'\)\.$"):
         evaluate_run(run)

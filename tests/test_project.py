@@ -1,7 +1,6 @@
 """The repository agrees with itself: rooms, sizes, versions, documented commands, stripped notebooks."""
 
 import ast
-import copy
 import functools
 import graphlib
 import itertools
@@ -15,13 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
-from children import main
 from packaging.requirements import Requirement
 
-import cddbook.__main__ as studies
 import cddlib
-from cddlib import cli, commands
-from cddlib.runtime.errors import UserError
+from cddlib import cli
+from cddlib.runtime.run_folder import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -189,22 +186,8 @@ def test_documented_papermill_lines_name_parameters_that_exist(line):
 
 
 @pytest.mark.parametrize("line", documented(f"{PROGRAMS}[a-z]") + complete_spans())
-def test_documented_commands_parse(line, buffer, monkeypatch, capsys):
-    def reached(*arguments: Any, **options: Any) -> None:
-        raise UserError("reached")
-
-    names = ("prepare", "train_buffer", "distill", "evaluate_run", "plan", "recipes_table", "verify", "read_json")
-    names += ("import_buffer", "import_set", "export_png", "export_set", "export_parquet", "export_buffer")
-    for module, name in [*((commands, name) for name in names), (studies.study, "run_study"), (studies, "collect")]:
-        monkeypatch.setattr(module, name, reached)
-    long = copy.copy(buffer)
-    long.epochs = 1000
-    for module in (cli, commands, studies):
-        monkeypatch.setattr(module, "Buffer", lambda folder: long)
-    monkeypatch.setattr(commands, "with_compilation", lambda config, *_: config)
-    monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
-    main(shlex.split(re.sub(f"^{PROGRAMS}", "", line), comments=True))
-    assert capsys.readouterr().err == "cddlib: reached\n"
+def test_documented_commands_parse(line, reached):
+    reached(shlex.split(re.sub(f"^{PROGRAMS}", "", line), comments=True))
 
 
 @pytest.fixture
@@ -237,6 +220,26 @@ def test_examples_in_python_run(small_digits, place):
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["record"]["summary"]["synthetic"]["runs"] == 3
+
+
+DEVELOPING = (ROOT / "book" / "developing.md").read_text()
+
+
+def test_every_file_that_the_page_for_developers_names_is_there():
+    files = re.findall(r"`((?:cddlib|book)/[\w/]+\.py)`", DEVELOPING)
+    assert len(set(files)) >= 11
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_the_code_for_developers_runs_and_its_hook_writes_a_number(buffer, quick, tmp_path):
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", DEVELOPING, re.DOTALL):
+        exec(block, names)
+    config = cddlib.distill_recipe("contra", "digits", **quick, segments=2)
+    cddlib.distill(config, buffer, tmp_path, hooks=names["hooks"], device="cpu")
+    assert [line["iteration"] for line in read_metrics(tmp_path) if "contrast" in line] == [0, 5, 6]
+    assert json.loads((tmp_path / "config.json").read_text())["contrast_every"] == 5
+    assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_the_committed_record_shows_constant_memory():

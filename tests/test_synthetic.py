@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import jaxtyping
 import pytest
 import torch
+from loaders import small_set
 from safetensors.torch import load_file
 
 from cddlib.data import dataset as data
@@ -18,7 +19,6 @@ from cddlib.runtime.errors import UserError
 from cddlib.synthetic import SyntheticConfig, SyntheticSet, initialise
 
 CPU = torch.device("cpu")
-PREPROCESSING = fit_preprocessing(data.load("digits"), zca=False)
 
 
 def start(buffer: Buffer, seed: int = 0, **config: object) -> SyntheticSet:
@@ -129,6 +129,7 @@ NOT_WHOLE = [
     {"preprocessing.mean": lambda t: torch.ones(3)},
     *({"subsets": number} for number in (0, -1, 4, 1.5, "2", None, [1])),
     {"classes": 10},
+    {"classes": [], "label_logits": None, **dict.fromkeys(("images", "labels"), lambda t: t[:0].clone())},
 ]
 """What is left out of the tensors, replaced in them or in the header."""
 
@@ -153,15 +154,8 @@ def test_a_set_that_is_not_whole_is_refused(buffer: Buffer, tmp_path: Path, monk
 def test_every_image_is_in_one_subset(classes: int, ipc: int, data: st.DataObject) -> None:
     subsets = data.draw(st.integers(1, ipc))
     labels = torch.arange(classes).repeat_interleave(ipc)
-    synthetic = SyntheticSet(
-        images=torch.zeros(len(labels), 1, 2, 2),
-        labels=labels,
-        label_logits=None,
-        step_size=torch.tensor(0.1),
-        preprocessing=PREPROCESSING,
-        classes=tuple("abcdef"[:classes]),
-        subsets=subsets,
-    )
+    images, names = torch.zeros(len(labels), 1, 2, 3), tuple("abcdef"[:classes])
+    synthetic = small_set(0, images=images, labels=labels, label_logits=None, classes=names, subsets=subsets)
     first = ipc * torch.arange(classes)[:, None]
     parts = [synthetic.subset(number).view(classes, -1) - first for number in range(subsets)]
     assert all((part == part[0]).all() for part in parts)  # the same places of every class
@@ -173,35 +167,6 @@ def test_every_image_is_in_one_subset(classes: int, ipc: int, data: st.DataObjec
     )
     sizes = [part.shape[1] for part in parts]
     assert max(sizes) - min(sizes) <= 1
-
-
-def test_targets_are_probabilities(buffer: Buffer) -> None:
-    hard, soft = start(buffer, ipc=3), start(buffer, ipc=3, labels="learned")
-    assert torch.equal(hard.targets(), torch.eye(10).repeat_interleave(3, 0))
-    exponentials = soft.label_logits.double().exp()
-    wanted = exponentials / exponentials.sum(1, keepdim=True)
-    assert torch.allclose(soft.targets().double(), wanted, atol=1e-6)
-
-
-@pytest.mark.parametrize("zca", [False, True])
-def test_pictures_are_pixels(buffer: Buffer, zca: bool) -> None:
-    digits = data.load("digits")
-    preprocessing = fit_preprocessing(digits, zca=zca)
-    images = digits.train.images[:10]
-    synthetic = dataclasses.replace(start(buffer), images=preprocessing(images), preprocessing=preprocessing)
-    assert torch.allclose(synthetic.pictures(), images / 255, atol=1e-5)
-    loud = dataclasses.replace(synthetic, images=100 * torch.randn(synthetic.images.shape, generator=torch.Generator()))
-    assert loud.pictures().min() == 0
-    assert loud.pictures().max() == 1
-
-
-def test_a_copy_has_its_own_memory(buffer: Buffer) -> None:
-    synthetic = start(buffer, labels="learned")
-    copy = synthetic.copy()
-    for variable in synthetic.variables():
-        variable += 1
-    for name, tensor in copy.variable_tensors().items():
-        assert torch.allclose(tensor + 1, synthetic.variable_tensors()[name])
 
 
 def test_a_whitening_s_matrices_are_stored_once(buffer: Buffer, tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ from PIL import Image
 
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.random import generator
+from cddlib.runtime.run_folder import read_metrics
 
 VOLATILE = {"seconds", "seconds_per_iteration", "finished", "peak_memory_mb", "checksum", "commit", "experts_trained"}
-VOLATILE |= {"metrics", "metrics_sha256"}  # digests of lines that hold seconds
+VOLATILE |= {"metrics_sha256"}  # of lines that hold seconds
 """What may differ between two runs that are the same."""
 
 
@@ -44,16 +45,23 @@ def _content(path: Path) -> Any:
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         header["__metadata__"] = {k: json.loads(v) for k, v in header.get("__metadata__", {}).items()}
-        return _steady(header), data[8 + length :]
+        return steady(header), data[8 + length :]
     if path.suffix in (".json", ".jsonl"):
-        return [_steady(json.loads(line)) for line in ([data] if path.suffix == ".json" else data.splitlines())]
+        return [steady(json.loads(line)) for line in ([data] if path.suffix == ".json" else data.splitlines())]
     return data
 
 
-def _steady(value: Any) -> Any:
+def steady(value: Any) -> Any:
+    """A value of JSON without what may differ, and without the digest of metrics that a checkpoint has."""
     if isinstance(value, dict):
-        return {key: _steady(entry) for key, entry in value.items() if key not in VOLATILE}
-    return [_steady(entry) for entry in value] if isinstance(value, list) else value
+        kept = {key: entry for key, entry in value.items() if key not in VOLATILE}
+        return {key: steady(entry) for key, entry in kept.items() if key != "metrics" or not isinstance(entry, str)}
+    return [steady(entry) for entry in value] if isinstance(value, list) else value
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines of a finished run, without what may differ."""
+    return steady(read_metrics(folder))
 
 
 def assert_same(folder: Path, wanted: Path) -> None:
@@ -64,7 +72,7 @@ def assert_same(folder: Path, wanted: Path) -> None:
     assert not different, different
 
 
-def assert_refused(path: Path, bits: int, notes: dict[str, Any], attempt: Callable[[], object], name: str) -> None:
+def assert_refused(path: Path, bits: int, note: Callable[..., None], attempt: Callable[[], object], name: str) -> None:
     """A damaged file is refused by its name (`UserError`), or `attempt`, which reads it, finds that no harm was done.
 
     It is cut off at some lengths, or one of that many `bits` is flipped, half of them in its beginning. The record
@@ -85,8 +93,7 @@ def assert_refused(path: Path, bits: int, notes: dict[str, Any], attempt: Callab
             refused += 1
         assert path.read_bytes() in (damaged, whole), "the damaged file was written over with something else"
     assert refused
-    entry = {"file": name, "damaged": len(every), "refused": refused, "harmless": len(every) - refused}
-    notes.setdefault("damage", []).append(entry)
+    note("damage", file=name, damaged=len(every), refused=refused, harmless=len(every) - refused)
 
 
 def pictures(folder: Path, size: tuple[int, int] = (24, 20), train: int = 120, val: int = 30) -> None:

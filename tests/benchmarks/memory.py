@@ -33,7 +33,7 @@ def measure(name: str, student_steps: int, segments: int, width: int, threads: i
     sizes = {"student_steps": student_steps, "segments": segments, "width": width}
     recorder = Recorder(torch.device("cpu"))
     before = recorder.report()["peak_memory_mb"]
-    speed.match(speed.Point(work="match", implementation=WAYS[name], **sizes), torch.device("cpu"))  # type: ignore[arg-type]
+    speed.match(speed.Point(work="match", implementation=WAYS[name], **sizes))  # type: ignore[arg-type]
     after = recorder.report()
     found = {"start_mb": before, "peak_mb": after["peak_memory_mb"], "seconds": after["seconds"]}
     return {"implementation": name, "student_steps": student_steps, "segments": segments, **found}

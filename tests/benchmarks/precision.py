@@ -71,13 +71,11 @@ def compare(found: tuple[float, Tensor, float], exact: tuple[float, Tensor, floa
     """How far a gradient is from the exact one."""
     a, b = found[1].flatten(1), exact[1].flatten(1)
     each = torch.nn.functional.cosine_similarity(a, b, dim=1)
-    lengths = b.norm(dim=1)
     return {
         "loss": exact[0],
         "loss_error": found[0] / exact[0] - 1,
         "cosine": float(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)),
         "cosines_of_images": [round(value, 5) for value in each.tolist()],
-        "largest_share": float((lengths**2).max() / (lengths**2).sum()),
         "step_size_error": found[2] / exact[2] - 1,
     }
 

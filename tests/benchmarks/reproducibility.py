@@ -91,10 +91,7 @@ def main(to: Path) -> None:
         first = folders["the machine"]
         for variant, folder in folders.items():
             runs(variant, folder, None if folder == first else first / "buffer")
-            found[variant] = {
-                **compared(folder, first),
-                "verify": verified(variant, first / "run", first / "buffer"),
-            }
+            found[variant] = {**compared(folder, first), "verify": verified(variant, first / "run", first / "buffer")}
             print(variant, json.dumps(found[variant], indent=1), flush=True)
     write_record(to, {"iterations": ITERATIONS, "settings": VARIANTS, "variants": found, **recorder.report()})
 

@@ -242,24 +242,19 @@ def process(rank: int, *, count: int, store: Path, works: dict[str, DistillConfi
 # --- In the parent ----------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float]) -> float:
-    """Half the distance between the 16th and the 84th percentile: a normal distribution's standard deviation."""
-    low, high = np.percentile(values, [16, 84])
-    return float(high - low) / 2
-
-
 def work_measured(every: list[dict[Any, list[float]]], name: str, segments: int, size: int) -> Work:
     """The work, from what the processes measured while each worked by itself."""
     nothing = [float(np.median(measured[name, segments, "nothing"])) for measured in every]
     one = [measured[name, segments, "one"] for measured in every]
     means = [float(np.median(times)) - beside for times, beside in zip(one, nothing, strict=True)]
     segment = float(np.mean(means))
+    spreads = [np.ptp(np.percentile(times, [16, 84])) / 2 for times in one]  # a normal distribution's deviation
     return Work(
         segments=segments,
         segment=segment,
         size=size,
         alone=float(np.mean(nothing)),
-        segment_spread=float(np.mean([spread(times) for times in one])) / segment,
+        segment_spread=float(np.mean(spreads)) / segment,
         device_spread=float(np.std(means, ddof=1)) / segment if len(means) > 1 else 0.0,
     )
 

@@ -4,8 +4,8 @@
     python tests/benchmarks/speed.py --to book/results/speed-cpu.json --threads 2
 
 CIFAR's shape, MTT's ConvNet of width 128, all augmentation, images and labels of noise: time does not depend on them.
-On a CPU every measurement has a process of its own, whose peak memory it is. There the textbook's way is timed with
-the system's allocator as it comes, and told to keep what it has (`KEEPING`); cddlib's as in `WAYS`.
+On the CPU; `make gpu` is for a GPU. Every measurement has a process of its own, whose peak memory it is. The textbook's
+way is timed with the system's allocator as it comes, and told to keep what it has (`KEEPING`); cddlib's as in `WAYS`.
 Rates are in floating-point operations a second, a multiplication and an addition counted as two, beside the rate of
 the convolution that does most of the work, measured in the same process in the same precision. Counted is what the
 textbook's way does in convolutions and products of matrices, not what another way does twice.
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import textbook
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ from cddlib.data.dataset import Images
 from cddlib.evaluate import EvaluateConfig, accuracy_of_set
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import MatchingConfig, segment_chunks
-from cddlib.runtime.device import keep_freed_memory, resolve_device
+from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.errors import is_out_of_memory
 from cddlib.runtime.provenance import Recorder
 from cddlib.synthetic import SyntheticSet
@@ -61,10 +62,9 @@ WAYS: dict[str, tuple[ComputeConfig | None, dict[str, str]]] = {
     "cddlib, compiled": (ComputeConfig(compiled=True), {}),
     "cddlib, compiled, bfloat16": (ComputeConfig(compiled=True, precision="bfloat16"), {}),
     **{f"cddlib, {how}": (ComputeConfig(compiled=False), {}) for how in ("one by one", "side by side")},
-    **{f"cddlib, compiled, {how}": (ComputeConfig(compiled=True), {}) for how in ("one by one", "side by side")},
 }
 """How each implementation computes (None for the textbook's), and its process's environment. cddlib itself chooses how
-many segments it matches side by side, except in the last four."""
+many segments it matches side by side, except in the last two."""
 BATCH = 256
 """Images of a training step."""
 NETWORKS = 5
@@ -90,7 +90,6 @@ class Point:
     epochs: int = 30
     """Epochs of each evaluation network."""
     threads: int = 1
-    device: str = "cpu"
     operations: float = 0.0
     """Floating-point operations of the work."""
     least_seconds: float = 10.0
@@ -106,6 +105,9 @@ SMALL = {"ipc": 1, "student_steps": 20, "side": 8, "width": 32}
 """A match of small steps, like those on the digits."""
 
 
+CPU = torch.device("cpu")
+
+
 # --- In a process of its own ------------------------------------------------------------------------------------
 
 
@@ -116,10 +118,10 @@ def convnet(point: Point) -> cddlib.ConvNet:
     return cddlib.ConvNet(config, (SHAPE[0], point.side, point.side), CLASSES)
 
 
-def match(point: Point, device: torch.device, steps: int | None = None) -> list[Tensor]:
+def match(point: Point, steps: int | None = None) -> list[Tensor]:
     """The sum of K segments' gradients by images and step size; `steps` replaces the point's student steps."""
     network, rng, size = convnet(point), cddlib.generator("speed"), point.ipc * CLASSES
-    tensors = textbook.noise(network, (SHAPE[0], point.side, point.side), size, rng, device)
+    tensors = textbook.noise(network, (SHAPE[0], point.side, point.side), size, rng, CPU)
     start, target, images, targets, step_size = tensors
     compute = WAYS[point.implementation][0]
     student = MatchingConfig(
@@ -147,21 +149,21 @@ def match(point: Point, device: torch.device, steps: int | None = None) -> list[
     return total
 
 
-def expert(point: Point, device: torch.device, steps: int | None = None) -> None:
+def expert(point: Point, steps: int | None = None) -> None:
     """An expert's epoch, or `steps` of its steps."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size = BATCH * steps if steps else point.images
-    pixels, labels, normalisation = real_images(size, SHAPE, device)
+    pixels, labels, normalisation = real_images(size, SHAPE, CPU)
     compute = WAYS[point.implementation][0]
     if compute:
         network = convnet(point)
-        theta = network.init(rng).to(device).requires_grad_()
+        theta = network.init(rng).requires_grad_()
         fetch = fetch_real(Images(pixels, labels), normalisation)
         optimizer = torch.optim.SGD([theta], lr=0.01)
         how: dict[str, Any] = {"batch_size": BATCH, "strategy": STRATEGY, "generator": rng, "compute": compute}
         train_epoch(network, theta, optimizer, fetch, size, **how)
     else:
-        module = textbook.convnet(config, SHAPE, CLASSES).to(device)
+        module = textbook.convnet(config, SHAPE, CLASSES)
         inputs = normalisation(pixels)
         textbook.train_epoch(module, torch.optim.SGD(module.parameters(), lr=0.01), inputs, labels, BATCH, STRATEGY)
 
@@ -170,13 +172,12 @@ real_images = functools.cache(textbook.real_images)
 """Drawing them is no part of an epoch."""
 
 
-def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> None:
+def evaluate(point: Point, epochs: int | None = None) -> None:
     """Several networks, or one for some epochs, trained on the synthetic set and tested on 10 images an epoch."""
     config, rng = cddlib.NetworkConfig(width=point.width), cddlib.generator("speed")
     size, networks, epochs = point.ipc * CLASSES, 1 if epochs else NETWORKS, epochs or point.epochs
-    images = torch.randn(size, *SHAPE, generator=rng).to(device)
-    labels = (torch.arange(size) % CLASSES).to(device)
-    pixels, answers, normalisation = real_images(10 * epochs, SHAPE, device)
+    images, labels = torch.randn(size, *SHAPE, generator=rng), torch.arange(size) % CLASSES
+    pixels, answers, normalisation = real_images(10 * epochs, SHAPE, CPU)
     compute = WAYS[point.implementation][0]
     if compute:
         synthetic = SyntheticSet(
@@ -189,7 +190,7 @@ def evaluate(point: Point, device: torch.device, epochs: int | None = None) -> N
         return
     inputs = normalisation(pixels)
     for _ in range(networks):
-        module = textbook.convnet(config, SHAPE, CLASSES).to(device)
+        module = textbook.convnet(config, SHAPE, CLASSES)
         optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
         for _ in range(epochs):
             textbook.train_epoch(module, optimizer, images, labels, BATCH, STRATEGY)
@@ -203,7 +204,7 @@ def operations(point: Point) -> float:
     counts = []
     for number in (1, 3):
         with FlopCounterMode(display=False) as counter:
-            run(point, torch.device(point.device), number)
+            run(point, number)
         counts.append(counter.get_total_flops())
     return float(times * (counts[0] + (parts - 1) * (counts[1] - counts[0]) / 2))
 
@@ -216,29 +217,26 @@ WORKS: dict[str, Callable[[Point], tuple[Callable[..., None], int, int]]] = {
 """What does each work, its parts, and how many times it does them."""
 
 
-def convolution_rate(point: Point, device: torch.device) -> float:
+def convolution_rate(point: Point) -> float:
     """The best rate of the second block's convolution, forward, with as many images as a step has."""
     images = min(point.ipc * CLASSES, point.student_batch or BATCH) if point.work != "expert" else BATCH
-    compute, times, side = WAYS[point.implementation][0], 50 if device.type == "cuda" else 1, point.side // 2
+    compute, side = WAYS[point.implementation][0], point.side // 2
     dtype = torch.bfloat16 if compute and compute.precision == "bfloat16" else torch.float32
     seconds = []
     for order in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(images, point.width, side, side, device=device, dtype=dtype).contiguous(memory_format=order)
-        w = torch.randn(point.width, point.width, 3, 3, device=device, dtype=dtype).contiguous(memory_format=order)
+        x = torch.randn(images, point.width, side, side, dtype=dtype).contiguous(memory_format=order)
+        w = torch.randn(point.width, point.width, 3, 3, dtype=dtype).contiguous(memory_format=order)
         with torch.no_grad():
-            several = functools.partial(lambda x, w: [F.conv2d(x, w, padding=1) for _ in range(times)], x, w)
-            seconds += timed(several, device, point.least_seconds / 20, 500)
-    return 2 * images * point.width**2 * 9 * side**2 * times / min(seconds)
+            seconds += timed(functools.partial(F.conv2d, x, w, padding=1), point.least_seconds / 20, 500)
+    return 2 * images * point.width**2 * 9 * side**2 / min(seconds)
 
 
-def timed(run: Callable[[], object], device: torch.device, least: float, most: int) -> list[float]:
+def timed(run: Callable[[], object], least: float, most: int) -> list[float]:
     """Seconds of repeated runs, until they are enough."""
     found: list[float] = []
     while not found or (sum(found) < least and len(found) < most):
         began = time.perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         found.append(time.perf_counter() - began)
     return found
 
@@ -248,25 +246,17 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
     torch.set_num_threads(point.threads)
     if WAYS[point.implementation][0]:
         keep_freed_memory()
-    device = resolve_device(point.device)
-    recorder = Recorder(device)
-    if device.type == "cuda":  # one process measures all, for starting takes long: it must forget what was before
-        torch.cuda.empty_cache()
-        os.environ.pop("CDDLIB_KEPT_MB", None)
-        os.environ.update(WAYS[point.implementation][1])
+    recorder = Recorder(CPU)
     before = recorder.report()["peak_memory_mb"]
-    rate, count = convolution_rate(point, device), point.operations
+    rate, count = convolution_rate(point), point.operations
     if count / rate > most_seconds:  # nothing is faster than that rate
         return {"left_out": f"more than {most_seconds:.0f} seconds"}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = recorder.report()["peak_memory_mb"]
     run, _, _ = WORKS[point.work](point)
     try:
-        run(point, device, 2)  # which compiles for every size of a batch, and fills what is kept
+        run(point, 2)  # which compiles for every size of a batch, and fills what is kept
         if not_compiled.cache_info().currsize:
             return {"left_out": "cannot be compiled here"}
-        seconds = timed(lambda: run(point, device), device, point.least_seconds, MOST_REPEATS)
+        seconds = timed(lambda: run(point), point.least_seconds, MOST_REPEATS)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -284,21 +274,17 @@ def measure(point: Point, most_seconds: float) -> dict[str, Any]:
 
 def limit_memory() -> None:
     """End with an error, not by the system's hand, where less than a tenth of the machine's memory would be left."""
-    page = resource.getpagesize()
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * page
-    most = now + int(0.9 * os.sysconf("SC_AVPHYS_PAGES") * page)
+    most = psutil.Process().memory_info().vms + int(0.9 * psutil.virtual_memory().available)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 # --- In the parent ----------------------------------------------------------------------------------------------
 
 
-def points(threads: int, device: str, width: int, seconds: float) -> list[Point]:
+def points(threads: int, width: int, seconds: float) -> list[Point]:
     """Everything that is measured."""
-    shared: dict[str, Any] = {"threads": threads, "device": device, "width": width, "least_seconds": seconds / 10}
-    gpu = device != "cpu"
-    ways = [name for name in WAYS if name != "textbook, keeping memory" or not gpu]
-    apart = [name for name in ways if name.endswith(("one by one", "side by side"))]
+    shared: dict[str, Any] = {"threads": threads, "width": width, "least_seconds": seconds / 10}
+    apart = [name for name in WAYS if name.endswith(("one by one", "side by side"))]
     works: list[dict[str, Any]] = [
         {"work": "match", "ipc": ipc, "student_steps": n, "student_batch": batch, "segments": segments}
         for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
@@ -307,14 +293,13 @@ def points(threads: int, device: str, width: int, seconds: float) -> list[Point]
     works += [{"work": "match", "student_steps": 20, "width": 32}, {"work": "evaluate", "width": 32}]
     found = []
     for work in works:
-        names = [name for name in ways if work.get("segments", 1) == 1 or name in ONCE]
+        names = [name for name in WAYS if work.get("segments", 1) == 1 or name in ONCE]
         names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
         found += [Point(**{**shared, **work}, implementation=name) for name in names if name not in apart]
-        if work.get("segments") == 4 and (work["ipc"] == 1 or (gpu and work["ipc"] == 10)):
-            found += [Point(**shared, **work, implementation=name) for name in apart if gpu == ("compiled" in name)]
-    for segments, name in itertools.product(SEGMENTS, ways):
-        if name.startswith("textbook") or (name in apart and "compiled" not in name):
-            found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))
+        if work.get("segments") == 4 and work["ipc"] == 1:
+            found += [Point(**shared, **work, implementation=name) for name in apart]
+    for segments, name in itertools.product(SEGMENTS, [name for name in WAYS if name.startswith("textbook")] + apart):
+        found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))
     return found
 
 
@@ -339,9 +324,7 @@ def described(point: Point) -> str:
     return "expert, an epoch" if point.work == "expert" else f"{NETWORKS} evaluation networks, IPC {point.ipc}{width}"
 
 
-def main(
-    to: Path = Path("speed.json"), threads: int = 0, device: str = "auto", width: int = 128, seconds: float = 100.0
-) -> None:
+def main(to: Path = Path("speed.json"), threads: int = 0, width: int = 128, seconds: float = 100.0) -> None:
     """Measure every point, print a table, write the record `to`.
 
     Args:
@@ -349,13 +332,12 @@ def main(
         width: channels of the ConvNet.
         seconds: leave out what would take longer.
     """
-    chosen, threads = resolve_device(device), threads or torch.get_num_threads()
-    recorder = Recorder(chosen)
+    threads = threads or torch.get_num_threads()
+    recorder = Recorder(CPU)
     print(f"{'':42}{'':28}{'seconds':>9}{'MB':>8}{'Gflop/s':>9}{'of conv':>9}")
-    measured = measure if chosen.type == "cuda" else in_a_process
     earlier = read_record(to)["measurements"] if to.exists() else []
     rows: list[dict[str, Any]] = []
-    for bare in points(threads, str(chosen), width, seconds):
+    for bare in points(threads, width, seconds):
         wanted = {key: value for key, value in dataclasses.asdict(bare).items() if key != "operations"}
         known = next((row for row in earlier if wanted.items() <= row.items()), None)
         if known:
@@ -363,7 +345,7 @@ def main(
             continue
         one = dataclasses.replace(bare, implementation="textbook", segments=1, least_seconds=0.0)
         point = dataclasses.replace(bare, operations=bare.segments * operations(one))
-        found = measured(point, seconds)
+        found = in_a_process(point, seconds)
         named = {"name": described(point), **found, "commit": recorder.report()["commit"]}
         rows.append({**dataclasses.asdict(point), **named})
         if "left_out" in found:

@@ -1,11 +1,11 @@
 """The benchmark runs, and its figures show what it recorded."""
 
 import dataclasses
-import importlib
 import json
 from typing import Any
 
 import pytest
+import speed
 import torch
 
 from cddbook.figures import ch8_speed as speed_figures
@@ -18,13 +18,7 @@ WANTED += [(work, name, ipc) for work, ipc in (("expert", 1), ("evaluate", 10)) 
 
 
 @pytest.fixture(scope="module")
-def speed() -> Any:
-    """The benchmark as a module."""
-    return importlib.import_module("speed")
-
-
-@pytest.fixture(scope="module")
-def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What the benchmark writes of little work, in this process, where nothing is compiled; in two parts."""
     compiling.not_compiled.cache_clear()  # what other tests of this process were told
     path, every, most = tmp_path_factory.mktemp("speed") / "speed.json", speed.points, [5]
@@ -37,10 +31,10 @@ def record(speed: Any, tmp_path_factory: pytest.TempPathFactory) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speed, "points", few)
         patch.setattr(speed, "in_a_process", speed.measure)
-        speed.main(path, threads=1, device="cpu")
+        speed.main(path, threads=1)
         begun = json.loads(path.read_text())["measurements"]
         most[0] = None
-        speed.main(path, threads=1, device="cpu")
+        speed.main(path, threads=1)
     whole = json.loads(path.read_text())
     assert whole["measurements"][:5] == begun
     return whole
@@ -64,24 +58,24 @@ def test_operations_are_those_counted_by_hand(record: dict) -> None:
     assert found == dict.fromkeys(found, expected)
 
 
-def test_a_process_of_its_own_measures_the_same(speed: Any) -> None:
+def test_a_process_of_its_own_measures_the_same() -> None:
     point = speed.Point(work="match", implementation="cddlib, least memory", operations=1e6, **LITTLE)
     found = speed.in_a_process(point, 100.0)
     assert found["seconds"] > 0 and found["rate"] == pytest.approx(1e6 / found["seconds"])
     assert speed.measure(point, 1e-9) == {"left_out": "more than 0 seconds"}
 
 
-def test_what_is_not_compiled_is_not_called_compiled(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_compiled_is_not_called_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "can_compile", lambda: False)
     point = speed.Point(work="match", implementation="cddlib, compiled", operations=1e6, **LITTLE)
     assert speed.measure(point, 100.0) == {"left_out": "cannot be compiled here"}
     compiling.not_compiled.cache_clear()
 
 
-def test_all_ways_give_one_gradient(speed: Any) -> None:
+def test_all_ways_give_one_gradient() -> None:
     """Where the benchmark runs them."""
     theirs, *others = (
-        speed.match(speed.Point(work="match", implementation=name, segments=3, **LITTLE), torch.device("cpu"))
+        speed.match(speed.Point(work="match", implementation=name, segments=3, **LITTLE))
         for name in ("textbook", "cddlib", "cddlib, one by one", "cddlib, side by side")
     )
     for ours in others:
@@ -89,20 +83,19 @@ def test_all_ways_give_one_gradient(speed: Any) -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize(("device", "compiled"), [("cpu", False), ("cuda", True)])
-def test_side_by_side_is_measured_where_steps_are_small_and_where_not(speed: Any, device: str, compiled: bool) -> None:
-    apart = [p for p in speed.points(1, device, 128, 10.0) if p.implementation.endswith(speed_figures.APART)]
+def test_side_by_side_is_measured_where_steps_are_small_and_where_not() -> None:
+    apart = [p for p in speed.points(1, 128, 10.0) if p.implementation.endswith(speed_figures.APART)]
     small = [point for point in apart if point.side == speed_figures.SMALL_SIDE]
     assert {point.segments for point in small} == {1, 2, 4, 8}
     large = [point for point in apart if point not in small]
-    assert {(point.width, "compiled" in point.implementation) for point in large} == {(128, compiled)}
+    assert {point.width for point in large} == {128}
 
 
-def test_the_way_s_name_says_how_many_segments_walk_together(speed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_way_s_name_says_how_many_segments_walk_together(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     monkeypatch.setattr(speed, "segment_chunks", lambda *given: taken.append(given[1].side_by_side) or [])
     for name in ("cddlib, one by one", "cddlib, side by side", "cddlib"):
-        speed.match(speed.Point(work="match", implementation=name, segments=4, **LITTLE), torch.device("cpu"))
+        speed.match(speed.Point(work="match", implementation=name, segments=4, **LITTLE))
     assert taken == [1, 4, None]
 
 

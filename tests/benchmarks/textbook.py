@@ -1,5 +1,7 @@
 """What cddlib is measured against: matching, expert training and evaluation, written as one first would."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 import cddlib
 from cddlib.data import augment
 from cddlib.data.preprocessing import Normalisation
-from cddlib.matching.student import StudentStep
+from cddlib.matching.student import MatchingConfig, StudentStep
 from cddlib.networks.convnet import Network
 
 
@@ -19,15 +21,29 @@ def matching_loss(
     targets: Tensor,
     step_size: Tensor,
     steps: list[StudentStep],
+    config: MatchingConfig | None = None,
 ) -> Tensor:
-    """The matching loss with the graph of all steps, as MTT's code has it."""
-    theta = start.clone().requires_grad_()
+    """The matching loss with the graph of all steps, as MTT's code has it.
+
+    With TESLA's gradient no step sees where the last one led. ATT's end is the nearest step, of equal ones the last.
+    """
+    config = config or MatchingConfig()
+    if config.gradient == "halved":
+        images = (images + images.detach()) / 2
+    path = [start.clone().requires_grad_()]
     for indices, draw in steps:
         chosen = indices.to(images.device)
+        theta = path[-1] if config.gradient == "exact" else path[-1].detach().requires_grad_()
         loss = F.cross_entropy(network(theta, augment.apply(draw, images[chosen])), targets[chosen])
         (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        theta = theta - step_size * gradient
-    return (theta - target).square().sum() / (start - target).square().sum()
+        path.append(path[-1] - step_size * gradient)
+    ends = path[:0:-1] if config.match_step == "nearest" else path[-1:]
+    end = min(ends, key=lambda theta: (theta - target).abs().sum())
+    errors, scales = (end - target).square(), (start - target).square()
+    if config.dropped_fraction:
+        kept = errors.argsort()[int(config.dropped_fraction * len(errors)) :]
+        errors, scales = errors[kept], scales[kept]
+    return errors.sum() / scales.sum()
 
 
 def noise(
@@ -49,14 +65,27 @@ def real_images(size: int, shape: tuple[int, int, int], device: torch.device) ->
     return pixels, torch.randint(10, (size,), generator=rng).to(device), normalisation
 
 
+NORMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "instance": lambda width, side: nn.GroupNorm(width, width),
+    "group": lambda width, side: nn.GroupNorm(4, width),
+    "layer": lambda width, side: nn.LayerNorm([width, side, side]),
+    "batch": lambda width, side: nn.BatchNorm2d(width),
+    "none": lambda width, side: nn.Identity(),
+}
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
+POOLINGS: dict[str, type[nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d, "none": nn.Identity}
+
+
 def convnet(config: cddlib.NetworkConfig, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
-    """The ConvNet as a module, with instance norm, ReLU and average pooling."""
+    """The ConvNet as a module, as the published codes build it."""
     channels, side, _ = shape
     layers: list[nn.Module] = []
-    for _ in range(config.depth):
-        layers += [nn.Conv2d(channels, config.width, 3, padding=1), nn.GroupNorm(config.width, config.width)]
-        layers += [nn.ReLU(), nn.AvgPool2d(2)]
-        channels, side = config.width, side // 2
+    for block in range(config.depth):
+        padding = 3 if block == 0 and side == 28 else 1
+        layers.append(nn.Conv2d(channels, config.width, 3, padding=padding))
+        channels, side = config.width, side + 2 * padding - 2
+        layers += [NORMS[config.norm](channels, side), ACTIVATIONS[config.activation](), POOLINGS[config.pooling](2)]
+        side //= 1 if config.pooling == "none" else 2
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * side * side, classes))
 
 

@@ -8,12 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from cddbook.continual import (
-    average_forgetting,
-    backward_transfer,
-    changes_between_visits,
-    probe_table,
-)
+from cddbook.continual import average_forgetting, backward_transfer, changes_between_visits, probe_table
 
 # --- Forgetting and transfer ------------------------------------------------------------------------------------
 

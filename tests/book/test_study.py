@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from works import contents, steady
 
 import cddlib
 from cddbook import records, study
@@ -28,7 +29,7 @@ from cddlib.runtime import files
 from cddlib.runtime.config import replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.run_folder import read_metrics
+from cddlib.runtime.run_folder import Metrics, read_metrics
 
 Recipe = Callable[..., StudyConfig]
 
@@ -132,19 +133,6 @@ def whole(recipe: Recipe, buffer: cddlib.Buffer, tmp_path_factory: pytest.TempPa
     return out
 
 
-def timeless(record: Any) -> Any:
-    """A record without what depends on the clock, the process, and the checkout."""
-    if isinstance(record, dict):
-        clock = ("seconds", "seconds_per_iteration", "peak_memory_mb", "finished", "commit")
-        return {key: timeless(value) for key, value in record.items() if key not in clock}
-    return record
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_the_record_has_every_run_and_what_it_changes(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
     base, planned = plan(recipe)
     record = study_record(whole)
@@ -191,14 +179,14 @@ def test_a_study_that_was_interrupted_while_it_tested_goes_on(
     with pytest.raises(UserError, match="holds a study that is not finished"):
         study_record(tmp_path)
     done = contents(tmp_path / "K=1/seed-0")
-    assert timeless(run(recipe, buffer, tmp_path)) == timeless(study_record(whole))
+    assert steady(run(recipe, buffer, tmp_path)) == steady(study_record(whole))
     assert done.items() <= contents(tmp_path / "K=1/seed-0").items()
 
 
 def test_a_process_gives_the_same_numbers(recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path) -> None:
     (base, planned), name = plan(recipe), "K=1/seed-0"
     found = run_study(base, {name: planned[name]}, buffer.folder, tmp_path, networks=2, jobs=2, device="cpu")["runs"]
-    assert timeless(found[name]) == timeless(study_record(whole)["runs"][name])
+    assert steady(found[name]) == steady(study_record(whole)["runs"][name])
 
 
 def test_a_failing_run_is_named_and_the_others_finish(recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path) -> None:
@@ -238,3 +226,34 @@ def test_children_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None
         study._prepare(1, number)
         devices.append(str(resolve_device("auto")))
     assert devices == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+
+
+# --- Records ----------------------------------------------------------------------------------------------------
+
+
+def test_records_are_plain_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "book" / "results"
+    for indent, text in ((1, '{\n "x": [\n  1\n ]\n}\n'), (None, '{"x": [1]}\n')):
+        records.write_record(folder / "r.json", {"x": [1]}, indent=indent)
+        assert (folder / "r.json").read_text() == text
+        assert records.read_record(folder / "r.json") == {"x": [1]}
+    monkeypatch.setattr(records, "RESULTS", folder)
+    assert records.read_record("r") == {"x": [1]}
+
+
+def test_a_record_gathers_what_a_run_wrote(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no finished run: result\.json is missing\.$"):
+        records.collect(tmp_path)
+    metrics = Metrics(tmp_path / "metrics.jsonl", resume_at=-1)
+    metrics.write({"iteration": 0, "loss": 0.5})
+    written = {name: {"name": name} for name in ("config", "evaluation-b", "evaluation-a")}
+    written["result"] = {"metrics_sha256": metrics.sync()}
+    metrics.close()
+    for name, value in written.items():
+        files.write_json(tmp_path / f"{name}.json", value)
+    assert records.collect(tmp_path) == {
+        "config": written["config"],
+        "result": written["result"],
+        "metrics": [{"iteration": 0, "loss": 0.5}],
+        "evaluations": [written["evaluation-a"], written["evaluation-b"]],
+    }

@@ -12,9 +12,7 @@ import cddlib
 from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
 from cddlib.matching.segments import draw_segments
-from cddlib.runtime.files import read_json
 from cddlib.runtime.random import generator
-from cddlib.runtime.run_folder import read_metrics
 from cddlib.synthetic import SyntheticSet, initialise
 
 CPU = torch.device("cpu")
@@ -32,24 +30,6 @@ def first(config: DistillConfig, buffer: Buffer) -> SyntheticSet:
     for variable in synthetic.variables():
         variable.requires_grad_()
     return synthetic
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    """All lines of a finished run, without what depends on the clock."""
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in read_metrics(folder)]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file by name."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def outcome(folder: Path) -> tuple[object, ...]:
-    """What must not depend on interruptions."""
-    result = read_json(folder / "result.json")
-    kept = {key: result[key] for key in ("selected_iteration", "validation_accuracy", "iterations_skipped")}
-    files = contents(folder)
-    return set(files), files["synthetic.safetensors"], metrics(folder), kept, read_json(folder / "config.json")
 
 
 def stop_at(iteration: int, config: DistillConfig, buffer: Buffer, folder: Path, **options: Any) -> None:

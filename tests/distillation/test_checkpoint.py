@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import SOFT, distill, first, outcome, stop_at
+from running import SOFT, distill, first, stop_at
+from works import assert_same
 
 from cddlib.distillation.checkpoint import State, milestone_path, milestones
 from cddlib.distillation.config import DistillConfig
@@ -74,4 +75,4 @@ def test_damaged_milestones_are_named_one_after_the_other(
             distill(config, buffer, tmp_path)
         (tmp_path / name).unlink()
     distill(config, buffer, tmp_path)
-    assert outcome(tmp_path) == outcome(whole)
+    assert_same(tmp_path, whole)

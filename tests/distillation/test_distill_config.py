@@ -17,11 +17,16 @@ REFUSED = {
     "it must be at least 1.": [
         *(("experts", 0), ("epochs", 0), ("batch_size", 0), ("all_from_epoch", 0), ("ipc", 0), ("iterations", 0)),
         *(("concurrent_experts", 0), ("validation_runs", 0), ("consolidate_every", 0), ("evaluation_batch", 0)),
+        *(("student_steps", 0), ("student_batch", 0), ("side_by_side", 0), ("segments", 0), ("expert_epochs", 0)),
+        *(("expansion_iterations", 0), ("subsets", 0), ("checkpoint_every", 0)),
     ],
     "it must be at least 1 and at most 100000.": [("evaluation_epochs", 0), ("evaluation_epochs", 100_001)],
-    "it must be at least 0.": [("milestones", -1)],
+    "it must be at least 0.": [("milestones", -1), ("expert", -1), ("replay", -1)],
     "it must be at least 0 and below 1.": [("momentum", -1.0), ("momentum_labels", 1.0), ("dropped_fraction", 1.0)],
-    "it must be at least 0 and below inf.": [("weight_decay", -1.0), ("lr_images", -1.0), ("sharpness_radius", -1.0)],
+    "it must be at least 0 and below inf.": [
+        *(("weight_decay", -1.0), ("lr_images", -1.0), ("sharpness_radius", -1.0), ("sharpness_weight", math.inf)),
+        *(("balance", -0.1), ("balance", math.inf), ("balance", math.nan)),
+    ],
     "it must be above 0 and below inf.": [
         ("learning_rate", 0.0),
         ("learning_rate", math.nan),

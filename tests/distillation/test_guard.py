@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import distill, first, loop, metrics
+from running import distill, first, loop
+from works import metrics
 
 import cddlib
 from cddlib.distillation import guard

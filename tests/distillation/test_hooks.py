@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import contents, distill, first, metrics, outcome, stop_at
+from running import distill, first, stop_at
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from works import assert_same, contents, metrics
 
 import cddlib
 from cddlib.distillation.hooks import Hook, Run
@@ -63,7 +64,7 @@ def test_a_hook_changes_nothing_else_and_survives_an_interruption(buffer: Buffer
     assert lines == metrics(tmp_path / "plain")
     stop_at(5, config, buffer, tmp_path / "parts", hooks=[Brightest()])
     distill(config, buffer, tmp_path / "parts", hooks=[Brightest()])
-    assert outcome(tmp_path / "parts") == outcome(tmp_path / "hooked")
+    assert_same(tmp_path / "parts", tmp_path / "hooked")
 
 
 def test_a_hook_s_fields_are_part_of_the_run_s_identity(buffer: Buffer, recipe, tmp_path: Path) -> None:

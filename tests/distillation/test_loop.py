@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import SOFT, SUBSETS, distill, first, loop, metrics, outcome, rows_of, stop_at
+from running import SOFT, SUBSETS, distill, first, loop, rows_of, stop_at
+from works import assert_same, metrics
 
 import cddlib
 from cddlib.data.dataset import Images
@@ -87,7 +88,7 @@ def test_interrupted_and_resumed_gives_the_same(
         stop_at(iteration, config, buffer, tmp_path / "parts")
         assert not (tmp_path / "parts" / "synthetic.safetensors").exists()
     distill(config, buffer, tmp_path / "parts")
-    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_nothing_depends_on_the_test_images(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:
@@ -97,7 +98,7 @@ def test_nothing_depends_on_the_test_images(buffer: Buffer, recipe, tmp_path: Pa
     poisoned.__dict__["fingerprint"] = digits.fingerprint
     monkeypatch.setattr(loop, "load", lambda *_: poisoned)
     distill(recipe(), buffer, tmp_path / "poisoned")
-    assert outcome(tmp_path / "poisoned") == outcome(tmp_path / "plain")
+    assert_same(tmp_path / "poisoned", tmp_path / "plain")
 
 
 @pytest.mark.parametrize(("accuracies", "best"), [((0.1, 0.9, 0.5), 2), ((0.9, 0.8, 0.9), 0), ((0.0, 0.1, 0.2), 3)])

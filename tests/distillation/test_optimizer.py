@@ -1,25 +1,19 @@
-"""The optimiser of the set, against plain arithmetic on every variable."""
+"""The optimiser of the set, against plain arithmetic on every variable; EWC and SI, and what no setting may do."""
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import torch
 from running import first
 from torch import Tensor
 
 import cddlib
-from cddlib.distillation.consolidation import ConsolidateConfig
+from cddlib.distillation.consolidation import ConsolidateConfig, Consolidation
 from cddlib.distillation.optimizer import OptimizerConfig, SetOptimizer
 
-RATES = {"images": 3.0, "label_logits": 0.5, "step_size": 0.01}
-MOMENTA = {"images": 0.7, "label_logits": 0.9, "step_size": 0.3}
-CONFIG = OptimizerConfig(
-    lr_images=3.0,
-    lr_labels=0.5,
-    lr_step_size=0.01,
-    momentum_images=0.7,
-    momentum_labels=0.9,
-    momentum_step_size=0.3,
-    ema=0.8,
-)
+RATES = {"lr_images": 3.0, "lr_labels": 0.5, "lr_step_size": 0.01}
+MOMENTA = {"momentum_images": 0.7, "momentum_labels": 0.9, "momentum_step_size": 0.3}
+CONFIG = OptimizerConfig(**RATES, **MOMENTA, ema=0.8)
 
 
 def drawn(shapes: dict[str, Tensor], iteration: int, rows: list[int]) -> dict[str, Tensor]:
@@ -54,9 +48,9 @@ def test_a_step_is_sgd_then_consolidation_then_the_average(
         gradients = drawn(x, iteration, rows)
         optimizer.step(list(gradients.values()), torch.tensor(rows), iteration + 1)
         before = x["images"].clone()
-        for name, variable in x.items():
-            velocity[name] = MOMENTA[name] * velocity[name] + gradients[name]
-            change = RATES[name] * velocity[name]
+        for (name, variable), rate, momentum in zip(x.items(), RATES.values(), MOMENTA.values(), strict=True):
+            velocity[name] = momentum * velocity[name] + gradients[name]
+            change = rate * velocity[name]
             if name == "step_size":
                 variable -= change
             else:
@@ -77,3 +71,38 @@ def test_a_step_is_sgd_then_consolidation_then_the_average(
     torch.testing.assert_close(candidate.images, average, rtol=1e-4, atol=1e-4)
     assert (average - x["images"]).abs().max() > 0.1
     assert torch.equal(candidate.label_logits, synthetic.label_logits)
+
+
+# --- Consolidation ----------------------------------------------------------------------------------------------
+
+KINDS = ("ewc", "si")
+
+
+def draw(*keys: int | str) -> Tensor:
+    """Numbers of a shape of images."""
+    return torch.randn(2, 1, 3, 2, generator=cddlib.generator("consolidate", *keys)).double()
+
+
+@hypothesis.given(strength=st.floats(1e-30, 1e308), kind=st.sampled_from(KINDS), every=st.integers(1, 4))
+def test_no_strength_overshoots_the_reference(strength: float, kind: str, every: int) -> None:
+    config = ConsolidateConfig(consolidation=kind, consolidate_every=every, consolidation_strength=strength)
+    images = draw("start")
+    held = Consolidation(config, images)
+    for iteration in range(1, 10):
+        before, anchor = images.clone(), held.tensors["reference"].clone()
+        images += 0.1 * draw("step", iteration)
+        stepped = images.clone()
+        held.after_step(images, before, draw("gradient", iteration), torch.arange(len(images)), iteration)
+        lower, upper = torch.minimum(stepped, anchor), torch.maximum(stepped, anchor)
+        assert ((lower - 1e-12 <= images) & (images <= upper + 1e-12)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_that_stand_still_keep_everything_finite(kind: str) -> None:
+    images = draw("start")
+    held = Consolidation(ConsolidateConfig(consolidation=kind, consolidate_every=2), images)
+    for iteration in range(1, 13):
+        held.after_step(images, images.clone(), draw("gradient", iteration), torch.arange(len(images)), iteration)
+    assert all(tensor.isfinite().all() for tensor in held.tensors.values())
+    assert torch.equal(images, draw("start"))
+    assert not held.tensors["gathered"].any()

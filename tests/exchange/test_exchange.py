@@ -14,6 +14,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from loaders import described
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
@@ -64,16 +65,6 @@ def synthetic(request: pytest.FixtureRequest, buffer: Buffer) -> SyntheticSet:
     start = initialise(SyntheticConfig(ipc=2, step_size=0.1 / 3), data.load("digits"), buffer, 0, CPU)
     logits = torch.randn(20, 10, generator=cddlib.generator("logits"))
     return dataclasses.replace(start, label_logits=logits if request.param == "soft" else None)
-
-
-def same(left: SyntheticSet, right: SyntheticSet) -> bool:
-    """Every tensor and name is the same."""
-    tensors = [{**s.variable_tensors(), **s.preprocessing.tensors(), "labels": s.labels} for s in (left, right)]
-    return (
-        tensors[0].keys() == tensors[1].keys()
-        and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(*(t.values() for t in tensors), strict=True))
-        and left.classes == right.classes
-    )
 
 
 def snapshot(folder: Path) -> set[Path]:
@@ -184,7 +175,6 @@ DAMAGE = {
     "no epochs": (lambda c: c.__setitem__(0, c[0][:1]), r"expert 0, is a list of 1; it must be a list of the init"),
     "no experts": (lambda c: c.clear(), r"replay_buffer_0\.pt is a list of 0; it must be a list of trajectories\.$"),
     "a number": (put(1, 2, 3.0), r"epoch 1, parameter norm0\.weight is a float; it must be float32\[8\]\.$"),
-    "a nan": (put(1, 2, torch.full((8,), math.nan)), r"norm0\.weight holds numbers that are not finite\.$"),
 }
 
 
@@ -234,15 +224,15 @@ def test_our_set_goes_out_and_comes_back(synthetic: SyntheticSet, tmp_path: Path
     for variable in synthetic.variables():
         variable.requires_grad_()  # as in distillation
     export_set(synthetic, tmp_path / "pt")
-    assert same(take(tmp_path / "pt", zca=zca), synthetic)
+    assert described(take(tmp_path / "pt", zca=zca)) == described(synthetic)
 
 
 def test_an_imported_set_has_memory_of_its_own(good: Path) -> None:
     found = take(good)
-    wanted = found.copy()
+    wanted = described(found)
     with open(good / "images_best.pt", "r+b") as file:  # the same file, so a map of it would change
         file.write(bytes(os.path.getsize(file.name)))
-    assert same(found, wanted)
+    assert described(found) == wanted
 
 
 def test_the_user_gives_the_step_size_where_no_file_has_it(good: Path) -> None:
@@ -258,11 +248,9 @@ WRONG = [
     ("images", torch.ones(10, 3, 8, 8), r"images_best\.pt is float32\[10, 3, 8, 8\]; it must be float"),
     ("images", torch.ones(9, 1, 8, 8), r"images_best\.pt is float32\[9, 1, 8, 8\]; it must be a tensor of images, as"),
     ("images", [ONES], r"is a list of 1; it must be a tensor of images, as many for each of the 10 classes of digits"),
-    ("images", ONES.byte(), r"images_best\.pt is uint8\[10, 1, 8, 8\]; it must be float32\[10, 1, 8, 8\]\.$"),
     ("images", ONES * math.nan, r"images_best\.pt holds numbers that are not finite\.$"),
     ("labels", torch.arange(9, -1, -1), r"labels_best\.pt is not class-major: image 0 of 10 has label 9, not 0\.$"),
     ("labels", torch.arange(9), r"labels_best\.pt is int64\[9\]; it must be int64\[10\]\.$"),
-    ("labels", torch.ones(10, 10) / 0, r"labels_best\.pt holds numbers that are not finite\.$"),
     ("lr", torch.ones(2), r"lr_best\.pt is float32\[2\]; it must be a step size, one number\.$"),
     ("lr", torch.tensor(-1.0), r"^the step size in .*lr_best\.pt is -1; it must be positive\.$"),
 ]

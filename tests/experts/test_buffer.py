@@ -34,15 +34,10 @@ def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
     return Buffer(folder)
 
 
-def first_parameters(key: object) -> Tensor:
-    config = cddlib.buffer_recipe("digits", depth=1, width=2)
-    return build_network(config.network, (1, 8, 8), 10).init(cddlib.generator("trajectory", str(key)))
-
-
 def wandering(key: object, epochs: int = EPOCHS) -> list[Tensor]:
     """Steps in all directions, of unequal length."""
     rng = cddlib.generator("wander", str(key))
-    path = [first_parameters(key)]
+    path = [build_network(cddlib.NetworkConfig(depth=1, width=2), (1, 8, 8), 10).init(rng)]
     for epoch in range(epochs):
         path.append(path[-1] + 0.3 / (epoch + 1) * torch.randn(path[0].shape, generator=rng))
     return path

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from works import assert_same, contents
 
 import cddlib
 from cddlib.data import dataset as data
@@ -25,11 +26,6 @@ from cddlib.training import engine
 
 recipe = partial(cddlib.buffer_recipe, "digits", width=8, experts=2, epochs=6)
 train = partial(cddlib.train_buffer, device="cpu")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """What must not depend on interruptions: everything but the provenance."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "result.json"}
 
 
 def test_files_are_those_of_the_design(buffer: Buffer) -> None:
@@ -146,7 +142,7 @@ def test_a_deleted_expert_is_trained_again(buffer: Buffer, tmp_path: Path, train
     expert_path(folder, number).unlink()
     assert train(recipe(), folder).id == buffer.id
     assert {again for again, _ in trained} == {number}
-    assert contents(folder) == contents(buffer.folder)
+    assert_same(folder, buffer.folder)
 
 
 def train_until(stop: tuple[int, int], config: cddlib.BufferConfig, folder: Path) -> None:
@@ -194,7 +190,7 @@ def test_an_unfinished_expert_goes_on(
     monkeypatch.setattr(training, "difficulty", None)  # images are ranked once
     train(config, tmp_path / "parts")
     assert trained == every
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert_same(tmp_path / "parts", tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("trained")
@@ -204,13 +200,13 @@ def test_another_buffers_unfinished_expert_is_not_taken(buffer: Buffer, tmp_path
     header = {"buffer": "another", "losses": [1.0, 1.0], "accuracies": [0.1, 0.1, 0.1]}
     files.write_tensors(unfinished, {"snapshots": snapshots}, "unfinished", header)
     assert train(recipe(), tmp_path).id == buffer.id
-    assert contents(tmp_path) == contents(buffer.folder)
+    assert_same(tmp_path, buffer.folder)
 
 
 def test_a_finished_buffer_grows(buffer: Buffer, tmp_path: Path) -> None:
     train(recipe(experts=1), tmp_path)
     assert len(train(recipe(experts=2), tmp_path).experts) == 2
-    assert contents(tmp_path) == contents(buffer.folder)
+    assert_same(tmp_path, buffer.folder)
 
 
 def test_another_configuration_is_refused(buffer: Buffer) -> None:
@@ -239,16 +235,13 @@ def test_another_buffers_expert_is_named(buffer: Buffer, tmp_path: Path) -> None
     path, manifest = expert_path(tmp_path / "b", 0), tmp_path / "b" / "buffer.json"
     assert str(refused.value) == f"{path} is not the expert that {manifest} describes."
     assert train(recipe(), tmp_path / "b").id == buffer.id  # it is trained again
-    assert contents(tmp_path / "b") == contents(buffer.folder)
+    assert_same(tmp_path / "b", buffer.folder)
 
 
-LAST_STEP = {"learning_rate": 3e38, "epochs": 1, "batch_size": 2000, "weight_decay": 1e3}
-
-
-@pytest.mark.parametrize(("overrides", "loss"), [({"learning_rate": 1e30}, "nan"), (LAST_STEP, "[0-9.]+")])
-def test_divergence_is_reported(tmp_path: Path, overrides: dict[str, float], loss: str) -> None:
-    with pytest.raises(UserError, match=rf"^expert 0 diverged in epoch \d \(loss {loss}\); lower --learning-rate\.$"):
-        train(recipe(**overrides), tmp_path)
+def test_divergence_is_reported_although_the_loss_is_finite(tmp_path: Path) -> None:
+    last_step = {"learning_rate": 3e38, "epochs": 1, "batch_size": 2000, "weight_decay": 1e3}
+    with pytest.raises(UserError, match=r"^expert 0 diverged in epoch 1 \(loss [0-9.]+\); lower --learning-rate\.$"):
+        train(recipe(**last_step), tmp_path)
     assert not expert_path(tmp_path, 0).exists()
 
 

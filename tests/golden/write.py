@@ -41,11 +41,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def experts(folder: Path) -> cddlib.Buffer:
-    """The buffer that both runs match."""
-    return cddlib.train_buffer(cddlib.buffer_recipe("digits", **BUFFER), folder, device="cpu")
-
-
 def distillation(buffer: cddlib.Buffer, name: str, folder: Path) -> dict[str, list[Any]]:
     """What each iteration of the run `name` matched, its losses, and the step size that it learned."""
     cddlib.distill(cddlib.distill_recipe(data="digits", **RUNS[name], **SHARED), buffer, folder, device="cpu")
@@ -55,7 +50,7 @@ def distillation(buffer: cddlib.Buffer, name: str, folder: Path) -> dict[str, li
 
 def golden(folder: Path) -> dict[str, Any]:
     """Everything, computed in `folder`."""
-    buffer = experts(folder / "buffer")
+    buffer = cddlib.train_buffer(cddlib.buffer_recipe("digits", **BUFFER), folder / "buffer", device="cpu")
     return {
         "train_loss": [expert["train_loss"] for expert in buffer.experts],
         **{name: distillation(buffer, name, folder / name) for name in RUNS},

@@ -11,45 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cddlib
-from cddlib.matching.loss import matching_loss
-from cddlib.matching.student import MatchingConfig, plan_student
 from cddlib.networks.convnet import Architecture, ConvNet, Network, NetworkConfig, Norm, parameter_count, unflatten
 from cddlib.networks.zoo import build_network
 
 NORMS = get_args(Norm)
 ARCHITECTURES = get_args(Architecture)
 NORMED = ("vgg11", "resnet18", "densenet121")
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "sigmoid": nn.Sigmoid}
-POOLINGS: dict[str, type[nn.Module]] = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
-
-
-def module(config: NetworkConfig, shape: tuple[int, int, int], classes: int) -> nn.Sequential:
-    """The ConvNet as the published codes build it."""
-    channels, size, _ = shape
-    layers: list[nn.Module] = []
-    for block in range(config.depth):
-        padding = 3 if block == 0 and size == 28 else 1
-        layers.append(nn.Conv2d(channels, config.width, 3, padding=padding))
-        channels, size = config.width, size + 2 * padding - 2
-        if config.norm == "instance":
-            layers.append(nn.GroupNorm(channels, channels))
-        elif config.norm == "group":
-            layers.append(nn.GroupNorm(4, channels))
-        elif config.norm == "layer":
-            layers.append(nn.LayerNorm([channels, size, size]))
-        elif config.norm == "batch":
-            layers.append(nn.BatchNorm2d(channels))
-        layers.append(ACTIVATIONS[config.activation]())
-        if config.pooling != "none":
-            layers.append(POOLINGS[config.pooling](2))
-            size //= 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size * size, classes)).train()
 
 
 def check_against_module(config: NetworkConfig, shape: tuple[int, int, int], classes: int = 5) -> None:
     """Same order and shapes of parameters, same logits."""
     rng = cddlib.generator("networks")
-    network, reference = ConvNet(config, shape, classes), module(config, shape, classes).double()
+    network, reference = ConvNet(config, shape, classes), textbook.convnet(config, shape, classes).double()
     assert list(network.shapes.values()) == [tuple(p.shape) for p in reference.parameters()]
     theta = torch.randn(parameter_count(network), generator=rng, dtype=torch.double) * 0.3
     nn.utils.vector_to_parameters(theta, reference.parameters())
@@ -62,7 +35,7 @@ def check_against_module(config: NetworkConfig, shape: tuple[int, int, int], cla
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_equal_to_modules(norm: Any) -> None:
-    for activation, pooling in itertools.product(ACTIVATIONS, ["avg", "max", "none"]):
+    for activation, pooling in itertools.product(textbook.ACTIVATIONS, textbook.POOLINGS):
         config = NetworkConfig(depth=2, width=8, norm=norm, activation=activation, pooling=pooling)
         check_against_module(config, (3, 8, 8))
     for shape in ((1, 28, 28), (3, 32, 32), (2, 9, 9)):
@@ -140,9 +113,9 @@ def test_other_images_are_refused(shape: tuple[int, int, int], classes: int, sen
 # --- Other architectures ----------------------------------------------------------------------------------------
 
 
-def start(network: Network, seed: int = 0) -> Tensor:
+def start(network: Network) -> Tensor:
     """Fresh parameters in float64, all of them away from zero: a new transformer answers 0 to every image."""
-    rng = cddlib.generator("start", seed)
+    rng = cddlib.generator("start")
     theta = network.init(rng).double()
     return theta + 0.01 * torch.randn(theta.shape, generator=rng, dtype=torch.double)
 
@@ -260,28 +233,3 @@ def test_init_of_every_architecture_depends_on_its_generator_alone(name: Any) ->
     assert torch.equal(again, theta) and not torch.equal(other, theta)
     assert (theta.dtype, theta.shape) == (torch.float, (parameter_count(network),))
     assert bool(theta.isfinite().all())
-
-
-# --- Matching with them -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "norm", "steps"),
-    [("resnet18", "instance", 1), ("alexnet", "instance", 2), ("densenet121", "batch", 1), ("vit", "instance", 1)],
-)
-def test_matching_gradient_is_exact(name: Any, norm: Any, steps: int) -> None:
-    """Against the graph of all the student's steps."""
-    network = build_network(NetworkConfig(network=name, norm=norm), (1, 8, 8), 3)
-    first, target = start(network), start(network, 1)
-    images = some_images(3, (1, 8, 8)).requires_grad_()
-    targets = torch.eye(3, dtype=torch.double).softmax(1).requires_grad_()
-    step_size = torch.tensor(0.05, dtype=torch.double, requires_grad=True)
-    plan = plan_student(MatchingConfig(student_steps=steps), 3, "none", cddlib.generator("plan"))
-    arguments = network, first, target, images, targets, step_size, plan
-    found, reference = matching_loss(*arguments), textbook.matching_loss(*arguments)
-    torch.testing.assert_close(found, reference)
-    variables = (images, targets, step_size)
-    gradients = [torch.autograd.grad(loss, variables) for loss in (found, reference)]
-    for ours, wanted in zip(*gradients, strict=True):
-        assert wanted.norm() > 0
-        assert (ours - wanted).norm() < 1e-8 * wanted.norm()

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from children import at_operation, before, die, note_operations, patch
-from conftest import Repeats
+from conftest import Note, Repeats
 from works import Works, assert_one_sentence, assert_refused, assert_same
 
 from cddbook.study import study_record
@@ -29,19 +29,13 @@ from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json, read_tensors
 from cddlib.runtime.random import generator
 
-
-def note(notes: dict[str, Any], what: str, **entry: Any) -> None:
-    """Add an entry to a list of the record."""
-    notes.setdefault(what, []).append(entry)
-
-
 # --- Kills ------------------------------------------------------------------------------------------------------
 
 KINDS = ("buffer", "distill", "remedy", "evaluate", "data", "study")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_killed_at_random(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
+def test_killed_at_random(works: Works, kind: str, note: Note, repeats: Repeats) -> None:
     """Killed again and again after a random time, and started again, it ends with the same files."""
     work, rng, kills = works[kind], generator("kill", kind), 0
     while kills < repeats(1, 15):
@@ -54,7 +48,7 @@ def test_killed_at_random(works: Works, kind: str, notes: dict[str, Any], repeat
             kills += code == 137
         assert code == 0, child.said
         assert_same(folder, work.wanted)
-    note(notes, "kills", work=kind, kills=kills, when="at random", identical=True)
+    note("kills", work=kind, kills=kills, when="at random", identical=True)
 
 
 def die_writing(folder: Path) -> None:
@@ -68,7 +62,7 @@ def die_writing(folder: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["short buffer", "growing buffer", "short distill", "short evaluate", "data", "short study"]
 )
-def test_killed_before_an_operation(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
+def test_killed_before_an_operation(works: Works, kind: str, note: Note, repeats: Repeats) -> None:
     """Killed before the last operation on every other file, or before every operation; again when it resumes."""
     work = works[kind]
     folder = work.begin()
@@ -89,10 +83,10 @@ def test_killed_before_an_operation(works: Works, kind: str, notes: dict[str, An
         work.assert_resumes(folder)
         shutil.rmtree(folder)
     assert kills >= len(numbers)
-    note(notes, "kills", work=kind, kills=kills, when="before operations", operations=len(files), identical=True)
+    note("kills", work=kind, kills=kills, when="before operations", operations=len(files), identical=True)
 
 
-def test_a_killed_study_takes_its_processes_with_it(works: Works, notes: dict[str, Any]) -> None:
+def test_a_killed_study_takes_its_processes_with_it(works: Works, note: Note) -> None:
     """Nobody works on in the folders of its runs, or waits for ever."""
     work = works["study, in a process"]
     folder = work.begin()
@@ -104,7 +98,7 @@ def test_a_killed_study_takes_its_processes_with_it(works: Works, notes: dict[st
     assert started
     assert psutil.wait_procs(started, timeout=30)[1] == [], "they are still there"
     work.assert_resumes(folder)
-    note(notes, "kills", work="study", kills=1, when="with a process of its own", identical=True)
+    note("kills", work="study", kills=1, when="with a process of its own", identical=True)
 
 
 # --- Signals ----------------------------------------------------------------------------------------------------
@@ -135,7 +129,7 @@ def check_saved(kind: str, folder: Path, found: re.Match[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["buffer", "distill", "evaluate", "data"])
-def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
+def test_asked_to_stop(works: Works, kind: str, note: Note, repeats: Repeats) -> None:
     """It finishes what it is at, says what is saved, and goes on from there as if nothing had been."""
     work, rng, times = works[kind], generator("signal", kind), {signal.SIGINT: 0, signal.SIGTERM: 0}
     rare = functools.partial(patch, {"cddlib.experts.train.UNFINISHED_SECONDS": 1e9})  # only because it is asked to
@@ -161,11 +155,11 @@ def test_asked_to_stop(works: Works, kind: str, notes: dict[str, Any], repeats: 
             check_saved(kind.split(",")[0], folder, stopped)
         work.assert_resumes(folder)
     for number, count in times.items():
-        note(notes, "signals", work=kind, signal=number.name, times=count, identical=True)
+        note("signals", work=kind, signal=number.name, times=count, identical=True)
 
 
 @pytest.mark.parametrize("kind", ["buffer", "distill", "evaluate", "data"])
-def test_asked_to_stop_at_once(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
+def test_asked_to_stop_at_once(works: Works, kind: str, note: Note, repeats: Repeats) -> None:
     """By a second signal; nothing that was finished is lost."""
     work, rng = works[kind], generator("at once", kind)
     folder = work.begin()
@@ -179,7 +173,7 @@ def test_asked_to_stop_at_once(works: Works, kind: str, notes: dict[str, Any], r
         assert child.wait() == 128 + signal.SIGTERM, child.said
         assert child.said.endswith("\n\ncddlib: stopped at once; the same command resumes.\n"), child.said
     work.assert_resumes(folder)
-    note(notes, "signals", work=kind, signal="SIGINT, SIGTERM", times=times, identical=True)
+    note("signals", work=kind, signal="SIGINT, SIGTERM", times=times, identical=True)
 
 
 def test_a_second_signal_that_a_library_hides() -> None:
@@ -196,7 +190,7 @@ def test_a_second_signal_that_a_library_hides() -> None:
         raise ValueError("of its own")
 
 
-def test_a_study_stops_although_its_run_is_finished(works: Works, notes: dict[str, Any]) -> None:
+def test_a_study_stops_although_its_run_is_finished(works: Works, note: Note) -> None:
     """The signal came too late to stop the run; it must not be forgotten."""
     work = works["study"]
     folder = work.begin()
@@ -207,7 +201,7 @@ def test_a_study_stops_although_its_run_is_finished(works: Works, notes: dict[st
     assert [path.parent.parent.name for path in folder.glob("*/*/result.json")] == ["lr_step_size=1e-05"]
     assert not (folder / "lr_step_size=1000.0").exists()
     work.assert_resumes(folder)
-    note(notes, "signals", work="study", signal="SIGINT", times=1, identical=True)
+    note("signals", work="study", signal="SIGINT", times=1, identical=True)
 
 
 def test_a_signal_while_something_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,17 +231,11 @@ def test_a_signal_while_something_is_printed(monkeypatch: pytest.MonkeyPatch) ->
 
 # --- Rivals -----------------------------------------------------------------------------------------------------
 
-HOLDS = {
-    "buffer": ".lock",
-    "distill": ".lock",
-    "evaluate": ".evaluation-",
-    "data": ".imagefolder.lock",
-    "study": ".lock",
-}
+HOLDS = {"evaluate": ".evaluation-", "data": ".imagefolder.lock"}
 
 
-@pytest.mark.parametrize("kind", HOLDS)
-def test_two_processes(works: Works, kind: str, notes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("kind", ["buffer", "distill", "evaluate", "data", "study"])
+def test_two_processes(works: Works, kind: str, note: Note) -> None:
     """The second is refused with a sentence, as long as the first lives; the first is not disturbed."""
     work = works[kind]
     for end in (signal.SIGCONT, signal.SIGKILL):
@@ -255,7 +243,7 @@ def test_two_processes(works: Works, kind: str, notes: dict[str, Any]) -> None:
         first = work.child(folder)
         assert first.wait_until(first.heeds)
         first.signal(signal.SIGSTOP)
-        held = rf"{re.escape(str(folder))} is in use: other work holds {re.escape(HOLDS[kind])}"
+        held = rf"{re.escape(str(folder))} is in use: other work holds {re.escape(HOLDS.get(kind, '.lock'))}"
         assert_one_sentence(*work.run(folder), rf"^cddlib: {held}.*; wait until it ends, or choose another folder\.$")
         first.signal(end)
         code = first.wait()
@@ -263,7 +251,7 @@ def test_two_processes(works: Works, kind: str, notes: dict[str, Any]) -> None:
             assert code == 0, first.said
             assert_same(folder, work.wanted)
         work.assert_resumes(folder)
-    note(notes, "collisions", work=kind, times=2, identical=True)
+    note("collisions", work=kind, times=2, identical=True)
 
 
 # --- Damage to what an unfinished run goes on from ---------------------------------------------------------------
@@ -290,13 +278,7 @@ UNFINISHED = [  # the work, the file without which it is killed, what it goes on
 
 @pytest.mark.parametrize(("kind", "killed_for", "name", "missing"), UNFINISHED)
 def test_damage_to_unfinished(
-    works: Works,
-    kind: str,
-    killed_for: str,
-    name: str,
-    missing: str | None,
-    notes: dict[str, Any],
-    repeats: Repeats,
+    works: Works, kind: str, killed_for: str, name: str, missing: str | None, note: Note, repeats: Repeats
 ) -> None:
     """The command refuses the file by name, in one sentence; or the damage does no harm."""
     work = works[kind]
@@ -314,16 +296,14 @@ def test_damage_to_unfinished(
                 raise UserError(said)
             assert_same(folder, work.wanted)
 
-    assert_refused(start / name, repeats(6, 48), notes, attempt, f"unfinished {name}")
+    assert_refused(start / name, repeats(6, 48), note, attempt, f"unfinished {name}")
 
 
-def test_damage_to_the_reason_why_a_run_stopped(
-    works: Works, tmp_path: Path, notes: dict[str, Any], repeats: Repeats
-) -> None:
+def test_damage_to_the_reason_why_a_run_stopped(works: Works, tmp_path: Path, note: Note, repeats: Repeats) -> None:
     folder = Path(shutil.copytree(works["short study"].wanted, tmp_path / "study"))
     wanted = study_record(folder)
 
     def attempt() -> None:
         assert study_record(folder) == wanted
 
-    assert_refused(next(folder.glob("*/*/stopped.json")), repeats(6, 48), notes, attempt, "stopped.json")
+    assert_refused(next(folder.glob("*/*/stopped.json")), repeats(6, 48), note, attempt, "stopped.json")

@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 import torch
 from bounds import little_memory, little_time
+from conftest import Note
 from loaders import LOADERS, NETWORK, TENSORS, small_set, write_buffer, written
 from PIL import Image
 from safetensors.torch import load, save
@@ -44,13 +45,7 @@ from cddlib.experts.buffer import Buffer
 from cddlib.methods.recipes import METHODS
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.files import (
-    add_checksum,
-    read_json,
-    signature,
-    tensor_digest,
-    verify_checksum,
-)
+from cddlib.runtime.files import add_checksum, read_json, signature, tensor_digest, verify_checksum
 from cddlib.runtime.random import generator
 from cddlib.synthetic import SyntheticSet
 
@@ -60,7 +55,7 @@ Attempt = Callable[[random.Random], bool]
 """Reads one input that it makes from random numbers; whether the object is the original."""
 
 
-def fuzz(notes: dict[str, Any], loader: str, kind: str, attempt: Attempt) -> collections.Counter[str]:
+def fuzz(note: Note, loader: str, kind: str, attempt: Attempt) -> collections.Counter[str]:
     """Make `INPUTS` attempts; notes, and returns, what became of them."""
     counts: collections.Counter[str] = collections.Counter(dict.fromkeys(("refused", "unchanged", "valid"), 0))
     sentences = set()
@@ -73,8 +68,7 @@ def fuzz(notes: dict[str, Any], loader: str, kind: str, attempt: Attempt) -> col
                 counts["refused"] += 1
                 sentences.add(re.sub(r"\(.*\)|'.*'|\".*\"|[\d./]+|: .*", "", str(error).split(" ", 1)[1]))
                 assert "\n" not in str(error)
-    found = {"loader": loader, "kind": kind, "inputs": counts.total(), **counts, "sentences": len(sentences)}
-    notes.setdefault("loaders", []).append(found)
+    note("loaders", loader=loader, kind=kind, inputs=counts.total(), **counts, sentences=len(sentences))
     assert counts["refused"] > INPUTS // 100
     return counts
 
@@ -107,9 +101,7 @@ def damaged(whole: bytes, other: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_damage_is_refused_or_harmless(
-    memory: Path, notes: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damage_is_refused_or_harmless(memory: Path, note: Note, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = fit_preprocessing(data.load("digits"), zca=False)
     monkeypatch.setattr(published, "fit_preprocessing", lambda dataset, zca: fitted)  # which takes long
     loader = LOADERS[name]
@@ -126,14 +118,13 @@ def test_damage_is_refused_or_harmless(
         assert found in contents
         return found == wanted
 
-    assert fuzz(notes, name, "damaged", attempt)["unchanged"]
+    assert fuzz(note, name, "damaged", attempt)["unchanged"]
 
 
-FORMS: list[tuple[str, dict[str, Any]]]
-FORMS = [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("BMP", {}), ("PPM", {})]
+FORMS: list[Any] = [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("BMP", {}), ("PPM", {})]
 
 
-def test_damaged_images_are_refused_or_images(memory: Path, notes: dict[str, Any]) -> None:
+def test_damaged_images_are_refused_or_images(memory: Path, note: Note) -> None:
     """No checksum tells whether an image is damaged."""
     files = []
     for number, (form, options) in enumerate(FORMS):
@@ -148,12 +139,10 @@ def test_damaged_images_are_refused_or_images(memory: Path, notes: dict[str, Any
         assert len(read_picture(str(memory / "image"), 4)) == 3 * 4 * 4
         return spoilt == whole
 
-    fuzz(notes, "image", "damaged", attempt)
+    fuzz(note, "image", "damaged", attempt)
 
 
-def test_damaged_annotations_of_tiny_imagenet_are_refused_or_stay_in_their_folder(
-    memory: Path, notes: dict[str, Any]
-) -> None:
+def test_damaged_annotations_of_tiny_imagenet_are_refused_or_stay_in_their_folder(memory: Path, note: Note) -> None:
     path = memory / "val_annotations.txt"
     whole = b"".join(b"val_%d.JPEG\tn0144%d\t0\t32\t44\t62\n" % (i, i % 3) for i in range(5))
     other = b"../../a.png\tn01440\t0\n..\tn01441\n/etc/passwd\tn01442\n"
@@ -164,7 +153,7 @@ def test_damaged_annotations_of_tiny_imagenet_are_refused_or_stay_in_their_folde
         assert found and all(Path(file).parent == memory / "images" for file, _ in found)
         return len(found) == 5
 
-    fuzz(notes, "annotations", "damaged", attempt)
+    fuzz(note, "annotations", "damaged", attempt)
 
 
 # --- Lies -------------------------------------------------------------------------------------------------------
@@ -238,7 +227,7 @@ def lie_in_tensors(tensors: dict[str, Tensor], rng: random.Random) -> dict[str, 
 
 
 @pytest.mark.parametrize("name", TENSORS)
-def test_lies_in_tensors_and_headers(memory: Path, notes: dict[str, Any], name: str) -> None:
+def test_lies_in_tensors_and_headers(memory: Path, note: Note, name: str) -> None:
     loader = LOADERS[name]
     path, _ = written(loader, memory)
     whole, wanted = path.read_bytes(), loader.read(path)
@@ -262,7 +251,7 @@ def test_lies_in_tensors_and_headers(memory: Path, notes: dict[str, Any], name: 
         path.write_bytes(save(told, {kind: json.dumps(add_checksum(said))}))
         return loader.read(path) == wanted
 
-    fuzz(notes, name, "lying", attempt)
+    fuzz(note, name, "lying", attempt)
 
 
 def read_buffer(path: Path) -> None:
@@ -278,31 +267,28 @@ def read_config(path: Path) -> None:
 
 
 ACCURACIES = {"synthetic": [0.5, 1.0], "random_real": [0.25], "full": []}
+CONFIG = as_dict(cddlib.distill_recipe("contra", "digits", 1))
 RECORDS: dict[str, tuple[str, dict[str, Any], Callable[[Path], object]]] = {
     "buffer.json": ("buffer.json", {}, read_buffer),
-    "config.json": ("config.json", as_dict(cddlib.distill_recipe("contra", "digits", 1)), read_config),
+    "config.json": ("config.json", {**CONFIG, "data_fingerprint": data.load("digits").fingerprint}, read_config),
     "evaluation record": (
         "evaluation-0.json",
         {"accuracies": ACCURACIES, "seconds": 1.5, "seed": 0},
         lambda path: evaluate._resume(path, [("synthetic", 2), ("full", 0)])[1],
     ),
 }
-"""Files of JSON: what a valid one says, and what reads it."""
+"""Files of JSON: what a valid one says, if not what `write_buffer` writes, and what reads it."""
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_lies_in_records(memory: Path, notes: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lies_in_records(memory: Path, note: Note, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file, honest, read = RECORDS[name]
     write_buffer(memory, 0)
-    if file == "buffer.json":
-        honest = read_json(memory / file)
-    elif file == "config.json":
-        digits = data.load("digits")
-        honest = {**honest, "data_fingerprint": digits.fingerprint}
-        own = {"images": torch.zeros(10, 1, 8, 8), "labels": torch.arange(10), "label_logits": None, "subsets": 1}
-        start = dataclasses.replace(small_set(0), **own, classes=digits.classes)
-        start.save(memory / "synthetic.safetensors")
-        monkeypatch.setattr(SyntheticSet, "load", lambda path: start)
+    honest = honest or read_json(memory / file)
+    own = {"images": torch.zeros(10, 1, 8, 8), "labels": torch.arange(10), "label_logits": None, "subsets": 1}
+    start = small_set(0, **own, classes=tuple("0123456789"))
+    start.save(memory / "synthetic.safetensors")
+    monkeypatch.setattr(SyntheticSet, "load", lambda path: start)
 
     def attempt(rng: random.Random) -> bool:
         told = honest
@@ -312,7 +298,7 @@ def test_lies_in_records(memory: Path, notes: dict[str, Any], name: str, monkeyp
         read(memory / file)
         return told == honest
 
-    assert fuzz(notes, name, "lying", attempt)["unchanged"]
+    assert fuzz(note, name, "lying", attempt)["unchanged"]
 
 
 # --- Options ----------------------------------------------------------------------------------------------------
@@ -327,15 +313,15 @@ def words(rng: random.Random, most: int) -> str:
     return "".join(rng.choices(PIECES, k=rng.randrange(most)))
 
 
-def test_grids_of_a_search(notes: dict[str, Any]) -> None:
+def test_grids_of_a_search(note: Note) -> None:
     def attempt(rng: random.Random) -> bool:
         assert parse_grid([rng.choice((f"{rng.choice(FIELDS)}=", "")) + words(rng, 4)]).keys() <= set(FIELDS)
         return False  # there is no original
 
-    fuzz(notes, "grid of a search", "any", attempt)
+    fuzz(note, "grid of a search", "any", attempt)
 
 
-def test_options_that_choose_a_recipe(notes: dict[str, Any]) -> None:
+def test_options_that_choose_a_recipe(note: Note) -> None:
     def attempt(rng: random.Random) -> bool:
         pairs = [(rng.choice(OPTIONS), words(rng, 3)) for _ in range(rng.randrange(4))]
         chosen = cli.recipe_choices(["distill", *(word for pair in pairs for word in pair)])
@@ -346,4 +332,4 @@ def test_options_that_choose_a_recipe(notes: dict[str, Any]) -> None:
             raise UserError(f"the system says {error}") from None
         return False
 
-    fuzz(notes, "options", "any", attempt)
+    fuzz(note, "options", "any", attempt)

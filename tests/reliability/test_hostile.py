@@ -1,10 +1,7 @@
 """Files made to do harm: refused with a sentence, in little memory and time, and no code in them ever runs."""
 
 import ast
-import base64
 import collections
-import dataclasses
-import io
 import json
 import os
 import pickle
@@ -15,18 +12,18 @@ import sys
 import tarfile
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jaxtyping
 import pytest
 import torch
 from bounds import little_memory, little_time
 from loaders import LOADERS, TENSORS, written
-from papermill.translators import PythonTranslator
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import cddlib
 from cddbook import profiles
@@ -34,12 +31,10 @@ from cddbook.records import read_record
 from cddbook.study import study_record
 from cddlib.data.download import prepare
 from cddlib.data.pictures import read_picture
-from cddlib.evaluate import Trainer
 from cddlib.exchange.torch_files import LARGEST_PICKLE, read_torch_file
-from cddlib.experts.buffer import Buffer
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.files import verify_checksum, write_json, write_tensors
+from cddlib.runtime.files import verify_checksum, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,39 +96,21 @@ def archive(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, e
     return path
 
 
-def doubled(times: int) -> bytes:
-    """A program whose list holds 2 ** times others, all of them two names for one."""
-    body = b"\x80\x02]q\x00"
-    for number in range(times):
-        body += b"](h" + bytes([number]) + b"h" + bytes([number]) + b"eq" + bytes([number + 1])
-    return body + b"."
-
-
 PLAIN = pickle.dumps([1, 2], 2)
 PROGRAMS: dict[str, tuple[bytes, str]] = {
     "a command": (pickle.dumps(Harm(exec, "open('ran', 'w')"), 2), "it names "),
-    "an archive's bytes": (pickle.dumps(Harm(bytearray, 10**12), 2), "it names "),
-    "a tensor of many numbers": (pickle.dumps(Harm(torch.zeros, 10**12), 2), "it names "),
     "a storage without numbers": (
         pickle.dumps(Harm(torch.UntypedStorage, 10**12), 2),
         "it names torch.storage.UntypedStorage",
     ),
     "a counter": (pickle.dumps(collections.Counter({"a": 1}), 2), "it names collections.Counter"),
     "a set": (pickle.dumps({1, 2}, 4), "its pickle has protocol 4, not 2"),
-    "doubling": (doubled(200), ""),
     "a long number": (b"\x80\x02\x8b" + struct.pack("<i", 2**30) + b"\x00.", "cannot be read: "),
-    "nothing": (b"", "cannot be read: "),
     "no end": (b"\x80\x02]", "cannot be read: "),
     "marks": (b"\x80\x02(" + b"(" * 10**6 + b".", "cannot be read: "),
     "a long one": (b"\x80\x02" + b"N" * LARGEST_PICKLE + b".", "its list of tensors has more than 8388608 bytes"),
 }
 """What is in an archive's place for the list of tensors, and what the refusal says."""
-
-
-def overlapping(path: Path) -> None:
-    """A thousand tensors in the place of one: four gigabytes to look through in a file of four megabytes."""
-    numbers = torch.zeros(10**6)
-    torch.save([numbers[start:] for start in range(1000)], path)
 
 
 def itself(path: Path) -> None:
@@ -153,13 +130,11 @@ SHARED = "tensors that share their numbers"
 Write = Callable[[Path], object]
 ARCHIVES: dict[str, tuple[Write, str]] = {
     **{name: (lambda path, p=program: archive(path, p), said) for name, (program, said) in PROGRAMS.items()},
-    "overlapping tensors": (overlapping, SHARED),
     "often the same": (lambda path: torch.save([[torch.zeros(1)]] * 10**5, path), SHARED),
     "more than it holds": (lambda path: torch.save(torch.zeros(1).expand(10**12), path), SHARED),
     "a list of itself": (itself, SHARED),
     "a long list, often": (lambda path: torch.save([[0.5] * 10**4] * 10**4, path), SHARED),
     "a sparse tensor": (lambda path: torch.save(torch.eye(3).to_sparse(), path), "it names torch._utils._rebuild_spa"),
-    "a tensor without numbers": (lambda path: torch.save(torch.ones(8, device="meta"), path), "it names torch._utils"),
     "compression": (
         lambda path: archive(path, b"\x80\x02" + b"0" * 2**28 + b".", zipfile.ZIP_DEFLATED),
         "its entries are compressed",
@@ -186,20 +161,11 @@ def test_archives(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bo
     assert [*tmp_path.rglob("*")] == [tmp_path / "a", folder, folder / "images_best.pt"]
 
 
-FROM_1_13 = """
-eNp9UkFPwjAYbdexzXIwwNUYjpggEP0HxHCpiRNjQrwso2vmYsPoVjh74cBREy8ePPo7/At69ur/sGNDxsB9yfKa9b33va+tTZAOgGWBnWqAQ8DdMeOx
-E3Kv67nS7Uwf+KBfBXebetSoDCN633FmMuAxdiI2ngXccySbxGHkzM+wAK3WyFSOsWK6PhMwleDLcOLfpP+w0EZQUXoCjZBCOp0JnehSVK4JIPpCGAQu
-hLmkNOScURmEkxhfRR6LmHcRUImFdTIUB1Lgoah2bGJa79+v7otySj773yFroF0cstsb9Fv5EUtrbQQz1DJEGSZRcB08NdW6WRqlrvZzUeYsitWUg/5R
-aZZznHT4fPNvtay7TeAqxLpH/iAaO1333HDRIB+/tiX+2TXo9oryfLb6lnwKwZ6JbWIY7YxxjE7/2KiAHxl+wfVJG8kjA8/a5kZsUjFSDVrxU+4vsFqR
-Vw==
-"""  # `torch.save(torch.arange(4), "labels_old.pt")` by PyTorch 1.13.1, compressed
-
-
 def test_files_of_an_old_pytorch_and_deep_lists_are_read(tmp_path: Path, bounded: None) -> None:
     deep = archive(tmp_path / "deep.pt", b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".")
     assert isinstance(read_torch_file(deep), list)
-    (tmp_path / "labels_best.pt").write_bytes(zlib.decompress(base64.b64decode(FROM_1_13)))
-    assert torch.equal(read_torch_file(tmp_path / "labels_best.pt"), torch.arange(4))  # type: ignore[arg-type]
+    old = read_torch_file(Path(__file__).with_name("labels_of_pytorch_1_13.pt"))
+    assert torch.equal(old, torch.arange(4))  # type: ignore[arg-type]
 
 
 # --- Files without an end, and headers that lie -----------------------------------------------------------------
@@ -252,19 +218,6 @@ def test_headers(name: str, tmp_path: Path, bounded: None) -> None:
 # --- Sealed lies ------------------------------------------------------------------------------------------------
 
 
-def test_a_set_without_images(tmp_path: Path) -> None:
-    tensors = {
-        "images": torch.zeros(0, 1, 8, 8),
-        "labels": torch.zeros(0, dtype=torch.int64),
-        "step_size": torch.tensor(0.1),
-        "preprocessing.mean": torch.zeros(1),
-        "preprocessing.std": torch.ones(1),
-    }
-    write_tensors(tmp_path / "s.safetensors", tensors, "synthetic", {"classes": [], "subsets": 1})
-    with pytest.raises(UserError, match=r"s\.safetensors is not a synthetic set"):
-        cddlib.SyntheticSet.load(tmp_path / "s.safetensors")
-
-
 def test_nesting(bounded: None) -> None:
     """Also where Python parses a value that it can no longer print."""
     for depth in (*range(700, 1100), 100_000):
@@ -280,27 +233,7 @@ def test_a_study_that_is_none(runs: object, tmp_path: Path) -> None:
         study_record(tmp_path)
 
 
-def test_a_set_of_another_data_set_is_not_tested(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
-    config = cddlib.distill_recipe("mtt", "digits", 1, **quick)
-    found = cddlib.distill(config, buffer, tmp_path, device="cpu")
-    dataclasses.replace(found, classes=tuple("abcdefghij")).save(tmp_path / "synthetic.safetensors")
-    with pytest.raises(UserError, match=r"synthetic\.safetensors has other classes, or images of another shape"):
-        Trainer(tmp_path, None, root=None, device="cpu")
-
-
 # --- Pictures and archives --------------------------------------------------------------------------------------
-
-
-def png(width: int, height: int, *chunks: bytes) -> bytes:
-    """A PNG that promises so many pixels of one colour, and begins with some rows of them."""
-    packer = zlib.compressobj(9)
-    rows = b"".join(packer.compress(b"\0" * (width // 8 + 1)) for _ in range(min(height, 1000))) + packer.flush()
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def many_scans(path: Path) -> None:
@@ -308,6 +241,12 @@ def many_scans(path: Path) -> None:
     Image.new("L", (2048, 2048), 100).save(path, "JPEG", progressive=True)
     whole = path.read_bytes()
     path.write_bytes(whole[:-2] + whole[whole.rindex(b"\xff\xda") : -2] * 600 + whole[-2:])
+
+
+def long_text(path: Path) -> None:
+    info = PngInfo()
+    info.add_text("a", "0" * 2**27, zip=True)
+    Image.new("L", (4, 4)).save(path, "PNG", pnginfo=info)
 
 
 def long_file(path: Path) -> None:
@@ -318,11 +257,8 @@ def long_file(path: Path) -> None:
 
 OTHER_FORM = "it is none of BMP, JPEG, PNG, PPM, WEBP"
 IMAGES: dict[str, tuple[bytes | Write, str]] = {
-    "2.5 gigapixels": (png(50_000, 50_000), ""),
-    "a thin one": (png(2, 100_000_000), ""),
-    "a long text": (png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"0" * 2**27, 9))), ""),
+    "a long text": (long_text, "Decompressed data too large"),
     "PostScript": (b"%!PS\n(x) print", ""),
-    "no GIF": (b"GIF89a", ""),
     "a thousand bytes, gigapixels when resized": (
         lambda path: Image.new("L", (10**6, 1)).save(path, "PNG"),
         "its sides of 1 and 1000000 pixels make 4096000000, more than 67108864",
@@ -341,66 +277,32 @@ IMAGES: dict[str, tuple[bytes | Write, str]] = {
 @pytest.mark.parametrize("case", IMAGES)
 def test_images(case: str, tmp_path: Path, bounded: None) -> None:
     write, said = IMAGES[case]
-    for part in ("train", "val"):
-        (tmp_path / "images" / part / "a").mkdir(parents=True)
-        Image.new("L", (4, 4)).save(tmp_path / "images" / part / "a" / "0.png")
-    bad = tmp_path / "images" / "train" / "a" / "bad.png"
+    bad = tmp_path / "bad.png"
     bad.write_bytes(write) if isinstance(write, bytes) else write(bad)
     with pytest.raises(UserError, match=r"bad\.png is not a readable image \(") as error:
-        prepare("imagefolder", tmp_path / "root", source=tmp_path / "images")
+        read_picture(str(bad), 64)
     assert said in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["fashion_mnist", "cifar10"])
-def test_planted_files_are_neither_believed_nor_unpacked_nor_unpickled(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Torchvision would take unpacked files without a checksum; its own first ones were made by `torch.save`."""
-    folder, harm = tmp_path / "root" / "downloads", Harm(Path.touch, tmp_path / "ran")
-    for inner in ("FashionMNIST/raw", "FashionMNIST/processed", "cifar-10-batches-py"):
-        (folder / inner).mkdir(parents=True)
-    for part, n in (("train", 3), ("t10k", 2)):
-        raw = folder / "FashionMNIST" / "raw" / part
-        Path(f"{raw}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + bytes(784 * n))
-        Path(f"{raw}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, n) + bytes(n))
-    for file in ("training.pt", "test.pt"):
-        torch.save(harm, folder / "FashionMNIST" / "processed" / file)
-    (folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(harm))
+def test_planted_files_are_neither_unpacked_nor_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision takes no archive and no pickle without a checksum that it knows."""
+    folder = tmp_path / "root" / "downloads"
+    (folder / "cifar-10-batches-py").mkdir(parents=True)
+    (folder / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(Harm(Path.touch, tmp_path / "ran")))
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as file:
-        for inner in ("../../climbed", "cifar-10-batches-py/data_batch_1"):
-            entry = tarfile.TarInfo(inner)
-            entry.size = len(pickle.dumps(harm))
-            file.addfile(entry, io.BytesIO(pickle.dumps(harm)))
-
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", offline)
-    with pytest.raises(UserError, match=f"{name} cannot be downloaded"):
-        prepare(name, tmp_path / "root")
-    assert os.listdir(tmp_path) == ["root"] and not (tmp_path / "root" / f"{name}.safetensors").exists()
+        file.addfile(tarfile.TarInfo("../../climbed"))
+    monkeypatch.setattr(urllib.request, "urlopen", Mock(side_effect=OSError("no network")))
+    with pytest.raises(UserError, match=r"^cifar10 cannot be downloaded to .* \(.*no network.*\)\.$"):
+        prepare("cifar10", tmp_path / "root")
+    assert os.listdir(tmp_path) == ["root"] and not (tmp_path / "root" / "cifar10.safetensors").exists()
 
 
 # --- Parameters of chapters -------------------------------------------------------------------------------------
 
-CODE = [
-    "__import__('os').mkdir('ran')",
-    "'); __import__('os').mkdir('ran') #",
-    '"""\n__import__("os").mkdir("ran")\n"""',
-]
-
-
-@pytest.mark.parametrize("value", CODE)
-def test_a_value_is_not_code(value: str) -> None:
-    """What papermill writes into a chapter is the value's literal."""
-    injected = PythonTranslator.codify({"profile": value})
-    (assignment,) = ast.parse(injected).body
-    assert isinstance(assignment, ast.Assign) and ast.literal_eval(assignment.value) == value
-
 
 def test_the_chapters_values_are_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it, without checks of types
-    for value in (CODE[0], 2.5, None, 2**70, [1]):
+    for value in ("__import__('os')", 2.5, None, 2**70, [1]):
         with pytest.raises(UserError, match=r"^seed is .*, which is not of type int\.$"):
             cddlib.distill_recipe("contra", "digits", 1, seed=value)
         with pytest.raises(UserError, match="unknown profile"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Note
 
 import cddlib
 from cddlib import cli
@@ -69,7 +70,7 @@ def check_stopped(out: Path, sentence: str) -> None:
 
 
 @pytest.fixture
-def stops(tmp_path: Path, notes: dict[str, Any]) -> Stops:
+def stops(tmp_path: Path, note: Note) -> Stops:
     """Run a distillation; returns what it said when it stopped, twice the same, or `finished`."""
 
     def stop(case: str, config: DistillConfig, buffer: Buffer) -> str:
@@ -84,17 +85,16 @@ def stops(tmp_path: Path, notes: dict[str, Any]) -> Stops:
             with pytest.raises(Diverged, match=rf"^{re.escape(said)}$"):
                 distill(config, buffer, tmp_path / "run")
             check_stopped(tmp_path / "run", said)
-        note(notes, case, said.replace(str(buffer.folder), "buffer"))
+        note("divergence", **stopped(case, said.replace(str(buffer.folder), "buffer")))
         return said
 
     return stop
 
 
-def note(notes: dict[str, Any], case: str, sentence: str) -> None:
-    """Write down where a case stopped, for the book; without a sentence it did not."""
-    stopped = re.findall(r"(iteration|epoch) (\d+)", sentence)[:1]
-    entry = {"case": case, "stopped_at": " ".join(stopped[0]) if stopped else None, "sentence": sentence}
-    notes.setdefault("divergence", []).append(entry)
+def stopped(case: str, sentence: str) -> dict[str, str | None]:
+    """Where a case stopped, for the book; without a sentence it did not."""
+    place = re.search(r"(iteration|epoch) (\d+)", sentence)
+    return {"case": case, "stopped_at": place and place[0], "sentence": sentence}
 
 
 # --- Distillation -----------------------------------------------------------------------------------------------
@@ -173,10 +173,7 @@ def test_an_expert_that_is_not_finite_is_named(
     )
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [{"labels": "learned"}, {"init": "correct"}],
-)
+@pytest.mark.parametrize("overrides", [{"labels": "learned"}, {"init": "correct"}])
 def test_an_expert_that_is_not_finite_begins_nothing(
     buffer: Buffer, recipe: Recipe, tmp_path: Path, overrides: dict[str, Any]
 ) -> None:
@@ -207,7 +204,7 @@ def test_a_validation_that_overflows_later_stops_the_run(
 
 @pytest.mark.parametrize(("learning_rate", "sharpness_radius"), [(100.0, 0.0), (1e4, 0.01)])
 def test_experts_that_diverge_stop_with_a_sentence(
-    tmp_path: Path, notes: dict[str, Any], learning_rate: float, sharpness_radius: float
+    tmp_path: Path, note: Note, learning_rate: float, sharpness_radius: float
 ) -> None:
     settings = {"learning_rate": learning_rate, "sharpness_radius": sharpness_radius}
     config = cddlib.buffer_recipe("digits", width=8, experts=1, epochs=3, **settings)
@@ -221,7 +218,8 @@ def test_experts_that_diverge_stop_with_a_sentence(
         check_finite(tmp_path)
         assert not expert_path(tmp_path, 0).exists()
     assert said[0] == said[1]
-    note(notes, f"experts at learning rate {learning_rate:g}, sharpness radius {sharpness_radius:g}", said[0])
+    case = f"experts at learning rate {learning_rate:g}, sharpness radius {sharpness_radius:g}"
+    note("divergence", **stopped(case, said[0]))
 
 
 def test_experts_that_diverged_elsewhere_are_not_imported(buffer: Buffer, tmp_path: Path) -> None:
@@ -250,7 +248,7 @@ def test_the_accuracy_of_numbers_that_are_not_finite_is_nan(buffer: Buffer) -> N
 
 
 def test_networks_that_diverge_in_evaluation_count_as_0_and_are_named(
-    buffer: Buffer, recipe: Recipe, tmp_path: Path, notes: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    buffer: Buffer, recipe: Recipe, tmp_path: Path, note: Note, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     found = distill(recipe(), buffer, run)
@@ -274,4 +272,4 @@ def test_networks_that_diverge_in_evaluation_count_as_0_and_are_named(
     assert all(0.05 < accuracy < 1 for name in ("random_real", "full") for accuracy in record["accuracies"][name])
     after = verify(run, buffer.folder)
     assert [check.passed for check in after] == [True] * (len(before) - 1) + [False]
-    note(notes, "a set with a step size of 10000, evaluated", wanted[0])
+    note("divergence", **stopped("a set with a step size of 10000, evaluated", wanted[0]))

@@ -20,7 +20,7 @@ import pytest
 import torch
 from bounds import limit_memory
 from children import Setting, at_operation, die, patch, run
-from conftest import Repeats
+from conftest import Note, Repeats
 from works import Work, Works, assert_one_sentence, assert_same, contents
 
 from cddlib.runtime import run_folder
@@ -77,7 +77,7 @@ def limits(work: Work, number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_disk(works: Works, disk: Path, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
+def test_full_disk(works: Works, disk: Path, kind: str, note: Note, repeats: Repeats) -> None:
     """Whichever file does not fit, it is named; nothing finished is lost; with space, the same files result."""
     work, failed, most_kept = works[kind], [], 0
     for free in limits(work, repeats(3, 6)):
@@ -95,8 +95,8 @@ def test_full_disk(works: Works, disk: Path, kind: str, notes: dict[str, Any], r
         most_kept = max(most_kept, len(kept))
         shutil.rmtree(folder)
     assert failed
-    note = {"work": kind, "mounted": True, "times": len(failed), "files": sorted(set(failed))}
-    notes.setdefault("disk_full", []).append({**note, "finished_before": most_kept, "identical": True})
+    row = {"work": kind, "mounted": True, "times": len(failed), "files": sorted(set(failed))}
+    note("disk_full", **row, finished_before=most_kept, identical=True)
 
 
 # --- Folders that cannot be written -----------------------------------------------------------------------------
@@ -135,7 +135,7 @@ UNFINISHED = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_read_only(works: Works, read_only: Any, kind: str, notes: dict[str, Any]) -> None:
+def test_read_only(works: Works, read_only: Any, kind: str, note: Note) -> None:
     """What is finished is given back, and nothing is written. What is not says so, and is finished where it can be."""
     work = works[kind]
     folder = read_only(work.wanted)
@@ -153,8 +153,7 @@ def test_read_only(works: Works, read_only: Any, kind: str, notes: dict[str, Any
         path.chmod(0o755)
     work.assert_resumes(unfinished)
     for finished, times in ((True, 1), (False, 2)):
-        entry = {"work": kind, "times": times, "finished": finished, "identical": True}
-        notes.setdefault("read_only", []).append(entry)
+        note("read_only", work=kind, times=times, finished=finished, identical=True)
 
 
 def test_read_only_experts_are_matched(works: Works, tmp_path: Path, read_only: Any) -> None:
@@ -194,7 +193,7 @@ def jumping_clock(*keys: int | str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_jumping_clock(works: Works, kind: str, notes: dict[str, Any]) -> None:
+def test_jumping_clock(works: Works, kind: str, note: Note) -> None:
     """Killed again and again, at every start in another year and with files of other years, it ends the same."""
     work = works[kind]
     folder, rng, code, jumps = work.begin(), generator("files", kind), 137, 0
@@ -207,14 +206,14 @@ def test_jumping_clock(works: Works, kind: str, notes: dict[str, Any]) -> None:
     assert code == 0, said
     assert_same(folder, work.wanted)
     assert jumps > 1
-    notes.setdefault("clock", []).append({"work": kind, "times": jumps, "identical": True})
+    note("clock", work=kind, times=jumps, identical=True)
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["large-buffer", "large-distill", "large-evaluate", "large-data"])
-def test_want_of_memory(works: Works, kind: str, notes: dict[str, Any], repeats: Repeats) -> None:
+def test_want_of_memory(works: Works, kind: str, note: Note, repeats: Repeats) -> None:
     """Wherever memory ends, the settings to lower are named; with more of it, the same files result.
 
     No progress bar starts a thread, either: where memory ran out just then, Python waited for the thread for ever.
@@ -236,4 +235,4 @@ def test_want_of_memory(works: Works, kind: str, notes: dict[str, Any], repeats:
     assert "monitor" not in said  # tqdm says so if it starts one and cannot
     assert_same(folder, work.wanted)
     assert reasons
-    notes.setdefault("memory", []).append({"work": kind, "times": len(reasons), "identical": True})
+    note("memory", work=kind, times=len(reasons), identical=True)

@@ -8,6 +8,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import re
 import shutil
@@ -19,15 +20,16 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from children import CONTEXT
-from conftest import TINY, Repeats
-from works import assert_same
+from conftest import TINY, Note, Repeats
+from works import assert_same, metrics
 
 import cddlib
 from cddlib import cli
@@ -39,7 +41,6 @@ from cddlib.runtime.distributed import Interrupted, Ranks
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json, read_tensors, tensor_digest
 from cddlib.runtime.random import generator
-from cddlib.runtime.run_folder import read_metrics
 
 # The sigmoid has no kinks: with ReLU, a difference in the last digit can grow by a factor of 1e5 in an iteration.
 
@@ -83,45 +84,34 @@ def _join(rank: int, count: int, store: Path, work: Callable[..., Any], argument
         dist.destroy_process_group()
 
 
-class Seen(NamedTuple):
-    """What one rank did in a distillation."""
-
-    images: str
-    """Digest of the images that `distill` returned."""
-    iterates: list[str]
-    """Digest of this rank's own set after every step."""
-    reduced: list[int]
-    """All-reduces until then."""
-    written: set[str]
-    """What it wrote in the run's folder."""
+Did = tuple[list[tuple[str, int]], set[str]]
+"""What one rank did in a distillation: after every step and at the end the digest of its own set and the all-reduces
+until then; and the names of what it wrote in the run's folder."""
 
 
-def distil(config: cddlib.DistillConfig, buffer: Path, out: Path, asked: dict[int, int] | None = None) -> Seen:
+def distil(config: cddlib.DistillConfig, buffer: Path, out: Path, asked: dict[int, int] | None = None) -> Did:
     """Distil in this rank, watched; `asked` says after which iteration which rank gets a SIGTERM."""
-    seen = Seen("", [], [], set())
-    calls = []
-    all_reduce, step = dist.all_reduce, SetOptimizer.step
+    steps, written = [], set()
+    all_reduce, step = Mock(wraps=dist.all_reduce), SetOptimizer.step
 
-    def counted(tensor: torch.Tensor) -> None:
-        calls.append(tensor)
-        all_reduce(tensor)
+    def note(synthetic: cddlib.SyntheticSet) -> None:
+        steps.append((" ".join(map(tensor_digest, synthetic.variables())), all_reduce.call_count))
 
     def watched(optimizer: SetOptimizer, gradients: list[torch.Tensor], rows: torch.Tensor, iteration: int) -> None:
         step(optimizer, gradients, rows, iteration)
-        seen.iterates.append(" ".join(map(tensor_digest, optimizer._synthetic.variables())))
-        seen.reduced.append(len(calls))
-        if (asked or {}).get(dist.get_rank()) == len(seen.iterates):
+        note(optimizer._synthetic)
+        if (asked or {}).get(dist.get_rank()) == len(steps):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def audited(event: str, arguments: tuple[Any, ...]) -> None:
         writes = arguments[2] & (os.O_WRONLY | os.O_RDWR) if event == "open" else event in CHANGES
         if writes and str(arguments[0]).startswith(str(out)):
-            seen.written.add(Path(arguments[0]).name)
+            written.add(Path(arguments[0]).name)
 
-    dist.all_reduce, SetOptimizer.step = counted, watched  # type: ignore[assignment] # this process ends with the test
+    dist.all_reduce, SetOptimizer.step = all_reduce, watched  # type: ignore[method-assign] # in this process alone
     sys.addaudithook(audited)
-    found = cddlib.distill(config, buffer, out, device="cpu")
-    return seen._replace(images=tensor_digest(found.images))
+    note(cddlib.distill(config, buffer, out, device="cpu"))
+    return steps, written
 
 
 CHANGES = ("os.chmod", "os.link", "os.mkdir", "os.remove", "os.rename", "os.truncate")
@@ -139,12 +129,6 @@ def moved(run: Path) -> float:
     return difference(run, run, milestone_path(run, 0).name)
 
 
-def metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics, without seconds."""
-    lines = read_metrics(run)
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
 RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
 CASES: dict[str, dict[str, Any]] = {
     "mean": {},
@@ -160,7 +144,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_end_where_one_process_ends(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], repeats: Repeats, case: str
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, note: Note, repeats: Repeats, case: str
 ) -> None:
     """Three segments on two ranks, and on four, one of which has none."""
     config = cddlib.distill_recipe("contra", **{**quick, "segments": 3, "validation_runs": 2, **CASES[case]})
@@ -168,16 +152,12 @@ def test_ranks_end_where_one_process_ends(
     alone = metrics(tmp_path / "1")
     for count in (2, 4) if case == "mean" else repeats((2,), (2, 4)):
         out = tmp_path / str(count)
-        first, *others = together(count, distil, config, buffer.folder, out)
-        for other in others:
-            assert (other.images, other.iterates, other.reduced) == (first.images, first.iterates, first.reduced)
-            assert not other.written
-        written = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "synthetic.safetensors")
-        assert {*written} < first.written
+        (steps, written), *others = together(count, distil, config, buffer.folder, out)
+        assert others == [(steps, set())] * (count - 1)
+        assert {"config.json", "metrics.jsonl", "checkpoint.safetensors", "synthetic.safetensors"} < written
         validated = [bool(line.get("validation_accuracy")) for line in alone]
-        between = [after - before for before, after in zip(first.reduced, first.reduced[1:], strict=False)]
+        between = [after - before for (_, before), (_, after) in itertools.pairwise(steps[:-1])]
         assert between == [1 + validation for validation in validated[1:-1]]
-
         lines = metrics(out)
         assert [line.keys() for line in lines] == [line.keys() for line in alone]
         apart = difference(tmp_path / "1", out)
@@ -188,13 +168,12 @@ def test_ranks_end_where_one_process_ends(
                 assert line.get(name) == wanted.get(name)
             assert line.get("losses", []) == pytest.approx(wanted.get("losses", []), rel=1e-5)
         assert apart < 1e-6 and moved(out) > 1e-3
-        row = {"ranks": count, "rule": case, "largest_relative_difference": apart}
-        notes.setdefault("agreement", []).append(row)
+        note("agreement", ranks=count, rule=case, largest_relative_difference=apart)
 
 
 @pytest.mark.parametrize(("activation", "iterations"), [("sigmoid", 5), ("relu", 3)])
 def test_the_digits_recipe_with_eight_segments(
-    tmp_path: Path, notes: dict[str, Any], repeats: Repeats, activation: str, iterations: int
+    tmp_path: Path, note: Note, repeats: Repeats, activation: str, iterations: int
 ) -> None:
     """The same set within the rounding of sums. With ReLU, as near as one process that adds in another order."""
     iterations = repeats(iterations, 60)
@@ -216,7 +195,7 @@ def test_the_digits_recipe_with_eight_segments(
         apart = difference(tmp_path / "alone", out)
         assert apart < (1e-5 if activation == "sigmoid" else 0.1)
         rule = f"mean, {activation}, {iterations} iterations" + (", segments added backwards" if count == 1 else "")
-        notes.setdefault("agreement", []).append({"ranks": count, "rule": rule, "largest_relative_difference": apart})
+        note("agreement", ranks=count, rule=rule, largest_relative_difference=apart)
 
 
 def distil_backwards(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
@@ -277,7 +256,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
     assert [error.number for error in stopped] == [signal.SIGTERM] * 2
     shutil.copytree(tmp_path / "parts", tmp_path / "more")
     seen = together(2, distil, config, buffer.folder, tmp_path / "parts")
-    assert [len(rank.iterates) for rank in seen] == [2, 2]
+    assert [len(steps) for steps, _ in seen] == [2 + 1, 2 + 1]
     whole, parts = (tmp_path / name / "synthetic.safetensors" for name in ("whole", "parts"))
     assert parts.read_bytes() == whole.read_bytes()
     together(3, distil, config, buffer.folder, tmp_path / "more")
@@ -317,9 +296,7 @@ def distil_apart(config: cddlib.DistillConfig, buffer: Path, out: Path) -> None:
     cddlib.distill(config, buffer, out.with_name(f"{out.name}-{dist.get_rank()}"), device="cpu")
 
 
-def test_commands_that_are_not_divided_are_refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_that_are_not_divided_are_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(cli, "Ranks", lambda: types.SimpleNamespace(rank=0, count=2))
     assert cli.main(["compare", "--buffer", "b", "--out", "o"]) == 1
     assert capsys.readouterr().err == (
@@ -385,14 +362,14 @@ def lines(run: Path) -> int:
 LONG = {"iterations": 60, "segments": 4, "checkpoint_every": 3, "validate_every": 25}
 
 
-def arguments(config: dict[str, Any], buffer: Path, out: Path) -> list[Any]:
-    """A distillation as a command line."""
-    options = [[f"--{name.replace('_', '-')}", value] for name, value in config.items()]
-    return ["distill", *(word for option in options for word in option), "--buffer", buffer, "--out", out]
+def arguments(command: str, **options: Any) -> list[Any]:
+    """A command line."""
+    pairs = [[f"--{name.replace('_', '-')}", value] for name, value in options.items()]
+    return [command, *itertools.chain(*pairs)]
 
 
 def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any], repeats: Repeats
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, note: Note, repeats: Repeats
 ) -> None:
     """Again and again, at a random moment, a random one of two."""
     kills = repeats(1, 10)
@@ -401,7 +378,7 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
     out, rng = tmp_path / "killed", generator("kill a rank")
     options = f"--standalone --nproc-per-node 2 --max-restarts {max(3, kills)}"
     log, seen = tmp_path / "log", set[psutil.Process]()
-    with torchrun(options, arguments(config, buffer.folder, out), log) as agent:
+    with torchrun(options, arguments("distill", **config, buffer=buffer.folder, out=out), log) as agent:
         for kill in range(kills):
             until(lambda: lines(out) > 40 * kill // kills and len({*workers(agent)} - seen) == 2, agent, log)  # noqa: B023
             time.sleep(0.2 * float(torch.rand((), generator=rng)))
@@ -410,11 +387,11 @@ def test_killed_ranks_are_started_again_and_end_with_the_same_bytes(
         assert agent.wait(180) == 0, log.read_text()
     assert "iteration" in log.read_text()
     assert_same(out, tmp_path / "whole")
-    notes.setdefault("kills", []).append({"work": "distill, 2 processes", "kills": kills, "identical": True})
+    note("kills", work="distill, 2 processes", kills=kills, identical=True)
 
 
 def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
-    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, notes: dict[str, Any]
+    buffer: Buffer, quick: dict[str, Any], tmp_path: Path, note: Note
 ) -> None:
     """Two agents with a rank each; one is killed whole, and the other one goes on alone."""
     config = {**quick, **LONG}
@@ -424,7 +401,7 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     options = f"--nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint localhost:{port}"
     options += " --rdzv-id test --rdzv-conf last_call_timeout=5,keep_alive_interval=1,keep_alive_max_attempt=8"
     out = tmp_path / "elastic"
-    shared = options, arguments(config, buffer.folder, out)
+    shared = options, arguments("distill", **config, buffer=buffer.folder, out=out)
     unshared = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # as the book says
     log = tmp_path / "staying"
     with torchrun(*shared, log, **unshared) as staying:
@@ -440,10 +417,8 @@ def test_a_machine_that_is_lost_leaves_the_work_to_the_other(
     assert [line["matched"] for line in found[1:]] == [line["matched"] for line in wanted[1:]]
     apart = difference(tmp_path / "1", out)
     assert apart < 1e-4 and moved(out) > 1e-3
-    notes.setdefault("agreement", []).append(
-        {"ranks": "2, then 1", "rule": "mean", "largest_relative_difference": apart}
-    )
-    notes.setdefault("kills", []).append({"work": "distill, one of 2 machines", "kills": 1, "identical": False})
+    note("agreement", ranks="2, then 1", rule="mean", largest_relative_difference=apart)
+    note("kills", work="distill, one of 2 machines", kills=1, identical=False)
 
 
 def listens(port: int) -> bool:
@@ -453,15 +428,14 @@ def listens(port: int) -> bool:
     return False
 
 
-def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, notes: dict[str, Any]) -> None:
+def test_a_killed_rank_of_a_buffer_ends_with_the_same_bytes(tmp_path: Path, note: Note) -> None:
     config = {"width": 4, "epochs": 12, "experts": 3}
     cddlib.train_buffer(cddlib.buffer_recipe("digits", **config), tmp_path / "1", device="cpu")
     out = tmp_path / "buffer"
-    options = [word for name, value in config.items() for word in (f"--{name}", value)]
-    log = tmp_path / "log"
-    with torchrun("--standalone --nproc-per-node 2 --max-restarts 1", ["buffer", *options, "--out", out], log) as agent:
+    log, line = tmp_path / "log", arguments("buffer", **config, out=out)
+    with torchrun("--standalone --nproc-per-node 2 --max-restarts 1", line, log) as agent:
         until(lambda: any(out.glob("expert-*")), agent, log)
         workers(agent)[1].kill()
         assert agent.wait(180) == 0, log.read_text()
     assert_same(out, tmp_path / "1")
-    notes.setdefault("kills", []).append({"work": "buffer, 2 processes", "kills": 1, "identical": True})
+    note("kills", work="buffer, 2 processes", kills=1, identical=True)

@@ -123,15 +123,12 @@ def test_a_header_that_does_not_fit_is_named(tmp_path: Path) -> None:
         assert str(refused.value) == f"{path} is damaged: its tensors do not have the digests that its header names."
 
 
-def test_damage_to_any_byte_and_other_lengths_are_noticed(written: Path) -> None:
+def test_other_lengths_are_noticed(written: Path) -> None:
+    """And damage to any bit, as `tests/reliability/test_fuzz.py` finds."""
     whole = written.read_bytes()
     for content in (b"", b"garbage" * 99, whole[:-1], whole + b"x"):
         written.write_bytes(content)
         with pytest.raises(UserError, match=rf"{written} is truncated or not a safetensors file \("):
-            files.read_tensors(written, "thing")
-    for position in range(len(whole)):
-        written.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 8]) + whole[position + 1 :])
-        with pytest.raises(UserError, match=str(written)):
             files.read_tensors(written, "thing")
 
 

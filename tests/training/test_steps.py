@@ -115,14 +115,8 @@ def test_steps_are_those_of_automatic_differentiation(
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 
-UNUSUAL = [
-    NetworkConfig(depth=2, width=4, norm=norm, activation=activation, pooling=pooling)
-    for norm, activation, pooling in (
-        ("group", "relu", "avg"),
-        ("instance", "leakyrelu", "avg"),
-        ("instance", "relu", "max"),
-    )
-]
+CHANGES: list[dict[str, Any]] = [{"norm": "group"}, {"activation": "leakyrelu"}, {"pooling": "max"}]
+UNUSUAL = [NetworkConfig(depth=2, width=4, **changes) for changes in CHANGES]
 
 
 def test_only_the_standard_convnet_is_written_out() -> None:
@@ -303,32 +297,24 @@ def test_who_asks_for_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch
     assert names == ["_loss_and_gradient", "run"], "what compiles on a GPU asks for no C++ compiler"
 
 
-COMPILED = """
-import torch, cddlib
-from cddlib.networks.convnet import NetworkConfig
-from cddlib.networks.zoo import build_network
-from cddlib.training.convnet_step import ConvNetStep
-torch.set_num_threads(1)
-rng = cddlib.generator("compiled")
-network = build_network(NetworkConfig(depth=1, width=4), (1, 8, 8), 3)
-theta, direction = (torch.stack([network.init(rng) for _ in range(2)]) for _ in range(2))
-inputs, targets = torch.randn(2, 3, 1, 8, 8, generator=rng), torch.rand(2, 3, 3, generator=rng)
-results = []
-compiled = ConvNetStep(network, "float32", True)
-for step in (compiled, compiled, ConvNetStep(network, "float32", False)):
-    gradient, residuals = step.forward(theta, inputs, targets)
-    results.append([gradient, *step.gradient(theta, inputs, targets), *step.vjp(residuals, direction)])
-for twice, once, plain in zip(*results):
-    assert torch.equal(twice, once)
-    torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)
-"""
+def check_compiled() -> None:
+    """Steps of two networks side by side give the same numbers compiled."""
+    torch.set_num_threads(1)
+    network, *first = problem((1, 8, 8), NetworkConfig(depth=1, width=4), 3)
+    pairs = zip(first, problem((1, 8, 8), NetworkConfig(depth=1, width=4), 3, seed=1)[1:], strict=True)
+    arguments = [torch.stack(pair).float() for pair in pairs]
+    compiled = ConvNetStep(network, "float32", True)
+    steps = (compiled, compiled, ConvNetStep(network, "float32", False))
+    for twice, once, plain in zip(*(all_results(step, *arguments) for step in steps), strict=True):
+        assert torch.equal(twice, once)
+        torch.testing.assert_close(once, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
     """In a process where types are not checked; else the checks would be compiled too."""
     inherited = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    environment = {**inherited, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILED]
+    environment = {**inherited, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", "import test_steps; test_steps.check_compiled()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for what in ("training steps", "a student's steps", "their derivatives"):

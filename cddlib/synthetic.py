@@ -17,7 +17,7 @@ from torch import Tensor
 from cddlib.data.dataset import Dataset, Images, indices_by_class
 from cddlib.data.preprocessing import Preprocessing, Whitening, preprocessing_from
 from cddlib.experts.buffer import PREPROCESSING, Buffer
-from cddlib.runtime.errors import UserError, require
+from cddlib.runtime.errors import UserError, as_user_error, require
 from cddlib.runtime.files import check_classes, read_tensors, tensor_digest, write_tensors
 from cddlib.runtime.random import generator
 from cddlib.training.epoch import fetch_real, predict
@@ -146,14 +146,12 @@ class SyntheticSet:
             fitted = read_tensors(beside, "preprocessing")[0]
             if "eigenvectors" not in fitted or tensor_digest(fitted["eigenvectors"]) != header["whitening"]:
                 raise UserError(f"{beside} does not hold the whitening of {path.name}.")
-        try:
+        with as_user_error(path, "a synthetic set"):
             _check_tensors(tensors, len(classes), header["subsets"])
             _, channels, height, width = tensors["images"].shape
             preprocessing = preprocessing_from(fitted, (channels, height, width))
             variables: dict[str, Any] = {"label_logits": None, **tensors}
             return SyntheticSet(**variables, preprocessing=preprocessing, classes=classes, subsets=header["subsets"])
-        except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(f"{path} is not a synthetic set ({error}).") from None
 
 
 def _check_tensors(tensors: dict[str, Tensor], classes: int, subsets: Any) -> None:

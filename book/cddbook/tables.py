@@ -34,11 +34,8 @@ def mean_sd(values: Sequence[float] | pd.Series, *, scale: float = 1.0, digits: 
 
 
 def methods_table() -> str:
-    """Every method: its idea, its loss, and what its configuration sets that its base's does not."""
-    return markdown(
-        {"method": f"`{m.name}`<br>{m.paper}", "idea": m.idea, "loss": m.loss, "sets": _settings(m)}
-        for m in METHODS.values()
-    )
+    """What the configuration of every method sets that its base's does not."""
+    return markdown({"method": f"`{m.name}`", "sets": _settings(m)} for m in METHODS.values())
 
 
 def _settings(method: Method) -> str:

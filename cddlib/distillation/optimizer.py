@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cddlib.distillation.consolidation import ConsolidateConfig, Consolidation
-from cddlib.runtime.errors import UserError, require
+from cddlib.runtime.errors import require
 from cddlib.synthetic import SyntheticSet
 
 
@@ -34,8 +34,7 @@ class OptimizerConfig:
         for variable in ("images", "labels", "step_size"):
             require(0, below=math.inf, **{f"lr_{variable}": getattr(self, f"lr_{variable}")})
             require(0, below=1, **{f"momentum_{variable}": getattr(self, f"momentum_{variable}")})
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema is {self.ema}; it must lie between 0 and 1.")
+        require(above=0, below=1, ema=self.ema)
 
     def rates(self, synthetic: SyntheticSet, kind: str = "lr") -> list[float]:
         """The learning rate, or the `momentum`, of each of the set's variables, in the order of `variable_tensors`."""

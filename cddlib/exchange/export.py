@@ -1,4 +1,4 @@
-"""A synthetic set for others: folders of pictures, data loaders, Parquet files for Hugging Face."""
+"""A synthetic set for others: folders of pictures, Parquet files for Hugging Face."""
 
 import io
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
-from torch.utils.data import TensorDataset
 
 from cddlib.runtime.errors import UserError, needing
 from cddlib.runtime.files import whole_folder, write_atomically
@@ -59,18 +58,6 @@ def _folder_names(classes: tuple[str, ...]) -> list[str]:
         return safe
     digits = len(str(len(safe) - 1))
     return [f"{index:0{digits}d}_{name}" for index, name in enumerate(safe)]
-
-
-def as_dataset(synthetic: SyntheticSet, *, pixels: bool = False) -> TensorDataset:
-    """The set for a `torch.utils.data.DataLoader`: pairs of image (c, h, w) and class probabilities (C).
-
-    Args:
-        synthetic: the set, which stays on its device.
-        pixels: images as pixels, 0 black and 1 white and clipped to that, instead of the network's input space in
-            which they were learned.
-    """
-    images = synthetic.pictures() if pixels else synthetic.images
-    return TensorDataset(images.detach(), synthetic.targets().detach())
 
 
 def export_parquet(synthetic: SyntheticSet, path: Path) -> Path:

@@ -49,8 +49,8 @@ def import_buffer(
         device: where the experts are tested.
 
     Raises:
-        UserError: a file is missing, damaged, holds more than lists of tensors, does not fit the network, or two
-            epochs of an expert are the same; `out` is not empty; the data set or the device is missing.
+        UserError: a file is missing, damaged, holds more than lists of tensors, or does not fit the network; `out` is
+            not empty; the data set or the device is missing.
     """
     refuse_filled(out)
     dev = resolve_device(device)
@@ -119,12 +119,6 @@ def _snapshots(trajectory: object, where: str, network: Network) -> list[Tensor]
                 for value, (name, shape) in zip(tensors, network.shapes.items(), strict=True)
             ]
         )
-        for earlier, other in enumerate(snapshots):
-            if torch.equal(other, theta):
-                raise UserError(
-                    f"{where} has the same parameters at epochs {earlier} and {epoch}: they were saved without being "
-                    f"copied, as the published codes do on a CPU, and the expert cannot be recovered."
-                )
         snapshots.append(theta)
     return snapshots
 

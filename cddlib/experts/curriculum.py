@@ -36,8 +36,7 @@ class CurriculumConfig:
     """The fraction of every class that is left out from then on, one for each of `drop_epochs`."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.easiest_fraction <= 1:
-            raise UserError(f"easiest_fraction is {self.easiest_fraction}; it must lie above 0 and not above 1.")
+        require(above=0, most=1, easiest_fraction=self.easiest_fraction)
         require(1, all_from_epoch=self.all_from_epoch)
         if len(self.drop_epochs) != len(self.drop_fractions):
             raise UserError(
@@ -49,8 +48,8 @@ class CurriculumConfig:
                 f"drop_epochs is {self.drop_epochs}; epochs must be ascending, each once, and not before "
                 f"all_from_epoch ({self.all_from_epoch})."
             )
-        if not all(0 <= fraction < 1 for fraction in self.drop_fractions):
-            raise UserError(f"drop_fractions is {self.drop_fractions}; each must be 0 or more and below 1.")
+        for fraction in self.drop_fractions:
+            require(0, below=1, drop_fractions=fraction)
 
     @property
     def ranks_images(self) -> bool:

@@ -59,16 +59,8 @@ class SegmentsConfig:
                 f"subsets is {self.subsets} and window_end_initial is {first_end}; a window is either cut into parts "
                 f"or grows."
             )
-        if not 0 <= start < end:
-            raise UserError(
-                f"the window [{start}, {end}) is empty or starts before epoch 0; window_start must be 0 or more and "
-                f"below window_end."
-            )
-        if first_end is not None and not start < first_end <= end:
-            raise UserError(
-                f"window_end_initial is {first_end}; it must lie above window_start ({start}) and not above "
-                f"window_end ({end})."
-            )
+        require(0, below=end, window_start=start)
+        require(above=start, most=end, window_end_initial=first_end)
         epochs = (first_end or end) - start
         each = f" for each of {self.subsets} subsets" if self.subsets > 1 else ""
         for name, most, where in (("subsets", epochs, ""), ("segments", epochs // self.subsets, each)):

@@ -66,7 +66,7 @@ def as_user_error(source: Path, what: str) -> Iterator[None]:
     """Within, a value of `source` that is missing or of another type ends in a `UserError`: it is not `what`."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise UserError(f"{source} is not {what} ({reason}).") from None
 

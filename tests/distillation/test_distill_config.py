@@ -33,13 +33,12 @@ REFUSED = {
         ("step_size", math.nan),
         ("consolidation_strength", 0.0),
     ],
-    "it must lie between 0 and 1.": [("ema", 1.0)],
-    "it must lie above 0 and not above 1.": [("easiest_fraction", 0.0), ("easiest_fraction", 1.1)],
+    "it must be above 0 and below 1.": [("ema", 1.0), ("ema", 0.0)],
+    "it must be above 0 and at most 1.": [("easiest_fraction", 0.0), ("easiest_fraction", 1.1)],
     "2 subsets need at least 2 images a class.": [("ipc", 1)],
     "epochs must be ascending, each once, and not before all_from_epoch (20).": [
         ("drop_epochs", epochs) for epochs in ((40, 30), (30, 30), (19, 20))
     ],
-    "each must be 0 or more and below 1.": [("drop_fractions", (0.5, 1.0))],
 }
 """Fields and values of a buffer or a distillation, by what is said of them."""
 
@@ -57,6 +56,8 @@ def test_impossible_values_are_refused(recipe, said: str, field: str, value: obj
 def test_values_that_do_not_go_together_are_refused(recipe) -> None:
     with pytest.raises(UserError, match=r"^expert is 1 and concurrent_experts is 2; leave one of them out\.$"):
         recipe(concurrent_experts=2, expert=1)
+    with pytest.raises(UserError, match=r"^drop_fractions is 1\.0; it must be at least 0 and below 1\.$"):
+        cddlib.buffer_recipe("digits", drop_epochs=(25, 30), drop_fractions=(0.5, 1.0))
     with pytest.raises(UserError, match=r"^drop_fractions has 0 values and drop_epochs 1; each epoch needs a fraction"):
         cddlib.buffer_recipe("digits", drop_epochs=(30,))
 

@@ -136,8 +136,7 @@ class ProbeHook:
 
         Returns:
             A value for each segment's end. `epoch`; the lengths `error` ‖ε‖, `matching` ‖δ‖, `initialisation` ‖I‖;
-            `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; `travelled` ‖θ*_t − θ*_0‖; and `identity`, how far ε is
-            from ε_t + I + δ by rounding, relative to it.
+            `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; and `travelled` ‖θ*_t − θ*_0‖.
         """
         config, buffer, synthetic, expert = run.config, run.buffer, run.synthetic, self.probe_expert
         device, targets = synthetic.images.device, synthetic.targets().detach()
@@ -150,7 +149,7 @@ class ProbeHook:
 
         origin = buffer.parameters(expert, 0).to(device)
         student, star = origin, origin
-        error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
+        matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(2))
         rows: list[dict[str, float | int]] = []
         length = config.schedule.expert_epochs
         for end in range(length, buffer.epochs + 1, length):
@@ -158,17 +157,15 @@ class ProbeHook:
             from_expert, from_student = way(star, end), way(student, end)
             matching = from_expert - (following - star)
             initialisation = from_student - from_expert
-            summed = error + initialisation + matching
             student, star = student + from_student, following
-            error = student - star
             matching_sum += matching
             initialisation_sum += initialisation
-            vectors = {"error": error, "matching": matching, "initialisation": initialisation}
+            vectors = {"error": student - star, "matching": matching, "initialisation": initialisation}
             vectors |= {
                 "matching_sum": matching_sum,
                 "initialisation_sum": initialisation_sum,
                 "travelled": star - origin,
             }
             lengths = {name: vector.norm().item() for name, vector in vectors.items()}
-            rows.append({"epoch": end, **lengths, "identity": ((error - summed).norm() / error.norm()).item()})
+            rows.append({"epoch": end, **lengths})
         return {name: [row[name] for row in rows] for name in rows[0]}

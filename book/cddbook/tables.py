@@ -96,19 +96,16 @@ def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Re
         distil: the record of `make gpu`'s distillations.
         evaluated: the record of their tests.
     """
-    measured: dict[tuple[str, int], list[str]] = {}
-    for record in studies.values():
-        config, table = record["config"], comparison(record)
-        tested = [f"{name} {mean_sd(t['test'], scale=100.0)}" for name, t in table.groupby("variant", observed=True)]
-        setting = f"width {config['width']}, N = {config['student_steps']}, {config['iterations']} segments"
-        what = f"{', '.join(tested)} ({setting}, {table['seed'].nunique()} seeds)"
-        measured.setdefault((config["data"], config["ipc"]), []).append(what)
     config, iterations = distil["runs"][0]["config"], [run["iterations"] for run in distil["runs"]]
-    last = gpu_accuracies(evaluated, distil).query("stopped")
-    tested = [f"{k} {mean_sd(t['test'], scale=100.0)}" for k, t in last.groupby("variant", sort=False)]
-    setting = f"width {config['width']}, N = {config['student_steps']}, {min(iterations)} to {max(iterations)} of"
-    what = f"{', '.join(tested)} ({setting} {config['iterations']} iterations, {last['seed'].nunique()} seeds)"
-    measured.setdefault((config["data"], config["ipc"]), []).append(what)
+    length = f"{min(iterations)} to {max(iterations)} of {config['iterations']} iterations"
+    compared = [(r["config"], f"{r['config']['iterations']} segments", comparison(r)) for r in studies.values()]
+    compared.append((config, length, gpu_accuracies(evaluated, distil).query("stopped")))
+    measured: dict[tuple[str, int], list[str]] = {}
+    for config, length, table in compared:
+        variants = table.groupby("variant", sort=False, observed=True)["test"]
+        tested = ", ".join(f"{name} {mean_sd(mine, scale=100.0)}" for name, mine in variants)
+        setting = f"width {config['width']}, N = {config['student_steps']}, {length}, {table['seed'].nunique()} seeds"
+        measured.setdefault((config["data"], config["ipc"]), []).append(f"{tested} ({setting})")
     names = ["random_real", "mtt", "tesla", "ftd", "datm"]
     cells = {data: published(data).pivot(index="ipc", columns="method", values="mean") for data in BENCHMARK}
     cells = {data: found.reindex(index=CELLS[data], columns=names) for data, found in cells.items()}
@@ -144,25 +141,36 @@ def plan_table() -> str:
     return markdown(rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
 
 
+SETTINGS = {
+    "data": "{data}",
+    "ipc": "IPC {ipc}",
+    "experts": "{experts} experts",
+    "epochs": "{epochs} epochs",
+    "images": "{images} images",
+    "width": "width {width}",
+    "student_steps": "N = {student_steps}",
+    "expert_epochs": "M = {expert_epochs}",
+    "window_end": "window [{window_start}, {window_end})",
+}
+"""What `provenance` says of a configuration."""
+
+
 def provenance(records: Mapping[str, Record]) -> str:
-    """Where and by which code records, given by name, were made, and what the runs of a study are; a Markdown list."""
+    """What records, given by name, are of, and where, when and by which code they were made; a Markdown list."""
     lines = []
     for name, record in records.items():
-        study = isinstance(record.get("runs"), dict)
-        results = [run["result"] for run in record["runs"].values()] if study else [record]
-        made = results[0]
-        commits = {str(row.get("commit", made["commit"]))[:7] for row in record.get("rows", results)}
-        torch = f", PyTorch {made['versions']['torch']}" if "versions" in made else ""
-        said = f"{made['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(commits))}"
-        if study:
-            config, minutes = record["config"], math.fsum(result["seconds"] for result in results) / 60
-            window = f"[{config['window_start']}, {config['window_end']})"
-            said = (
-                f"{len(results)} runs, {minutes:.0f} minutes of distillation in all; threads a run: {made['threads']}, "
-                f"{said}; {config['data']}, IPC {config['ipc']}, width {config['width']}, "
-                f"N = {config['student_steps']}, M = {config['expert_epochs']}, window {window}"
-            )
-        lines.append(f"- {name}: {said}.")
+        runs, buffer = record.get("runs", []), record.get("buffer", {})
+        results = [run["result"] for run in runs.values()] if isinstance(runs, dict) else [record.get("result", record)]
+        config: Record = record.get("config", buffer.get("config"))
+        config = config or next((run["config"] for run in runs if "config" in run), {})
+        said, made = [f"{len(runs)} runs"] if runs else [], results[0]
+        said += [words.format(**config) for key, words in SETTINGS.items() if key in config]
+        if buffer:
+            said.append(f"test accuracy {mean_sd([e['test_accuracy'] for e in buffer['experts']], scale=100.0)} %")
+        said.append(f"{math.fsum(result['seconds'] for result in results) / 60:.0f} minutes on {made['device']}")
+        said += [f"threads: {made['threads']}", f"PyTorch {made['versions']['torch']}"]
+        commits = sorted({f"`{row.get('commit', made['commit'])[:7]}`" for row in record.get("rows", results)})
+        lines.append(f"- {name}: {', '.join(said)}, commit {' and '.join(commits)}.")
     return "\n".join(lines)
 
 

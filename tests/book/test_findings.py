@@ -282,7 +282,13 @@ def test_comparisons_in_a_table_and_in_words():
     assert "| sequential | 51.5 ± 1.3 | 0.400 ± 0.000 |" in table and "over 4 distillations" in table
     assert "random real images 25.0 ± 5.1 (24 networks)" in tables.baselines_in_words(record)
     words = tables.provenance({"toy": record})
-    assert words.startswith("- toy: 12 runs, 12 minutes") and "commit `0123456`; digits, IPC 1" in words
+    assert words.startswith(
+        "- toy: 12 runs, digits, IPC 1, width 8, N = 3, M = 2, window [0, 12), 12 minutes on a proc"
+    )
+    assert words.endswith("threads: 1, PyTorch 2, commit `0123456`.")
+    buffer = {"config": {"data": "digits", "epochs": 5}, "experts": [{"test_accuracy": 0.5}]}
+    words = tables.provenance({"b": {"buffer": buffer, "result": next(iter(record["runs"].values()))["result"]}})
+    assert words.startswith("- b: digits, 5 epochs, test accuracy 50.0 %, 1 minutes")
 
 
 def test_the_benchmark_has_every_cell_with_what_was_measured():

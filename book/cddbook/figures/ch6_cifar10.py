@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from cddbook.figures.ch5_concurrent import equal_sentence, equal_table
+from cddbook.figures.ch5_concurrent import equal_table
 from cddbook.findings import STOPPED, Record, gpu_accuracies
 from cddbook.tables import markdown, mean_sd
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
@@ -50,13 +50,11 @@ def stopped_sentence(distil: Record, experts: Record) -> str:
     stopped = sum(not run["finished"] for run in runs)
     reached = [run["iterations"] for run in runs]
     seconds = max(sum(run["seconds"]) for run in runs)
-    config = runs[0]["config"]
     return (
-        f"MTT on {config['data']} with IPC {config['ipc']}, width {config['width']}, N = {config['student_steps']}, "
-        f"M = {config['expert_epochs']}, window [{config['window_start']}, {config['window_end']}). The time limit "
-        f"stopped {stopped} of {len(runs)} runs; after {seconds:.0f} seconds they had {min(reached)} to {max(reached)} "
-        f"iterations. The published cell has {cell.iterations:,} iterations, and {published.experts} experts of "
-        f"{published.epochs} epochs; these runs had {len(own['experts'])} experts of {own['config']['epochs']} epochs."
+        f"The time limit stopped {stopped} of {len(runs)} runs; after {seconds:.0f} seconds they had {min(reached)} to "
+        f"{max(reached)} iterations. The published cell has {cell.iterations:,} iterations, and {published.experts} "
+        f"experts of {published.epochs} epochs; these runs had {len(own['experts'])} experts of "
+        f"{own['config']['epochs']} epochs."
     )
 
 
@@ -75,9 +73,9 @@ def tested(evaluated: Record, distil: Record) -> str:
     better = f"{(table['test'] > real.max()).sum()} of {len(table)} sets"
     said = (
         "Mean ± standard deviation over sets, whose accuracy is the mean over their networks; for random real images "
-        f"over networks. {better} have a higher accuracy than any network on random real images has. "
+        f"over networks. {better} have a higher accuracy than any network on random real images has."
     )
-    return "\n\n".join([markdown(rows), equal_table(table, "test"), said + equal_sentence(table, "test")])
+    return "\n\n".join([markdown(rows), equal_table(table, "test"), said])
 
 
 def _range(values: pd.Series) -> str:

@@ -5,6 +5,7 @@ import html
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -14,7 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PERCENT = PercentFormatter(1.0, decimals=0)
 
 
@@ -37,6 +37,19 @@ def lines(
     if "accuracy" in y:
         grid.axes[0, 0].yaxis.set_major_formatter(PERCENT)
     return grid.figure
+
+
+def bars(table: pd.DataFrame, xlabel: str, **look: Any) -> Figure:
+    """Horizontal bars, a row for each of the table's, a colour for each of its columns; `look` is of `plot.barh`."""
+    figure, axis = plt.subplots(figsize=(6.4, 0.8 + (0.6 if not look.get("stacked") else 0.36) * len(table)))
+    table.plot.barh(ax=axis, width=0.8, legend=False, **look)
+    axis.autoscale(axis="y")
+    axis.margins(y=0.01)
+    axis.invert_yaxis()
+    axis.set(xlabel=xlabel, ylabel="")
+    if len(table.columns) > 1:
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
+    return figure
 
 
 def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:

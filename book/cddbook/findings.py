@@ -73,12 +73,12 @@ class Correlations:
         """P-values of "the changes' correlation has not the `sign`" (permutation test, Holm); 1 on the diagonal."""
         ranks = correlation.changes(self.losses["matched"]).swapaxes(0, 1)
         pairs = [(of[..., i], -sign * of[..., j]) for i, of in enumerate(ranks) for j in range(len(ranks)) if i != j]
-        return correlation.holm_matrix([correlation.permutation_test(*pair) for pair in pairs])
+        return correlation.holm([correlation.permutation_test(*pair) for pair in pairs])
 
     def p_values_of_losses(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the losses' correlation does not have the `sign`" (t test, Holm); 1 on the diagonal."""
         pairs = -sign * correlation.off_diagonal(self.pearson())
-        return correlation.holm_matrix(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
+        return correlation.holm(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
 
 
 def correlations(record: Record) -> Correlations:

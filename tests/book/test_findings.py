@@ -269,11 +269,13 @@ def test_heat_maps_are_centred_and_starred():
     assert not any("*" in text.get_text() for text in figure.axes[1].texts)
 
 
-def test_sign_agreement_in_words():
-    found = findings.correlations(correlation_record())
-    words = ch3_correlation.sign_agreement(found, {"images": 0.1})
-    assert "on the first images prediction and measurement agree in sign for 100%" in words
-    assert "67% of the steps raise the other segment's loss" in words
+def test_sign_agreement_and_what_is_drawn_of_it():
+    found = ch3_correlation.transfers(findings.correlations(correlation_record()), {"images": 0.1})
+    table = ch3_correlation.sign_agreement(found).splitlines()
+    assert table[2:] == ["| on the first images | 100% | 0% |", "| on the last images | 100% | 67% |"]
+    drawn = [axis.collections[0].get_offsets() for axis in ch3_correlation.transfer_prediction(found).axes]
+    for points in drawn:
+        assert len(points) == 27 and np.allclose(points[:, 0], points[:, 1])
 
 
 def test_comparisons_in_a_table_and_in_words():

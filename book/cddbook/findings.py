@@ -86,19 +86,13 @@ def correlations(record: Record) -> Correlations:
     starts, runs = tuple(record["config"]["probe_starts"]), record["runs"]
     folders = sorted({name.split("/")[0] for name in runs}, key=lambda name: int(name.split("-")[1]))
 
-    def probed(name: str) -> list[list[float]]:
-        losses = [losses for _, losses in runs[name]["metrics"]["probe_losses"]]
-        return losses[min(SETTLED, len(losses) - 3) :]  # correlations of changes need two of them
+    def measured(name: str, metric: str) -> list[list[Any]]:
+        return [[value for _, value in runs[f"{folder}/{name}"]["metrics"][metric]] for folder in folders]
 
     rows = {"matched": [f"matched-{start:02d}" for start in starts]} | {kind: [kind] * len(starts) for kind in CONTROLS}
-    similarity = {
-        kind: [[value for _, value in runs[f"{folder}/{kind}"]["metrics"]["gradient_similarity"]] for folder in folders]
-        for kind in CONTROLS
-    }
-    losses = {
-        kind: np.array([[probed(f"{folder}/{name}") for name in names] for folder in folders])
-        for kind, names in rows.items()
-    }
+    losses = {kind: np.stack([measured(name, "probe_losses") for name in names], 1) for kind, names in rows.items()}
+    losses = {kind: found[:, :, min(SETTLED, found.shape[2] - 3) :] for kind, found in losses.items()}  # two changes
+    similarity = {kind: measured(kind, "gradient_similarity") for kind in CONTROLS}
     return Correlations(ipc=record["config"]["ipc"], starts=starts, losses=losses, similarity=similarity)
 
 

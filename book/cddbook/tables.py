@@ -1,5 +1,6 @@
 """The book's tables in Markdown: methods, and what records say. Most are made while the book is built."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ def published_tables() -> str:
     return "\n\n".join(blocks)
 
 
+BASELINES = {"random_real": "random real images", "full": "all training images"}
+"""What the protocol of a test trains networks on beside the synthetic set."""
 BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
 """The paper's data sets."""
 
@@ -141,18 +144,9 @@ def plan_table() -> str:
     return markdown(rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
 
 
-SETTINGS = {
-    "data": "{data}",
-    "ipc": "IPC {ipc}",
-    "experts": "{experts} experts",
-    "epochs": "{epochs} epochs",
-    "images": "{images} images",
-    "width": "width {width}",
-    "student_steps": "N = {student_steps}",
-    "expert_epochs": "M = {expert_epochs}",
-    "window_end": "window [{window_start}, {window_end})",
-}
-"""What `provenance` says of a configuration."""
+SETTINGS = ["{data}", "IPC {ipc}", "{experts} experts", "{epochs} epochs", "{images} images", "width {width}"]
+SETTINGS += ["N = {student_steps}", "M = {expert_epochs}", "window [{window_start}, {window_end})"]
+"""What `provenance` says of a configuration that has these fields."""
 
 
 def provenance(records: Mapping[str, Record]) -> str:
@@ -164,7 +158,9 @@ def provenance(records: Mapping[str, Record]) -> str:
         config: Record = record.get("config", buffer.get("config"))
         config = config or next((run["config"] for run in runs if "config" in run), {})
         said, made = [f"{len(runs)} runs"] if runs else [], results[0]
-        said += [words.format(**config) for key, words in SETTINGS.items() if key in config]
+        for words in SETTINGS:
+            with contextlib.suppress(KeyError):
+                said.append(words.format_map(config))
         if buffer:
             said.append(f"test accuracy {mean_sd([e['test_accuracy'] for e in buffer['experts']], scale=100.0)} %")
         said.append(f"{math.fsum(result['seconds'] for result in results) / 60:.0f} minutes on {made['device']}")
@@ -195,8 +191,8 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
     return markdown(rows)
 
 
-def comparison_table(table: pd.DataFrame) -> str:
-    """Markdown of `findings.comparison`: a row a variant, mean ± standard deviation over seeds."""
+def comparison_table(record: Record) -> str:
+    """Markdown of `findings.comparison`: a row a variant, mean ± standard deviation over seeds; and the baselines."""
     columns = {
         "test": ("test accuracy, %", 100.0, 1),
         "error": ("ε / way", 1.0, 3),
@@ -206,11 +202,17 @@ def comparison_table(table: pd.DataFrame) -> str:
         "wall": ("matching, s", 1.0, 1),
         "memory": ("memory, MB", 1.0, 0),
     }
+    table = comparison(record)
     rows = [
         {"variant": variant}
         | {title: mean_sd(mine[key], scale=scale, digits=digits) for key, (title, scale, digits) in columns.items()}
         for variant, mine in table.groupby("variant", sort=False, observed=True)
     ]
+    for kind, name in BASELINES.items():
+        accuracies = [a for run in record["runs"].values() for entry in run["evaluations"] for a in entry[kind]]
+        if accuracies:
+            name = f"{name} ({len(accuracies)} networks)"
+            rows.append({"variant": name, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
     note = (
         f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Memory is the peak "
         "of the process, with data and validation: a run's own only if it had a process of its own, as in the records, "
@@ -227,13 +229,3 @@ def rates_table(records: Mapping[int, Record]) -> str:
             row = {"K": k, "setting": setting.replace(",", ", "), "seeds": len(accuracies)}
             rows.append({**row, "validation accuracy, %": mean_sd(accuracies, scale=100.0)})
     return markdown(rows)
-
-
-def baselines_in_words(record: Record) -> str:
-    """Test accuracy of networks trained on random real images and on all training images, under the same protocol."""
-    tests = [entry.get("accuracies", entry) for run in record["runs"].values() for entry in run["evaluations"]]
-    parts = []
-    for key, name in (("random_real", "random real images"), ("full", "all training images for as many steps")):
-        accuracies = [accuracy for entry in tests for accuracy in entry[key]]
-        parts.append(f"{name} {mean_sd(accuracies, scale=100.0)} ({len(accuracies)} networks)")
-    return "Test accuracy in percent under the same protocol: " + "; ".join(parts) + "."

@@ -64,16 +64,15 @@ def transfer_prediction(table: pd.DataFrame) -> Figure:
     """Measured `transfers` against the first-order prediction, a dot a pair, at the start and the end."""
     figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.6))
     for axis, (title, mine) in zip(axes, table.groupby("images", sort=False), strict=True):
-        sns.scatterplot(
-            mine, x="predicted", y="measured", hue="of", style="of", alpha=0.6, ax=axis, legend=axis is axes[0]
-        )
+        look = {"hue": "of", "style": "of", "alpha": 0.6, "legend": axis is axes[0]}
+        sns.scatterplot(mine, x="predicted", y="measured", ax=axis, **look)
         axis.axline((0, 0), slope=1, color="0.4", linestyle=":")
         axis.set(xlabel="predicted from gradients", ylabel="loss taken off by a real step", title=title)
     return figure
 
 
 def sign_agreement(table: pd.DataFrame) -> str:
-    """How often a gradient's sign tells what a real step on another segment does, and how often that hurts; Markdown."""
+    """How often a gradient's sign tells what a real step on another segment does, and how often it hurts; Markdown."""
     table = table[table["of"] == "another segment"]
     agree = np.sign(table["predicted"]) == np.sign(table["measured"])
     names = {"prediction and measurement agree in sign": agree, "the step raises the other loss": table["measured"] < 0}

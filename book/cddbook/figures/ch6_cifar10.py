@@ -6,24 +6,27 @@ import pandas as pd
 
 from cddbook.figures.ch5_concurrent import equal_table
 from cddbook.findings import STOPPED, Record, gpu_accuracies
-from cddbook.tables import markdown, mean_sd
+from cddbook.tables import BASELINES, markdown, mean_sd
 from cddlib.methods.recipes import buffer_recipe, distill_recipe
 
 
 def networks(records: Mapping[str, Record]) -> pd.DataFrame:
     """Test accuracies of single networks: a row each, on the sets of these runs and on the images they compare with."""
-    names = {"random_real": "random real images", "full": "all training images"}
     tests = [(name, record["evaluations"][0]["accuracies"]) for name, record in records.items()]
-    rows = [(names.get(kind, name), a) for name, found in tests for kind, values in found.items() for a in values]
+    rows = [(BASELINES.get(kind, name), a) for name, found in tests for kind, values in found.items() for a in values]
     return pd.DataFrame(rows, columns=["variant", "test"]).sort_values("variant")
 
 
-def run_table(records: Mapping[str, Record]) -> pd.DataFrame:
-    """What distillation runs cost and reached, a column each, from their records."""
+def run_table(records: Mapping[str, Record]) -> str:
+    """What distillation runs cost, and how accurate `networks` are; Markdown."""
     names = {"seconds_per_iteration": "seconds an iteration (median)", "seconds": "seconds of the whole run"}
     names |= {"peak_memory_mb": "peak memory of the process, MB", "selected_iteration": "selected iteration"}
-    results = pd.DataFrame({name: record["result"] for name, record in records.items()})
-    return results.loc[list(names)].rename(names).map("{:.1f}".format)
+    results = pd.DataFrame({name: record["result"] for name, record in records.items()}).T[list(names)]
+    tested = (
+        networks(records).groupby("variant")["test"].agg(lambda a: f"{mean_sd(a, scale=100.0)} ({len(a)} networks)")
+    )
+    costs = results.rename(columns=names).map("{:.1f}".format)
+    return markdown(pd.concat([costs, tested.rename("test accuracy, %")], axis=1).reset_index(names="set"))
 
 
 def runs_table(distil: Record) -> str:

@@ -20,6 +20,7 @@ PERCENT = PercentFormatter(1.0, decimals=0)
 
 def use_style() -> None:
     """Colour-blind palette, white background, text that stays readable at 640 pixels."""
+    plt.switch_backend(plt.get_backend())  # Jupyter's shows figures once loaded, unless `rc_context` ends that at once
     sns.set_theme(style="whitegrid", palette="colorblind", font_scale=1.0)
     plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
 

@@ -125,11 +125,6 @@ class ComparedRun(NamedTuple):
         first = max(0, min(skip, len(losses) - 2))
         return losses[first:], visits[first:]
 
-    @property
-    def last_error(self) -> dict[str, np.ndarray]:
-        """The accumulated error of the last iterate, at every segment's end."""
-        return {key: np.asarray(values) for key, values in self.metrics["accumulated_error"][-1][1].items()}
-
 
 def runs_of(record: Record) -> list[ComparedRun]:
     """The runs of a comparison's record."""
@@ -151,18 +146,19 @@ def comparison(record: Record) -> pd.DataFrame:
     rows = []
     for run in runs_of(record):
         losses, visits = run.probes()
-        between, error = continual.changes_between_visits(losses, visits), run.last_error
-        tests = [accuracy for entry in run.evaluations for accuracy in entry["synthetic"]]
+        between = pd.Series(continual.changes_between_visits(losses, visits))
+        tests = pd.Series([accuracy for entry in run.evaluations for accuracy in entry["synthetic"]], dtype=float)
+        (*_, (_, error)) = run.metrics["accumulated_error"]
         rows.append(
             {
                 "variant": run.variant,
                 "seed": run.seed,
-                "test": np.mean(tests) if tests else math.nan,
+                "test": tests.mean(),
                 "error": error["error"][-1] / error["travelled"][-1],
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
-                "between": between.mean() if len(between) else math.nan,
-                "events": (between > 0).mean() if len(between) else math.nan,
+                "between": between.mean(),
+                "events": (between > 0).mean(),
                 "wall": sum(run.metrics["seconds"]),
                 "memory": run.result["peak_memory_mb"],
             }

@@ -84,8 +84,8 @@ def error_along(record: Record) -> Figure:
     """Accumulated error along the trajectory, and the sums of its two parts; mean ± sd over seeds, last iterate."""
     keys = {"error": "ε, accumulated", "matching_sum": "Σδ, matching", "initialisation_sum": "ΣI, initialisation"}
     x, y = "expert epoch", "length / way of the expert"
-    ends = [pd.DataFrame(run.last_error).assign(variant=run.variant) for run in runs_of(record)]
-    table = pd.concat(ends, ignore_index=True)
+    last = [(run.variant, run.metrics["accumulated_error"][-1][1]) for run in runs_of(record)]
+    table = pd.concat([pd.DataFrame(error).assign(variant=variant) for variant, error in last], ignore_index=True)
     parts = table[list(keys)].rename(columns=keys).div(table["travelled"], axis=0)
     parts[[x, "variant"]] = table[["epoch", "variant"]]
     figure = lines(parts.melt([x, "variant"], value_name=y), x, y, panel="variable")

@@ -7,7 +7,6 @@ import pandas as pd
 from cddbook.figures.ch5_concurrent import equal_table
 from cddbook.findings import STOPPED, Record, gpu_accuracies
 from cddbook.tables import BASELINES, markdown, mean_sd
-from cddlib.methods.recipes import buffer_recipe, distill_recipe
 
 
 def networks(records: Mapping[str, Record]) -> pd.DataFrame:
@@ -22,11 +21,10 @@ def run_table(records: Mapping[str, Record]) -> str:
     names = {"seconds_per_iteration": "seconds an iteration (median)", "seconds": "seconds of the whole run"}
     names |= {"peak_memory_mb": "peak memory of the process, MB", "selected_iteration": "selected iteration"}
     results = pd.DataFrame({name: record["result"] for name, record in records.items()}).T[list(names)]
-    tested = (
-        networks(records).groupby("variant")["test"].agg(lambda a: f"{mean_sd(a, scale=100.0)} ({len(a)} networks)")
-    )
-    costs = results.rename(columns=names).map("{:.1f}".format)
-    return markdown(pd.concat([costs, tested.rename("test accuracy, %")], axis=1).reset_index(names="set"))
+    found = networks(records).groupby("variant")["test"]
+    tested = found.agg(lambda mine: f"{mean_sd(mine, scale=100.0)} ({len(mine)} networks)").rename("test accuracy, %")
+    table = results.rename(columns=names).map("{:.1f}".format)
+    return markdown(pd.concat([table, tested], axis=1).reset_index(names="set"))
 
 
 def runs_table(distil: Record) -> str:
@@ -44,21 +42,6 @@ def runs_table(distil: Record) -> str:
         for run in sorted(distil["runs"], key=lambda run: (run["segments"], run["seed"]))
     ]
     return markdown(rows)
-
-
-def stopped_sentence(distil: Record, experts: Record) -> str:
-    """How far the runs are from the published cell."""
-    runs, own = distil["runs"], experts["buffer"]
-    cell, published = distill_recipe("mtt", "cifar10", ipc=1).schedule, buffer_recipe("cifar10", "mtt")
-    stopped = sum(not run["finished"] for run in runs)
-    reached = [run["iterations"] for run in runs]
-    seconds = max(sum(run["seconds"]) for run in runs)
-    return (
-        f"The time limit stopped {stopped} of {len(runs)} runs; after {seconds:.0f} seconds they had {min(reached)} to "
-        f"{max(reached)} iterations. The published cell has {cell.iterations:,} iterations, and {published.experts} "
-        f"experts of {published.epochs} epochs; these runs had {len(own['experts'])} experts of "
-        f"{own['config']['epochs']} epochs."
-    )
 
 
 def tested(evaluated: Record, distil: Record) -> str:

@@ -96,14 +96,11 @@ def _curves(record: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def efficiencies(record: Mapping[str, Any]) -> Figure:
-    """The model's efficiency on many devices."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2))
-    sns.lineplot(_curves(record), x="devices", y="efficiency", hue="curve", style="scaling", marker="o")
-    axis.set_xscale("log", base=2)
-    axis.set(ylabel="efficiency, by the model", ylim=(0, 1.05))
-    axis.xaxis.set_major_formatter("{x:.0f}")
-    axis.yaxis.set_major_formatter(style.PERCENT)
-    axis.legend(fontsize=8)
+    """The model's efficiency on many devices, a panel for each way of giving them work."""
+    figure = style.lines(_curves(record), "devices", "efficiency", hue="curve", panel="scaling")
+    for axis in figure.axes:
+        axis.set_xscale("log", base=2)
+        axis.set(ylim=(0, 1.05))
     return figure
 
 

@@ -35,7 +35,7 @@ def lines(
         columns = {"x": x, "y": y, "hue": hue, "style": hue, "col": panel, "palette": palette}
         grid = sns.relplot(table, kind="line", errorbar="sd", facet_kws={"sharex": False}, **columns, **look)
     grid.set_titles("{col_name}")
-    if "accuracy" in y:
+    if "accuracy" in y or y == "efficiency":
         grid.axes[0, 0].yaxis.set_major_formatter(PERCENT)
     return grid.figure
 

@@ -111,11 +111,6 @@ class ComparedRun(NamedTuple):
         """Segments that an iteration matches."""
         return int(self.config["segments"] + self.config["replay"])
 
-    @property
-    def measured(self) -> list[int]:
-        """The iterations after which the probes were measured."""
-        return [iteration for iteration, _ in self.metrics["probe_losses"]]
-
     def probes(
         self, measured: Collection[int] | None = None, skip: int = SETTLED
     ) -> tuple[continual.Scores, continual.Visits]:
@@ -217,12 +212,12 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
 
     All of them count the measurements at the same prices only: more of them find more forgetting.
     """
-    runs, found = [run for run in runs_of(record) if run.variant in variants], {}
+    found = {}
     for price in ("matched", "iteration"):
-        costs = [run.cost if price == "matched" else 1 for run in runs]
-        places = [{time * cost for time in run.measured} for run, cost in zip(runs, costs, strict=True)]
-        common, rows = set.intersection(*places), []
-        for run, cost in zip(runs, costs, strict=True):
+        runs = [(r, r.cost if price == "matched" else 1) for r in runs_of(record) if r.variant in variants]
+        common = set.intersection(*({time * cost for time, _ in run.metrics["probe_losses"]} for run, cost in runs))
+        rows = []
+        for run, cost in runs:
             losses, visits = run.probes({place // cost for place in common})
             row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
             rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})

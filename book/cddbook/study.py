@@ -133,13 +133,10 @@ def search_runs(base: StudyConfig, grid: Mapping[str, Sequence[Any]], seeds: int
     """
     if base.distillation.validate_every == 0:
         raise UserError("validate_every is 0; a search needs validations to choose by.")
-    runs = {}
-    for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
-        name = ",".join(f"{field}={value}" for field, value in changes.items())
-        for seed in range(base.distillation.seed, base.distillation.seed + seeds):
-            runs[f"{name}/seed-{seed}"] = replace(base, **changes, seed=seed)
-    return runs
+    settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    named = {",".join(f"{field}={value}" for field, value in changes.items()): changes for changes in settings}
+    numbers = range(base.distillation.seed, base.distillation.seed + seeds)
+    return {f"{name}/seed-{n}": replace(base, **changes, seed=n) for name, changes in named.items() for n in numbers}
 
 
 def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -67,7 +67,8 @@ def probe_losses(record: Record) -> Figure:
     x, y, hue, tables = "segments matched", "matching loss of the probe", "start epoch", []
     for run in runs_of(record):
         losses, visits = run.probes(skip=0)
-        rows = pd.MultiIndex.from_product([run.measured, run.config["probe_starts"]], names=[x, hue])
+        measured = [iteration for iteration, _ in run.metrics["probe_losses"]]
+        rows = pd.MultiIndex.from_product([measured, run.config["probe_starts"]], names=[x, hue])
         table = pd.DataFrame({y: losses.flat, "visited": np.pad(visits, ((1, 0), (0, 0))).flat}, rows).reset_index()
         table[x] *= run.cost
         tables.append(table.assign(variant=run.variant, seed=run.seed))

@@ -238,8 +238,7 @@ def gpu_losses(distil: Record) -> pd.DataFrame:
 
 def gpu_accuracies(evaluated: Record, distil: Record) -> pd.DataFrame:
     """A row a set of these runs that was tested: the mean accuracy `test` of its `networks` in place of a loss."""
-    reached = {(run["segments"], run["seed"]): run["iterations"] for run in distil["runs"]}
-    table = pd.DataFrame(evaluated["rows"]).sort_values(["segments", "matched", "seed"])
-    last = [reached[key] for key in zip(table["segments"], table["seed"], strict=True)]
-    table = table.assign(variant="K=" + table["segments"].astype(str), stopped=table["iteration"] == last)
+    reached = pd.DataFrame(distil["runs"])[["segments", "seed", "iterations"]]
+    table = pd.DataFrame(evaluated["rows"]).merge(reached).sort_values(["segments", "matched", "seed"])
+    table = table.assign(variant="K=" + table["segments"].astype(str), stopped=table.eval("iteration == iterations"))
     return table.assign(test=table["accuracies"].map(np.mean), networks=table["accuracies"].map(len))

@@ -43,8 +43,7 @@ class ProbeHook:
         if list(self.probe_starts) != sorted({start for start in self.probe_starts if start >= 0}):
             raise UserError(f"probe_starts is {self.probe_starts}; epochs must be 0 or more, ascending, each once.")
         require(1, probe_every=self.probe_every)
-        intervals = {"similarity_every": self.similarity_every, "error_every": self.error_every}
-        require(0, probe_expert=self.probe_expert, **intervals)
+        require(0, similarity_every=self.similarity_every, error_every=self.error_every)
         if self.similarity_every and not self.probe_starts:
             raise UserError(f"similarity_every is {self.similarity_every}, but probe_starts names no segments.")
 

@@ -110,9 +110,9 @@ def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Re
         setting = f"width {config['width']}, N = {config['student_steps']}, {length}, {table['seed'].nunique()} seeds"
         measured.setdefault((config["data"], config["ipc"]), []).append(f"{tested} ({setting})")
     names = ["random_real", "mtt", "tesla", "ftd", "datm"]
-    cells = {data: published(data).pivot(index="ipc", columns="method", values="mean") for data in BENCHMARK}
-    cells = {data: found.reindex(index=CELLS[data], columns=names) for data, found in cells.items()}
-    table = pd.concat(cells, names=["data", "IPC"]).map("{:.1f}".format, na_action="ignore").fillna("")
+    cells = pd.concat(map(published, BENCHMARK)).pivot(index=["data", "ipc"], columns="method", values="mean")
+    table = cells.reindex([(data, ipc) for data in BENCHMARK for ipc in CELLS[data]], columns=names)
+    table = table.rename_axis(["data", "IPC"]).map("{:.1f}".format, na_action="ignore")
     table["measured here"] = ["<br>".join(measured.get(cell, ["not run"])) for cell in table.index]
     return markdown(table.rename(columns={"random_real": "random real"}).reset_index())
 
@@ -163,7 +163,7 @@ def provenance(records: Mapping[str, Record]) -> str:
                 said.append(words.format_map(config))
         if buffer:
             said.append(f"test accuracy {mean_sd([e['test_accuracy'] for e in buffer['experts']], scale=100.0)} %")
-        said.append(f"{math.fsum(result['seconds'] for result in results) / 60:.0f} minutes on {made['device']}")
+        said.append(f"{math.fsum(result['seconds'] for result in results) / 60:.1f} minutes on {made['device']}")
         said += [f"threads: {made['threads']}", f"PyTorch {made['versions']['torch']}"]
         commits = sorted({f"`{row.get('commit', made['commit'])[:7]}`" for row in record.get("rows", results)})
         lines.append(f"- {name}: {', '.join(said)}, commit {' and '.join(commits)}.")

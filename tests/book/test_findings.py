@@ -285,12 +285,12 @@ def test_comparisons_in_a_table_and_in_words():
     assert "| random real images (24 networks) | 25.0 ± 5.1 |" in table
     words = tables.provenance({"toy": record})
     assert words.startswith(
-        "- toy: 12 runs, digits, IPC 1, width 8, N = 3, M = 2, window [0, 12), 12 minutes on a proc"
+        "- toy: 12 runs, digits, IPC 1, width 8, N = 3, M = 2, window [0, 12), 12.0 minutes on a proc"
     )
     assert words.endswith("threads: 1, PyTorch 2, commit `0123456`.")
     buffer = {"config": {"data": "digits", "epochs": 5}, "experts": [{"test_accuracy": 0.5}]}
     words = tables.provenance({"b": {"buffer": buffer, "result": next(iter(record["runs"].values()))["result"]}})
-    assert words.startswith("- b: digits, 5 epochs, test accuracy 50.0 %, 1 minutes")
+    assert words.startswith("- b: digits, 5 epochs, test accuracy 50.0 %, 1.0 minutes")
 
 
 def test_the_benchmark_has_every_cell_with_what_was_measured():

@@ -41,7 +41,7 @@ def test_tables_of_speed() -> None:
     assert cells(ch8_gpu.segments_table(speed_of()))[-1] == ["4", "60.0", "2.00", "66.7"]
     speed = {**speed_of(), "device": "a GPU", "versions": {"torch": "2.11"}, "threads": 16, "seconds": 100}
     speed["rows"][0]["commit"] = "abcdefghij"
-    said = "- speed: 2 minutes on a GPU, threads: 16, PyTorch 2.11, commit `0123456` and `abcdefg`."
+    said = "- speed: 1.7 minutes on a GPU, threads: 16, PyTorch 2.11, commit `0123456` and `abcdefg`."
     assert tables.provenance({"speed": speed}) == said
 
 

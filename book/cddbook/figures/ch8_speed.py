@@ -60,19 +60,16 @@ def ratio_table(table: pd.DataFrame, column: str) -> str:
         table: from `part`.
         column: `seconds`, of which the ratio says how many times as fast; or `memory_mb`, of which it is the fraction.
     """
-    ways = [way for way in table["implementation"].unique() if not way.startswith(TEXTBOOK)]
-    shown = "{:.3g} s" if column == "seconds" else "{:,.0f} MB"
-    rows = []
-    for name, mine in table.groupby("name", sort=False):
-        theirs = mine[mine["implementation"].str.startswith(TEXTBOOK)]
-        best = theirs.loc[theirs["seconds"].idxmin(), column] if theirs["seconds"].notna().any() else np.nan
-        row = {"work": name, TEXTBOOK: theirs["left_out"].iloc[0] if np.isnan(best) else shown.format(best)}
-        for own in mine[mine["implementation"].isin(ways)].to_dict("records"):
-            ratio = best / own[column] if column == "seconds" else own[column] / best
-            said = shown.format(own[column]) + ("" if np.isnan(ratio) else f", {ratio:.2f}")
-            row[own["implementation"]] = own["left_out"] if np.isnan(own["seconds"]) else said
-        rows.append(row)
-    return markdown(pd.DataFrame(rows, columns=["work", TEXTBOOK, *ways]))
+    shown, power = ("{:.3g} s", -1) if column == "seconds" else ("{:,.0f} MB", 1)
+    table = table.assign(cell=table[column].map(shown.format, na_action="ignore").fillna(table["left_out"]))
+    textbook = table["implementation"].str.startswith(TEXTBOOK)
+    best = table[textbook].sort_values("seconds", kind="stable").drop_duplicates("name").set_index("name")
+    own = table[~textbook].assign(ratio=lambda own: (own[column] / own["name"].map(best[column])) ** power)
+    own["cell"] += own["ratio"].map(", {:.2f}".format, na_action="ignore").fillna("")
+    cells = own.pivot(index="name", columns="implementation", values="cell")
+    cells = cells.reindex(table["name"].unique(), columns=own["implementation"].unique())
+    cells.insert(0, TEXTBOOK, best["cell"])
+    return markdown(cells.reset_index(names="work"))
 
 
 def rate_of(table: pd.DataFrame, implementation: str) -> pd.Series:

@@ -203,11 +203,9 @@ def comparison_table(record: Record) -> str:
         "memory": ("memory, MB", 1.0, 0),
     }
     table = comparison(record)
-    rows = [
-        {"variant": variant}
-        | {title: mean_sd(mine[key], scale=scale, digits=digits) for key, (title, scale, digits) in columns.items()}
-        for variant, mine in table.groupby("variant", sort=False, observed=True)
-    ]
+    runs = table.groupby("variant", observed=True)
+    means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in columns.items()}
+    rows = pd.DataFrame(means).reset_index().to_dict("records")
     for kind, name in BASELINES.items():
         accuracies = [a for run in record["runs"].values() for entry in run["evaluations"] for a in entry[kind]]
         if accuracies:

@@ -52,9 +52,8 @@ def equal_table(table: pd.DataFrame, value: str) -> str:
     rows, (first, *_, last) = [], table["variant"].unique()
     for where, found in at_equal(table, value).items():
         difference = paired(found, value, last, first)
-        row = {VALUES[value] + unit: where}
-        for variant, mine in found.groupby("variant", sort=False):
-            row[str(variant)] = mean_sd(mine[value], scale=scale, digits=digits)
+        means = found.groupby("variant", sort=False)[value].agg(mean_sd, scale=scale, digits=digits)
+        row = {VALUES[value] + unit: where, **means}
         mean, low, high = (f"{scale * x:+.{digits}f}" for x in (difference.mean, difference.low, difference.high))
         row |= {f"{last} minus {first}": f"{mean} [{low}, {high}]", "seeds": str(difference.count)}
         settled = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "not settled"

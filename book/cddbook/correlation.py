@@ -29,13 +29,11 @@ def pearson(curves: Curves) -> Matrices:
     Args:
         curves: `curves[..., i, s, j]`, the loss of segment j at time s of the run that matched segment i; or `changes`.
     """
-    centred = curves - curves.mean(axis=-2, keepdims=True)
+    moving = np.where(np.ptp(curves, axis=-2, keepdims=True) > 0, curves, np.nan)
+    centred = moving - moving.mean(axis=-2, keepdims=True)
     own = np.einsum("...isi->...is", centred)
-    covariance = np.einsum("...is,...isj->...ij", own, centred)
     norms = np.linalg.norm(own, axis=-1)[..., None] * np.linalg.norm(centred, axis=-2)
-    moves = np.ptp(curves, axis=-2) > 0
-    defined = np.einsum("...ii->...i", moves)[..., None] & moves
-    return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=defined)
+    return np.asarray(np.einsum("...is,...isj->...ij", own, centred) / norms)
 
 
 def changes(losses: Curves) -> Float[np.ndarray, "*replicates matched times-1 measured"]:

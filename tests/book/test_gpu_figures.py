@@ -16,31 +16,26 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")]
 
 
-def speed_of() -> dict[str, Any]:
-    """A record of `make gpu`."""
-    found = {"one": 30, "two": 36, "four": 60, "bfloat16": 20, "textbook": 300, "apart": 90}
-    ways = {"bfloat16": "cddlib, bfloat16", "textbook": "textbook"}
-    counts = {"two": 2, "four": 4}
-    rows: list[dict[str, Any]] = [
-        {"what": "an iteration's gradient", "way": ways.get(name, "cddlib"), "segments": counts.get(name, 1)}
-        for name in found
-    ]
-    rows[-1] = {"what": "without a graph", "way": "cddlib"}
-    for row, value in zip(rows, found.values(), strict=True):
-        row |= {"ipc": 1, "steps": 50, "ms": value, "least": value - 1, "most": value + 1}
-    epoch = {"what": "an expert's epoch", "way": "cddlib", "images": 50_000, "ms": 400, "least": 399, "most": 401}
-    return {"rows": [*rows, epoch], "commit": "0123456789"}
-
-
 def test_tables_of_speed() -> None:
-    rows = cells(ch8_gpu.speed_table(speed_of()))
+    iteration, epoch = {"ipc": 1, "steps": 50}, {"images": 50_000}
+    rows: list[dict[str, Any]] = [
+        {"what": what, "way": way, "ms": ms, "least": ms - 1, "most": ms + 1, **sizes}
+        for what, way, ms, sizes in (
+            ("an iteration's gradient", "cddlib", 30, {**iteration, "segments": 1, "commit": "abcdefghij"}),
+            ("an iteration's gradient", "cddlib", 60, {**iteration, "segments": 4}),
+            ("an expert's epoch", "cddlib", 400, epoch),
+            ("an iteration's gradient", "textbook", 300, {**iteration, "segments": 1}),
+            ("without a graph", "cddlib", 90, iteration),
+        )
+    ]
+    speed = {"rows": rows, "commit": "0123456789"}
+    found = cells(ch8_gpu.speed_table(speed))
     work = "an iteration's gradient, IPC 1, N = 50"
-    assert rows[2] == [work, "cddlib", "30.0", "29.0 to 31.0", "10.0", "`0123456`"]
-    assert rows[5][:3] == [work, "cddlib, launched one by one", "90.0"]
-    assert rows[6] == ["an expert's epoch, images: 50,000", "cddlib", "400.0", "399.0 to 401.0", "", "`0123456`"]
-    assert cells(ch8_gpu.segments_table(speed_of()))[-1] == ["4", "60.0", "2.00", "66.7"]
-    speed = {**speed_of(), "device": "a GPU", "versions": {"torch": "2.11"}, "threads": 16, "seconds": 100}
-    speed["rows"][0]["commit"] = "abcdefghij"
+    assert found[2] == [work, "cddlib", "30.0", "29.0 to 31.0", "10.0", "`abcdefg`"]
+    assert found[4][:3] == [work, "cddlib, launched one by one", "90.0"]
+    assert found[5] == ["an expert's epoch, images: 50,000", "cddlib", "400.0", "399.0 to 401.0", "", "`0123456`"]
+    assert cells(ch8_gpu.segments_table(speed))[-1] == ["4", "60.0", "2.00", "66.7"]
+    speed |= {"device": "a GPU", "versions": {"torch": "2.11"}, "threads": 16, "seconds": 100}
     said = "- speed: 1.7 minutes on a GPU, threads: 16, PyTorch 2.11, commit `0123456` and `abcdefg`."
     assert tables.provenance({"speed": speed}) == said
 

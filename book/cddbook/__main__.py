@@ -130,13 +130,11 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
     print(f"wrote {to}")
 
 
-DESCRIPTION = "The studies of the book: families of distillations, and the records that they leave."
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` give, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return cli.run("python -m cddbook", DESCRIPTION, _commands, arguments)
+    description = "The studies of the book: families of distillations, and the records that they leave."
+    return cli.run("python -m cddbook", description, _commands, arguments)
 
 
 def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:

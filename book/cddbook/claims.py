@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 
 from cddbook import correlation
-from cddbook.correlation import Matrices, Matrix
 from cddbook.findings import (
     CONTROLS,
     Correlations,
@@ -81,8 +80,11 @@ def verdict(found: Effect) -> Verdict:
     return "contradicted" if found.high < 0 else "not settled"
 
 
-def _finding(claim: str, setting: str, measure: str, found: Effect, unit: str = "") -> Finding:
-    """A measure with its interval; one with a unit is shown times 100."""
+Row = tuple[str, str, Effect, str]
+"""A claim, a measure, its effect, and the unit of an effect that is shown times 100."""
+
+
+def _finding(setting: str, claim: str, measure: str, found: Effect, unit: str = "") -> Finding:
     low, mean, high = ((100 if unit else 1) * value for value in (found.low, found.mean, found.high))
     interval = f" [{low:+.2f}, {high:+.2f}], n =" if found.count > 1 else ", n ="
     if found.count > 1 and high - low <= 1e-9:  # an interval of no width measures no spread
@@ -91,55 +93,45 @@ def _finding(claim: str, setting: str, measure: str, found: Effect, unit: str = 
     return Finding(claim=claim, setting=setting, measure=measure, effect=shown, verdict=verdict(found))
 
 
-def _of_correlation(setting: str, study: Correlations) -> list[Finding]:
+def _of_correlation(study: Correlations) -> list[Row]:
     """What a correlation study says about C1, C2, C3 and C5."""
-    losses, changes, pairs = study.pearson(), study.pearson(changes=True), correlation.off_diagonal
-    found = [
-        _of_pairs(setting, "losses (t test, Holm)", losses, *map(study.p_values_of_losses, (-1, 1))),
-        _of_pairs(setting, "changes of losses (permutation test, Holm)", changes, *map(study.p_values, (-1, 1))),
-    ]
     rows: list[tuple[str, str, Any, str]] = []
+    pairs, negatively = correlation.off_diagonal, "correlate negatively"
+    for what, test, p_values in (
+        ("losses", "t test, Holm", study.p_values_of_losses),
+        ("changes of losses", "permutation test, Holm", study.p_values),
+    ):
+        of_changes = what != "losses"
+        surplus = -np.sign(pairs(study.pearson(changes=of_changes))).mean(axis=1)
+        negative, positive = (pairs(p_values(sign)) < 0.05 for sign in (-1, 1))
+        beyond = f"beyond chance {negative.sum()} of {negative.size} do, {positive.sum()} positively ({test})"
+        measure = f"share of pairs whose {what} {negatively} while one is matched, minus share of the others; {beyond}"
+        rows.append(("C1", measure, surplus, ""))
+        less = [(pairs(study.pearson(kind, changes=of_changes)) < 0).mean(axis=1) for kind in CONTROLS]
+        measure = f"share of pairs whose {what} {negatively} within a run, sequential minus concurrent"
+        rows.append(("C5", measure, less[0] - less[1], ""))
     if study.ipc in (1, 50):
         side, sign = ("below minus above", 1) if study.ipc == 1 else ("above minus below", -1)
-        below, above = correlation.negative_shares(losses)
-        measure = f"share of pairs whose losses correlate negatively, {side} the diagonal"
+        below, above = correlation.negative_shares(study.pearson())
+        measure = f"share of pairs whose losses {negatively}, {side} the diagonal"
         rows.append(("C2", measure, sign * (below - above), ""))
     measure = "change of the others' losses while one segment alone is matched"
     rows.append(("C3", measure, pairs(study.net_change()).mean(axis=1), " %"))
-    for of_changes, what in ((False, "losses"), (True, "changes of losses")):
-        less = [(pairs(study.pearson(kind, changes=of_changes)) < 0).mean(axis=1) for kind in CONTROLS]
-        measure = f"share of pairs whose {what} correlate negatively within a run, sequential minus concurrent"
-        rows.append(("C5", measure, less[0] - less[1], ""))
     more = [pairs(study.cosines(kind, -1)).mean(axis=1) for kind in CONTROLS]
     measure = "cosine between the segments' gradients in the end, concurrent minus sequential"
     rows.append(("C5", measure, more[1] - more[0], ""))
-    return found + [_finding(claim, setting, measure, effect(values), unit) for claim, measure, values, unit in rows]
+    return [(claim, measure, effect(values), unit) for claim, measure, values, unit in rows]
 
 
-def _of_images(studies: Mapping[str, Correlations]) -> list[Finding]:
-    """C2 over the studies of one data set: negative pairs above the diagonal with most and with fewest images."""
-    found = []
-    for data in dict.fromkeys(setting.split(",")[0] for setting in studies):
-        same = [study for setting, study in studies.items() if setting.split(",")[0] == data]
-        few, many = (extreme(same, key=lambda study: study.ipc) for extreme in (min, max))
-        if few.ipc < many.ipc:
-            (_, least), (_, most) = (correlation.negative_shares(study.pearson()) for study in (few, many))
-            measure = f"share of negative pairs above the diagonal (losses), IPC {many.ipc} minus IPC {few.ipc}"
-            found.append(_finding("C2", data, measure, effect(most - least)))
-    return found
+def _of_images(same: Sequence[Correlations]) -> list[Row]:
+    """C2 over studies of one data set: negative pairs above the diagonal with most and with fewest images."""
+    few, many = (extreme(same, key=lambda study: study.ipc) for extreme in (min, max))
+    (_, least), (_, most) = (correlation.negative_shares(study.pearson()) for study in (few, many))
+    measure = f"share of negative pairs above the diagonal (losses), IPC {many.ipc} minus IPC {few.ipc}"
+    return [("C2", measure, effect(most - least), "")] if few.ipc < many.ipc else []
 
 
-def _of_pairs(setting: str, what: str, matrices: Matrices, negative: Matrix, positive: Matrix) -> Finding:
-    """C1: whether more pairs correlate negatively than positively, and how many do so beyond chance."""
-    surplus = effect(-np.sign(correlation.off_diagonal(matrices)).mean(axis=1))
-    measure = f"share of pairs whose {what} correlate negatively while one is matched, minus share of the others"
-    found = _finding("C1", setting, measure, surplus)
-    below, above = ((p_values < 0.05).sum() for p_values in (negative, positive))
-    beyond = f"; beyond chance {below} of {correlation.off_diagonal(negative).size} negative, {above} positive"
-    return dataclasses.replace(found, effect=found.effect + beyond)
-
-
-def _of_comparison(setting: str, record: Record) -> list[Finding]:
+def _of_comparison(record: Record) -> list[Row]:
     """What a comparison says about C3 to C6 and C8: every number of segments against one at a time."""
     table, curve = comparison(record), curves(record)
     variants = list(table["variant"].cat.categories)
@@ -162,10 +154,10 @@ def _of_comparison(setting: str, record: Record) -> list[Finding]:
         for remedy in sorted({"ewc", "si"} & set(variants)):
             ahead = paired(table, "test", several, remedy)
             rows.append(("C5", f"test accuracy, {several} minus {remedy.upper()}", ahead, " points"))
-    return [_finding(claim, setting, measure, found, unit) for claim, measure, found, unit in rows if found.count]
+    return [row for row in rows if row[2].count]
 
 
-def _of_memory(record: Record) -> Finding:
+def _of_memory(record: Record) -> Row:
     """C8: memory of the largest K above the process's own, over that of K = 1; confirmed if it is below 1.1."""
     table = pd.DataFrame(record["measurements"]).query("implementation == 'cddlib, K segments'")
     groups = dict(iter(table.assign(above=table["peak_mb"] - table["start_mb"]).groupby("segments")))
@@ -173,7 +165,7 @@ def _of_memory(record: Record) -> Finding:
     ratios = groups[most]["above"] / groups[least]["above"].mean()
     time = groups[most]["seconds"].mean() / groups[least]["seconds"].mean()
     measure = f"1.1 minus memory of K = {most} over that of K = {least}; it takes {time:.1f} times as long"
-    return _finding("C8", f"{record['device']}, width {record['config']['width']}", measure, effect(1.1 - ratios))
+    return "C8", measure, effect(1.1 - ratios), ""
 
 
 def findings(
@@ -186,15 +178,19 @@ def findings(
         comparison_records: comparisons by the name of their setting.
         memory: the record of `tests/benchmarks/memory.py`; without it nothing is said of C7 and C8.
     """
-    studies = {setting: correlations(record) for setting, record in correlation_records.items()}
-    found = [finding for setting, study in studies.items() for finding in _of_correlation(setting, study)]
-    found += _of_images(studies)
-    for setting, record in comparison_records.items():
-        found += _of_comparison(setting, record)
+    by_data: dict[str, list[Correlations]] = {}
+    rows: list[tuple[str, Row]] = []
+    for setting, record in correlation_records.items():
+        study = correlations(record)
+        by_data.setdefault(setting.split(",")[0], []).append(study)
+        rows += [(setting, row) for row in _of_correlation(study)]
+    rows += [(data, row) for data, studies in by_data.items() for row in _of_images(studies)]
+    rows += [(setting, row) for setting, record in comparison_records.items() for row in _of_comparison(record)]
+    found = [_finding(setting, *row) for setting, row in rows]
     if memory is not None:
         needed = "needs other architectures and sets of 1,000 images a class"
         found.append(Finding(claim="C7", setting="", measure=needed, effect="", verdict="not tested"))
-        found.append(_of_memory(memory))
+        found.append(_finding(f"{memory['device']}, width {memory['config']['width']}", *_of_memory(memory)))
     return sorted(found, key=lambda finding: finding.claim)
 
 

@@ -7,6 +7,8 @@ measures of GEM and RWalk.
 """
 
 import itertools
+import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -23,10 +25,6 @@ def _visited(visits: Visits) -> list[tuple[int, Sequence[int]]]:
     return [(task, after) for task, after in rows if after]
 
 
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
-
-
 def average_forgetting(scores: Scores, visits: Visits) -> float:
     """Mean over tasks of the best score between the first visit and the last stage, minus the last score.
 
@@ -34,7 +32,7 @@ def average_forgetting(scores: Scores, visits: Visits) -> float:
     does. Source: Chaudhry et al. 2018 (RWalk).
     """
     early = [(task, after[0]) for task, after in _visited(visits) if after[0] < len(scores) - 1]
-    return _mean([scores[first:-1, task].max() - scores[-1, task] for task, first in early])
+    return statistics.fmean([scores[first:-1, task].max() - scores[-1, task] for task, first in early] or [math.nan])
 
 
 def backward_transfer(scores: Scores, visits: Visits) -> float:
@@ -44,7 +42,7 @@ def backward_transfer(scores: Scores, visits: Visits) -> float:
     Source: Lopez-Paz & Ranzato 2017 (GEM).
     """
     left = [(task, after[-1]) for task, after in _visited(visits) if after[-1] < len(scores) - 1]
-    return _mean([scores[-1, task] - scores[last, task] for task, last in left])
+    return statistics.fmean([scores[-1, task] - scores[last, task] for task, last in left] or [math.nan])
 
 
 def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, " intervals"]:

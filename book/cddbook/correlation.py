@@ -29,13 +29,11 @@ def pearson(curves: Curves) -> Matrices:
     Args:
         curves: `curves[..., i, s, j]`, the loss of segment j at time s of the run that matched segment i; or `changes`.
     """
-    centred = curves - curves.mean(axis=-2, keepdims=True)
+    moving = np.where(np.ptp(curves, axis=-2, keepdims=True) > 0, curves, np.nan)
+    centred = moving - moving.mean(axis=-2, keepdims=True)
     own = np.einsum("...isi->...is", centred)
-    covariance = np.einsum("...is,...isj->...ij", own, centred)
     norms = np.linalg.norm(own, axis=-1)[..., None] * np.linalg.norm(centred, axis=-2)
-    moves = np.ptp(curves, axis=-2) > 0
-    defined = np.einsum("...ii->...i", moves)[..., None] & moves
-    return np.divide(covariance, norms, out=np.full_like(covariance, np.nan), where=defined)
+    return np.asarray(np.einsum("...is,...isj->...ij", own, centred) / norms)
 
 
 def changes(losses: Curves) -> Float[np.ndarray, "*replicates matched times-1 measured"]:
@@ -99,15 +97,14 @@ def permutation_test(
     return float((1 + (chance <= observed + 1e-12).sum()) / (1 + len(chance)))
 
 
-def holm(p_values: Float[np.ndarray, " tests"]) -> Float[np.ndarray, " tests"]:
-    """P-values corrected for being several (Holm 1979)."""
-    order = np.argsort(p_values)
-    scaled = p_values[order] * np.arange(len(p_values), 0, -1)
-    return np.minimum(np.maximum.accumulate(scaled), 1)[np.argsort(order)]
+def holm(p_values: Sequence[float] | np.ndarray) -> Matrix:
+    """P-values of a test for each pair off the diagonal, row by row, corrected for being several (Holm 1979).
 
-
-def holm_matrix(p_values: Sequence[float] | np.ndarray) -> Matrix:
-    """`holm` of a test for each pair off the diagonal, row by row, as a matrix with 1 on its diagonal."""
-    corrected = np.ones([math.isqrt(len(p_values)) + 1] * 2)
-    corrected[~np.eye(len(corrected), dtype=bool)] = holm(np.asarray(p_values))
+    Returns:
+        A matrix with 1 on its diagonal.
+    """
+    values, order = np.asarray(p_values), np.argsort(p_values)
+    scaled = values[order] * np.arange(len(values), 0, -1)
+    corrected = np.ones([math.isqrt(len(values)) + 1] * 2)
+    corrected[~np.eye(len(corrected), dtype=bool)] = np.minimum(np.maximum.accumulate(scaled), 1)[np.argsort(order)]
     return corrected

@@ -73,12 +73,12 @@ class Correlations:
         """P-values of "the changes' correlation has not the `sign`" (permutation test, Holm); 1 on the diagonal."""
         ranks = correlation.changes(self.losses["matched"]).swapaxes(0, 1)
         pairs = [(of[..., i], -sign * of[..., j]) for i, of in enumerate(ranks) for j in range(len(ranks)) if i != j]
-        return correlation.holm_matrix([correlation.permutation_test(*pair) for pair in pairs])
+        return correlation.holm([correlation.permutation_test(*pair) for pair in pairs])
 
     def p_values_of_losses(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the losses' correlation does not have the `sign`" (t test, Holm); 1 on the diagonal."""
         pairs = -sign * correlation.off_diagonal(self.pearson())
-        return correlation.holm_matrix(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
+        return correlation.holm(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
 
 
 def correlations(record: Record) -> Correlations:
@@ -86,19 +86,13 @@ def correlations(record: Record) -> Correlations:
     starts, runs = tuple(record["config"]["probe_starts"]), record["runs"]
     folders = sorted({name.split("/")[0] for name in runs}, key=lambda name: int(name.split("-")[1]))
 
-    def probed(name: str) -> list[list[float]]:
-        losses = [losses for _, losses in runs[name]["metrics"]["probe_losses"]]
-        return losses[min(SETTLED, len(losses) - 3) :]  # correlations of changes need two of them
+    def measured(name: str, metric: str) -> list[list[Any]]:
+        return [[value for _, value in runs[f"{folder}/{name}"]["metrics"][metric]] for folder in folders]
 
     rows = {"matched": [f"matched-{start:02d}" for start in starts]} | {kind: [kind] * len(starts) for kind in CONTROLS}
-    similarity = {
-        kind: [[value for _, value in runs[f"{folder}/{kind}"]["metrics"]["gradient_similarity"]] for folder in folders]
-        for kind in CONTROLS
-    }
-    losses = {
-        kind: np.array([[probed(f"{folder}/{name}") for name in names] for folder in folders])
-        for kind, names in rows.items()
-    }
+    losses = {kind: np.stack([measured(name, "probe_losses") for name in names], 1) for kind, names in rows.items()}
+    losses = {kind: found[:, :, min(SETTLED, found.shape[2] - 3) :] for kind, found in losses.items()}  # two changes
+    similarity = {kind: measured(kind, "gradient_similarity") for kind in CONTROLS}
     return Correlations(ipc=record["config"]["ipc"], starts=starts, losses=losses, similarity=similarity)
 
 
@@ -117,11 +111,6 @@ class ComparedRun(NamedTuple):
         """Segments that an iteration matches."""
         return int(self.config["segments"] + self.config["replay"])
 
-    @property
-    def measured(self) -> list[int]:
-        """The iterations after which the probes were measured."""
-        return [iteration for iteration, _ in self.metrics["probe_losses"]]
-
     def probes(
         self, measured: Collection[int] | None = None, skip: int = SETTLED
     ) -> tuple[continual.Scores, continual.Visits]:
@@ -130,11 +119,6 @@ class ComparedRun(NamedTuple):
         losses, visits = continual.probe_table(self.metrics, *whose, measured)
         first = max(0, min(skip, len(losses) - 2))
         return losses[first:], visits[first:]
-
-    @property
-    def last_error(self) -> dict[str, np.ndarray]:
-        """The accumulated error of the last iterate, at every segment's end."""
-        return {key: np.asarray(values) for key, values in self.metrics["accumulated_error"][-1][1].items()}
 
 
 def runs_of(record: Record) -> list[ComparedRun]:
@@ -157,18 +141,19 @@ def comparison(record: Record) -> pd.DataFrame:
     rows = []
     for run in runs_of(record):
         losses, visits = run.probes()
-        between, error = continual.changes_between_visits(losses, visits), run.last_error
-        tests = [accuracy for entry in run.evaluations for accuracy in entry["synthetic"]]
+        between = pd.Series(continual.changes_between_visits(losses, visits))
+        tests = pd.Series([accuracy for entry in run.evaluations for accuracy in entry["synthetic"]], dtype=float)
+        (*_, (_, error)) = run.metrics["accumulated_error"]
         rows.append(
             {
                 "variant": run.variant,
                 "seed": run.seed,
-                "test": np.mean(tests) if tests else math.nan,
+                "test": tests.mean(),
                 "error": error["error"][-1] / error["travelled"][-1],
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
-                "between": between.mean() if len(between) else math.nan,
-                "events": (between > 0).mean() if len(between) else math.nan,
+                "between": between.mean(),
+                "events": (between > 0).mean(),
                 "wall": sum(run.metrics["seconds"]),
                 "memory": run.result["peak_memory_mb"],
             }
@@ -227,12 +212,12 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
 
     All of them count the measurements at the same prices only: more of them find more forgetting.
     """
-    runs, found = [run for run in runs_of(record) if run.variant in variants], {}
+    found = {}
     for price in ("matched", "iteration"):
-        costs = [run.cost if price == "matched" else 1 for run in runs]
-        places = [{time * cost for time in run.measured} for run, cost in zip(runs, costs, strict=True)]
-        common, rows = set.intersection(*places), []
-        for run, cost in zip(runs, costs, strict=True):
+        runs = [(r, r.cost if price == "matched" else 1) for r in runs_of(record) if r.variant in variants]
+        common = set.intersection(*({time * cost for time, _ in run.metrics["probe_losses"]} for run, cost in runs))
+        rows = []
+        for run, cost in runs:
             losses, visits = run.probes({place // cost for place in common})
             row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
             rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})
@@ -253,8 +238,7 @@ def gpu_losses(distil: Record) -> pd.DataFrame:
 
 def gpu_accuracies(evaluated: Record, distil: Record) -> pd.DataFrame:
     """A row a set of these runs that was tested: the mean accuracy `test` of its `networks` in place of a loss."""
-    reached = {(run["segments"], run["seed"]): run["iterations"] for run in distil["runs"]}
-    table = pd.DataFrame(evaluated["rows"]).sort_values(["segments", "matched", "seed"])
-    last = [reached[key] for key in zip(table["segments"], table["seed"], strict=True)]
-    table = table.assign(variant="K=" + table["segments"].astype(str), stopped=table["iteration"] == last)
+    reached = pd.DataFrame(distil["runs"])[["segments", "seed", "iterations"]]
+    table = pd.DataFrame(evaluated["rows"]).merge(reached).sort_values(["segments", "matched", "seed"])
+    table = table.assign(variant="K=" + table["segments"].astype(str), stopped=table.eval("iteration == iterations"))
     return table.assign(test=table["accuracies"].map(np.mean), networks=table["accuracies"].map(len))

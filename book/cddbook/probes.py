@@ -6,6 +6,7 @@ two of its values differ only by what happened to the set.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from cddlib.experts.buffer import Buffer
 from cddlib.matching.combine import gramian
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import MatchingConfig, plan_student, roll_out, segment_chunks
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 from cddlib.runtime.random import generator
 
 
@@ -41,9 +42,8 @@ class ProbeHook:
     def __post_init__(self) -> None:
         if list(self.probe_starts) != sorted({start for start in self.probe_starts if start >= 0}):
             raise UserError(f"probe_starts is {self.probe_starts}; epochs must be 0 or more, ascending, each once.")
-        for name, least in (("probe_expert", 0), ("probe_every", 1), ("similarity_every", 0), ("error_every", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        require(1, probe_every=self.probe_every)
+        require(0, similarity_every=self.similarity_every, error_every=self.error_every)
         if self.similarity_every and not self.probe_starts:
             raise UserError(f"similarity_every is {self.similarity_every}, but probe_starts names no segments.")
 
@@ -122,7 +122,7 @@ class ProbeHook:
         }
         return {"losses": losses[:count], "after": after, "products": products}
 
-    def accumulated_error(self, run: Run) -> dict[str, list[float | int]]:
+    def accumulated_error(self, run: Run) -> dict[str, list[Any]]:
         """How far a student that never returns to the expert's path ends up from it, and why (FTD, Eqs. 6-8).
 
         One student is trained on the synthetic set from θ*_0 along the trajectory, N steps for every M epochs that it
@@ -136,8 +136,7 @@ class ProbeHook:
 
         Returns:
             A value for each segment's end. `epoch`; the lengths `error` ‖ε‖, `matching` ‖δ‖, `initialisation` ‖I‖;
-            `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; `travelled` ‖θ*_t − θ*_0‖; and `identity`, how far ε is
-            from ε_t + I + δ by rounding, relative to it.
+            `matching_sum` ‖Σδ‖ and `initialisation_sum` ‖ΣI‖; and `travelled` ‖θ*_t − θ*_0‖.
         """
         config, buffer, synthetic, expert = run.config, run.buffer, run.synthetic, self.probe_expert
         device, targets = synthetic.images.device, synthetic.targets().detach()
@@ -149,26 +148,16 @@ class ProbeHook:
             return roll_out(buffer.network, theta, *learned, steps)[-1] - theta
 
         origin = buffer.parameters(expert, 0).to(device)
-        student, star = origin, origin
-        error, matching_sum, initialisation_sum = (torch.zeros_like(origin) for _ in range(3))
-        rows: list[dict[str, float | int]] = []
-        length = config.schedule.expert_epochs
-        for end in range(length, buffer.epochs + 1, length):
+        student, star, length = origin, origin, config.schedule.expert_epochs
+        vectors: dict[str, list[Tensor]] = {"error": [], "matching": [], "initialisation": [], "travelled": []}
+        ends = range(length, buffer.epochs + 1, length)
+        for end in ends:
             following = buffer.parameters(expert, end).to(device)
             from_expert, from_student = way(star, end), way(student, end)
-            matching = from_expert - (following - star)
-            initialisation = from_student - from_expert
-            summed = error + initialisation + matching
+            vectors["matching"].append(from_expert - (following - star))
+            vectors["initialisation"].append(from_student - from_expert)
             student, star = student + from_student, following
-            error = student - star
-            matching_sum += matching
-            initialisation_sum += initialisation
-            vectors = {"error": error, "matching": matching, "initialisation": initialisation}
-            vectors |= {
-                "matching_sum": matching_sum,
-                "initialisation_sum": initialisation_sum,
-                "travelled": star - origin,
-            }
-            lengths = {name: vector.norm().item() for name, vector in vectors.items()}
-            rows.append({"epoch": end, **lengths, "identity": ((error - summed).norm() / error.norm()).item()})
-        return {name: [row[name] for row in rows] for name in rows[0]}
+            vectors["error"].append(student - star)
+            vectors["travelled"].append(star - origin)
+        vectors |= {f"{part}_sum": list(itertools.accumulate(vectors[part])) for part in ("matching", "initialisation")}
+        return {"epoch": [*ends], **{name: [v.norm().item() for v in found] for name, found in vectors.items()}}

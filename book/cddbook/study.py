@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,10 @@ def search_runs(base: StudyConfig, grid: Mapping[str, Sequence[Any]], seeds: int
     """
     if base.distillation.validate_every == 0:
         raise UserError("validate_every is 0; a search needs validations to choose by.")
-    runs = {}
-    for values in itertools.product(*grid.values()):
-        changes = dict(zip(grid, values, strict=True))
-        name = ",".join(f"{field}={value}" for field, value in changes.items())
-        for seed in range(base.distillation.seed, base.distillation.seed + seeds):
-            runs[f"{name}/seed-{seed}"] = replace(base, **changes, seed=seed)
-    return runs
+    settings = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+    named = {",".join(f"{field}={value}" for field, value in changes.items()): changes for changes in settings}
+    numbers = range(base.distillation.seed, base.distillation.seed + seeds)
+    return {f"{name}/seed-{n}": replace(base, **changes, seed=n) for name, changes in named.items() for n in numbers}
 
 
 def settings_by_accuracy(record: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -200,13 +197,13 @@ def run_study(
                 found = _identity(read_json(out / "study.json"))
             refuse_other_run(out, found, _identity(description))
         write_json(out / "study.json", description)
-        work, seeds = [], set[int]()
-        for name, config in runs.items():
-            baselines = config.distillation.seed not in seeds  # the first run of a seed also tests random real images
-            seeds.add(config.distillation.seed)
-            task = functools.partial(_one, name, config, buffer, out / name, root=root, device=device)
-            work.append(functools.partial(task, networks=networks, baselines=baselines))
-        failed = _in_processes(work, jobs) if jobs else _reasons((task() for task in work), len(work))
+        first = {config.distillation.seed: name for name, config in reversed(list(runs.items()))}
+        task = functools.partial(_one, networks=networks, root=root, device=device)
+        work = [  # the first run of a seed also tests random real images
+            functools.partial(task, name, config, buffer, out / name, first[config.distillation.seed] == name)
+            for name, config in runs.items()
+        ]
+        failed = _failures(work, jobs)
         if failed and not (keep_stopped and all(ended(out / name) for name in runs)):
             raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
@@ -220,7 +217,7 @@ def _identity(description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one(
-    name: str, config: StudyConfig, buffer: Path, out: Path, *, networks: int, baselines: bool, **where: Any
+    name: str, config: StudyConfig, buffer: Path, out: Path, baselines: bool, *, networks: int, **where: Any
 ) -> str | None:
     """Do one run; returns why it failed."""
     try:
@@ -235,17 +232,15 @@ def _one(
     return None
 
 
-def _reasons(done: Iterable[str | None], total: int) -> list[str]:
-    """Why runs failed, once all of them are done."""
-    return [reason for reason in tqdm(done, desc="study", unit="run", total=total) if reason]
+def _failures(work: Sequence[functools.partial[str | None]], jobs: int) -> list[str]:
+    """Why runs failed, once all are done: one after the other here, or `jobs` at a time, each in a process of its own.
 
-
-def _in_processes(work: Sequence[functools.partial[str | None]], jobs: int) -> list[str]:
-    """A process for every run, `jobs` at a time; no process does two, so that each one's peak memory is its own."""
-    threads = max(1, torch.get_num_threads() // jobs)
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:  # each thread waits for one process
-        done = pool.map(_in_a_process, work, itertools.repeat(threads), itertools.count())
-        return _reasons(done, len(work))  # interrupted, it begins no further run
+    No process does two, so that each one's peak memory is its own.
+    """
+    threads = itertools.repeat(torch.get_num_threads() // max(1, jobs) or 1)
+    with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:  # each thread waits for one process
+        done = pool.map(_in_a_process, work, threads, itertools.count()) if jobs else (task() for task in work)
+        return [reason for reason in tqdm(done, desc="study", unit="run", total=len(work)) if reason]
 
 
 def _in_a_process(task: functools.partial[str | None], threads: int, number: int) -> str | None:

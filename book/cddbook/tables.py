@@ -1,5 +1,6 @@
 """The book's tables in Markdown: methods, and what records say. Most are made while the book is built."""
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,6 +82,8 @@ def published_tables() -> str:
     return "\n\n".join(blocks)
 
 
+BASELINES = {"random_real": "random real images", "full": "all training images"}
+"""What the protocol of a test trains networks on beside the synthetic set."""
 BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
 """The paper's data sets."""
 
@@ -93,23 +96,20 @@ def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Re
         distil: the record of `make gpu`'s distillations.
         evaluated: the record of their tests.
     """
-    measured: dict[tuple[str, int], list[str]] = {}
-    for record in studies.values():
-        config, table = record["config"], comparison(record)
-        tested = [f"{name} {mean_sd(t['test'], scale=100.0)}" for name, t in table.groupby("variant", observed=True)]
-        setting = f"width {config['width']}, N = {config['student_steps']}, {config['iterations']} segments"
-        what = f"{', '.join(tested)} ({setting}, {table['seed'].nunique()} seeds)"
-        measured.setdefault((config["data"], config["ipc"]), []).append(what)
     config, iterations = distil["runs"][0]["config"], [run["iterations"] for run in distil["runs"]]
-    last = gpu_accuracies(evaluated, distil).query("stopped")
-    tested = [f"{k} {mean_sd(t['test'], scale=100.0)}" for k, t in last.groupby("variant", sort=False)]
-    setting = f"width {config['width']}, N = {config['student_steps']}, {min(iterations)} to {max(iterations)} of"
-    what = f"{', '.join(tested)} ({setting} {config['iterations']} iterations, {last['seed'].nunique()} seeds)"
-    measured.setdefault((config["data"], config["ipc"]), []).append(what)
+    length = f"{min(iterations)} to {max(iterations)} of {config['iterations']} iterations"
+    compared = [(r["config"], f"{r['config']['iterations']} segments", comparison(r)) for r in studies.values()]
+    compared.append((config, length, gpu_accuracies(evaluated, distil).query("stopped")))
+    measured: dict[tuple[str, int], list[str]] = {}
+    for config, length, table in compared:
+        variants = table.groupby("variant", sort=False, observed=True)["test"]
+        tested = ", ".join(f"{name} {mean_sd(mine, scale=100.0)}" for name, mine in variants)
+        setting = f"width {config['width']}, N = {config['student_steps']}, {length}, {table['seed'].nunique()} seeds"
+        measured.setdefault((config["data"], config["ipc"]), []).append(f"{tested} ({setting})")
     names = ["random_real", "mtt", "tesla", "ftd", "datm"]
-    cells = {data: published(data).pivot(index="ipc", columns="method", values="mean") for data in BENCHMARK}
-    cells = {data: found.reindex(index=CELLS[data], columns=names) for data, found in cells.items()}
-    table = pd.concat(cells, names=["data", "IPC"]).map("{:.1f}".format, na_action="ignore").fillna("")
+    cells = pd.concat(map(published, BENCHMARK)).pivot(index=["data", "ipc"], columns="method", values="mean")
+    table = cells.reindex([(data, ipc) for data in BENCHMARK for ipc in CELLS[data]], columns=names)
+    table = table.rename_axis(["data", "IPC"]).map("{:.1f}".format, na_action="ignore")
     table["measured here"] = ["<br>".join(measured.get(cell, ["not run"])) for cell in table.index]
     return markdown(table.rename(columns={"random_real": "random real"}).reset_index())
 
@@ -141,25 +141,29 @@ def plan_table() -> str:
     return markdown(rows) + f"\n\nMeasured on: {record['device']}, {record['threads']} thread."
 
 
+SETTINGS = ["{data}", "IPC {ipc}", "{experts} experts", "{epochs} epochs", "{images} images", "width {width}"]
+SETTINGS += ["N = {student_steps}", "M = {expert_epochs}", "window [{window_start}, {window_end})"]
+"""What `provenance` says of a configuration that has these fields."""
+
+
 def provenance(records: Mapping[str, Record]) -> str:
-    """Where and by which code records, given by name, were made, and what the runs of a study are; a Markdown list."""
+    """What records, given by name, are of, and where, when and by which code they were made; a Markdown list."""
     lines = []
     for name, record in records.items():
-        study = isinstance(record.get("runs"), dict)
-        results = [run["result"] for run in record["runs"].values()] if study else [record]
-        made = results[0]
-        commits = {str(row.get("commit", made["commit"]))[:7] for row in record.get("rows", results)}
-        torch = f", PyTorch {made['versions']['torch']}" if "versions" in made else ""
-        said = f"{made['device']}{torch}, commit {' and '.join(f'`{commit}`' for commit in sorted(commits))}"
-        if study:
-            config, minutes = record["config"], math.fsum(result["seconds"] for result in results) / 60
-            window = f"[{config['window_start']}, {config['window_end']})"
-            said = (
-                f"{len(results)} runs, {minutes:.0f} minutes of distillation in all; threads a run: {made['threads']}, "
-                f"{said}; {config['data']}, IPC {config['ipc']}, width {config['width']}, "
-                f"N = {config['student_steps']}, M = {config['expert_epochs']}, window {window}"
-            )
-        lines.append(f"- {name}: {said}.")
+        runs, buffer = record.get("runs", []), record.get("buffer", {})
+        results = [run["result"] for run in runs.values()] if isinstance(runs, dict) else [record.get("result", record)]
+        config: Record = record.get("config", buffer.get("config"))
+        config = config or next((run["config"] for run in runs if "config" in run), {})
+        said, made = [f"{len(runs)} runs"] if runs else [], results[0]
+        for words in SETTINGS:
+            with contextlib.suppress(KeyError):
+                said.append(words.format_map(config))
+        if buffer:
+            said.append(f"test accuracy {mean_sd([e['test_accuracy'] for e in buffer['experts']], scale=100.0)} %")
+        said.append(f"{math.fsum(result['seconds'] for result in results) / 60:.1f} minutes on {made['device']}")
+        said += [f"threads: {made['threads']}", f"PyTorch {made['versions']['torch']}"]
+        commits = sorted({f"`{row.get('commit', made['commit'])[:7]}`" for row in record.get("rows", results)})
+        lines.append(f"- {name}: {', '.join(said)}, commit {' and '.join(commits)}.")
     return "\n".join(lines)
 
 
@@ -184,8 +188,8 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
     return markdown(rows)
 
 
-def comparison_table(table: pd.DataFrame) -> str:
-    """Markdown of `findings.comparison`: a row a variant, mean ± standard deviation over seeds."""
+def comparison_table(record: Record) -> str:
+    """Markdown of `findings.comparison`: a row a variant, mean ± standard deviation over seeds; and the baselines."""
     columns = {
         "test": ("test accuracy, %", 100.0, 1),
         "error": ("ε / way", 1.0, 3),
@@ -195,11 +199,15 @@ def comparison_table(table: pd.DataFrame) -> str:
         "wall": ("matching, s", 1.0, 1),
         "memory": ("memory, MB", 1.0, 0),
     }
-    rows = [
-        {"variant": variant}
-        | {title: mean_sd(mine[key], scale=scale, digits=digits) for key, (title, scale, digits) in columns.items()}
-        for variant, mine in table.groupby("variant", sort=False, observed=True)
-    ]
+    table = comparison(record)
+    runs = table.groupby("variant", observed=True)
+    means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in columns.items()}
+    rows = pd.DataFrame(means).reset_index().to_dict("records")
+    for kind, name in BASELINES.items():
+        accuracies = [a for run in record["runs"].values() for entry in run["evaluations"] for a in entry[kind]]
+        if accuracies:
+            name = f"{name} ({len(accuracies)} networks)"
+            rows.append({"variant": name, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
     note = (
         f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Memory is the peak "
         "of the process, with data and validation: a run's own only if it had a process of its own, as in the records, "
@@ -216,13 +224,3 @@ def rates_table(records: Mapping[int, Record]) -> str:
             row = {"K": k, "setting": setting.replace(",", ", "), "seeds": len(accuracies)}
             rows.append({**row, "validation accuracy, %": mean_sd(accuracies, scale=100.0)})
     return markdown(rows)
-
-
-def baselines_in_words(record: Record) -> str:
-    """Test accuracy of networks trained on random real images and on all training images, under the same protocol."""
-    tests = [entry.get("accuracies", entry) for run in record["runs"].values() for entry in run["evaluations"]]
-    parts = []
-    for key, name in (("random_real", "random real images"), ("full", "all training images for as many steps")):
-        accuracies = [accuracy for entry in tests for accuracy in entry[key]]
-        parts.append(f"{name} {mean_sd(accuracies, scale=100.0)} ({len(accuracies)} networks)")
-    return "Test accuracy in percent under the same protocol: " + "; ".join(parts) + "."

@@ -1,9 +1,11 @@
 """The live slider shows the value where it rests, waits for the kernel, and can be stopped."""
 
 import asyncio
+import functools
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from unittest.mock import Mock
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -39,40 +41,37 @@ class Session:
         await asyncio.sleep(0.01)
 
 
-def run(scene: Callable[[], object]) -> None:
-    asyncio.run(scene())
+def in_a_kernel(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """A test that runs as Jupyter runs cells: in an event loop of the main thread."""
+    return functools.wraps(test)(lambda **arguments: asyncio.run(test(**arguments)))
 
 
-def test_only_the_last_value_is_shown_and_it_is_announced() -> None:
-    async def scene() -> None:
-        session = Session("images of {}".format)
-        assert session.shown == [4] and "images of 4" in session.caption.value
-        await session.turn(5, 6, 7)
-        assert session.shown == [4, 7]
-        assert "K = 7: waiting until the kernel is free." in session.waiting
-        assert "images of 7" in session.caption.value and "<img" in session.caption.value
-        await session.turn(6, 7)
-        assert session.shown == [4, 7] and "images of 7" in session.caption.value
-
-    run(scene)
+@in_a_kernel
+async def test_only_the_last_value_is_shown_and_it_is_announced() -> None:
+    session = Session("images of {}".format)
+    assert session.shown == [4] and "images of 4" in session.caption.value
+    await session.turn(5, 6, 7)
+    assert session.shown == [4, 7]
+    assert "K = 7: waiting until the kernel is free." in session.waiting
+    assert "images of 7" in session.caption.value and "<img" in session.caption.value
+    await session.turn(6, 7)
+    assert session.shown == [4, 7] and "images of 7" in session.caption.value
 
 
-def test_a_value_that_the_slider_left_meanwhile_is_not_shown() -> None:
-    async def scene() -> None:
-        session = Session("images of {}".format)
+@in_a_kernel
+async def test_a_value_that_the_slider_left_meanwhile_is_not_shown() -> None:
+    session = Session("images of {}".format)
 
-        def move(value: int) -> str:
-            if value == 5:
-                mover = threading.Thread(target=lambda: setattr(session.slider, "value", 6))
-                mover.start()
-                mover.join()
-            return f"images of {value}"
+    def move(value: int) -> str:
+        if value == 5:
+            mover = threading.Thread(target=lambda: setattr(session.slider, "value", 6))
+            mover.start()
+            mover.join()
+        return f"images of {value}"
 
-        session.show = move
-        await session.turn(5)
-        assert session.shown == [4, 5, 6] and "images of 6" in session.caption.value
-
-    run(scene)
+    session.show = move
+    await session.turn(5)
+    assert session.shown == [4, 5, 6] and "images of 6" in session.caption.value
 
 
 @pytest.mark.parametrize(
@@ -82,35 +81,26 @@ def test_a_value_that_the_slider_left_meanwhile_is_not_shown() -> None:
         (Interrupted("stopped after iteration 3, which is saved"), "K = 5: stopped after iteration 3, which is saved."),
     ],
 )
-def test_a_refusal_and_a_stop_are_a_sentence_and_the_value_can_be_chosen_again(error, said) -> None:
-    async def scene() -> None:
-        session = Session("images of {}".format)
-
-        def fail(value: int) -> str:
-            raise error
-
-        session.show = fail
-        await session.turn(5)
-        assert said in session.caption.value
-        session.show = "images of {}".format
-        await session.turn(4, 5)
-        assert "images of 5" in session.caption.value
-
-    run(scene)
+@in_a_kernel
+async def test_a_refusal_and_a_stop_are_a_sentence_and_the_value_can_be_chosen_again(error, said) -> None:
+    session = Session("images of {}".format)
+    session.show = Mock(side_effect=error)
+    await session.turn(5)
+    assert said in session.caption.value
+    session.show = "images of {}".format
+    await session.turn(4, 5)
+    assert "images of 5" in session.caption.value
 
 
-def test_the_stop_button_reaches_a_run_and_nothing_else() -> None:
+@in_a_kernel
+async def test_the_stop_button_reaches_a_run_and_nothing_else() -> None:
     """Jupyter stops with SIGINT, which an idle kernel ignores."""
     idle = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-
-        async def scene() -> None:
-            session = Session("images of {}".format)
-            session.show = lambda value: signal.raise_signal(signal.SIGINT) or "nothing"
-            await session.turn(5)
-            assert "K = 5: stopped. To go on" in session.caption.value
-            signal.raise_signal(signal.SIGINT)
-
-        run(scene)
+        session = Session("images of {}".format)
+        session.show = lambda value: signal.raise_signal(signal.SIGINT) or "nothing"
+        await session.turn(5)
+        assert "K = 5: stopped. To go on" in session.caption.value
+        signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, idle)

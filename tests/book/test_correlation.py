@@ -88,11 +88,13 @@ def test_permutation_test_approaches_all_permutations_of_each_replicate() -> Non
     assert correlation.permutation_test(first, second) == pytest.approx(exact, abs=0.015)
 
 
-@hypothesis.given(p_values=st.lists(st.integers(0, 20).map(lambda i: i / 20), min_size=1, max_size=6))
-def test_holm_is_the_closed_test_of_bonferroni_s(p_values: list[float]) -> None:
+@hypothesis.given(st.sampled_from([2, 6]).flatmap(lambda n: st.lists(st.integers(0, 20), min_size=n, max_size=n)))
+def test_holm_is_the_closed_test_of_bonferroni_s(twentieths: list[int]) -> None:
     """A hypothesis falls where every set of hypotheses that it belongs to falls by Bonferroni's test."""
-    count = len(p_values)
-    found = correlation.holm(np.array(p_values))
+    p_values, count = [i / 20 for i in twentieths], len(twentieths)
+    matrix = correlation.holm(p_values)
+    assert (np.diagonal(matrix) == 1).all()
+    found = correlation.off_diagonal(matrix)
     for i in range(count):
         worst = 0.0
         for size in range(1, count + 1):

@@ -11,6 +11,7 @@ from scaling import Parts
 
 from cddbook.figures import ch5_concurrent, style
 from cddbook.figures import ch7_reliability as reliability
+from cddbook.figures import ch8_speed as speed
 from cddlib.runtime.files import write_json
 from cddlib.runtime.run_folder import Metrics
 
@@ -34,9 +35,50 @@ def test_bars_are_sums_by_row_and_stacked():
 def test_no_difference_is_drawn_at_the_bottom():
     variants = {"here": {"1": 0.0, "10": 0.0}, "again": {"1": 0.0, "10": 0.0}, "AVX2": {"1": 1e-7, "10": 1e-4}}
     figure = reliability.drift({"variants": {name: {"losses": losses} for name, losses in variants.items()}})
-    lines = {line.get_label(): line.get_ydata() for line in figure.axes[0].get_lines()}
-    assert lines.keys() == {"again", "AVX2"}  # the first is what the others are compared with
-    assert list(lines["again"]) == [1e-9, 1e-9] and list(lines["AVX2"]) == [1e-7, 1e-4]
+    lines = [list(line.get_ydata()) for line in figure.axes[0].get_lines() if len(line.get_ydata())]
+    assert lines == [[1e-9, 1e-9], [1e-7, 1e-4]]  # the first variant is what the others are compared with
+
+
+def test_tables_of_what_was_done_to_break_it():
+    done = {"SIGKILL": [{"kills": 999}, {"kills": 1}], "disk full": [{"times": 2}, {"times": 3}]}
+    assert reliability.times_table(done).splitlines()[2:] == ["| SIGKILL | 1,000 |", "| disk full | 5 |"]
+    cases = [("a", "iteration 1", "a sentence"), ("b", None, "finished")]
+    found = [dict(zip(("case", "stopped_at", "sentence"), case, strict=True)) for case in cases]
+    rows = reliability.divergence_table({"divergence": found}).splitlines()[2:]
+    assert rows == ["| a | stopped in iteration 1 |", "| b | finished |"]
+    ranks = [("mean", 2, 1e-7), ("balance", 2, 3e-7), ("mean, 60 iterations", 2, 0.01)]
+    found = [dict(zip(("rule", "ranks", "largest_relative_difference"), row, strict=True)) for row in ranks]
+    rows = reliability.agreement_table({"agreement": found}).splitlines()[2:]
+    assert rows == [
+        "| short runs: the largest of 2 rules and settings | 2 | 3e-07 |",
+        "| mean, 60 iterations | 2 | 1e-02 |",
+    ]
+    verify = {"losses": 2e-3, "accuracies of networks": 0.5}
+    found = {"AVX2": {"verify": verify, "same_bytes": False, "test_accuracies": [[0.5, 0.5], [0.9, 0.9]]}}
+    assert reliability.drift_table({"variants": found}).splitlines()[2] == "| AVX2 | no | 50.0 ± 0.0 | 2.0e-03 |"
+    errors = [{"processes": 1, "error": 9.0}, {"processes": 2, "error": -0.1}, {"processes": 4, "error": 0.05}]
+    assert reliability.model_sentence({"measured": errors}).endswith("off by at most 10%.")
+
+
+def test_precisions_in_tables():
+    """A longer step turns the gradient of one walk."""
+    kinds = {"ipc": 1, "student_steps": 20, "seed": 0, "loss": 1.5, "step_size_error": -0.25}
+    rows = [("early", 0.01, 0.75), ("late", 0.01, 1.0), ("late", 0.1, 0.5)]
+    walks = [
+        {**kinds, "way": "float32", "where": w, "step_size": s, "cosine": c, "cosines_of_images": [c, c / 2]}
+        for w, s, c in rows
+    ]
+    usual, longer = (speed.walks({"walks": walks}, longer=longer) for longer in (False, True))
+    assert usual.index.tolist() == [0, 1] and longer.index.tolist() == [1, 2]
+    words = [cell.strip() for cell in speed.precision_table(longer).splitlines()[3].split("|")[1:-1]]
+    assert words == ["0.1", "float32", "1", "1.5000", "0.5000", "0.5000", "0.2500", "0.2500"]
+    runs = [{"work": "IPC 1", "precision": name, "accuracies": [0.5, 0.5]} for name in ("float32", "bfloat16")]
+    table = speed.accuracies_by_precision([{"data": "digits", "runs": runs}]).splitlines()
+    assert table[2] == "| digits | IPC 1 | 50.0 ± 0.0 (2) | 50.0 ± 0.0 (2) |"
+    names = ("name", "implementation", "rate", "convolution_rate")
+    rows = [("a", "textbook", 1.0, 2.0), ("a", "cddlib", 3.0, 4.0), ("b", "cddlib", 1.0, 4.0)]
+    rates = speed.rate_table(pd.DataFrame(rows, columns=names)).splitlines()[2:]
+    assert rates == ["| a | 50% | 75% |", "| b |  | 25% |"]
 
 
 def test_speedups_are_those_of_one_process():
@@ -60,7 +102,7 @@ def test_the_table_says_where_something_begins_to_bind_and_the_figure_has_a_line
         "| S, 8 segments | from 4 | 50% | devices that have no segment |",
         "| S, 8 segments a device | from 1 | 100% | computing itself |",
     ]
-    lines = reliability.efficiencies(model).axes[0].get_lines()
+    lines = [line for axis in reliability.efficiencies(model).axes for line in axis.get_lines()]
     strong, weak = (line for line in lines if len(line.get_xdata()))
     assert list(strong.get_ydata()) == [1, 0.96, 0.5] and list(weak.get_ydata()) == [1, 0.75]
 
@@ -79,8 +121,8 @@ def test_values_are_compared_at_the_last_place_that_all_runs_share() -> None:
     ]
     table = pd.DataFrame(rows, columns=["variant", "seed", "iteration", "matched", "accuracy"])
     assert ch5_concurrent.equal_table(table, "accuracy").splitlines()[2:] == [
-        "| after 8 matched segments | 60.5 ± 0.7 | 80.5 ± 0.7 | +20.0 [+20.0, +20.0] | 2 |",
-        "| after 4 iterations | 50.5 ± 0.7 | 80.5 ± 0.7 | +30.0 [+30.0, +30.0] | 2 |",
+        "| after 8 matched segments | 60.5 ± 0.7 | 80.5 ± 0.7 | +20.0 [+20.0, +20.0] | 2 | higher |",
+        "| after 4 iterations | 50.5 ± 0.7 | 80.5 ± 0.7 | +30.0 [+30.0, +30.0] | 2 | higher |",
     ]
     early = table[table["matched"] < 4]  # the start is no place to compare at
     assert len(ch5_concurrent.equal_table(early, "accuracy").splitlines()) < 3

@@ -269,20 +269,28 @@ def test_heat_maps_are_centred_and_starred():
     assert not any("*" in text.get_text() for text in figure.axes[1].texts)
 
 
-def test_sign_agreement_in_words():
-    found = findings.correlations(correlation_record())
-    words = ch3_correlation.sign_agreement(found, {"images": 0.1})
-    assert "on the first images prediction and measurement agree in sign for 100%" in words
-    assert "67% of the steps raise the other segment's loss" in words
+def test_sign_agreement_and_what_is_drawn_of_it():
+    found = ch3_correlation.transfers(findings.correlations(correlation_record()), {"images": 0.1})
+    table = ch3_correlation.sign_agreement(found).splitlines()
+    assert table[2:] == ["| on the first images | 100% | 0% |", "| on the last images | 100% | 67% |"]
+    drawn = [axis.collections[0].get_offsets() for axis in ch3_correlation.transfer_prediction(found).axes]
+    for points in drawn:
+        assert len(points) == 27 and np.allclose(points[:, 0], points[:, 1])
 
 
 def test_comparisons_in_a_table_and_in_words():
     record = comparison_record()
-    table = tables.comparison_table(findings.comparison(record))
+    table = tables.comparison_table(record)
     assert "| sequential | 51.5 ± 1.3 | 0.400 ± 0.000 |" in table and "over 4 distillations" in table
-    assert "random real images 25.0 ± 5.1 (24 networks)" in tables.baselines_in_words(record)
+    assert "| random real images (24 networks) | 25.0 ± 5.1 |" in table
     words = tables.provenance({"toy": record})
-    assert words.startswith("- toy: 12 runs, 12 minutes") and "commit `0123456`; digits, IPC 1" in words
+    assert words.startswith(
+        "- toy: 12 runs, digits, IPC 1, width 8, N = 3, M = 2, window [0, 12), 12.0 minutes on a proc"
+    )
+    assert words.endswith("threads: 1, PyTorch 2, commit `0123456`.")
+    buffer = {"config": {"data": "digits", "epochs": 5}, "experts": [{"test_accuracy": 0.5}]}
+    words = tables.provenance({"b": {"buffer": buffer, "result": next(iter(record["runs"].values()))["result"]}})
+    assert words.startswith("- b: digits, 5 epochs, test accuracy 50.0 %, 1.0 minutes")
 
 
 def test_the_benchmark_has_every_cell_with_what_was_measured():

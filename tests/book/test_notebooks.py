@@ -64,6 +64,8 @@ def test_documented_lines_run_as_written(path, tmp_path):
     cells = nbformat.read(tmp_path / "out.ipynb", as_version=4).cells
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
+    figures = [cell for cell in cells if "figure" in cell.metadata.get("mystnb", {})]
+    assert all(["image/png" in output.get("data", {}) for output in cell.outputs] == [True] for cell in figures)
     if path.stem == "05_concurrent_matching":
         assert any("K = 3" in str(output.get("data", {}).get("text/html")) for output in outputs)
         (control,) = (cell for cell in cells if "live_slider" in cell.source)

@@ -38,24 +38,11 @@ def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Fi
     return figure
 
 
-def memory_by_steps(record: Mapping[str, Any]) -> pd.DataFrame:
-    """Peak memory above the start of matching single segments, in MB: a row an implementation and N student steps."""
-    table = pd.DataFrame(record["measurements"])
-    table = table[table["implementation"].isin(("cddlib", "textbook"))]
-    return table.assign(memory=table["peak_mb"] - table["start_mb"])[["implementation", "student_steps", "memory"]]
-
-
 def memory_against_steps(record: Mapping[str, Any]) -> Figure:
     """Peak memory of one matching loss and its gradient against the student's steps, for each implementation."""
-    names = {"student_steps": "student steps N", "memory": "peak memory above the start, MB"}
-    figure = lines(memory_by_steps(record).rename(columns=names), *names.values(), hue="implementation")
+    table = pd.DataFrame(record["measurements"]).query("implementation in ('cddlib', 'textbook')")
+    x, y = "student steps N", "peak memory above the start, MB"
+    table = table.rename(columns={"student_steps": x}).assign(**{y: table["peak_mb"] - table["start_mb"]})
+    figure = lines(table, x, y, hue="implementation")
     figure.axes[0].set_ylim(bottom=0)
     return figure
-
-
-def memory_in_words(record: Mapping[str, Any]) -> str:
-    """The numbers behind `memory_against_steps`, and where they were measured."""
-    parts = [f"{way} {mb:.0f} MB at N = {steps}" for way, steps, mb in memory_by_steps(record).to_numpy()]
-    config = record["config"]
-    where = f"with {config['images']} images and width {config['width']} on {record['device']}"
-    return f"Above what the process held before, {where}: {', '.join(parts)}."

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import seaborn as sns
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from cddbook import correlation
-from cddbook.correlation import Matrix
 from cddbook.findings import Correlations
+from cddbook.tables import markdown
 
 
 def heat_maps(
@@ -48,38 +49,32 @@ def heat_maps(
     return figure
 
 
-def _transfers(study: Correlations, rates: Mapping[str, float], when: int) -> list[tuple[Matrix, Matrix]]:
-    """Transfer as gradients predict it and as real steps show it, by replicate; first images `when` 0, last -1."""
-    found = [repeated[when] for repeated in study.similarity["sequential"]]
-    return [(correlation.predicted_transfer(one, rates), correlation.transfer(one)) for one in found]
+def transfers(study: Correlations, rates: Mapping[str, float]) -> pd.DataFrame:
+    """What a real step takes off a loss, as gradients predict it and as measured: a row a pair of segments."""
+    tables, whose = [], np.where(np.eye(len(study.starts), dtype=bool), "the same segment", "another segment")
+    for repeated in study.similarity["sequential"]:
+        for when, one in (("first", repeated[0]), ("last", repeated[-1])):
+            values = correlation.predicted_transfer(one, rates), correlation.transfer(one), whose
+            table = pd.DataFrame(dict(zip(("predicted", "measured", "of"), map(np.ravel, values), strict=True)))
+            tables.append(table.assign(images=f"on the {when} images"))
+    return pd.concat(tables, ignore_index=True)
 
 
-def transfer_prediction(study: Correlations, rates: Mapping[str, float]) -> Figure:
-    """Measured transfer of a real step against the first-order prediction, a dot a pair, at the start and the end."""
-    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.6), sharex=False)
-    same = np.eye(len(study.starts), dtype=bool)
-    for axis, when, title in zip(axes, (0, -1), ("on the first images", "on the last images"), strict=True):
-        for label, mask, marker in (("the same segment", same, "s"), ("another segment", ~same, "o")):
-            pairs = [(predicted[mask], measured[mask]) for predicted, measured in _transfers(study, rates, when)]
-            axis.plot(*np.concatenate(pairs, axis=1), marker, alpha=0.6, markersize=4, label=label)
-        axis.axhline(0, color="0.4", linewidth=0.8)
-        axis.axvline(0, color="0.4", linewidth=0.8)
+def transfer_prediction(table: pd.DataFrame) -> Figure:
+    """Measured `transfers` against the first-order prediction, a dot a pair, at the start and the end."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.4, 3.6))
+    for axis, (title, mine) in zip(axes, table.groupby("images", sort=False), strict=True):
+        look = {"hue": "of", "style": "of", "alpha": 0.6, "legend": axis is axes[0]}
+        sns.scatterplot(mine, x="predicted", y="measured", ax=axis, **look)
         axis.axline((0, 0), slope=1, color="0.4", linestyle=":")
-        axis.set(xlabel="predicted from gradients", title=title)
-    axes[0].set_ylabel("loss taken off by a real step")
-    axes[0].legend()
+        axis.set(xlabel="predicted from gradients", ylabel="loss taken off by a real step", title=title)
     return figure
 
 
-def sign_agreement(study: Correlations, rates: Mapping[str, float]) -> str:
-    """How often a gradient's sign tells what a real step on another segment does, and how much of it."""
-    parts = []
-    for when, name in ((0, "first"), (-1, "last")):
-        transfers = [[correlation.off_diagonal(m) for m in pair] for pair in _transfers(study, rates, when)]
-        predicted, measured = np.concatenate(transfers, axis=1)
-        parts.append(
-            f"on the {name} images prediction and measurement agree in sign for "
-            f"{np.mean(np.sign(predicted) == np.sign(measured)):.0%} of the pairs, and "
-            f"{np.mean(measured < 0):.0%} of the steps raise the other segment's loss"
-        )
-    return "Off the diagonal, " + "; ".join(parts) + "."
+def sign_agreement(table: pd.DataFrame) -> str:
+    """How often a gradient's sign tells what a real step on another segment does, and how often it hurts; Markdown."""
+    table = table[table["of"] == "another segment"]
+    agree = np.sign(table["predicted"]) == np.sign(table["measured"])
+    names = {"prediction and measurement agree in sign": agree, "the step raises the other loss": table["measured"] < 0}
+    shares = pd.DataFrame(names).groupby(table["images"], sort=False).mean().map("{:.0%}".format)
+    return markdown(shares.reset_index(names="pairs off the diagonal"))

@@ -1,4 +1,4 @@
-"""What chapters 4 to 6 show of variants that are compared, usually different K: figures, a table, and a sentence."""
+"""What chapters 4 to 6 show of variants that are compared, usually different K: figures, a table, and a caption."""
 
 import statistics
 from pathlib import Path
@@ -45,31 +45,20 @@ def accuracy_bars(table: pd.DataFrame) -> Figure:
 
 
 def equal_table(table: pd.DataFrame, value: str) -> str:
-    """A value of every variant where all runs have had equally much, mean ± standard deviation over seeds, and the 95 %
-    interval of the last variant minus the first; Markdown.
+    """A value of every variant where all runs have had equally much, mean ± standard deviation over seeds; the last
+    variant minus the first with its 95 % interval, and what that settles; Markdown.
     """
     scale, digits, unit = (1.0, 3, "") if value == "loss" else (100.0, 1, ", %")
     rows, (first, *_, last) = [], table["variant"].unique()
     for where, found in at_equal(table, value).items():
         difference = paired(found, value, last, first)
-        row = {VALUES[value] + unit: where}
-        for variant, mine in found.groupby("variant", sort=False):
-            row[str(variant)] = mean_sd(mine[value], scale=scale, digits=digits)
+        means = found.groupby("variant", sort=False)[value].agg(mean_sd, scale=scale, digits=digits)
+        row = {VALUES[value] + unit: where, **means}
         mean, low, high = (f"{scale * x:+.{digits}f}" for x in (difference.mean, difference.low, difference.high))
-        rows.append({**row, f"{last} minus {first}": f"{mean} [{low}, {high}]", "seeds": difference.count})
+        row |= {f"{last} minus {first}": f"{mean} [{low}, {high}]", "seeds": str(difference.count)}
+        settled = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "not settled"
+        rows.append({**row, f"{last} is": settled})
     return markdown(rows)
-
-
-def equal_sentence(table: pd.DataFrame, value: str) -> str:
-    """In which of these comparisons the last variant differs from the first beyond the spread of the seeds."""
-    first, *_, last = table["variant"].unique()
-    signs = {-1: "is lower than", 1: "is higher than", 0: "cannot be told apart, with these seeds, from"}
-    places: dict[str, list[str]] = {how: [] for how in signs.values()}
-    for where, found in at_equal(table, value).items():
-        difference = paired(found, value, last, first)
-        places[signs[(difference.low > 0) - (difference.high < 0)]].append(where)
-    said = [f"{' and '.join(where)} the {VALUES[value]} of {last} {how}" for how, where in places.items() if where]
-    return " ".join(f"{sentence[0].upper()}{sentence[1:]} that of {first}." for sentence in said)
 
 
 def probe_losses(record: Record) -> Figure:
@@ -77,7 +66,8 @@ def probe_losses(record: Record) -> Figure:
     x, y, hue, tables = "segments matched", "matching loss of the probe", "start epoch", []
     for run in runs_of(record):
         losses, visits = run.probes(skip=0)
-        rows = pd.MultiIndex.from_product([run.measured, run.config["probe_starts"]], names=[x, hue])
+        measured = [iteration for iteration, _ in run.metrics["probe_losses"]]
+        rows = pd.MultiIndex.from_product([measured, run.config["probe_starts"]], names=[x, hue])
         table = pd.DataFrame({y: losses.flat, "visited": np.pad(visits, ((1, 0), (0, 0))).flat}, rows).reset_index()
         table[x] *= run.cost
         tables.append(table.assign(variant=run.variant, seed=run.seed))
@@ -94,8 +84,8 @@ def error_along(record: Record) -> Figure:
     """Accumulated error along the trajectory, and the sums of its two parts; mean ± sd over seeds, last iterate."""
     keys = {"error": "ε, accumulated", "matching_sum": "Σδ, matching", "initialisation_sum": "ΣI, initialisation"}
     x, y = "expert epoch", "length / way of the expert"
-    ends = [pd.DataFrame(run.last_error).assign(variant=run.variant) for run in runs_of(record)]
-    table = pd.concat(ends, ignore_index=True)
+    last = [(run.variant, run.metrics["accumulated_error"][-1][1]) for run in runs_of(record)]
+    table = pd.concat([pd.DataFrame(error).assign(variant=variant) for variant, error in last], ignore_index=True)
     parts = table[list(keys)].rename(columns=keys).div(table["travelled"], axis=0)
     parts[[x, "variant"]] = table[["epoch", "variant"]]
     figure = lines(parts.melt([x, "variant"], value_name=y), x, y, panel="variable")
@@ -106,12 +96,8 @@ def error_along(record: Record) -> Figure:
 def selection_sentence(segments: int, run: Path) -> str:
     """Which set of a run validation selected, and how accurate the first and this one are."""
     result, first = read_json(run / "result.json"), statistics.fmean(read_metrics(run)[0]["validation_accuracy"])
+    images = f"the distilled images of iteration {result['selected_iteration']}"
     if result["selected_iteration"] == 0:
-        return (
-            f"K = {segments}: no iteration was better than the start, so these are its random real images; validation "
-            f"accuracy {first:.1%}."
-        )
-    return (
-        f"K = {segments}: the distilled images of iteration {result['selected_iteration']}; validation accuracy "
-        f"{first:.1%} at the start, {result['validation_accuracy']:.1%} with these."
-    )
+        images = "no iteration was better than the start, so these are its random real images"
+    accuracies = f"{first:.1%} at the start, {result['validation_accuracy']:.1%} with these"
+    return f"K = {segments}: {images}; validation accuracy {accuracies}."

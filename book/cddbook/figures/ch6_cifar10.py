@@ -4,26 +4,27 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from cddbook.figures.ch5_concurrent import equal_sentence, equal_table
+from cddbook.figures.ch5_concurrent import equal_table
 from cddbook.findings import STOPPED, Record, gpu_accuracies
-from cddbook.tables import markdown, mean_sd
-from cddlib.methods.recipes import buffer_recipe, distill_recipe
+from cddbook.tables import BASELINES, markdown, mean_sd
 
 
 def networks(records: Mapping[str, Record]) -> pd.DataFrame:
     """Test accuracies of single networks: a row each, on the sets of these runs and on the images they compare with."""
-    names = {"random_real": "random real images", "full": "all training images"}
     tests = [(name, record["evaluations"][0]["accuracies"]) for name, record in records.items()]
-    rows = [(names.get(kind, name), a) for name, found in tests for kind, values in found.items() for a in values]
+    rows = [(BASELINES.get(kind, name), a) for name, found in tests for kind, values in found.items() for a in values]
     return pd.DataFrame(rows, columns=["variant", "test"]).sort_values("variant")
 
 
-def run_table(records: Mapping[str, Record]) -> pd.DataFrame:
-    """What distillation runs cost and reached, a column each, from their records."""
+def run_table(records: Mapping[str, Record]) -> str:
+    """What distillation runs cost, and how accurate `networks` are; Markdown."""
     names = {"seconds_per_iteration": "seconds an iteration (median)", "seconds": "seconds of the whole run"}
     names |= {"peak_memory_mb": "peak memory of the process, MB", "selected_iteration": "selected iteration"}
-    results = pd.DataFrame({name: record["result"] for name, record in records.items()})
-    return results.loc[list(names)].rename(names).map("{:.1f}".format)
+    results = pd.DataFrame({name: record["result"] for name, record in records.items()}).T[list(names)]
+    found = networks(records).groupby("variant")["test"]
+    tested = found.agg(lambda mine: f"{mean_sd(mine, scale=100.0)} ({len(mine)} networks)").rename("test accuracy, %")
+    table = results.rename(columns=names).map("{:.1f}".format)
+    return markdown(pd.concat([table, tested], axis=1).reset_index(names="set"))
 
 
 def runs_table(distil: Record) -> str:
@@ -43,23 +44,6 @@ def runs_table(distil: Record) -> str:
     return markdown(rows)
 
 
-def stopped_sentence(distil: Record, experts: Record) -> str:
-    """How far the runs are from the published cell."""
-    runs, own = distil["runs"], experts["buffer"]
-    cell, published = distill_recipe("mtt", "cifar10", ipc=1).schedule, buffer_recipe("cifar10", "mtt")
-    stopped = sum(not run["finished"] for run in runs)
-    reached = [run["iterations"] for run in runs]
-    seconds = max(sum(run["seconds"]) for run in runs)
-    config = runs[0]["config"]
-    return (
-        f"MTT on {config['data']} with IPC {config['ipc']}, width {config['width']}, N = {config['student_steps']}, "
-        f"M = {config['expert_epochs']}, window [{config['window_start']}, {config['window_end']}). The time limit "
-        f"stopped {stopped} of {len(runs)} runs; after {seconds:.0f} seconds they had {min(reached)} to {max(reached)} "
-        f"iterations. The published cell has {cell.iterations:,} iterations, and {published.experts} experts of "
-        f"{published.epochs} epochs; these runs had {len(own['experts'])} experts of {own['config']['epochs']} epochs."
-    )
-
-
 def tested(evaluated: Record, distil: Record) -> str:
     """Test accuracies, in percent: all sets, beside random real images; K at equal places; what that says. Markdown."""
     table = gpu_accuracies(evaluated, distil)
@@ -75,9 +59,9 @@ def tested(evaluated: Record, distil: Record) -> str:
     better = f"{(table['test'] > real.max()).sum()} of {len(table)} sets"
     said = (
         "Mean ± standard deviation over sets, whose accuracy is the mean over their networks; for random real images "
-        f"over networks. {better} have a higher accuracy than any network on random real images has. "
+        f"over networks. {better} have a higher accuracy than any network on random real images has."
     )
-    return "\n\n".join([markdown(rows), equal_table(table, "test"), said + equal_sentence(table, "test")])
+    return "\n\n".join([markdown(rows), equal_table(table, "test"), said])
 
 
 def _range(values: pd.Series) -> str:

@@ -1,6 +1,6 @@
-"""Figures of chapter 8: what `make bench` and tests/benchmarks/precision.py recorded on a CPU."""
+"""Figures and tables of chapter 8: what `make bench` and the benchmarks of precision recorded on a CPU."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -9,7 +9,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from cddbook.tables import markdown
+from cddbook.figures import style
+from cddbook.tables import markdown, mean_sd
 
 TEXTBOOK = "textbook"
 """How the names of all implementations begin that cddlib is compared with."""
@@ -39,21 +40,16 @@ def part(table: pd.DataFrame, *, apart: bool) -> pd.DataFrame:
 
 def bars(table: pd.DataFrame, column: str, xlabel: str) -> Figure:
     """Bars of seconds or of memory, on a logarithmic axis; what was left out has its reason in place of a bar."""
-    names, implementations = table["name"].unique(), table["implementation"].unique()
-    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.6 * len(names)))
-    shown = table.pivot(index="name", columns="implementation").reindex(names)
-    shown[column][implementations].plot.barh(ax=axis, width=0.8)
-    for implementation, bars in zip(implementations, axis.containers, strict=True):
-        for bar, reason in zip(bars, shown["left_out"][implementation], strict=True):
+    implementations = table["implementation"].unique()
+    shown = table.pivot(index="name", columns="implementation").reindex(table["name"].unique())
+    figure = style.bars(shown[column][implementations], xlabel)
+    (axis,) = figure.axes
+    for implementation, drawn in zip(implementations, axis.containers, strict=True):
+        for bar, reason in zip(drawn, shown["left_out"][implementation], strict=True):
             if isinstance(reason, str):
                 place = bar.get_y() + bar.get_height() / 2
                 axis.text(0.01, place, reason, transform=axis.get_yaxis_transform(), va="center", fontsize=6)
-    axis.autoscale(axis="y")
-    axis.margins(y=0.01)
-    axis.invert_yaxis()
-    lowest = 10 ** np.floor(np.log10(table[column].min()))
-    axis.set(xscale="log", xlabel=xlabel, ylabel="", xlim=(lowest, None))
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
+    axis.set(xscale="log", xlim=(10 ** np.floor(np.log10(table[column].min())), None))
     return figure
 
 
@@ -64,25 +60,35 @@ def ratio_table(table: pd.DataFrame, column: str) -> str:
         table: from `part`.
         column: `seconds`, of which the ratio says how many times as fast; or `memory_mb`, of which it is the fraction.
     """
-    ways = [way for way in table["implementation"].unique() if not way.startswith(TEXTBOOK)]
-    shown = "{:.3g} s" if column == "seconds" else "{:,.0f} MB"
-    rows = []
-    for name, mine in table.groupby("name", sort=False):
-        theirs = mine[mine["implementation"].str.startswith(TEXTBOOK)]
-        best = theirs.loc[theirs["seconds"].idxmin(), column] if theirs["seconds"].notna().any() else np.nan
-        row = {"work": name, TEXTBOOK: theirs["left_out"].iloc[0] if np.isnan(best) else shown.format(best)}
-        for own in mine[mine["implementation"].isin(ways)].to_dict("records"):
-            ratio = best / own[column] if column == "seconds" else own[column] / best
-            said = shown.format(own[column]) + ("" if np.isnan(ratio) else f", {ratio:.2f}")
-            row[own["implementation"]] = own["left_out"] if np.isnan(own["seconds"]) else said
-        rows.append(row)
-    return markdown(pd.DataFrame(rows, columns=["work", TEXTBOOK, *ways]))
+    shown, power = ("{:.3g} s", -1) if column == "seconds" else ("{:,.0f} MB", 1)
+    table = table.assign(cell=table[column].map(shown.format, na_action="ignore").fillna(table["left_out"]))
+    textbook = table["implementation"].str.startswith(TEXTBOOK)
+    best = table[textbook].sort_values("seconds", kind="stable").drop_duplicates("name").set_index("name")
+    own = table[~textbook].assign(ratio=lambda own: (own[column] / own["name"].map(best[column])) ** power)
+    own["cell"] += own["ratio"].map(", {:.2f}".format, na_action="ignore").fillna("")
+    cells = own.pivot(index="name", columns="implementation", values="cell")
+    cells = cells.reindex(table["name"].unique(), columns=own["implementation"].unique())
+    cells.insert(0, TEXTBOOK, best["cell"])
+    return markdown(cells.reset_index(names="work"))
 
 
 def rate_of(table: pd.DataFrame, implementation: str) -> pd.Series:
     """By the work's name, its rate as a fraction of the convolution's."""
     rows = table[table["implementation"] == implementation].dropna(subset="rate").set_index("name")
     return rows["rate"] / rows["convolution_rate"]
+
+
+def rate_table(table: pd.DataFrame) -> str:
+    """`rate_of` every way; a Markdown table."""
+    rates = pd.concat({way: rate_of(table, way) for way in table["implementation"].unique()}, axis=1)
+    return markdown(rates.map("{:.0%}".format, na_action="ignore").reset_index(names="work"))
+
+
+def walks(record: Mapping[str, Any], *, longer: bool = False) -> pd.DataFrame:
+    """The walks with the usual step size; or those that were walked with longer steps too, at every step size."""
+    table = pd.DataFrame(record["walks"])
+    sizes = table.groupby(["ipc", "student_steps", "where", "seed"])["step_size"]
+    return table[sizes.transform("nunique") > 1 if longer else table["step_size"] == table["step_size"].min()]
 
 
 def precision(record: Mapping[str, Any]) -> Figure:
@@ -95,3 +101,21 @@ def precision(record: Mapping[str, Any]) -> Figure:
     axis.set(xscale="log", xlabel="1 − cosine to the float64 gradient of the images", ylabel="")
     axis.legend(title="images a class", fontsize=8)
     return figure
+
+
+def precision_table(table: pd.DataFrame) -> str:
+    """How far the gradients of `walks` are from those in float64; a Markdown table."""
+    table = table.assign(least=table["cosines_of_images"].map(min), error=table["step_size_error"].abs())
+    columns = {"walks": ("loss", "size"), "median matching loss": ("loss", "median")}
+    columns |= {"median cosine": ("cosine", "median"), "least cosine": ("cosine", "min")}
+    columns |= {"least of an image": ("least", "min"), "largest error of the step size's gradient": ("error", "max")}
+    found = table.groupby(["step_size", "way"], sort=False).agg(**columns).reset_index()
+    return str(found.to_markdown(index=False, floatfmt=("", "", "", *[".4f"] * 5)))
+
+
+def accuracies_by_precision(records: Iterable[Mapping[str, Any]]) -> str:
+    """Test accuracies by data, work and precision: mean ± standard deviation over networks; a Markdown table."""
+    table = pd.concat(pd.DataFrame(record["runs"]).assign(data=record["data"]) for record in records)
+    found = table.explode("accuracies").groupby(["data", "work", "precision"], sort=False)["accuracies"]
+    cells = found.agg(lambda mine: f"{mean_sd(mine.astype(float), scale=100.0)} ({len(mine)})")
+    return markdown(cells.unstack(sort=False).reset_index())

@@ -18,18 +18,15 @@ def committed_sets() -> dict[int, tuple[Figure, str]]:
     """For each K a picture of its set, and how accurate networks are that were trained on it; random real ones at 0."""
     runs = read_record("segments-cifar10-ipc1-tuned")["runs"]
     tests = {int(name[2:-7]): run["evaluations"][0] for name, run in runs.items() if name.endswith("/seed-0")}
-    found = {0: _picture(RESULTS / "pictures" / "cifar10-start.parquet")}
-    words = {0: ("Random real images", tests[1]["random_real"])}
-    for k, accuracies in tests.items():
-        found[k] = _picture(RESULTS / "pictures" / f"cifar10-k{k}.parquet")
-        words[k] = f"K = {k}: distilled images", accuracies["synthetic"]
+    sets = [(0, "start", "Random real images", tests[1]["random_real"])]
+    sets += [(k, f"k{k}", f"K = {k}: distilled images", test["synthetic"]) for k, test in tests.items()]
     return {
         k: (
-            figure,
-            f"{words[k][0]} of CIFAR-10, one a class. Networks trained on them recognise "
-            f"{mean_sd(words[k][1], scale=100.0)} % of the test images ({len(words[k][1])} networks).",
+            _picture(RESULTS / "pictures" / f"cifar10-{name}.parquet"),
+            f"{what} of CIFAR-10, one a class. Networks trained on them recognise "
+            f"{mean_sd(accuracies, scale=100.0)} % of the test images ({len(accuracies)} networks).",
         )
-        for k, figure in found.items()
+        for k, name, what, accuracies in sets
     }
 
 

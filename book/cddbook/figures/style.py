@@ -5,6 +5,7 @@ import html
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -14,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 PERCENT = PercentFormatter(1.0, decimals=0)
 
 
 def use_style() -> None:
     """Colour-blind palette, white background, text that stays readable at 640 pixels."""
+    plt.switch_backend(plt.get_backend())  # Jupyter's shows figures once loaded, unless `rc_context` ends that at once
     sns.set_theme(style="whitegrid", palette="colorblind", font_scale=1.0)
     plt.rcParams.update({"figure.dpi": 100, "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True})
 
@@ -34,9 +35,22 @@ def lines(
         columns = {"x": x, "y": y, "hue": hue, "style": hue, "col": panel, "palette": palette}
         grid = sns.relplot(table, kind="line", errorbar="sd", facet_kws={"sharex": False}, **columns, **look)
     grid.set_titles("{col_name}")
-    if "accuracy" in y:
+    if "accuracy" in y or y == "efficiency":
         grid.axes[0, 0].yaxis.set_major_formatter(PERCENT)
     return grid.figure
+
+
+def bars(table: pd.DataFrame, xlabel: str, **look: Any) -> Figure:
+    """Horizontal bars, a row for each of the table's, a colour for each of its columns; `look` is of `plot.barh`."""
+    figure, axis = plt.subplots(figsize=(6.4, 0.8 + (0.6 if not look.get("stacked") else 0.36) * len(table)))
+    table.plot.barh(ax=axis, width=0.8, legend=False, **look)
+    axis.autoscale(axis="y")
+    axis.margins(y=0.01)
+    axis.invert_yaxis()
+    axis.set(xlabel=xlabel, ylabel="")
+    if len(table.columns) > 1:
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
+    return figure
 
 
 def pictures(images: Float[Tensor, "n c h w"], titles: Sequence[str]) -> Figure:

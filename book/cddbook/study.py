@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
@@ -27,7 +28,7 @@ from cddlib.evaluate import evaluate_run
 from cddlib.experts.buffer import Buffer
 from cddlib.methods.recipes import distill_recipe
 from cddlib.runtime.config import as_dict, field_types, replace
-from cddlib.runtime.device import end_with_parent, keep_freed_memory
+from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.errors import Diverged, UserError, as_user_error, require
 from cddlib.runtime.files import read_json, write_json
 from cddlib.runtime.run_folder import locked, refuse_other_run
@@ -254,9 +255,20 @@ def _in_a_process(task: functools.partial[str | None], threads: int, number: int
 
 def _prepare(threads: int, number: int) -> None:
     """What a child does first; the children take the GPUs in turn."""
-    end_with_parent()
+    _end_with_parent()
     tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)  # the children's bars overwrite each other
     if torch.cuda.is_available():
         os.environ["LOCAL_RANK"] = str(number % torch.cuda.device_count())  # as torchrun says it
     torch.set_num_threads(threads)
     keep_freed_memory()
+
+
+def _end_with_parent() -> None:
+    """Let this process end when the one that started it is killed, whatever it does then."""
+    parent = cast(multiprocessing.process.BaseProcess, multiprocessing.parent_process())
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -182,11 +182,6 @@ def _losses_and_gradients(
     return losses, by_inputs * (-step_size / half)[:, None, None, None, None], by_targets * -rate[:, None], by_step_size
 
 
-def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:
-    """‖θ_i − θ*_{t+M}‖² / ‖θ_0 − θ*_{t+M}‖² for i = 0 … N; the last one is the matching loss."""
-    return torch.stack([(theta - target).square().sum() for theta in path]) / (path[0] - target).square().sum()
-
-
 def nearest_step(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> int:
     """ATT's n*: which of θ_1 … θ_N is nearest to the target in the L1 norm; of equals, the last."""
     distances = torch.stack([(theta - target).abs().sum() for theta in path[1:]])

@@ -72,7 +72,7 @@ PAD = Method(
 ATT = Method(
     name="att",
     base=MTT,
-    settings={"match_step": "nearest", "batch_size": 512},
+    settings={"match_step": "nearest"},
     source="the repository's README (NiaLiu/ATT): its figure; iterations and averages from its commands",
 )
 
@@ -80,7 +80,7 @@ ATT = Method(
 MCT = Method(
     name="mct",
     base=MTT,
-    settings={"convex": True, "zca": False, "gradient": "halved"},
+    settings={"convex": True, "zca": False},
     source="the repository's run_command.md (Zhong0x29a/MCT), whose code never reads the step size given there",
 )
 

@@ -1,12 +1,9 @@
 """Devices: which one, how much memory is free, copies to it."""
 
 import ctypes
-import multiprocessing
 import os
 import sys
-import threading
 from pathlib import Path
-from typing import cast
 
 import psutil
 import torch
@@ -66,14 +63,3 @@ def keep_freed_memory() -> None:
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # names in malloc.h
         for parameter, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 2**26)):
             ctypes.CDLL(None).mallopt(parameter, value)
-
-
-def end_with_parent() -> None:
-    """Let this process end when the one that started it is killed, whatever it does then."""
-    parent = cast(multiprocessing.process.BaseProcess, multiprocessing.parent_process())
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -216,7 +216,7 @@ def test_another_study_in_the_folder_is_refused(recipe: Recipe, buffer: cddlib.B
 
 
 def test_children_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "end_with_parent", lambda: None)
+    monkeypatch.setattr(study, "_end_with_parent", lambda: None)
     monkeypatch.setattr(study.tqdm, "__init__", study.tqdm.__init__)  # which a child silences for good
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)

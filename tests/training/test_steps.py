@@ -338,11 +338,9 @@ def test_a_batch_has_one_memory_order_wherever_it_was_cut_out(monkeypatch: pytes
 
 
 def test_a_graph_belongs_to_a_device_and_its_key() -> None:
-    first, second = (torch.device("cuda", number) for number in (0, 1))
-    made = [graphs.graph(device, lambda key: str, key) for device, key in ((first, 1), (second, 1), (first, 2))]
-    assert len({*map(id, made)}) == 3
-    build = functools.partial(lambda key: str)
-    assert graphs.graph(first, build, 1) is graphs.graph(first, build, 1) is not graphs.graph(second, build, 1)
+    build, devices_and_keys = (lambda key: str), ((0, 1), (0, 1), (1, 1), (0, 2))
+    found = [graphs.graph(torch.device("cuda", number), build, key) for number, key in devices_and_keys]
+    assert found[0] is found[1] and len({*map(id, found)}) == 3
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,11 @@ def segment_draws(configs: Sequence[SegmentsConfig], draws: int, generator: torc
     return figure
 
 
+def distances_to_target(path: list[Float[Tensor, " p"]], target: Float[Tensor, " p"]) -> Float[Tensor, " steps"]:
+    """‖θ_i − θ*_{t+M}‖² / ‖θ_0 − θ*_{t+M}‖² for i = 0 … N; the last one is the matching loss."""
+    return torch.stack([(theta - target).square().sum() for theta in path]) / (path[0] - target).square().sum()
+
+
 def student_paths(distances: Mapping[str, Float[Tensor, "repeats steps"]]) -> Figure:
     """Normalised squared distance to the target after each student step; mean and standard deviation over repeats."""
     x, y = "student step i", "matching loss if it stopped here"

@@ -14,7 +14,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def write_record(path: Path, value: dict[str, Any], *, indent: int | None = 1) -> None:
     """Write a record for the book, which git guards: plain JSON; without `indent` half the size for many numbers."""
-    text = json.dumps(value, indent=indent) + "\n"
+    text = json.dumps(value, indent=indent, separators=(",", ": " if indent else ":")) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 

@@ -6,9 +6,8 @@
 # ROOT holds the data sets (see `cddlib data`), RUNS is a folder for the runs; without names every record is made.
 # Every command resumes where it was stopped: MINUTES=90 book/record.sh ROOT RUNS works for so long and says what is
 # left. JOBS processes share the runs (0: one after the other in one process), and OMP_NUM_THREADS cores are shared by
-# them. The cells come in the order of what they decide for what they cost: first the tuned comparison of K at width 32
-# (an hour or two of one core, and two more for its long version), then the published network (hours), then the first,
-# short studies, whose learning rates were chosen in trials of a minute, so that the probes' losses fall.
+# them. The cells come in the order of what they decide for what they cost: first the comparison of K at width 32 and its
+# rates (four hours of one core), then correlation (two hours), then the published network (hours), then the digits.
 set -euo pipefail
 
 root=$1 runs=$2
@@ -26,48 +25,12 @@ within() { # COMMAND OPTIONS…: stopped, like by Ctrl-C, when the time is over
 cddlib() { within python -m cddlib "$@"; }
 cddbook() { within python -m cddbook "$@"; }
 
-mtt="--method mtt --data cifar10 --root $root --ipc 1 --jobs $jobs"
-tuned="$mtt --buffer $runs/cifar10-short --student-steps 20 --window-end 4 --lr-step-size 1e-6 --compiled True"
-published="$mtt --buffer $runs/cifar10-published --precision bfloat16"
-
-buffers-short() { cddlib buffer --method mtt --data cifar10 --root "$root" --width "$width" --experts 8 --epochs 6 --out "$runs/cifar10-short"; }
-rates() { # K ITERATIONS: 320 matched segments
-    study "rates-cifar10-ipc1-k$1" search "$tuned --segments $1 --iterations $2 --validate-every $2 --validation-runs 3 --vary lr_images=100,300,1000 step_size=0.02,0.06 --seeds 2"
-}
-rates-cifar10-ipc1-k1() { rates 1 320; }
-rates-cifar10-ipc1-k2() { rates 2 160; }
-rates-cifar10-ipc1-k4() { rates 4 80; }
-pictures() { # of the first page and of chapter 5: where the tuned comparison began, and what two of its runs made of it
-    local out=$results/pictures name
-    cddlib distill --method mtt --data cifar10 --root "$root" --ipc 1 --buffer "$runs/cifar10-short" --student-steps 20 --window-end 4 --iterations 1 --validate-every 0 --lr-images 1e-9 --out "$runs/pictures/start"
-    ln -sfn "$(realpath "$runs")/segments-cifar10-ipc1-tuned/K=1/seed-0" "$runs/pictures/k1"
-    ln -sfn "$(realpath "$runs")/segments-cifar10-ipc1-tuned/K=4/seed-0" "$runs/pictures/k4"
-    for name in start k1 k4; do
-        rm -f "$out/cifar10-$name.parquet"
-        cddlib export "$runs/pictures/$name" --to "$out/cifar10-$name.parquet" --form parquet
-    done
-}
-segments-cifar10-ipc1-tuned() { study segments-cifar10-ipc1-tuned compare "$tuned --what segments --counts 1 4 --lr-images 300 --step-size 0.02 --iterations 800 --validate-every 200 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 16 --seeds 3 --networks 10"; }
-
-segments-cifar10-ipc1-long() { study segments-cifar10-ipc1-long compare "$tuned --what segments --counts 1 2 4 --lr-images 300 --step-size 0.02 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"; }
-
-buffers-published() { cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"; }
-segments-cifar10-ipc1-published() { study segments-cifar10-ipc1-published compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"; }
-
-cifar10="--method mtt --data cifar10 --root $root --buffer $runs/cifar10 --window-end 18 --jobs $jobs"
-ipc1="--ipc 1 --student-steps 20 --lr-images 100 --step-size 0.012 --lr-step-size 1e-7"
-ipc10="--ipc 10 --student-steps 12 --student-batch 50 --lr-images 200 --step-size 0.014 --lr-step-size 1e-6"
-ipc50="--ipc 50 --student-steps 12 --student-batch 50 --lr-images 1000 --step-size 0.012 --lr-step-size 1e-6"
-cifar10_probes="--probe-starts 0 4 8 12 16"
+mtt="--method mtt --data cifar10 --root $root --jobs $jobs"
+short="$mtt --buffer $runs/cifar10-short --student-steps 20 --window-end 4 --lr-step-size 1e-6 --compiled True"
+one_rate="--lr-images 300 --step-size 0.02"
+published="$mtt --ipc 1 --buffer $runs/cifar10-published --precision bfloat16"
 digits="--data digits --buffer $runs/digits --jobs $jobs"
 digits_probes="--probe-starts 0 2 4 6 8 10"
-
-buffers() {
-    cddlib buffer --data digits --out "$runs/digits"
-    cddlib buffer --data cifar10 --root "$root" --width "$width" --experts 3 --epochs 20 --no-holdout --out "$runs/cifar10"
-    cddbook record "$runs/cifar10" --to $results/study-buffer-cifar10.json
-    cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"
-}
 
 study() { # NAME COMMAND OPTIONS…
     local name=$1 command=$2
@@ -77,14 +40,47 @@ study() { # NAME COMMAND OPTIONS…
     cddbook record "$runs/$name" --to "$results/$name.json"
 }
 
+buffers-short() {
+    cddlib buffer --method mtt --data cifar10 --root "$root" --width "$width" --experts 8 --epochs 6 --out "$runs/cifar10-short"
+    cddbook record "$runs/cifar10-short" --to $results/study-buffer-cifar10-short.json
+}
+rates() { # K ITERATIONS: 320 matched segments
+    study "rates-cifar10-ipc1-k$1" search "$short --ipc 1 --segments $1 --iterations $2 --validate-every $2 --validation-runs 3 --vary lr_images=100,300,1000 step_size=0.02,0.06 --seeds 2"
+}
+rates-cifar10-ipc1-k1() { rates 1 320; }
+rates-cifar10-ipc1-k2() { rates 2 160; }
+rates-cifar10-ipc1-k4() { rates 4 80; }
+rates-cifar10-ipc10() { study rates-cifar10-ipc10 search "$short --ipc 10 --student-batch 10 --step-size 0.02 --iterations 320 --validate-every 320 --validation-runs 2 --vary lr_images=300,1000,3000 --seeds 1"; }
+rates-cifar10-ipc50() { study rates-cifar10-ipc50 search "$short --ipc 50 --student-batch 10 --step-size 0.02 --iterations 320 --validate-every 320 --validation-runs 2 --evaluation-epochs 200 --vary lr_images=1000,3000,10000 --seeds 1"; }
+segments() { # IPC: 2,000 matched segments
+    study "segments-cifar10-ipc$1" compare "$short $one_rate --ipc $1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"
+}
+segments-cifar10-ipc1() { segments 1; }
+pictures() { # of the first page and of chapter 5: where the comparison began, and what its first seed made of it
+    local out=$results/pictures k name
+    cddlib distill --method mtt --data cifar10 --root "$root" --ipc 1 --buffer "$runs/cifar10-short" --student-steps 20 --window-end 4 --iterations 1 --validate-every 0 --lr-images 1e-9 --out "$runs/pictures/start"
+    for k in 1 2 4; do ln -sfn "$(realpath "$runs")/segments-cifar10-ipc1/K=$k/seed-0" "$runs/pictures/k$k"; done
+    for name in start k1 k2 k4; do
+        rm -f "$out/cifar10-$name.parquet"
+        cddlib export "$runs/pictures/$name" --to "$out/cifar10-$name.parquet" --form parquet
+    done
+}
+correlation() { # IPC: the same settings for all
+    study "correlation-cifar10-ipc$1" correlate "$short $one_rate --ipc $1 --student-batch 10 --probe-starts 0 1 2 3 --iterations 100 --replicates 6"
+}
+correlation-cifar10-ipc1() { correlation 1; }
+correlation-cifar10-ipc10() { correlation 10; }
+correlation-cifar10-ipc50() { correlation 50; }
+
+buffers-published() { cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"; }
+segments-cifar10-ipc1-published() { study segments-cifar10-ipc1-published compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"; }
+
+buffers() {
+    cddlib buffer --data digits --out "$runs/digits"
+    cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"
+}
 correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 6"; }
 remedies-digits-ipc1() { study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 96 --validate-every 24 --probe-every 8 --seeds 4"; }
-correlation-cifar10-ipc1() { study correlation-cifar10-ipc1 correlate "$cifar10 $ipc1 $cifar10_probes --iterations 30"; }
-correlation-cifar10-ipc10() { study correlation-cifar10-ipc10 correlate "$cifar10 $ipc10 $cifar10_probes --iterations 16"; }
-correlation-cifar10-ipc50() { study correlation-cifar10-ipc50 correlate "$cifar10 $ipc50 $cifar10_probes --iterations 16"; }
-segments-cifar10-ipc1() { study segments-cifar10-ipc1 compare "$cifar10 $ipc1 --probe-starts 0 2 4 6 8 10 12 14 16 --iterations 320 --validate-every 40 --probe-every 8 --evaluation-epochs 300 --networks 2"; }
-segments-cifar10-ipc10() { study segments-cifar10-ipc10 compare "$cifar10 $ipc10 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 100 --networks 2"; }
-segments-cifar10-ipc50() { study segments-cifar10-ipc50 compare "$cifar10 $ipc50 $cifar10_probes --counts 1 4 --iterations 64 --validate-every 32 --probe-every 8 --evaluation-epochs 40 --networks 2"; }
 
 search="--data digits --buffer $runs/digits --jobs $jobs"
 fashion="--data fashion_mnist --root $root --buffer $runs/fashion --student-steps 20 --window-end 12 --lr-step-size 1e-6 --evaluation-epochs 200 --jobs $jobs"
@@ -112,9 +108,9 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
     done
 }
 
-all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1-tuned pictures segments-cifar10-ipc1-long
- buffers-published segments-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 correlation-cifar10-ipc1
- segments-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 segments-cifar10-ipc10 segments-cifar10-ipc50 $searches methods"
+all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 pictures rates-cifar10-ipc10 rates-cifar10-ipc50
+ correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
+ buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
 left=""
 for name in ${@:-$all}; do
     if [ $SECONDS -lt $end ]; then

@@ -7,7 +7,7 @@ In every matrix the row is the segment that is matched and the column the one th
     between_draws  cosines between the segments' gradients: −1 is conflict, +1 agreement
     transfer       what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
 
-A claim about the sign of two curves' correlation needs a `permutation_test`.
+A claim about the sign of two curves' correlation needs a `shift_test`.
 """
 
 import math
@@ -79,22 +79,20 @@ def negative_shares(matrices: Matrices) -> tuple[Float[np.ndarray, "*replicates"
     return (matrices[..., *lower] < 0).mean(axis=-1), (matrices[..., *upper] < 0).mean(axis=-1)
 
 
-def permutation_test(
-    first: Float[np.ndarray, "replicates times"], second: Float[np.ndarray, "replicates times"]
-) -> float:
+def shift_test(first: Float[np.ndarray, "replicates times"], second: Float[np.ndarray, "replicates times"]) -> float:
     """P-value of "the correlation is not negative", one-sided: small where it is negative beyond chance.
 
-    Shuffles the times of `second` within each replicate, and asks how often the mean correlation over the replicates
-    is as low as the observed one. Give it `changes` of losses, not losses: times of a trend cannot be exchanged.
-    Momentum makes neighbouring changes alike, so that small p-values are somewhat too small.
+    Shifts the times of `second` in a circle, in each replicate by another amount, and asks how often the mean
+    correlation over the replicates is as low as the observed one: neighbouring values stay neighbours, which momentum
+    makes alike. Give it `changes` of losses, not losses: a trend cannot be shifted.
     """
     centred = [np.asarray(x) - np.mean(x, axis=1, keepdims=True) for x in (first, second)]
     spreads = [x.std(axis=1, keepdims=True) for x in centred]
-    standard = [x / np.where(s > 0, s, np.inf) for x, s in zip(centred, spreads, strict=True)]
-    observed = (standard[0] * standard[1]).mean()
-    shuffled = np.random.default_rng(0).permuted(np.broadcast_to(standard[1], (9999, *standard[1].shape)), axis=2)
-    chance = (standard[0] * shuffled).mean(axis=(1, 2))
-    return float((1 + (chance <= observed + 1e-12).sum()) / (1 + len(chance)))
+    of, by = (np.fft.fft(x / np.where(s > 0, s, np.inf)) for x, s in zip(centred, spreads, strict=True))
+    shifted = np.fft.ifft(of.conj() * by).real / of.shape[1]
+    shifts = np.random.default_rng(0).integers(of.shape[1], size=(9999, len(of)))
+    chance = shifted[np.arange(len(of)), shifts].mean(axis=1)
+    return float((1 + (chance <= shifted[:, 0].mean() + 1e-12).sum()) / (1 + len(chance)))
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> Matrix:

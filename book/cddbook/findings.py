@@ -70,10 +70,10 @@ class Correlations:
         return np.stack([correlation.between_draws(product) for product in products])
 
     def p_values(self, sign: int = -1) -> correlation.Matrix:
-        """P-values of "the changes' correlation has not the `sign`" (permutation test, Holm); 1 on the diagonal."""
+        """P-values of "the changes' correlation has not the `sign`" (circular shifts, Holm); 1 on the diagonal."""
         ranks = correlation.changes(self.losses["matched"]).swapaxes(0, 1)
         pairs = [(of[..., i], -sign * of[..., j]) for i, of in enumerate(ranks) for j in range(len(ranks)) if i != j]
-        return correlation.holm([correlation.permutation_test(*pair) for pair in pairs])
+        return correlation.holm([correlation.shift_test(*pair) for pair in pairs])
 
     def p_values_of_losses(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the losses' correlation does not have the `sign`" (t test, Holm); 1 on the diagonal."""
@@ -136,7 +136,8 @@ def comparison(record: Record) -> pd.DataFrame:
 
     Columns: `variant`, `seed`; `test` accuracy; `error` (accumulated by the last iterate, relative to what the expert
     travelled); `forgetting` and `backward` transfer (in units of the matching loss), `between` (mean relative change
-    between visits) and `events` (share of those that are rises); seconds of matching `wall`; `memory`.
+    between visits) and `events` (share of those that are rises, nan where there are none); seconds of matching `wall`;
+    whether the set before the first iteration was the best, `undistilled`.
     """
     rows = []
     for run in runs_of(record):
@@ -155,7 +156,7 @@ def comparison(record: Record) -> pd.DataFrame:
                 "between": between.mean(),
                 "events": (between > 0).mean(),
                 "wall": sum(run.metrics["seconds"]),
-                "memory": run.result["peak_memory_mb"],
+                "undistilled": run.result["selected_iteration"] == 0,
             }
         )
     table = pd.DataFrame(rows)

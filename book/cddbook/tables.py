@@ -143,6 +143,8 @@ def plan_table() -> str:
 
 SETTINGS = ["{data}", "IPC {ipc}", "{experts} experts", "{epochs} epochs", "{images} images", "width {width}"]
 SETTINGS += ["N = {student_steps}", "M = {expert_epochs}", "window [{window_start}, {window_end})"]
+SETTINGS += ["{iterations} iterations or segments", "image rate {lr_images:g}", "α {step_size:g}"]
+SETTINGS += ["{evaluation_epochs} epochs of a test"]
 """What `provenance` says of a configuration that has these fields."""
 
 
@@ -197,11 +199,12 @@ def comparison_table(record: Record) -> str:
         "backward": ("backward transfer", 1.0, 3),
         "events": ("events, %", 100.0, 0),
         "wall": ("matching, s", 1.0, 1),
-        "memory": ("memory, MB", 1.0, 0),
     }
     table = comparison(record)
     runs = table.groupby("variant", observed=True)
     means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in columns.items()}
+    means["seeds with intervals"] = runs["events"].count().astype(str)
+    means["undistilled"] = runs["undistilled"].sum().astype(str)
     rows = pd.DataFrame(means).reset_index().to_dict("records")
     for kind, name in BASELINES.items():
         accuracies = [a for run in record["runs"].values() for entry in run["evaluations"] for a in entry[kind]]
@@ -209,9 +212,9 @@ def comparison_table(record: Record) -> str:
             name = f"{name} ({len(accuracies)} networks)"
             rows.append({"variant": name, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
     note = (
-        f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Memory is the peak "
-        "of the process, with data and validation: a run's own only if it had a process of its own, as in the records, "
-        "not in the runs of this build."
+        f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Events are shares "
+        "of the intervals between two visits of a segment, in the seeds that have some. Undistilled are the runs whose "
+        "best set, by validation, was the one before the first iteration."
     )
     return f"{markdown(rows)}\n\n{note}"
 

@@ -1,30 +1,10 @@
-"""Figures and tables of chapter 6: runs of CIFAR-10 on a CPU, and those that `make gpu` began on a GPU."""
-
-from collections.abc import Mapping
+"""Tables of chapter 6: the runs that `make gpu` began on a GPU."""
 
 import pandas as pd
 
 from cddbook.figures.ch5_concurrent import equal_table
 from cddbook.findings import STOPPED, Record, gpu_accuracies
-from cddbook.tables import BASELINES, markdown, mean_sd
-
-
-def networks(records: Mapping[str, Record]) -> pd.DataFrame:
-    """Test accuracies of single networks: a row each, on the sets of these runs and on the images they compare with."""
-    tests = [(name, record["evaluations"][0]["accuracies"]) for name, record in records.items()]
-    rows = [(BASELINES.get(kind, name), a) for name, found in tests for kind, values in found.items() for a in values]
-    return pd.DataFrame(rows, columns=["variant", "test"]).sort_values("variant")
-
-
-def run_table(records: Mapping[str, Record]) -> str:
-    """What distillation runs cost, and how accurate `networks` are; Markdown."""
-    names = {"seconds_per_iteration": "seconds an iteration (median)", "seconds": "seconds of the whole run"}
-    names |= {"peak_memory_mb": "peak memory of the process, MB", "selected_iteration": "selected iteration"}
-    results = pd.DataFrame({name: record["result"] for name, record in records.items()}).T[list(names)]
-    found = networks(records).groupby("variant")["test"]
-    tested = found.agg(lambda mine: f"{mean_sd(mine, scale=100.0)} ({len(mine)} networks)").rename("test accuracy, %")
-    table = results.rename(columns=names).map("{:.1f}".format)
-    return markdown(pd.concat([table, tested], axis=1).reset_index(names="set"))
+from cddbook.tables import markdown, mean_sd
 
 
 def runs_table(distil: Record) -> str:

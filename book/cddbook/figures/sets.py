@@ -1,4 +1,4 @@
-"""Distilled sets that are committed: those of the first seed of the tuned comparison on CIFAR-10, and their start."""
+"""Distilled sets that are committed: those of the first seed of the comparison on CIFAR-10, and their start."""
 
 import io
 import json
@@ -16,17 +16,17 @@ from cddbook.tables import mean_sd
 
 def committed_sets() -> dict[int, tuple[Figure, str]]:
     """For each K a picture of its set, and how accurate networks are that were trained on it; random real ones at 0."""
-    runs = read_record("segments-cifar10-ipc1-tuned")["runs"]
+    runs = read_record("segments-cifar10-ipc1")["runs"]
     tests = {int(name[2:-7]): run["evaluations"][0] for name, run in runs.items() if name.endswith("/seed-0")}
-    sets = [(0, "start", "Random real images", tests[1]["random_real"])]
-    sets += [(k, f"k{k}", f"K = {k}: distilled images", test["synthetic"]) for k, test in tests.items()]
+    sets = [(0, "start", "Random real images", "such sets, each drawn anew,", tests[1]["random_real"])]
+    sets += [(k, f"k{k}", f"K = {k}: distilled images", "them", test["synthetic"]) for k, test in tests.items()]
     return {
         k: (
             _picture(RESULTS / "pictures" / f"cifar10-{name}.parquet"),
-            f"{what} of CIFAR-10, one a class. Networks trained on them recognise "
+            f"{what} of CIFAR-10, one a class. Networks trained on {them} recognise "
             f"{mean_sd(accuracies, scale=100.0)} % of the test images ({len(accuracies)} networks).",
         )
-        for k, name, what, accuracies in sets
+        for k, name, what, them, accuracies in sets
     }
 
 

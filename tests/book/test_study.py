@@ -233,7 +233,7 @@ def test_children_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_records_are_plain_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "book" / "results"
-    for indent, text in ((1, '{\n "x": [\n  1\n ]\n}\n'), (None, '{"x": [1]}\n')):
+    for indent, text in ((1, '{\n "x": [\n  1\n ]\n}\n'), (None, '{"x":[1]}\n')):
         records.write_record(folder / "r.json", {"x": [1]}, indent=indent)
         assert (folder / "r.json").read_text() == text
         assert records.read_record(folder / "r.json") == {"x": [1]}

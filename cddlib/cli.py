@@ -134,10 +134,10 @@ def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
         "import-buffer": commands.import_experts,
         "import-set": commands.import_images,
     }
-    command = arguments[0] if arguments else ""
+    command, arguments = arguments[0] if arguments else "", _dashed(arguments)
     if Ranks().count > 1 and command not in DIVIDED:
         raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
-    if command.startswith("import-") and not {"--zca", "--no-zca", "--help"} & {*arguments}:
+    if command.startswith("import-") and not {"--zca", "--no-zca", "--help", "-h"} & {*arguments}:
         raise UserError("the files do not say whether their images are whitened; give --zca or --no-zca.")
     if command in ("plan", "distill", "import-set"):
         imported = {"method": "mtt"} if command == "import-set" else {}
@@ -158,11 +158,15 @@ def recipe_choices(arguments: list[str]) -> dict[str, Any]:
     numbers, words = ("ipc", "segments", "window-start", "window-end", "expert-epochs"), ("method", "data")
     for name, kind in [*((name, int) for name in numbers), *((name, str) for name in words), ("buffer", Path)]:
         parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS)
-    dashed = [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word) for word in arguments]  # as tyro does
     try:
-        return vars(parser.parse_known_args(dashed)[0])
+        return vars(parser.parse_known_args(_dashed(arguments))[0])
     except argparse.ArgumentError:
         return {}  # tyro says what is wrong
+
+
+def _dashed(arguments: list[str]) -> list[str]:
+    """The arguments with - for _ in the options' names, which tyro takes too."""
+    return [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), word) for word in arguments]
 
 
 def chosen_buffer_recipe(chosen: dict[str, Any]) -> BufferConfig:

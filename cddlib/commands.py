@@ -1,7 +1,6 @@
 """What each command does. `cddlib.cli` finds them by name and turns their arguments into options."""
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,7 +8,7 @@ import tyro
 
 from cddlib.data.dataset import load
 from cddlib.data.download import prepare
-from cddlib.distillation.config import DistillConfig, with_compilation
+from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.hooks import TensorBoard
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
@@ -20,12 +19,10 @@ from cddlib.experts.config import BufferConfig
 from cddlib.experts.train import train_buffer
 from cddlib.methods.recipes import recipes_table
 from cddlib.networks.convnet import Architecture, NetworkConfig, Norm, parameter_count
-from cddlib.plan import buffer_of, costs_table, distillation_time, plan
+from cddlib.plan import buffer_of, costs_table, plan
 from cddlib.runtime.config import as_dict, from_dict, replace
-from cddlib.runtime.device import resolve_device
-from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.errors import UserError, as_user_error
-from cddlib.runtime.files import read_json, write_json
+from cddlib.runtime.files import read_json, whole_folder, write_json
 from cddlib.synthetic import SyntheticSet
 from cddlib.verify import TOLERANCE, checks_table, verify
 
@@ -94,12 +91,7 @@ def distill_data(
         out: Folder of the run; it resumes, or returns the finished result.
         tensorboard: Write the metrics and the images for TensorBoard too, into OUT/tensorboard.
     """
-    experts, dev, ranks = Buffer(buffer), resolve_device(device), Ranks()
-    begins = ranks.first and not (out / "result.json").exists()
-    if begins and dev.type == "cpu" and with_compilation(config, experts, out, dev).compute.compiled:
-        duration = distillation_time(config, devices=ranks.count, root=root)
-        print(f"At most about {duration} in all; the bar below corrects this, as it goes.", file=sys.stderr)
-    distill(config, experts, out, hooks=[TensorBoard()] if tensorboard else [], root=root, device=device)
+    distill(config, buffer, out, hooks=[TensorBoard()] if tensorboard else [], root=root, device=device)
     result, schedule = read_json(out / "result.json"), config.schedule
     accuracy = result["validation_accuracy"]
     measured = "" if accuracy is None else f" (validation accuracy {accuracy:.1%})"
@@ -246,13 +238,12 @@ def import_images(
         out: Folder of the run.
         lr: The learned step size, lr_best.pt; without it, --step-size is the step size.
     """
-    if (out / "config.json").exists():
-        raise UserError(f"{out} holds a run; choose another folder with --out.")
     synthetic = import_set(images, labels, config.data, step_size=lr or config.synthetic.step_size, root=root)
     config = replace(config, ipc=synthetic.ipc)
     fingerprint = load(config.data.data, root).fingerprint
-    write_json(out / "config.json", {**as_dict(config), "data_fingerprint": fingerprint, "imported": True})
-    synthetic.save(out / "synthetic.safetensors", config=as_dict(config), imported=True)
+    with whole_folder(out) as folder:
+        write_json(folder / "config.json", {**as_dict(config), "data_fingerprint": fingerprint, "imported": True})
+        synthetic.save(folder / "synthetic.safetensors", config=as_dict(config), imported=True)
     print(f"{len(synthetic.labels)} images of {len(synthetic.classes)} classes; `cddlib evaluate {out}` tests them")
 
 

@@ -68,6 +68,13 @@ def accuracy_of_set(
     return accuracy(network, theta, real, synthetic.preprocessing)
 
 
+def real_epochs(config: EvaluateConfig, images: int, subsets: int, real: int) -> int:
+    """Whole epochs on `real` images for about as many steps as the training on a synthetic set of `images` takes."""
+    batch, stages = config.evaluation_batch, [images * (number + 1) // subsets for number in range(subsets)]
+    steps = config.evaluation_epochs * sum(math.ceil(stage / batch) for stage in stages)
+    return max(1, round(steps / math.ceil(real / batch)))
+
+
 def summarise(accuracies: list[float]) -> dict[str, float | int | None]:
     """Mean, sample standard deviation (none for one run) and number of runs."""
     std = statistics.stdev(accuracies) if len(accuracies) > 1 else None
@@ -219,15 +226,12 @@ class Trainer:
         if name == "synthetic":
             how = (self.config, self.strategy, self.compute)
             return accuracy_of_set(self.synthetic, self.network, *how, test, purpose="evaluation", seed=seed)
-        train, config, batch = self.dataset.train, self.config, self.config.evaluation_batch
+        train, config = self.dataset.train, self.config
         if name == "random_real":
             rng = generator(seed, "random real")
             train = random_real(self.dataset.split[0], len(self.dataset.classes), self.synthetic.ipc, rng)
-        else:  # whole epochs, for about as many steps as the training on the synthetic set takes
-            size, subsets = len(self.synthetic.labels), self.synthetic.subsets
-            stages = [size * (number + 1) // subsets for number in range(subsets)]
-            steps = config.evaluation_epochs * sum(math.ceil(stage / batch) for stage in stages)
-            epochs = max(1, round(steps / math.ceil(len(train.labels) / batch)))
+        else:
+            epochs = real_epochs(config, len(self.synthetic.labels), self.synthetic.subsets, len(train.labels))
             config = dataclasses.replace(config, evaluation_epochs=epochs)
         fetch, how = fetch_real(train.to(self.device), preprocessing), (config, self.strategy, self.compute)
         which: dict[str, Any] = {"purpose": "evaluation", "seed": seed, "device": self.device}

@@ -22,6 +22,7 @@ import torch
 
 from cddlib.data.dataset import VALIDATION_FRACTION, Sizes, sizes_of
 from cddlib.distillation.config import DistillConfig
+from cddlib.evaluate import real_epochs
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.matching.loss import matching_losses
@@ -31,7 +32,7 @@ from cddlib.networks.convnet import parameter_count
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import flat, replace
 from cddlib.runtime.device import resolve_device
-from cddlib.runtime.errors import require
+from cddlib.runtime.errors import UserError, require
 from cddlib.runtime.random import generator
 from cddlib.training import counting
 from cddlib.training.epoch import predict, train_epoch
@@ -106,14 +107,11 @@ def plan(
     """
     require(1, devices=devices, networks=networks)
     meter = _Meter(config, sizes_of(config.data.data, root), devices, resolve_device(device) if measure else None)
-    kind = resolve_device(device).type if device == "auto" else device.split(":")[0]
+    try:
+        kind = resolve_device(device).type if device == "auto" else torch.device(device).type
+    except RuntimeError:
+        raise UserError(f"device is {device!r}; it must be auto, or one that PyTorch knows.") from None
     return [_buffering(experts, meter), _distillation(config, meter, kind), _evaluation(config, networks, meter)]
-
-
-def distillation_time(config: DistillConfig, *, devices: int = 1, root: Path | None = None) -> str:
-    """In words, how long a distillation takes on so many processors like this one, without compiling; see `plan`."""
-    meter = _Meter(config, sizes_of(config.data.data, root), devices, torch.device("cpu"))
-    return _duration(_distillation(config, meter, "cpu").seconds or 0.0)
 
 
 def _buffering(experts: BufferConfig, meter: "_Meter") -> Cost:
@@ -132,8 +130,7 @@ def _buffering(experts: BufferConfig, meter: "_Meter") -> Cost:
 def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> Cost:
     schedule, classes = config.schedule, meter.sizes.classes
     images = config.synthetic.ipc * classes
-    subset = images // schedule.subsets
-    batch = min(config.student.student_batch or subset, subset)
+    batch = config.images_a_step(classes)
     most = chunk_size(meter.network, config.student, device_type, batch)
     students = min(most, -(-schedule.segments_in_all // meter.devices))  # who take their steps side by side
     step = meter.student(batch, students)
@@ -151,17 +148,18 @@ def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> C
     set_bytes = 4 * images * (meter.pixels + classes)
     sets = 3 + 2 * students + (1 if config.combination.combine == "mean" else schedule.segments_in_all)  # and gradients
     memory = students * (step.memory + path) + sets * set_bytes + meter.pixels * validation
-    disk = 4 * set_bytes  # the set; and the checkpoint: variables, momentum, best
+    kept = 3 + (config.optimizer.ema is not None) + 3 * (config.consolidation.consolidation != "none")
+    disk = set_bytes * (1 + kept * (1 + config.milestones))  # the set; checkpoints: variables, momentum, best, and more
     return meter.cost("distillation", schedule.segments_in_all, student, checks, memory, disk)
 
 
 def _evaluation(config: DistillConfig, networks: int, meter: "_Meter") -> Cost:
     sizes, images, batch = meter.sizes, config.synthetic.ipc * meter.sizes.classes, config.evaluation.evaluation_batch
     epochs = config.evaluation.evaluation_epochs
-    real_epochs = max(1, round(epochs * -(-images // batch) / -(-sizes.train // batch)))
+    on_all = sizes.train * real_epochs(config.evaluation, images, config.schedule.subsets, sizes.train)
     trained = images * epochs * (config.schedule.subsets + 3) // 2  # on the set, and on random real images
     on_set, on_real = meter.training(min(batch, images)), meter.training(batch)
-    network = [(on_set, trained), (on_real, real_epochs * sizes.train), (meter.test, 3 * sizes.test)]
+    network = [(on_set, trained), (on_real, on_all), (meter.test, 3 * sizes.test)]
     memory = on_real.memory + meter.pixels * (sizes.train + sizes.test)
     return meter.cost("evaluation", networks, network, [], memory, 0)
 

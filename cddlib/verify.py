@@ -91,11 +91,14 @@ def verify(
     require(0, below=math.inf, tolerance=tolerance)
     if (folder / "buffer.json").exists():
         found = _recompute_buffer(Buffer(folder), sample, root, resolve_device(device))
+    elif (folder / "config.json").exists() and read_json(folder / "config.json").get("imported"):
+        raise UserError(f"{folder} was imported from files of another program; nothing in it can be recomputed.")
     elif buffer is None:
         raise UserError(f"{folder} holds no buffer; to verify a distillation, give its experts with --buffer.")
     else:
         found = _recompute_distillation(folder, Buffer(buffer), sample, root, device)
-    return [_compare(what, pairs, tolerance) for what, pairs in found.items()]
+    checks = [_compare(what, pairs, tolerance) for what, pairs in found.items()]
+    return [check for check in checks if check.numbers]
 
 
 def _recompute_buffer(buffer: Buffer, sample: int, root: Path | None, device: torch.device) -> Pairs:
@@ -107,10 +110,10 @@ def _recompute_buffer(buffer: Buffer, sample: int, root: Path | None, device: to
     dataset = load(buffer.data["name"], root)
     buffer.check_data(dataset)
     config = from_dict(BufferConfig, buffer.config)
-    fitted = fit_preprocessing(dataset, zca=config.data.zca).tensors()
+    fitted, images = fit_preprocessing(dataset, zca=config.data.zca), dataset.test.take(slice(100))
     found: Pairs = collections.defaultdict(list)
     found["checksums of the experts"] = [(0, 0)] * len(buffer.experts)
-    found["preprocessing"] = [(fitted[name], written) for name, written in buffer.preprocessing.tensors().items()]
+    found["preprocessing"] = [(fitted(images), buffer.preprocessing(images))]
     if buffer.config.get("imported"):
         return found
     training = ExpertTraining(config, dataset, buffer.folder, device)
@@ -131,13 +134,12 @@ def _recompute_buffer(buffer: Buffer, sample: int, root: Path | None, device: to
 
 def _recompute_distillation(run: Path, buffer: Buffer, sample: int, root: Path | None, device: str) -> Pairs:
     settings = read_json(run / "config.json")
-    if settings.get("imported"):
-        raise UserError(f"{run} was imported from files of another program; it holds nothing that can be recomputed.")
     trainer = Trainer(run, None, root=root, device=device)
     with as_user_error(run / "config.json", "a distillation's configuration"):
         config = from_dict(DistillConfig, settings)
     if settings.get("buffer_id") != buffer.id:
-        raise UserError(f"{run} matched the buffer {settings.get('buffer_id')}, but {buffer.folder} is {buffer.id}.")
+        found = f"{buffer.folder} is {buffer.id}: another, or one that has grown since"
+        raise UserError(f"{run} matched the buffer {settings.get('buffer_id')}, but {found}.")
     result, lines, kept = read_json(run / "result.json"), read_metrics(run), milestones(run)
     for path in [run / CHECKPOINT, *(milestone_path(run, iteration) for iteration in kept)]:
         read_tensors(path, "state")
@@ -155,6 +157,8 @@ def _recompute_distillation(run: Path, buffer: Buffer, sample: int, root: Path |
         tested = Trainer(run, from_dict(NetworkConfig, record["network"]), root=root, device=device)
         now = tested.accuracy("synthetic", record["seed"])
         accuracies.append((0.0 if math.isnan(now) else now, record["accuracies"]["synthetic"][0]))
+    if not (kept or accuracies):
+        raise UserError(f"{run} kept no milestones and tested no set; nothing in it can be recomputed.")
     return found
 
 

@@ -79,7 +79,6 @@ def reached(buffer: cddlib.Buffer, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     long.epochs = 1000
     for module in (cli, commands, studies):
         monkeypatch.setattr(module, "Buffer", lambda folder: long)
-    monkeypatch.setattr(commands, "with_compilation", lambda config, *_: config)
     monkeypatch.setattr(commands.SyntheticSet, "load", lambda path: None)
 
     def check(words: list[str]) -> None:

@@ -147,6 +147,8 @@ def test_impossible_values_are_refused() -> None:
     for name, value in itertools.product(("devices", "networks"), (0, -1)):
         with pytest.raises(UserError, match=rf"^{name} is {value}; it must be at least 1\.$"):
             plan(buffer_of(config), config, measure=False, **{name: value})
+    with pytest.raises(UserError, match=r"^device is 'gpu'; it must be auto, or one that PyTorch knows\.$"):
+        plan(buffer_of(config), config, measure=False, device="gpu")
 
 
 def test_sizes_of_data_without_a_file() -> None:

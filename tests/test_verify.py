@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cddlib
 from cddlib import cli
@@ -130,8 +131,24 @@ def test_what_cannot_be_verified_is_said(run: Path, buffer: Buffer, copies: tupl
     with pytest.raises(UserError, match="matched other segments in iteration 1 than its seed draws"):
         verify(run, folder, device="cpu")
     tamper_json(folder / "buffer.json", lambda value: value["experts"][0].update(test_accuracy=0.0))
-    with pytest.raises(UserError, match=rf"matched the buffer {buffer.id}, but .* is \w+\."):
+    with pytest.raises(UserError, match=rf"matched the buffer {buffer.id}, but .* is \w+: another"):
         verify(run, folder, device="cpu")
+
+
+def test_a_run_that_kept_nothing_is_not_verified(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    cddlib.distill(recipe(milestones=0, validate_every=0, iterations=1), buffer, tmp_path, device="cpu")
+    with pytest.raises(UserError, match="kept no milestones and tested no set; nothing in it can be recomputed"):
+        verify(tmp_path, buffer.folder, device="cpu")
+
+
+def test_a_whitening_with_other_eigenvectors_is_the_same(tmp_path: Path) -> None:
+    """Their signs, and directions of equal variance, are the library's choice."""
+    config = cddlib.buffer_recipe("digits", experts=1, epochs=1, width=4, zca=True)
+    folder = cddlib.train_buffer(config, tmp_path, device="cpu").folder
+    tensors, _ = read_tensors(folder / "preprocessing.safetensors", "preprocessing")
+    tensors["eigenvectors"] *= torch.tensor([-1.0, 1.0]).repeat(32)
+    write_tensors(folder / "preprocessing.safetensors", tensors, "preprocessing")
+    assert all(check.passed for check in verify(folder, device="cpu"))
 
 
 def test_command(copies: tuple[Path, Path], capsys: pytest.CaptureFixture[str]):

@@ -19,9 +19,18 @@ from cddlib.distillation.hooks import Run
 from cddlib.experts.buffer import Buffer
 from cddlib.matching.combine import gramian
 from cddlib.matching.loss import matching_losses
-from cddlib.matching.student import MatchingConfig, plan_student, roll_out, segment_chunks
+from cddlib.matching.student import (
+    MatchingConfig,
+    StudentStep,
+    make_walk,
+    plan_student,
+    segment_chunks,
+    student_batches,
+)
+from cddlib.networks.convnet import Network
 from cddlib.runtime.errors import UserError, require
 from cddlib.runtime.random import generator
+from cddlib.training.step import ComputeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,3 +170,14 @@ class ProbeHook:
             vectors["travelled"].append(star - origin)
         vectors |= {f"{part}_sum": list(itertools.accumulate(vectors[part])) for part in ("matching", "initialisation")}
         return {"epoch": [*ends], **{name: [v.norm().item() for v in found] for name, found in vectors.items()}}
+
+
+@torch.no_grad()
+def roll_out(
+    network: Network, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[StudentStep]
+) -> list[Tensor]:
+    """The student's parameters θ_0 … θ_N, N + 1 vectors of length p; arguments are those of `matching_loss`."""
+    inputs, batch_targets, sizes = student_batches([steps], images[None], targets[None])
+    walk = make_walk(network, ComputeConfig(), start.device, sizes, 0)
+    path, _ = walk.forward(start[None], walk.step.prepared(inputs), batch_targets, step_size[None])
+    return [thetas[0] for thetas in path]

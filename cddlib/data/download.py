@@ -79,7 +79,10 @@ def prepare(name: str, root: Path | None = None, *, source: Path | None = None, 
         raise UserError(f"size is {size}, but {name} has a size of its own; only imagefolder takes one.")
     lock = root / f".{name}.lock"
     if path.exists():
-        _ = load(name, root).fingerprint  # which refuses a damaged file
+        kept = load(name, root)
+        _ = kept.fingerprint  # which refuses a damaged file
+        if name == "imagefolder" and kept.shape[1] != size:
+            raise UserError(f"{path} has images of {kept.shape[1]} pixels, not of {size}; delete it, or say --size so.")
     elif name in _DOWNLOADS:
         with locked(lock):
             _download(path, name)

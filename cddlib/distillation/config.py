@@ -73,9 +73,11 @@ class DistillConfig:
             raise UserError(f"ipc is {ipc}; {subsets} subsets need at least {subsets} images a class.")
 
     def images_a_step(self, classes: int) -> int:
-        """Synthetic images in a student's step."""
-        subset = self.synthetic.ipc * classes // self.schedule.subsets
-        return min(self.student.student_batch or subset, subset)
+        """Synthetic images in a student's step, in the mean over the subsets that are optimised one after another."""
+        images, subsets = self.synthetic.ipc * classes, self.schedule.subsets
+        learned = [images * (number + 1) // subsets for number in range(subsets)]
+        batches = [self.student.batch(size, number) for number, size in enumerate(learned)]
+        return sum(batches) // subsets
 
 
 def with_compilation(config: DistillConfig, buffer: Buffer, folder: Path, device: torch.device) -> DistillConfig:

@@ -39,7 +39,7 @@ def concurrent_gradient(
     matched, anchor = draw_matched(config.schedule, config.seed, len(buffer.experts), iteration, rng)
     active = active_subset(config.schedule, iteration)
     learned, held = synthetic.learned(active), upload(synthetic.learned(active - 1), synthetic.images.device)
-    how = dataclasses.replace(config.student, student_batch=config.student.student_batch or len(learned) - len(held))
+    how = dataclasses.replace(config.student, student_batch=config.student.batch(len(learned), active))
     plans = [plan_student(how, len(learned), config.augmentation.augment, rng) for _ in matched]
     students = [[step._replace(indices=learned[step.indices]) for step in plan] for plan in plans]
     variables = synthetic.variables()

@@ -16,7 +16,8 @@ class BufferConfig:
     """How experts are trained: SGD at a constant learning rate, on all images, unless told otherwise."""
 
     experts: int = 100
-    """Number of experts. A finished buffer grows when asked for more, and keeps what it has when asked for fewer."""
+    """Number of experts. A finished buffer grows when asked for more, which makes it another one to the runs on it, and
+    keeps what it has when asked for fewer."""
     epochs: int = 50
     """Epochs T of each expert; the buffer keeps T + 1 parameter vectors."""
     learning_rate: float = 0.01

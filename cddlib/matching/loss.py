@@ -92,8 +92,10 @@ def matching_losses(
     config.check_students(len(students))
     inputs, batch_targets, sizes = student_batches(students, images, targets)
     setting = _Setting(network, config, compute or ComputeConfig(), start.device, sizes, torch.is_grad_enabled())
-    if start.device.type != "cuda" or config.match_step == "nearest":
+    if start.device.type != "cuda":
         walk = setting.walk(1)
+    elif config.match_step == "nearest":
+        walk = _kept_walk(setting)
     else:
         walk = graph(start.device, _Setting.branched, setting, inputs.shape)
     variables = (inputs, batch_targets, step_size)
@@ -121,6 +123,12 @@ class _Setting(NamedTuple):
         """The walks of students with inputs of a `shape`, a branch for each."""
         streams = [torch.cuda.Stream(self.device) for _ in range(shape[0])]
         return functools.partial(branches, self.walk(shape[0]), streams)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_walk(setting: _Setting) -> Callable[..., tuple[Tensor, ...]]:
+    """A GPU's walk that is no graph; kept, because asking for the free memory takes time."""
+    return setting.walk(1)
 
 
 class _Scaled(torch.autograd.Function):

@@ -34,7 +34,7 @@ class MatchingConfig:
     student_steps: int = 20
     """Steps N that the student takes."""
     student_batch: int | None = None
-    """Synthetic images a step; without it, all of them."""
+    """Synthetic images a step; without it, as many as the subset that is optimised has: all of them, if it is one."""
     gradient: Literal["exact", "truncated", "halved"] = "exact"
     """The exact gradient; TESLA's, which is truncated; or that with half the images' part, as TESLA's code has it."""
     match_step: Literal["last", "nearest"] = "last"
@@ -49,6 +49,10 @@ class MatchingConfig:
         require(1, **sizes)
         require(0, below=1, dropped_fraction=self.dropped_fraction)
         self.check_students(self.side_by_side or 1)
+
+    def batch(self, learned: int, active: int) -> int:
+        """Images a step of the `learned` ones: those of the subset of number `active` and of the subsets before it."""
+        return min(self.student_batch or -(-learned // (active + 1)), learned)
 
     def check_students(self, side_by_side: int) -> None:
         """Raise `UserError` if so many students cannot be trained side by side."""
@@ -187,17 +191,3 @@ def make_walk(
             maps = sum(4 * config.width * (network.side // 2**block) ** 2 for block in range(config.depth))
             part_size = max(part_size, budget // (MAPS_OF_A_STEP * maps))
     return Walk(make_step(network, compute, device), batch_sizes, part_size, budget)
-
-
-@torch.no_grad()
-def roll_out(
-    network: Network, start: Tensor, images: Tensor, targets: Tensor, step_size: Tensor, steps: list[StudentStep]
-) -> list[Tensor]:
-    """The student's parameters θ_0 … θ_N, N + 1 vectors of length p, without any graph.
-
-    Arguments and their shapes are those of `cddlib.matching.loss.matching_loss`.
-    """
-    inputs, batch_targets, sizes = student_batches([steps], images[None], targets[None])
-    walk = make_walk(network, ComputeConfig(), start.device, sizes, 0)
-    path, _ = walk.forward(start[None], walk.step.prepared(inputs), batch_targets, step_size[None])
-    return [thetas[0] for thetas in path]

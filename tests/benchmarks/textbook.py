@@ -13,6 +13,20 @@ from cddlib.matching.student import MatchingConfig, StudentStep
 from cddlib.networks.convnet import Network
 
 
+def walk(
+    network: Network, start: Tensor, *learned: Tensor, steps: list[StudentStep], exact: bool = True
+) -> list[Tensor]:
+    """A student's parameters from `start` on, with the graph of all steps; it learns images, targets and step size."""
+    (images, targets, step_size), path = learned, [start.clone().requires_grad_()]
+    for indices, draw in steps:
+        chosen = indices.to(images.device)
+        theta = path[-1] if exact else path[-1].detach().requires_grad_()
+        loss = F.cross_entropy(network(theta, augment.apply(draw, images[chosen])), targets[chosen])
+        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
+        path.append(path[-1] - step_size * gradient)
+    return path
+
+
 def matching_loss(
     network: Network,
     start: Tensor,
@@ -30,13 +44,7 @@ def matching_loss(
     config = config or MatchingConfig()
     if config.gradient == "halved":
         images = (images + images.detach()) / 2
-    path = [start.clone().requires_grad_()]
-    for indices, draw in steps:
-        chosen = indices.to(images.device)
-        theta = path[-1] if config.gradient == "exact" else path[-1].detach().requires_grad_()
-        loss = F.cross_entropy(network(theta, augment.apply(draw, images[chosen])), targets[chosen])
-        (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-        path.append(path[-1] - step_size * gradient)
+    path = walk(network, start, images, targets, step_size, steps=steps, exact=config.gradient == "exact")
     ends = path[:0:-1] if config.match_step == "nearest" else path[-1:]
     end = min(ends, key=lambda theta: (theta - target).abs().sum())
     errors, scales = (end - target).square(), (start - target).square()

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 
 from cddbook import findings, tables
-from cddbook.figures import ch5_concurrent, ch6_cifar10, ch8_gpu
+from cddbook.figures import ch5_concurrent, ch8_gpu
 from cddlib import distill_recipe
 from cddlib.runtime.config import as_dict
 
@@ -107,7 +107,7 @@ def test_the_curves_are_drawn_where_all_seeds_are() -> None:
 
 
 def test_what_runs_reached() -> None:
-    rows = cells(ch6_cifar10.runs_table(distil_of(0.0)))
+    rows = cells(ch5_concurrent.runs_table(distil_of(0.0)))
     assert len(rows) == 8 and rows[2] == ["1", "0", "120 of 5,000", "120", "9", "0.100", "0.0100"]
 
 
@@ -123,7 +123,7 @@ def evaluated_of(gain: float) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("gain", "how", "better"), [(0.1, "higher", "12 of 12"), (-0.3, "lower", "6 of 12")])
 def test_accuracies_turn(gain: float, how: str, better: str) -> None:
-    text = ch6_cifar10.tested(evaluated_of(gain), distil_of(0.0))
+    text = ch5_concurrent.tested(evaluated_of(gain), distil_of(0.0))
     assert f"{better} sets have a higher accuracy than any network on random real images" in text
     rows = cells(text)
     assert [row[-1] for row in rows[10:12]] == [how, how]

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import textbook
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import cddlib
 from cddbook import probes
 from cddbook.probes import ProbeHook
-from cddlib.data import augment
 from cddlib.distillation.hooks import Run
 from cddlib.runtime.run_folder import read_metrics
 from cddlib.synthetic import initialise
@@ -57,18 +56,14 @@ class Problem:
 
     def student(self, theta: Tensor, plan: Any, synthetic: cddlib.SyntheticSet) -> Tensor:
         """Where N steps of SGD lead from `theta`, with the graph of all of them."""
-        theta = theta.clone().requires_grad_()
-        for indices, draw in plan:
-            logits = self.buffer.network(theta, augment.apply(draw, synthetic.images[indices]))
-            loss = F.cross_entropy(logits, synthetic.targets()[indices])
-            (gradient,) = torch.autograd.grad(loss, theta, create_graph=True)
-            theta = theta - synthetic.step_size * gradient
-        return theta
+        learned = synthetic.images, synthetic.targets(), synthetic.step_size
+        return textbook.walk(self.buffer.network, theta, *learned, steps=plan)[-1]
 
     def unrolled(self, synthetic: cddlib.SyntheticSet, start: int, plan: Any) -> Tensor:
         """The second expert's segment's matching loss."""
-        first, last = (self.buffer.parameters(1, epoch) for epoch in (start, start + self.length))
-        return ((self.student(first, plan, synthetic) - last) ** 2).sum() / ((first - last) ** 2).sum()
+        ends = (self.buffer.parameters(1, epoch) for epoch in (start, start + self.length))
+        learned = synthetic.images, synthetic.targets(), synthetic.step_size
+        return textbook.matching_loss(self.buffer.network, *ends, *learned, plan)
 
     def ftd(self, plans: list[Any], expert: int) -> dict[str, list[float]]:
         """FTD's Eqs. 6-8; a plan for each segment."""

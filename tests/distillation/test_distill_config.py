@@ -53,6 +53,15 @@ def test_impossible_values_are_refused(recipe, said: str, field: str, value: obj
     assert str(refused.value) == f"{field} is {value}; {said}"
 
 
+def test_batches_divide_what_is_learned_evenly(recipe) -> None:
+    assert [recipe().student.batch(learned, active) for active, learned in enumerate((170, 340, 500))] == [
+        170,
+        170,
+        167,
+    ]
+    assert recipe(ipc=10, subsets=2, student_batch=100).images_a_step(10) == (50 + 100) // 2
+
+
 def test_values_that_do_not_go_together_are_refused(recipe) -> None:
     with pytest.raises(UserError, match=r"^expert is 1 and concurrent_experts is 2; leave one of them out\.$"):
         recipe(concurrent_experts=2, expert=1)

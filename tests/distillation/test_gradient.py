@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from running import SUBSETS, first, learned_and_held, rows_of, stream
+from running import SUBSETS, first, learned_and_held, stream
 
 import cddlib
 from cddlib.distillation.config import DistillConfig
@@ -20,10 +20,9 @@ def segment_gradients(
 ) -> tuple[list[float], list[tuple[torch.Tensor, ...]], torch.Generator]:
     """Loss and gradient of each segment, with the iteration's batches and augmentations; and its stream after that."""
     rng, losses, gradients = stream(config, buffer, iteration), [], []
-    rows, (learned, held) = rows_of(config, iteration), learned_and_held(config, iteration)
-    how = dataclasses.replace(config.student, student_batch=config.student.student_batch or len(rows))
+    learned, held = learned_and_held(config, iteration)
     for expert, start in matched:
-        steps = cddlib.plan_student(how, len(learned), config.augmentation.augment, rng)
+        steps = cddlib.plan_student(config.student, len(learned), config.augmentation.augment, rng)
         ends = [buffer.parameters(expert, epoch) for epoch in (start, start + config.schedule.expert_epochs)]
         targets = synthetic.targets()
         if config.synthetic.labels == "teacher":

@@ -29,16 +29,12 @@ def test_the_others_weigh_beta_times_the_anchor(balance: float | None, segments:
     assert sum(found) == pytest.approx(1)
     assert sum(others) == pytest.approx((segments - 1 if balance is None else balance) * found[anchor])
     assert all(fixed_weights(CombineConfig(combine=rule), segments, anchor) is None for rule in RULES)
+    assert all(fixed_weights(CombineConfig(combine=rule), 1, 0) == [1.0] for rule in ("mean", *RULES))
 
 
 def test_a_balance_of_another_rule_is_refused() -> None:
     with pytest.raises(cddlib.UserError, match=r"^balance is 0\.5, but combine is 'gem'; balance is part of 'mean'\.$"):
         CombineConfig(balance=0.5, combine="gem")
-
-
-@pytest.mark.parametrize("rule", ["mean", *RULES])
-def test_one_segment_has_all_the_weight_by_every_rule(rule: str) -> None:
-    assert fixed_weights(CombineConfig(combine=rule), 1, 0) == [1.0]
 
 
 # --- The rules --------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from bounds import little_memory, little_time
@@ -321,3 +322,10 @@ def test_the_makefile_hands_a_profile_on_as_it_is(tmp_path: Path) -> None:
         assert not (tmp_path / "ran").exists()
         said = ast.literal_eval((tmp_path / "said").read_text())
         assert said[1:] == ["--profile", value, "--repository", value]
+
+
+def test_grey_of_16_bits_keeps_its_levels(tmp_path: Path) -> None:
+    levels = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4369
+    Image.fromarray(levels).save(tmp_path / "grey.png")
+    found = np.frombuffer(read_picture(str(tmp_path / "grey.png"), 4), np.uint8).reshape(3, 4, 4)
+    assert abs(found - levels / 257).max() <= 1

@@ -15,7 +15,6 @@ from conftest import Note
 
 import cddlib
 from cddlib import cli
-from cddlib.data.dataset import load
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.gradient import concurrent_gradient
 from cddlib.exchange.published import export_buffer, import_buffer
@@ -23,7 +22,6 @@ from cddlib.experts.buffer import Buffer, expert_path, read_expert_record, write
 from cddlib.runtime import files, run_folder
 from cddlib.runtime.errors import Diverged
 from cddlib.synthetic import SyntheticSet
-from cddlib.training import epoch as training
 from cddlib.verify import verify
 
 module = importlib.import_module("cddlib.distillation.loop")  # the package's attribute of this name is the function
@@ -235,16 +233,6 @@ def test_experts_that_diverged_elsewhere_are_not_imported(buffer: Buffer, tmp_pa
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------
-
-
-def test_the_accuracy_of_numbers_that_are_not_finite_is_nan(buffer: Buffer) -> None:
-    digits = load("digits")
-    theta = buffer.parameters(0, 6)
-    assert 0.1 < training.accuracy(buffer.network, theta, digits.test, buffer.preprocessing) < 1
-    for number in (float("nan"), float("inf"), 1e38):  # the last is finite, what it leads to is not
-        spoilt = theta.clone()
-        spoilt[-80:] = number
-        assert str(training.accuracy(buffer.network, spoilt, digits.test, buffer.preprocessing)) == "nan"
 
 
 def test_networks_that_diverge_in_evaluation_count_as_0_and_are_named(

@@ -138,8 +138,8 @@ def _recompute_distillation(run: Path, buffer: Buffer, sample: int, root: Path |
     with as_user_error(run / "config.json", "a distillation's configuration"):
         config = from_dict(DistillConfig, settings)
     if settings.get("buffer_id") != buffer.id:
-        found = f"{buffer.folder} is {buffer.id}: another, or one that has grown since"
-        raise UserError(f"{run} matched the buffer {settings.get('buffer_id')}, but {found}.")
+        other = f"{buffer.folder} is {buffer.id}: another, or one that has grown since"
+        raise UserError(f"{run} matched the buffer {settings.get('buffer_id')}, but {other}.")
     result, lines, kept = read_json(run / "result.json"), read_metrics(run), milestones(run)
     for path in [run / CHECKPOINT, *(milestone_path(run, iteration) for iteration in kept)]:
         read_tensors(path, "state")

@@ -142,7 +142,6 @@ def test_a_run_that_kept_nothing_is_not_verified(buffer: Buffer, recipe, tmp_pat
 
 
 def test_a_whitening_with_other_eigenvectors_is_the_same(tmp_path: Path) -> None:
-    """Their signs, and directions of equal variance, are the library's choice."""
     config = cddlib.buffer_recipe("digits", experts=1, epochs=1, width=4, zca=True)
     folder = cddlib.train_buffer(config, tmp_path, device="cpu").folder
     tensors, _ = read_tensors(folder / "preprocessing.safetensors", "preprocessing")

@@ -136,8 +136,8 @@ def comparison(record: Record) -> pd.DataFrame:
 
     Columns: `variant`, `seed`; `test` accuracy; `error` (accumulated by the last iterate, relative to what the expert
     travelled); `forgetting` and `backward` transfer (in units of the matching loss), `between` (mean relative change
-    between visits) and `events` (share of those that are rises, nan where there are none); seconds of matching `wall`;
-    whether the set before the first iteration was the best, `undistilled`.
+    between visits) and `events` (share of those that are rises, nan where there are none); whether the set before the
+    first iteration was the best, `undistilled`.
     """
     rows = []
     for run in runs_of(record):
@@ -155,7 +155,6 @@ def comparison(record: Record) -> pd.DataFrame:
                 "backward": continual.backward_transfer(-losses, visits),
                 "between": between.mean(),
                 "events": (between > 0).mean(),
-                "wall": sum(run.metrics["seconds"]),
                 "undistilled": run.result["selected_iteration"] == 0,
             }
         )

@@ -198,24 +198,24 @@ def comparison_table(record: Record) -> str:
         "forgetting": ("forgetting", 1.0, 3),
         "backward": ("backward transfer", 1.0, 3),
         "events": ("events, %", 100.0, 0),
-        "wall": ("matching, s", 1.0, 1),
     }
     table = comparison(record)
     runs = table.groupby("variant", observed=True)
     means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in columns.items()}
-    means["seeds with intervals"] = runs["events"].count().astype(str)
-    means["undistilled"] = runs["undistilled"].sum().astype(str)
     rows = pd.DataFrame(means).reset_index().to_dict("records")
     for kind, name in BASELINES.items():
         accuracies = [a for run in record["runs"].values() for entry in run["evaluations"] for a in entry[kind]]
         if accuracies:
             name = f"{name} ({len(accuracies)} networks)"
             rows.append({"variant": name, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
+    seeds = table["seed"].nunique()
+    few = [f"{name} in {number} of {seeds} seeds" for name, number in runs["events"].count().items() if number < seeds]
     note = (
-        f"Mean ± standard deviation over {table['seed'].nunique()} distillations, at equal compute. Events are shares "
-        "of the intervals between two visits of a segment, in the seeds that have some. Undistilled are the runs whose "
-        "best set, by validation, was the one before the first iteration."
+        f"Mean ± standard deviation over {seeds} distillations, at equal compute. Events are shares of the intervals "
+        f"between two visits of a segment{': there are some for ' if few else ''}{', '.join(few)}."
     )
+    if first := table["undistilled"].sum():
+        note += f" Of {first} of {len(table)} runs the best set, by validation, was the one before the first iteration."
     return f"{markdown(rows)}\n\n{note}"
 
 

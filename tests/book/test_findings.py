@@ -164,7 +164,7 @@ def test_comparison_reads_what_each_run_reached():
     table = findings.comparison(comparison_record())
     assert table["variant"].drop_duplicates().tolist() == ["sequential", "ewc", "concurrent"]
     first = table.iloc[0]
-    assert (first["test"], first["error"], first["wall"], first["undistilled"]) == (0.5, 0.4, 12.0, False)
+    assert (first["test"], first["error"], first["undistilled"]) == (0.5, 0.4, False)
     # of the last three stages, 1 and 3 visit probe 0, and 2 visits probe 4; scores are minus the losses
     assert first["forgetting"] == pytest.approx(((-0.8 + 0.7) + (-0.7 + 0.8)) / 2)
     assert first["backward"] == pytest.approx(-0.8 + 0.7)
@@ -282,7 +282,10 @@ def test_comparisons_in_a_table_and_in_words():
     record = comparison_record()
     table = tables.comparison_table(record)
     assert "| sequential | 51.5 ± 1.3 | 0.400 ± 0.000 |" in table and "over 4 distillations" in table
-    assert "| 12.0 ± 0.0 | 4 | 0 |" in table
+    assert "visits of a segment." in table and "the best set, by validation" not in table
+    record["runs"]["ewc/seed-0"]["result"]["selected_iteration"] = 0
+    record["runs"]["ewc/seed-1"]["metrics"]["matched"] = [[[0, 0]]] * 6
+    assert "for ewc in 3 of 4 seeds. Of 1 of 12 runs the best set" in tables.comparison_table(record)
     assert "| random real images (24 networks) | 25.0 ± 5.1 |" in table
     words = tables.provenance({"toy": record})
     assert words.startswith(

@@ -54,11 +54,7 @@ def test_impossible_values_are_refused(recipe, said: str, field: str, value: obj
 
 
 def test_batches_divide_what_is_learned_evenly(recipe) -> None:
-    assert [recipe().student.batch(learned, active) for active, learned in enumerate((170, 340, 500))] == [
-        170,
-        170,
-        167,
-    ]
+    assert [recipe().student.batch(*stage) for stage in ((170, 0), (340, 1), (500, 2))] == [170, 170, 167]
     assert recipe(ipc=10, subsets=2, student_batch=100).images_a_step(10) == (50 + 100) // 2
 
 

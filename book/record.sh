@@ -50,8 +50,6 @@ rates() { # K ITERATIONS: 320 matched segments
 rates-cifar10-ipc1-k1() { rates 1 320; }
 rates-cifar10-ipc1-k2() { rates 2 160; }
 rates-cifar10-ipc1-k4() { rates 4 80; }
-rates-cifar10-ipc10() { study rates-cifar10-ipc10 search "$short --ipc 10 --student-batch 10 --step-size 0.02 --iterations 320 --validate-every 320 --validation-runs 2 --vary lr_images=300,1000,3000 --seeds 1"; }
-rates-cifar10-ipc50() { study rates-cifar10-ipc50 search "$short --ipc 50 --student-batch 10 --step-size 0.02 --iterations 320 --validate-every 320 --validation-runs 2 --evaluation-epochs 200 --vary lr_images=1000,3000,10000 --seeds 1"; }
 segments() { # IPC: 2,000 matched segments
     study "segments-cifar10-ipc$1" compare "$short $one_rate --ipc $1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"
 }
@@ -108,7 +106,7 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
     done
 }
 
-all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 pictures rates-cifar10-ipc10 rates-cifar10-ipc50
+all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 pictures
  correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
  buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
 left=""

@@ -68,10 +68,10 @@ def accuracy_of_set(
     return accuracy(network, theta, real, synthetic.preprocessing)
 
 
-def real_epochs(config: EvaluateConfig, images: int, subsets: int, real: int) -> int:
-    """Whole epochs on `real` images for about as many steps as the training on a synthetic set of `images` takes."""
-    batch, stages = config.evaluation_batch, [images * (number + 1) // subsets for number in range(subsets)]
-    steps = config.evaluation_epochs * sum(math.ceil(stage / batch) for stage in stages)
+def real_epochs(config: EvaluateConfig, learned: list[int], real: int) -> int:
+    """Whole epochs on `real` images for about as many steps as stages take in which so many images are `learned`."""
+    batch = config.evaluation_batch
+    steps = config.evaluation_epochs * sum(math.ceil(stage / batch) for stage in learned)
     return max(1, round(steps / math.ceil(real / batch)))
 
 
@@ -231,8 +231,8 @@ class Trainer:
             rng = generator(seed, "random real")
             train = random_real(self.dataset.split[0], len(self.dataset.classes), self.synthetic.ipc, rng)
         else:
-            epochs = real_epochs(config, len(self.synthetic.labels), self.synthetic.subsets, len(train.labels))
-            config = dataclasses.replace(config, evaluation_epochs=epochs)
+            learned = [len(self.synthetic.learned(number)) for number in range(self.synthetic.subsets)]
+            config = dataclasses.replace(config, evaluation_epochs=real_epochs(config, learned, len(train.labels)))
         fetch, how = fetch_real(train.to(self.device), preprocessing), (config, self.strategy, self.compute)
         which: dict[str, Any] = {"purpose": "evaluation", "seed": seed, "device": self.device}
         theta = train_network(self.network, fetch, len(train.labels), *how, self.learning_rates[name], **which)

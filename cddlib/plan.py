@@ -26,6 +26,7 @@ from cddlib.evaluate import real_epochs
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.curriculum import SCORER_EPOCHS, SCORERS
 from cddlib.matching.loss import matching_losses
+from cddlib.matching.segments import learned_images
 from cddlib.matching.student import chunk_size, plan_student
 from cddlib.methods.recipes import buffer_recipe
 from cddlib.networks.convnet import parameter_count
@@ -139,7 +140,8 @@ def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> C
 
     validation = round(VALIDATION_FRACTION * meter.sizes.train)
     times = 0 if config.validate_every == 0 else 1 + -(-schedule.iterations // config.validate_every)
-    trained = images * config.evaluation.evaluation_epochs * (schedule.subsets + 1) // 2
+    learned = learned_images(config.synthetic.ipc, classes, schedule.subsets)
+    trained = config.evaluation.evaluation_epochs * sum(learned)
     network = meter.training(min(config.evaluation.evaluation_batch, images))
     runs = times * config.validation_runs * (1 if config.optimizer.ema is None else 2)  # of the average too
     checks = [(network, runs * trained), (meter.test, runs * validation), labelled]
@@ -155,9 +157,9 @@ def _distillation(config: DistillConfig, meter: "_Meter", device_type: str) -> C
 
 def _evaluation(config: DistillConfig, networks: int, meter: "_Meter") -> Cost:
     sizes, images, batch = meter.sizes, config.synthetic.ipc * meter.sizes.classes, config.evaluation.evaluation_batch
-    epochs = config.evaluation.evaluation_epochs
-    on_all = sizes.train * real_epochs(config.evaluation, images, config.schedule.subsets, sizes.train)
-    trained = images * epochs * (config.schedule.subsets + 3) // 2  # on the set, and on random real images
+    learned = learned_images(config.synthetic.ipc, sizes.classes, config.schedule.subsets)
+    on_all = sizes.train * real_epochs(config.evaluation, learned, sizes.train)
+    trained = config.evaluation.evaluation_epochs * (sum(learned) + images)  # on the set, and on random real images
     on_set, on_real = meter.training(min(batch, images)), meter.training(batch)
     network = [(on_set, trained), (on_real, on_all), (meter.test, 3 * sizes.test)]
     memory = on_real.memory + meter.pixels * (sizes.train + sizes.test)

@@ -92,7 +92,7 @@ def train_network(
             inputs, targets, sizes = student_batches([again], inputs[None], targets[None])
             descend: Callable[..., tuple[Tensor, ...]] = functools.partial(_descend, step, sizes)
             if theta.is_cuda and isinstance(step, ConvNetStep):
-                descend = graph(theta.device, _descent, step, sizes, targets.dtype)
+                descend = graph(theta.device, functools.partial, _descend, step, sizes, key=targets.dtype)
             theta, velocity = descend(theta, velocity, inputs, targets, rates[first : first + number])
             bar.update(len(steps))
     return theta[0]
@@ -114,11 +114,6 @@ def _descend(
         velocity = (velocity * MOMENTUM).add_(gradient.add(theta, alpha=WEIGHT_DECAY))
         theta = torch.addcmul(theta, rate, velocity, value=-1)
     return theta, velocity
-
-
-def _descent(step: TrainingStep, sizes: tuple[int, ...], targets: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
-    """Steps on batches of these sizes, with targets of a type."""
-    return functools.partial(_descend, step, sizes)
 
 
 def fetch_synthetic(images: Float[Tensor, "n c h w"], targets: Float[Tensor, "n classes"]) -> Fetch:

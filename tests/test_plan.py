@@ -60,6 +60,7 @@ def test_the_plan_grows_with_the_run() -> None:
         assert cost(**changes)[1].flops == pytest.approx(factor * usual[1].flops)
     assert cost(student_batch=10)[1].flops == pytest.approx(usual[1].flops / 10)
     assert cost(validate_every=100)[1].flops > usual[1].flops
+    assert usual[1].disk == 4 * cost(milestones=0)[1].disk, "the set, and a checkpoint of three; four milestones more"
     assert cost(evaluation_epochs=2000)[2].flops == pytest.approx(2 * usual[2].flops, rel=0.05)
     vectors = 4 * parameter_count(cddlib.build_network(NetworkConfig(), (3, 32, 32), 10))
     assert cost(student_steps=31)[1].memory - usual[1].memory == vectors

@@ -82,7 +82,7 @@ def prepare(name: str, root: Path | None = None, *, source: Path | None = None, 
         kept = load(name, root)
         _ = kept.fingerprint  # which refuses a damaged file
         if name == "imagefolder" and kept.shape[1] != size:
-            raise UserError(f"{path} has images of {kept.shape[1]} pixels, not of {size}; delete it, or say --size so.")
+            raise UserError(f"{path} has images of {kept.shape[1]} pixels, not of {size}; delete it first.")
     elif name in _DOWNLOADS:
         with locked(lock):
             _download(path, name)

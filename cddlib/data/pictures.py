@@ -57,7 +57,7 @@ def _read_image(file: str, size: int) -> Image.Image:
     if pixels > MOST_PIXELS:
         raise ValueError(f"its sides of {shorter} and {longer} pixels make {pixels}, more than {MOST_PIXELS}")
     if image.mode == "F":
-        raise ValueError("its pixels are no whole numbers")
+        raise ValueError("its pixels are not whole numbers")
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
         return image.convert("I").point(lambda level: level * (1 / 257)).convert("L").convert("RGB")
     return image.convert("RGB")

@@ -12,7 +12,7 @@ from cddlib.distillation.consolidation import ConsolidateConfig
 from cddlib.distillation.optimizer import OptimizerConfig
 from cddlib.experts.buffer import Buffer
 from cddlib.matching.combine import CombineConfig
-from cddlib.matching.segments import SegmentsConfig
+from cddlib.matching.segments import SegmentsConfig, learned_images
 from cddlib.matching.student import MatchingConfig
 from cddlib.networks.convnet import NetworkConfig
 from cddlib.protocol import EvaluateConfig
@@ -74,10 +74,8 @@ class DistillConfig:
 
     def images_a_step(self, classes: int) -> int:
         """Synthetic images in a student's step, in the mean over the subsets that are optimised one after another."""
-        images, subsets = self.synthetic.ipc * classes, self.schedule.subsets
-        learned = [images * (number + 1) // subsets for number in range(subsets)]
-        batches = [self.student.batch(size, number) for number, size in enumerate(learned)]
-        return sum(batches) // subsets
+        learned = learned_images(self.synthetic.ipc, classes, self.schedule.subsets)
+        return sum(self.student.batch(size, number) for number, size in enumerate(learned)) // len(learned)
 
 
 def with_compilation(config: DistillConfig, buffer: Buffer, folder: Path, device: torch.device) -> DistillConfig:

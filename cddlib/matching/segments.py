@@ -106,6 +106,11 @@ def active_subset(config: SegmentsConfig, iteration: int) -> int:
     return min(iteration * config.subsets // config.iterations, config.subsets - 1)
 
 
+def learned_images(ipc: int, classes: int, subsets: int) -> list[int]:
+    """How many images students and networks learn in each stage: those of the subsets so far."""
+    return [classes * -(-ipc * (number + 1) // subsets) for number in range(subsets)]
+
+
 def window(config: SegmentsConfig, iteration: int) -> tuple[int, int]:
     """The window [T-, T+) at an iteration.
 

@@ -4,8 +4,8 @@ A method stands on a *base*, whose values it takes over, and says what differs o
 belong to one cell, (data set, images per class), are lines of `cells.csv` beside this file; `cddlib.methods.recipes`
 reads them.
 
-To add a method, add a block here and its lines there; the command line and the tables find it. What each is about,
-`book/methods.md` says.
+To add a method, add a block here and its lines there; the command line and the tables find it. `book/methods.md` says
+what each method is about.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ its successors do for experts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,7 @@ from cddlib.runtime.errors import require
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.engine import make_step
 from cddlib.training.graphs import graph
-from cddlib.training.step import ComputeConfig, TrainingStep
+from cddlib.training.step import ComputeConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,17 +82,12 @@ def train_epoch(
         if len(indices) < batch_size:  # the last batch: it would not pay to compile and capture its size
             gradient = rest.gradient
         elif captured:
-            gradient = graph(theta.device, _gradient, step, inputs.shape, targets.dtype)
+            gradient = graph(theta.device, functools.partial, step.gradient, key=(inputs.shape, targets.dtype))
         loss, theta.grad = _descent(gradient, theta, inputs, targets, sharpness or SharpnessConfig())
         optimizer.step()
         total += loss * len(indices)
         progress(len(indices))
     return float(total) / size
-
-
-def _gradient(step: TrainingStep, shape: torch.Size, targets: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
-    """A step's gradient, for inputs of a `shape` and targets of a type."""
-    return step.gradient
 
 
 def _descent(

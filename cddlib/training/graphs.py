@@ -19,18 +19,19 @@ _CAPTURING = threading.Lock()
 """Only one thread captures at a time."""
 
 
-def graph(device: torch.device, build: Callable[..., Callable[..., tuple[Tensor, ...]]], *key: Any) -> "Graph":
-    """The function `build(*key)` of tensors on a GPU as a graph; every thread has its own, and the latest 16 are kept.
+def graph(device: torch.device, build: Callable[..., Callable[..., Any]], *arguments: Any, key: Any = None) -> "Graph":
+    """The function `build(*arguments)` of tensors on a GPU as a graph. Each thread has its own; the latest 16 are kept.
 
-    Whatever decides about the function's course, and the shapes and types of its arguments, belongs to the `key`,
-    which is hashable.
+    The arguments and the `key` are hashable, and say what the function's course, shapes and types depend on.
     """
-    return _graph(device, threading.get_ident(), build, key)
+    return _graph(device, threading.get_ident(), build, arguments, key)
 
 
 @functools.lru_cache(maxsize=16)
-def _graph(device: torch.device, thread: int, build: Callable[..., Any], key: tuple[Any, ...]) -> "Graph":
-    return Graph(build(*key), device)
+def _graph(
+    device: torch.device, thread: int, build: Callable[..., Any], arguments: tuple[Any, ...], key: Any
+) -> "Graph":
+    return Graph(build(*arguments), device)
 
 
 class Graph:

@@ -171,7 +171,7 @@ def test_the_file_is_what_safetensors_writes(tmp_path: Path, folder: Path, monke
     monkeypatch.setattr(MODULE, "_BATCH", 64)
     for _ in range(2):  # the second time it is there
         assert make(folder, tmp_path) == reference(folder, tmp_path / "wanted")
-    with pytest.raises(UserError, match=rf"has images of {SIZE} pixels, not of 9; delete it, or say --size so\.$"):
+    with pytest.raises(UserError, match=rf"has images of {SIZE} pixels, not of 9; delete it first\.$"):
         make(folder, tmp_path, 9)
     left = {"images", "wanted", "imagefolder.safetensors", ".imagefolder.lock"}
     assert {path.name for path in tmp_path.iterdir()} == left

@@ -1,6 +1,7 @@
 """What each command does. `cddlib.cli` finds them by name and turns their arguments into options."""
 
 import dataclasses
+import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -134,6 +135,10 @@ def evaluate(
     for key, summary in record["summary"].items():
         spread = "" if summary["std"] is None else f" ± {100 * summary['std']:.1f}"
         print(f"{names[key]:20} {100 * summary['mean']:5.1f}{spread} % ({summary['runs']} networks)")
+    means = [statistics.fmean(fractions) for fractions in zip(*record["by_class"]["synthetic"], strict=True)]
+    by_class = sorted(zip(means, record["classes"], strict=True))
+    lowest, highest = (f"{100 * mean:.1f} % ({name})" for mean, name in (by_class[0], by_class[-1]))
+    print(f"{'its classes':20} from {lowest} to {highest}")
     for said in record.get("diverged", []):
         print(said)
 

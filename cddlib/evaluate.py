@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import DataConfig, Images, load
@@ -34,7 +36,7 @@ from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import at_work
 from cddlib.synthetic import SyntheticSet, random_real
-from cddlib.training.epoch import accuracy, fetch_real
+from cddlib.training.epoch import correct, fetch_real
 from cddlib.training.step import ComputeConfig
 
 REAL_LEARNING_RATE = 0.01
@@ -42,7 +44,7 @@ SETS = ("synthetic", "random_real", "full")
 """What networks are trained on: the set, random real images of the same number, all training images."""
 
 
-def accuracy_of_set(
+def correct_of_set(
     synthetic: SyntheticSet,
     network: Network,
     config: EvaluateConfig,
@@ -52,8 +54,8 @@ def accuracy_of_set(
     *,
     purpose: str,
     seed: int,
-) -> float:
-    """Accuracy on `real` of one network trained on `synthetic`, nan if it diverges; all on the same device.
+) -> Float[Tensor, " n"]:
+    """Which images of `real` one network trained on `synthetic` classifies correctly: 1, else 0; nan if it diverges.
 
     A set in subsets is learned as SeqMatch does: the first subset, then the first two, and so on, each stage with all
     its epochs.
@@ -65,7 +67,7 @@ def accuracy_of_set(
         fetch = fetch_synthetic(synthetic.images[rows], targets[rows])
         theta = train_network(network, fetch, len(rows), *how, **which, begun=theta)
     assert theta is not None  # there is at least one subset
-    return accuracy(network, theta, real, synthetic.preprocessing)
+    return correct(network, theta, real, synthetic.preprocessing)
 
 
 def real_epochs(config: EvaluateConfig, learned: list[int], real: int) -> int:
@@ -114,8 +116,9 @@ def evaluate_run(
         Interrupted: a signal asked to stop; the network that was being trained is finished, and recorded.
 
     Returns:
-        The record: accuracies on the test images under `synthetic`, `random_real` and `full`, their summary, the
-        learning rates, and the network. A network that diverges counts as 0, and is named under `diverged`.
+        The record: accuracies on the test images under `synthetic`, `random_real` and `full`, also `by_class`, their
+        summary, the learning rates, and the network. A network that diverges counts as 0, and is named under
+        `diverged`.
     """
     require(1, runs=runs)
     trainer = Trainer(run, network, root=root, device=device)
@@ -142,6 +145,7 @@ class _Record:
     full: tuple[float, ...] = ()
     seconds: float = 0.0
     diverged: tuple[str, ...] = ()
+    by_class: dict = dataclasses.field(default_factory=dict)
 
 
 def _resume(path: Path, wanted: list[tuple[str, int]]) -> tuple[_Record, list[tuple[str, int]]]:
@@ -151,6 +155,7 @@ def _resume(path: Path, wanted: list[tuple[str, int]]) -> tuple[_Record, list[tu
         values = read_json(path)
         with as_user_error(path, "a record of an evaluation"):
             record = from_dict(_Record, {"diverged": [], **values, **values["accuracies"]})
+            record.by_class.update({name: [*rows] for name, rows in record.by_class.items()})
     return record, [(name, number) for name, number in wanted if number >= len(getattr(record, name))]
 
 
@@ -160,18 +165,22 @@ def _train_missing(
     """Train the networks that the record lacks, one on each rank at a time, and write it after every turn."""
     earlier, missing = _resume(path, wanted)
     accuracies, diverged = {name: list(getattr(earlier, name)) for name in SETS}, list(earlier.diverged)
+    by_class: dict[str, list[list[float]]] = {name: earlier.by_class.get(name, []) for name in SETS}
+    labels, classes = trainer.dataset.test.labels, trainer.dataset.classes
     recorder = Recorder(trainer.device, elapsed=earlier.seconds)
     ranks.agree(len(missing), f"the number of networks that {path} lacks")  # the first rank writes only now
     with ranks.progress(total=len(missing), desc="evaluating", unit="network") as bar:
         for start in range(0, len(missing), ranks.count):
             turn = missing[start : start + ranks.count]
-            measured = torch.zeros(len(turn), dtype=torch.float64)
+            measured = torch.zeros(len(turn), len(labels), dtype=torch.float64)
             for name, number in turn[ranks.rank : ranks.rank + 1]:
-                measured[ranks.rank] = trainer.accuracy(name, described["seed"] + number)
+                measured[ranks.rank] = trainer.correct(name, described["seed"] + number)
             ranks.sum(measured)
-            for (name, number), value in zip(turn, measured.tolist(), strict=True):
-                accuracies[name].append(0.0 if math.isnan(value) else value)
-                if math.isnan(value):
+            for (name, number), right in zip(turn, measured, strict=True):
+                accuracies[name].append(right.mean().nan_to_num().item())
+                fractions = [right[labels == label].mean() for label in range(len(classes))]
+                by_class[name].append(torch.stack(fractions).nan_to_num().tolist())
+                if bool(right.isnan().any()):
                     what = f"network {number} trained on {name} at learning rate {trainer.learning_rates[name]:g}"
                     diverged.append(f"{what} diverged: it counts as 0.")
             if ranks.first:
@@ -180,6 +189,8 @@ def _train_missing(
                     "learning_rates": trainer.learning_rates,
                     "summary": {name: summarise(values) for name, values in accuracies.items() if values},
                     "accuracies": accuracies,
+                    "by_class": by_class,
+                    "classes": classes,
                     **({"diverged": diverged} if diverged else {}),
                     **recorder.report(),
                 }
@@ -220,12 +231,12 @@ class Trainer:
         self.network = build_network(self.network_config, self.dataset.shape, len(self.dataset.classes))
         self.learning_rates = dict.fromkeys(SETS, REAL_LEARNING_RATE) | {"synthetic": float(self.synthetic.step_size)}
 
-    def accuracy(self, name: str, seed: int) -> float:
-        """Test accuracy of one network trained on the set called `name`; nan if it diverges."""
+    def correct(self, name: str, seed: int) -> Float[Tensor, " n"]:
+        """Which test images one network trained on the set called `name` classifies correctly; nan if it diverges."""
         test, preprocessing = self.dataset.test.to(self.device), self.synthetic.preprocessing
         if name == "synthetic":
             how = (self.config, self.strategy, self.compute)
-            return accuracy_of_set(self.synthetic, self.network, *how, test, purpose="evaluation", seed=seed)
+            return correct_of_set(self.synthetic, self.network, *how, test, purpose="evaluation", seed=seed)
         train, config = self.dataset.train, self.config
         if name == "random_real":
             rng = generator(seed, "random real")
@@ -236,4 +247,4 @@ class Trainer:
         fetch, how = fetch_real(train.to(self.device), preprocessing), (config, self.strategy, self.compute)
         which: dict[str, Any] = {"purpose": "evaluation", "seed": seed, "device": self.device}
         theta = train_network(self.network, fetch, len(train.labels), *how, self.learning_rates[name], **which)
-        return accuracy(self.network, theta, test, preprocessing)
+        return correct(self.network, theta, test, preprocessing)

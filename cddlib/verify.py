@@ -155,8 +155,8 @@ def _recompute_distillation(run: Path, buffer: Buffer, sample: int, root: Path |
     for path in sorted(run.glob("evaluation-*.json")):
         record = read_json(path)
         tested = Trainer(run, from_dict(NetworkConfig, record["network"]), root=root, device=device)
-        now = tested.accuracy("synthetic", record["seed"])
-        accuracies.append((0.0 if math.isnan(now) else now, record["accuracies"]["synthetic"][0]))
+        now = tested.correct("synthetic", record["seed"]).mean().nan_to_num().item()
+        accuracies.append((now, record["accuracies"]["synthetic"][0]))
     if not (kept or accuracies):
         raise UserError(f"{run} kept no milestones and tested no set; nothing in it can be recomputed.")
     return found

@@ -16,7 +16,7 @@ import cddlib
 from cddlib import evaluate
 from cddlib.data import augment
 from cddlib.data import dataset as data
-from cddlib.evaluate import accuracy_of_set, summarise
+from cddlib.evaluate import correct_of_set, summarise
 from cddlib.experts.buffer import Buffer
 from cddlib.networks.convnet import ConvNet, Network, NetworkConfig
 from cddlib.networks.zoo import build_network
@@ -38,7 +38,7 @@ def accuracy_on(
 ) -> float:
     """The accuracy of one network by the function that the library tests a set with."""
     how = (EvaluateConfig(evaluation_epochs=epochs, evaluation_batch=batch), strategy, ComputeConfig(compiled=False))
-    return accuracy_of_set(synthetic, network, *how, test, purpose="evaluation", seed=seed)
+    return correct_of_set(synthetic, network, *how, test, purpose="evaluation", seed=seed).mean().item()
 
 
 def reference(images: torch.Tensor, targets: torch.Tensor, *, epochs: int, rate: float, batch: int, seed: int):
@@ -115,12 +115,15 @@ def test_the_record_says_what_was_measured_and_how(run: Path) -> None:
     how = {"evaluation_epochs": 5, "evaluation_batch": 256, "precision": "float32", "compiled": False}
     assert record["evaluation"] == how
     assert record["seed"] == 0
+    assert record["classes"] == [str(digit) for digit in range(10)]
+    counts = np.bincount(data.load("digits").test.labels, minlength=10)
     rate = SyntheticSet.load(run / "synthetic.safetensors").step_size.item()
     assert record["learning_rates"] == {"synthetic": rate, "random_real": 0.01, "full": 0.01}
     assert record["accuracies"].keys() == {"synthetic", "random_real", "full"}
     for name, accuracies in record["accuracies"].items():
         assert len(accuracies) == 2
         assert record["summary"][name] == summarise(accuracies)
+        assert np.allclose(np.array(record["by_class"][name]) @ counts / counts.sum(), accuracies)
     assert {"seconds", "peak_memory_mb", "versions", "device", "commit", "finished"} <= record.keys()
 
 
@@ -129,9 +132,12 @@ def test_networks_are_tested_on_the_test_images(run: Path, network: NetworkConfi
     synthetic = SyntheticSet.load(run / "synthetic.safetensors")
     chosen = network or NetworkConfig(width=8, depth=2)
     built, test = build_network(chosen, (1, 8, 8), 10), data.load("digits").test
-    wanted = [accuracy_on(test, synthetic, built, 5, 256, "crop_scale_rotate", seed) for seed in (4, 5)]
+    how = (synthetic, built, 5, 256, "crop_scale_rotate")
+    wanted = [accuracy_on(test, *how, seed) for seed in (4, 5)]
+    threes = data.Images(test.images[test.labels == 3], test.labels[test.labels == 3])
     record = evaluate_run(run, runs=2, baselines=False, seed=4, network=network)
     assert record["accuracies"]["synthetic"] == wanted
+    assert [of[3] for of in record["by_class"]["synthetic"]] == [accuracy_on(threes, *how, seed) for seed in (4, 5)]
     assert record["network"] == configs.as_dict(chosen)
 
 

@@ -28,6 +28,7 @@ from cddbook.findings import (
     effect,
     paired,
     probes_at_equal,
+    transfers,
 )
 from cddbook.records import read_record
 from cddbook.tables import markdown
@@ -152,6 +153,9 @@ def _of_comparison(record: Record) -> list[Row]:
         rows.append(("C4", measure, error, " %"))
         tested = paired(table, "test", several, single)
         rows.append(("C6", f"test accuracy, {several} minus {single} at equal compute", tested, " points"))
+        for network, theirs in transfers(record).groupby("network", sort=False):
+            measure = f"test accuracy of {network}, {several} minus {single} at equal compute"
+            rows.append(("C7", measure, paired(theirs, "test", several, single), " points"))
         for where, probes in probes_at_equal(record, (single, several)).items():
             for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
                 less = paired(probes, measure, single, several)
@@ -198,7 +202,7 @@ def findings(
     rows += [(setting, row) for setting, record in comparison_records.items() for row in _of_comparison(record)]
     found += [_finding(setting, *row) for setting, row in rows]
     if memory is not None:
-        needed = "needs other architectures and sets of 1,000 images a class"
+        needed = "lossless sets need 1,000 images a class"
         found.append(Finding(claim="C7", setting="", measure=needed, effect="", verdict="not tested"))
         found.append(_finding(f"{memory['device']}, width {memory['config']['width']}", *_of_memory(memory)))
     return sorted(found, key=lambda finding: finding.claim)

@@ -103,8 +103,14 @@ class ComparedRun(NamedTuple):
     seed: int
     config: dict[str, Any]
     metrics: dict[str, list[Any]]
-    evaluations: list[dict[str, list[float]]]
+    evaluations: dict[str, dict[str, Any]]
+    """By the architecture of the networks that were tested."""
     result: dict[str, Any]
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The accuracies of networks like the one that the set was distilled with."""
+        return self.evaluations.get(self.config["network"], {})
 
     @property
     def cost(self) -> int:
@@ -126,8 +132,9 @@ def runs_of(record: Record) -> list[ComparedRun]:
     runs = []
     for name, run in record["runs"].items():
         variant, seed = name.split("/seed-")
-        config = {**record["config"], **run["changes"]}
-        runs.append(ComparedRun(variant, int(seed), config, run["metrics"], run["evaluations"], run["result"]))
+        config = {"network": "convnet", **record["config"], **run["changes"]}  # once there was no other network
+        tested = {entry.get("network", config["network"]): entry for entry in run["evaluations"]}
+        runs.append(ComparedRun(variant, int(seed), config, run["metrics"], tested, run["result"]))
     return runs
 
 
@@ -143,13 +150,12 @@ def comparison(record: Record) -> pd.DataFrame:
     for run in runs_of(record):
         losses, visits = run.probes()
         between = pd.Series(continual.changes_between_visits(losses, visits))
-        tests = pd.Series([accuracy for entry in run.evaluations for accuracy in entry["synthetic"]], dtype=float)
         (*_, (_, error)) = run.metrics["accumulated_error"]
         rows.append(
             {
                 "variant": run.variant,
                 "seed": run.seed,
-                "test": tests.mean(),
+                "test": np.mean(run.own["synthetic"]) if run.own else math.nan,
                 "error": error["error"][-1] / error["travelled"][-1],
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
@@ -161,6 +167,37 @@ def comparison(record: Record) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table["variant"] = pd.Categorical(table["variant"], table["variant"].unique(), ordered=True)
     return table.sort_values(["variant", "seed"], ignore_index=True)
+
+
+BASELINES = {"random_real": "random real images", "full": "all training images"}
+"""What the protocol of a test trains networks on beside the synthetic set."""
+
+
+def baselines(record: Record) -> dict[str, list[float]]:
+    """The test accuracies of networks that a comparison trained on each of `BASELINES`, by its name in words."""
+    found = {name: [a for run in runs_of(record) for a in run.own.get(key, [])] for key, name in BASELINES.items()}
+    return {name: accuracies for name, accuracies in found.items() if accuracies}
+
+
+def by_class(record: Record) -> pd.DataFrame:
+    """A row a run and class: the fraction of its test images that the set's networks recognise, `test`."""
+    rows = [
+        (name, run.variant, run.seed, np.mean(fractions))
+        for run in runs_of(record)
+        for name, fractions in run.own["by_class"].items()
+    ]
+    return pd.DataFrame(rows, columns=["class", "variant", "seed", "test"])
+
+
+def transfers(record: Record) -> pd.DataFrame:
+    """A row a run and other architecture of networks that were tested: their mean accuracy, `test`."""
+    rows = [
+        (name, run.variant, run.seed, np.mean(tested["synthetic"]))
+        for run in runs_of(record)
+        for name, tested in run.evaluations.items()
+        if name != run.config["network"]
+    ]
+    return pd.DataFrame(rows, columns=["network", "variant", "seed", "test"])
 
 
 def curves(record: Record) -> pd.DataFrame:

@@ -62,7 +62,7 @@ def study_record(out: Path) -> dict[str, Any]:
     Returns:
         JSON values. `config` of the base; and for each of `runs` its `changes` of that configuration, its `metrics`
         (a list of values for what every iteration has, and of [iteration, value] for what only some have), `result`,
-        and `evaluations`; or `stopped`, the reason why there is nothing but its changes.
+        and `evaluations`, one for every architecture; or `stopped`, the reason why there is nothing but its changes.
 
     Raises:
         UserError: `out` holds no study, or one that is not finished.
@@ -95,5 +95,11 @@ def _measured(run: Path) -> dict[str, Any]:
     return {
         "metrics": json.loads(json.dumps(metrics), parse_float=lambda digits: float(f"{float(digits):.6g}")),
         "result": result,
-        "evaluations": [read_json(path)["accuracies"] for path in sorted(run.glob("evaluation-*.json"))],
+        "evaluations": [_tested(read_json(path)) for path in sorted(run.glob("evaluation-*.json"))],
     }
+
+
+def _tested(record: dict[str, Any]) -> dict[str, Any]:
+    """Accuracies by what networks were trained on; their architecture; and what the set taught of each class."""
+    by_class = dict(zip(record["classes"], zip(*record["by_class"]["synthetic"], strict=True), strict=True))
+    return {**record["accuracies"], "network": record["network"]["network"], "by_class": by_class}

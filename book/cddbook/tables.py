@@ -11,12 +11,16 @@ import pandas as pd
 import scipy.stats
 
 from cddbook import correlation
-from cddbook.findings import Correlations, Record, comparison, gpu_accuracies
+from cddbook.findings import Correlations, Record, baselines, comparison, gpu_accuracies, paired, runs_of
 from cddbook.records import read_record
 from cddbook.study import settings_by_accuracy
 from cddlib.data.dataset import DATA_NAMES
 from cddlib.methods.catalogue import METHODS, Method
-from cddlib.methods.recipes import CELLS, ROWS, recipes_table
+from cddlib.methods.recipes import CELLS, ROWS, distill_recipe, recipes_table
+from cddlib.networks.convnet import ConvNet
+from cddlib.plan import buffer_of, plan
+from cddlib.runtime.config import config_hash
+from cddlib.training.engine import operations
 
 
 def markdown(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> str:
@@ -82,35 +86,76 @@ def published_tables() -> str:
     return "\n\n".join(blocks)
 
 
-BASELINES = {"random_real": "random real images", "full": "all training images"}
-"""What the protocol of a test trains networks on beside the synthetic set."""
 BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
 """The paper's data sets."""
 
 
-def benchmark_table(studies: Mapping[str, Record], distil: Record, evaluated: Record) -> str:
-    """Every cell of the paper's benchmark: what was published, what was measured here, and in which setting.
+def benchmark_runs(
+    studies: Mapping[str, Record], buffers: Iterable[Record], distil: Record, evaluated: Record
+) -> pd.DataFrame:
+    """A row a K of every comparison: its cell, its test accuracies, and what they depend on and took, in words.
 
     Args:
-        studies: records of comparisons of segment counts on `BENCHMARK`.
-        distil: the record of `make gpu`'s distillations.
+        studies: comparisons of segment counts on `BENCHMARK`, by what makes them.
+        buffers: records of the buffers that they matched.
+        distil: the record of `make gpu`'s distillations, which end when time does.
         evaluated: the record of their tests.
     """
-    config, iterations = distil["runs"][0]["config"], [run["iterations"] for run in distil["runs"]]
-    length = f"{min(iterations)} to {max(iterations)} of {config['iterations']} iterations"
-    compared = [(r["config"], f"{r['config']['iterations']} segments", comparison(r)) for r in studies.values()]
-    compared.append((config, length, gpu_accuracies(evaluated, distil).query("stopped")))
+    trained = {config_hash(record["buffer"]): record["buffer"]["config"] for record in buffers}
+    compared = []
+    for command, record in studies.items():
+        results = pd.DataFrame([run["result"] for run in record["runs"].values()])[["device", "seconds"]]
+        results["variant"] = [name.split("/")[0] for name in record["runs"]]
+        updates = {run.variant: f"{run.config['iterations']:,}" for run in runs_of(record)}
+        compared.append((command, record["config"], trained[record["buffer_id"]], comparison(record), results, updates))
+    results = pd.DataFrame([{"variant": f"K={r['segments']}", "seconds": sum(r["seconds"])} for r in distil["runs"]])
+    reached = pd.DataFrame(distil["runs"]).groupby("segments")["iterations"].agg(["min", "max"])
+    updates = {f"K={k}": f"{least:,} to {most:,}" for k, least, most in reached.itertuples()}
+    ended = gpu_accuracies(evaluated, distil).query("stopped")
+    results, config = results.assign(device=distil["device"]), distil["runs"][0]["config"]
+    compared.append(("tests/gpu/run.py", config, trained[config["buffer_id"]], ended, results, updates))
+    return pd.DataFrame(
+        [
+            {
+                "data": config["data"],
+                "IPC": config["ipc"],
+                "width": config["width"],
+                "N": config["student_steps"],
+                "experts": f"{experts['experts']} of {experts['epochs']} epochs",
+                "K": variant,
+                "updates": updates[variant],
+                "sets": len(sets),
+                "test accuracy, %": mean_sd(sets["test"], scale=100.0),
+                "hours": f"{results.query('variant == @variant')['seconds'].sum() / 3600:.1f}",
+                "hardware": ", ".join(results["device"].unique()),
+                "made by": f"`{command}`",
+            }
+            for command, config, experts, table, results, updates in compared
+            for variant, sets in table.groupby("variant", sort=False, observed=True)
+        ]
+    )
+
+
+def benchmark_table(runs: pd.DataFrame, speed: Record) -> str:
+    """Every cell of the paper's benchmark: what was published, what `runs` measured, and what DATM's recipe would take.
+
+    The hours are those of the GPU in the record `speed`, at the rate at which it trains experts of the usual ConvNet.
+    """
     measured: dict[tuple[str, int], list[str]] = {}
-    for config, length, table in compared:
-        variants = table.groupby("variant", sort=False, observed=True)["test"]
-        tested = ", ".join(f"{name} {mean_sd(mine, scale=100.0)}" for name, mine in variants)
-        setting = f"width {config['width']}, N = {config['student_steps']}, {length}, {table['seed'].nunique()} seeds"
-        measured.setdefault((config["data"], config["ipc"]), []).append(f"{tested} ({setting})")
+    for (data, ipc, width), mine in runs.groupby(["data", "IPC", "width"], sort=False):
+        tested = ", ".join(f"{row['K']} {row['test accuracy, %']}" for row in mine.to_dict("records"))
+        measured.setdefault((data, ipc), []).append(f"{tested} (width {width})")
+    (epoch,) = (row for row in speed["rows"] if row["what"] == "an expert's epoch")
+    network = ConvNet(distill_recipe("datm", "cifar10", 1).network, (3, 32, 32), 10)
+    rate = 3 * operations(network) * epoch["images"] / epoch["ms"] * 1000  # a step costs three forward passes
     names = ["random_real", "mtt", "tesla", "ftd", "datm"]
     cells = pd.concat(map(published, BENCHMARK)).pivot(index=["data", "ipc"], columns="method", values="mean")
     table = cells.reindex([(data, ipc) for data in BENCHMARK for ipc in CELLS[data]], columns=names)
     table = table.rename_axis(["data", "IPC"]).map("{:.1f}".format, na_action="ignore")
     table["measured here"] = ["<br>".join(measured.get(cell, ["not run"])) for cell in table.index]
+    recipes = [distill_recipe("datm", *cell) for cell in table.index]
+    costs = [sum(stage.flops for stage in plan(buffer_of(config), config, measure=False)) for config in recipes]
+    table["DATM would take, hours"] = [f"{cost / rate / 3600:,.0f}" for cost in costs]
     return markdown(table.rename(columns={"random_real": "random real"}).reset_index())
 
 
@@ -203,11 +248,9 @@ def comparison_table(record: Record) -> str:
     runs = table.groupby("variant", observed=True)
     means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in columns.items()}
     rows = pd.DataFrame(means).reset_index().to_dict("records")
-    for kind, name in BASELINES.items():
-        accuracies = [a for run in record["runs"].values() for entry in run["evaluations"] for a in entry[kind]]
-        if accuracies:
-            name = f"{name} ({len(accuracies)} networks)"
-            rows.append({"variant": name, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
+    for name, accuracies in baselines(record).items():
+        said = f"{name} ({len(accuracies)} networks)"
+        rows.append({"variant": said, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
     seeds = table["seed"].nunique()
     few = [f"{name} in {number} of {seeds} seeds" for name, number in runs["events"].count().items() if number < seeds]
     note = (
@@ -217,6 +260,20 @@ def comparison_table(record: Record) -> str:
     if first := table["undistilled"].sum():
         note += f" Of {first} of {len(table)} runs the best set, by validation, was the one before the first iteration."
     return f"{markdown(rows)}\n\n{note}"
+
+
+def tests_table(table: pd.DataFrame, row: str) -> str:
+    """Test accuracies from `findings.by_class` or `transfers`, in percent: a line for each value of the column `row`.
+
+    Mean ± standard deviation over seeds of every variant; and the last minus the first with its 95 % interval.
+    """
+    rows, (first, *_, last) = [], table["variant"].unique()
+    for name, mine in table.groupby(row, sort=False):
+        means = mine.groupby("variant", sort=False)["test"].agg(mean_sd, scale=100.0)
+        ahead = paired(mine, "test", last, first)
+        mean, low, high = (f"{100 * value:+.1f}" for value in (ahead.mean, ahead.low, ahead.high))
+        rows.append({row: name, **means, f"{last} minus {first}": f"{mean} [{low}, {high}]"})
+    return markdown(rows)
 
 
 def rates_table(records: Mapping[int, Record]) -> str:

@@ -29,7 +29,7 @@ from cddlib.distillation.config import DistillConfig, check_buffer, with_compila
 from cddlib.distillation.gradient import concurrent_gradient, teacher_logits
 from cddlib.distillation.guard import check_finite, check_losses, check_set
 from cddlib.distillation.hooks import Hook, Run
-from cddlib.evaluate import accuracy_of_set
+from cddlib.evaluate import correct_of_set
 from cddlib.experts.buffer import PREPROCESSING, Buffer
 from cddlib.matching.segments import active_subset
 from cddlib.runtime.config import as_dict
@@ -216,9 +216,9 @@ def validation_accuracy(
     synthetic: SyntheticSet, config: DistillConfig, buffer: Buffer, validation: Images, number: int
 ) -> float:
     """Accuracy on the validation images of the network of that number, trained on `synthetic`."""
-    training = (config.evaluation, config.augmentation.augment, config.compute)
+    how = (config.evaluation, config.augmentation.augment, config.compute, validation)
     seed = config.seed + number
-    return accuracy_of_set(synthetic, buffer.network, *training, validation, purpose="validation", seed=seed)
+    return correct_of_set(synthetic, buffer.network, *how, purpose="validation", seed=seed).mean().item()
 
 
 def iterate(state: State, config: DistillConfig, buffer: Buffer, ranks: Ranks) -> dict[str, Any]:

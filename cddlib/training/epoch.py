@@ -120,9 +120,15 @@ def predict(network: Network, theta: Float[Tensor, " p"], fetch: Fetch, size: in
     return torch.cat([network(theta, fetch(indices)[0]) for indices in batches])
 
 
+def correct(
+    network: Network, theta: Float[Tensor, " p"], data: Images, preprocessing: Preprocessing
+) -> Float[Tensor, " n"]:
+    """1 for every image of `data` that the network classifies correctly, else 0; nan if its output is not finite."""
+    logits = predict(network, theta, fetch_real(data, preprocessing), len(data.labels))
+    right = (logits.argmax(1) == data.labels).double()
+    return right if bool(logits.isfinite().all()) else torch.full_like(right, float("nan"))
+
+
 def accuracy(network: Network, theta: Float[Tensor, " p"], data: Images, preprocessing: Preprocessing) -> float:
     """Fraction of `data` that the network classifies correctly; nan if its output is not finite."""
-    logits = predict(network, theta, fetch_real(data, preprocessing), len(data.labels))
-    if not bool(logits.isfinite().all()):
-        return float("nan")
-    return (logits.argmax(1) == data.labels).double().mean().item()
+    return correct(network, theta, data, preprocessing).mean().item()

@@ -39,7 +39,7 @@ import cddlib
 from cddbook.records import read_record, write_record
 from cddlib.data.augment import AugmentConfig
 from cddlib.data.dataset import Images
-from cddlib.evaluate import EvaluateConfig, accuracy_of_set
+from cddlib.evaluate import EvaluateConfig, correct_of_set
 from cddlib.matching.loss import matching_losses
 from cddlib.matching.student import MatchingConfig, segment_chunks
 from cddlib.runtime.device import keep_freed_memory
@@ -186,7 +186,7 @@ def evaluate(point: Point, epochs: int | None = None) -> None:
         )  # fmt: skip
         how = (EvaluateConfig(evaluation_epochs=epochs), STRATEGY, compute, Images(pixels, answers))
         for seed in range(networks):
-            accuracy_of_set(synthetic, convnet(point), *how, purpose="speed", seed=seed)
+            correct_of_set(synthetic, convnet(point), *how, purpose="speed", seed=seed)
         return
     inputs = normalisation(pixels)
     for _ in range(networks):

@@ -11,6 +11,9 @@ import scipy.stats
 
 from cddbook import claims, findings, tables
 from cddbook.figures import ch3_correlation
+from cddlib import distill_recipe
+from cddlib.plan import buffer_of, plan
+from cddlib.runtime.config import config_hash
 
 STARTS = (0, 4, 8)
 
@@ -298,20 +301,56 @@ def test_comparisons_in_a_table_and_in_words():
 
 
 def test_the_benchmark_has_every_cell_with_what_was_measured():
-    record = comparison_record()
-    record["config"] |= {"data": "cifar100", "ipc": 10, "iterations": 96}
-    config = {"data": "cifar10", "ipc": 1, "width": 128, "student_steps": 50, "iterations": 5000}
-    distil = {"runs": [{"segments": 1, "seed": s, "iterations": 70 + s, "config": config} for s in (0, 1)]}
+    record, buffers = comparison_record(), [{"buffer": {"config": {"experts": n, "epochs": 3}}} for n in (2, 5)]
+    ids = [config_hash(buffer["buffer"]) for buffer in buffers]
+    record["config"] |= {"data": "cifar100", "ipc": 10, "iterations": 1096}
+    record["buffer_id"] = ids[1]
+    config = {"data": "cifar10", "ipc": 1, "width": 128, "student_steps": 50, "iterations": 5000, "buffer_id": ids[0]}
+    run = {"segments": 1, "config": config, "seconds": [1800.0, 90.0]}
+    distil = {"runs": [{**run, "seed": s, "iterations": 70 + s} for s in (0, 1)], "device": "a GPU"}
     tests = [
         {"segments": 1, "seed": s, "iteration": i, "matched": i, "accuracies": [a]}
         for s, i, a in ((0, 50, 0), (0, 70, 0.4), (1, 71, 0.5))
     ]
-    rows = tables.benchmark_table({"toy": record}, distil, {"rows": tests}).splitlines()[2:]
+    runs = tables.benchmark_runs({"toy": record}, buffers, distil, {"rows": tests})
+    *_, first, last = tables.markdown(runs).splitlines()
+    words = (
+        "| cifar100 | 10 | 8 | 3 | 5 of 3 epochs | concurrent | 1,096 | 4 | 61.5 ± 1.3 | 0.1 | a processor | `toy` |"
+    )
+    assert first == words
+    assert last.startswith("| cifar10 | 1 | 128 | 50 | 2 of 3 epochs | K=1 | 70 to 71 | 2 | 45.0 ± 7.1 | 1.1 | a GPU |")
+    speed = {"rows": [{"what": "an expert's epoch", "images": 50_000, "ms": 400.0}]}
+    rows = tables.benchmark_table(runs, speed).splitlines()[2:]
     assert len(rows) == sum(len(tables.CELLS[data]) for data in tables.BENCHMARK)
     filled = [row for row in rows if "not run" not in row]
-    assert "| cifar10 | 1 | 15.4 | 46.3 |" in filled[0]
-    assert "K=1 45.0 ± 7.1 (width 128, N = 50, 70 to 71 of 5000 iterations, 2 seeds) |" in filled[0]
-    assert "concurrent 61.5 ± 1.3 (width 8, N = 3, 96 segments, 4 seeds) |" in filled[1] and len(filled) == 2
+    assert "| cifar10 | 1 | 15.4 | 46.3 |" in filled[0] and "| K=1 45.0 ± 7.1 (width 128) |" in filled[0]
+    assert "concurrent 61.5 ± 1.3 (width 8) |" in filled[1] and len(filled) == 2
+    hours, twice = (
+        [float(row.split("|")[-2].replace(",", "")) for row in tables.benchmark_table(runs, s).splitlines()[2:]]
+        for s in (speed, {"rows": [{**speed["rows"][0], "ms": 800.0}]})
+    )
+    config = distill_recipe("datm", "imagenet", 50)
+    flops = sum(stage.flops for stage in plan(buffer_of(config), config, measure=False))
+    epoch = 3 * 50_000 * 2 * (9 * (3 * 1024 + 128 * 256 + 128 * 64) * 128 + 2048 * 10)  # a network of three blocks
+    assert hours[-1] == round(flops / epoch * 0.4 / 3600) and twice[-1] == pytest.approx(2 * hours[-1], abs=1)
+
+
+def test_what_a_set_teaches_by_class_and_to_other_networks():
+    record = comparison_record(2)
+    assert findings.transfers(record).empty
+    for name, run in record["runs"].items():
+        level = 0.5 + 0.1 * name.startswith("concurrent") + 0.02 * run["changes"]["seed"]
+        run["evaluations"][0] |= {"network": "convnet", "by_class": {"cat": [level], "dog": [level, level - 0.2]}}
+        run["evaluations"].append({"synthetic": [level / 2], "network": "vgg11"})
+    assert findings.comparison(record)["test"].max() == pytest.approx(0.61), "of its own architecture alone"
+    rows = tables.tests_table(findings.by_class(record), "class").splitlines()
+    assert rows[2] == "| cat | 51.0 ± 1.4 | 51.0 ± 1.4 | 61.0 ± 1.4 | +10.0 [+10.0, +10.0] |"
+    assert rows[3].startswith("| dog | 41.0 ± 1.4 |") and len(rows) == 4
+    rows = tables.tests_table(findings.transfers(record), "network").splitlines()
+    assert rows[2].startswith("| vgg11 | 25.5 ± 0.7 |")
+    found = [row for row in claims.findings({}, {"toy": record}) if row.claim == "C7"]
+    assert found[0].measure == "test accuracy of vgg11, concurrent minus sequential at equal compute"
+    assert found[0].verdict == "confirmed" and len(found) == 1
 
 
 def test_rates_are_listed_from_the_best_to_the_worst():

@@ -110,13 +110,13 @@ def test_the_best_iterate_on_the_validation_images_is_selected(
     config = recipe(iterations=3, validate_every=2, validation_runs=2)
     validation = cddlib.load("digits").split[1]
 
-    def accuracy(synthetic, _network, _config, strategy, _compute, real, *, purpose, seed) -> float:
+    def accuracy(synthetic, _network, _config, strategy, _compute, real, *, purpose, seed) -> torch.Tensor:
         assert torch.equal(real.images, validation.images)
         assert (strategy, purpose) == (config.augmentation.augment, "validation")
         validated.append((seed, synthetic))
-        return next(told)
+        return torch.tensor([next(told)], dtype=torch.float64)
 
-    monkeypatch.setattr(loop, "accuracy_of_set", accuracy)
+    monkeypatch.setattr(loop, "correct_of_set", accuracy)
     found = distill(config, buffer, tmp_path)
     assert [seed for seed, _ in validated] == [config.seed, config.seed + 1] * 3
     result = read_json(tmp_path / "result.json")
@@ -134,11 +134,12 @@ def test_the_images_or_their_average_are_kept_whichever_is_better(
 ) -> None:
     validated = []
 
-    def accuracy(synthetic, *_, **which) -> float:
+    def accuracy(synthetic, *_, **which) -> torch.Tensor:
         validated.append(synthetic)
-        return 0.5 + len(validated) / 100 + 0.2 * ((len(validated) - 1) % 2 == better)
+        mean = 0.5 + len(validated) / 100 + 0.2 * ((len(validated) - 1) % 2 == better)
+        return torch.tensor([mean], dtype=torch.float64)
 
-    monkeypatch.setattr(loop, "accuracy_of_set", accuracy)
+    monkeypatch.setattr(loop, "correct_of_set", accuracy)
     found = distill(recipe(ema=0.9, validate_every=3), buffer, tmp_path)
     assert len(validated) == 6 and torch.equal(found.images, validated[4 + better].images)
     assert not torch.equal(validated[4].images, validated[5].images)

@@ -48,7 +48,7 @@ import cddlib  # noqa: E402
 from cddbook.records import read_record, write_record  # noqa: E402
 from cddlib.data.augment import CHANGES, AugmentConfig  # noqa: E402
 from cddlib.data.dataset import Images  # noqa: E402
-from cddlib.evaluate import REAL_LEARNING_RATE, accuracy_of_set, fetch_synthetic, train_network  # noqa: E402
+from cddlib.evaluate import REAL_LEARNING_RATE, correct_of_set, fetch_synthetic, train_network  # noqa: E402
 from cddlib.matching import loss as losses  # noqa: E402
 from cddlib.matching import student as students  # noqa: E402
 from cddlib.matching.loss import matching_losses  # noqa: E402
@@ -551,7 +551,7 @@ def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
             preprocessing=preprocessing, classes=dataset.classes,
         ).to(bench.device)  # fmt: skip
         how = (config.evaluation, config.augmentation.augment, config.compute)
-        return accuracy_of_set(found, network, *how, test, purpose="evaluation", seed=seed)
+        return correct_of_set(found, network, *how, test, purpose="evaluation", seed=seed).mean().item()
 
     for number in range(bench.sizes.networks):
         real = cddlib.synthetic.random_real(dataset.train, CLASSES, 1, cddlib.generator("random real", number))

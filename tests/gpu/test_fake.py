@@ -22,7 +22,7 @@ import cddlib
 from cddlib.data.augment import CHANGES, AugmentConfig
 from cddlib.distillation.checkpoint import State
 from cddlib.distillation.loop import initial_state, iterate
-from cddlib.evaluate import EvaluateConfig, accuracy_of_set
+from cddlib.evaluate import EvaluateConfig, correct_of_set
 from cddlib.matching import loss as losses
 from cddlib.matching.student import MatchingConfig, Walk
 from cddlib.networks.convnet import parameter_count
@@ -169,7 +169,8 @@ def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU,
         on_gpu, how = synthetic.to(CUDA), EvaluateConfig(evaluation_epochs=30)
         uploads = gpu.uploads
         test = dataset.test.to(CUDA)
-        found = accuracy_of_set(on_gpu, network, how, STRATEGY, ComputeConfig(), test, purpose="evaluation", seed=0)
+        right = correct_of_set(on_gpu, network, how, STRATEGY, ComputeConfig(), test, purpose="evaluation", seed=0)
+        found = right.mean().item()
     assert found == 1.0
     assert gpu.uploads - uploads <= 20, "the steps that one graph takes share their copies"
 

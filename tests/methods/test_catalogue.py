@@ -11,7 +11,7 @@ import torch
 import cddlib
 from cddbook.study import settings_by_accuracy
 from cddbook.tables import measured_table, methods_table, plan_table, published_tables
-from cddlib.evaluate import accuracy_of_set
+from cddlib.evaluate import correct_of_set
 from cddlib.methods import recipes
 from cddlib.methods.catalogue import METHODS
 from cddlib.methods.recipes import ROWS
@@ -28,7 +28,7 @@ def validated(synthetic: cddlib.SyntheticSet, config: cddlib.DistillConfig, seed
     """Validation accuracy of a network trained on a set."""
     network, validation = cddlib.build_network(config.network, (1, 8, 8), 10), cddlib.load("digits").split[1]
     how = (config.evaluation, config.augmentation.augment, config.compute)
-    return accuracy_of_set(synthetic, network, *how, validation, purpose="evaluation", seed=seed)
+    return correct_of_set(synthetic, network, *how, validation, purpose="evaluation", seed=seed).mean().item()
 
 
 @pytest.fixture(scope="module")

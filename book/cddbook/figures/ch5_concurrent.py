@@ -1,6 +1,8 @@
 """What chapters 4 to 6 show of variants that are compared, usually different K: figures, a table, and a caption."""
 
+import itertools
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,10 +22,10 @@ VALUES = {"loss": "matching loss", "accuracy": "validation accuracy", "test": "t
 """Columns of `findings.curves` and of the tables of runs on a GPU, in words."""
 
 
-def curves(table: pd.DataFrame, value: str) -> Figure:
+def curves(table: pd.DataFrame, value: str, levels: Mapping[str, float] | None = None) -> Figure:
     """A value against iterations, matched segments and, where they are known, seconds, which are means over seeds.
 
-    A variant's line has the iterations at which all its seeds have a value.
+    A variant's line has the iterations at which all its seeds have a value. `levels`, by name, are dotted lines.
     """
     table = table.dropna(subset=value)
     seeds = table.groupby(["variant", "iteration"])["seed"].transform("count")
@@ -31,7 +33,11 @@ def curves(table: pd.DataFrame, value: str) -> Figure:
     against = [column for column in AGAINST if column in table]
     means = table.groupby(["variant", "iteration"])[against].transform("mean").rename(columns=AGAINST)
     means[["variant", VALUES[value]]] = table[["variant", value]]
-    return lines(means.melt(["variant", VALUES[value]], value_name=" "), " ", VALUES[value], panel="variable")
+    figure = lines(means.melt(["variant", VALUES[value]], value_name=" "), " ", VALUES[value], panel="variable")
+    for axis, (name, level) in itertools.product(figure.axes, (levels or {}).items()):
+        axis.axhline(level, color="0.4", linestyle=":")
+        axis.annotate(name, (0.98, level), xycoords=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+    return figure
 
 
 def accuracy_bars(table: pd.DataFrame) -> Figure:

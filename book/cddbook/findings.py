@@ -16,7 +16,7 @@ Record = Mapping[str, Any]
 
 SETTLED = 3
 """Measurements of the probes that are left out, the one before the first iteration among them. The first steps away
-from real images lower every loss far more than all later ones, whichever segment they match."""
+from real images can change every loss at once, whichever segment they match."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "benchmarks")]
+sys.path[:0] = [str(REPOSITORY / folder) for folder in (".", "book", "tests/benchmarks")]
 
 import textbook  # noqa: E402
 import torch  # noqa: E402

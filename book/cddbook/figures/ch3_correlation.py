@@ -19,7 +19,7 @@ def heat_maps(
     starts: Sequence[int],
     *,
     limit: float = 1.0,
-    significant: Float[np.ndarray, "p p"] | None = None,
+    significant: Mapping[str, Float[np.ndarray, "p p"]] | None = None,
     labels: tuple[str, str] = ("measured: start epoch", "matched: start epoch"),
 ) -> Figure:
     """Means ± standard deviations over replicates, one panel a matrix, white at zero.
@@ -28,16 +28,16 @@ def heat_maps(
         matrices: by title.
         starts: the segments' start epochs.
         limit: value of the deepest colours.
-        significant: p-values; an entry of the first panel below 0.05 gets a star.
+        significant: p-values by title; an entry where they are below 0.05 gets a star.
         labels: of the columns and of the rows.
     """
     columns = 2 if len(matrices) == 4 else 3
     rows = -(-len(matrices) // columns)
     size = (2.8 * columns + 0.6, 3.0 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)
-    for panel, (axis, (title, repeated)) in enumerate(zip(axes.flat, matrices.items(), strict=False)):
+    for axis, (title, repeated) in zip(axes.flat, matrices.items(), strict=False):
         mean, spread = repeated.mean(axis=0), repeated.std(axis=0, ddof=min(1, len(repeated) - 1))
-        stars = np.where(significant < 0.05, "*", "") if significant is not None and panel == 0 else ""
+        stars = np.where((significant or {}).get(title, np.ones_like(mean)) < 0.05, "*", "")
         text = np.char.replace(np.vectorize("{:.2f}{}\n±{:.2f}".format)(mean, stars, spread), "0.", ".")
         shades = {"cmap": "vlag", "vmin": -limit, "vmax": limit}  # told apart by colour-blind readers
         words = {"annot": text, "fmt": "", "annot_kws": {"fontsize": 7}, "xticklabels": starts, "yticklabels": starts}

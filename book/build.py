@@ -136,13 +136,14 @@ def main() -> None:
     for source in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         print(f"executing {source.name}", flush=True)
         executed[source.stem] = execute(source, stage / "notebooks" / source.name, {"profile": arguments.profile})
-    for k, (figure, _) in committed_sets().items():
+    first = committed_sets("segments-cifar10-ipc1-published")
+    for k, (figure, _) in first.items():
         figure.savefig(stage / "book" / f"set-{k}.png", dpi=200, bbox_inches="tight")
     found = committed_findings()
     generated = {
         "api": api(),
         "provenance": provenance(executed),
-        "sets": sets_page(),
+        "sets": sets_page(first),
         "claims": summary_table(found),
         "claims-table": claims_table(found),
         "methods-overview": methods_table(),

@@ -54,15 +54,19 @@ segments() { # IPC: 2,000 matched segments
     study "segments-cifar10-ipc$1" compare "$short $one_rate --ipc $1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"
 }
 segments-cifar10-ipc1() { segments 1; }
-pictures() { # of the first page and of chapter 5: where the comparison began, and what its first seed made of it
-    local out=$results/pictures k name
-    cddlib distill --method mtt --data cifar10 --root "$root" --ipc 1 --buffer "$runs/cifar10-short" --student-steps 20 --window-end 4 --iterations 1 --validate-every 0 --lr-images 1e-9 --out "$runs/pictures/start"
-    for k in 1 2 4; do ln -sfn "$(realpath "$runs")/segments-cifar10-ipc1/K=$k/seed-0" "$runs/pictures/k$k"; done
-    for name in start k1 k2 k4; do
-        rm -f "$out/cifar10-$name.parquet"
-        cddlib export "$runs/pictures/$name" --to "$out/cifar10-$name.parquet" --form parquet
+sets() { # STUDY BUFFER K…: where a comparison on CIFAR-10 began, and what its first seed made of it, as pictures and in full
+    local study=$1 buffer=$2 out=$results/sets/$1 k
+    shift 2
+    rm -rf "$out"
+    cddlib distill --method mtt --data cifar10 --root "$root" --ipc 1 --buffer "$runs/$buffer" --student-steps 1 --iterations 1 --validate-every 0 --lr-images 1e-9 --out "$runs/sets/$study"
+    cddlib export "$runs/sets/$study" --to "$out/start.parquet" --form parquet
+    for k in "$@"; do
+        cddlib export "$runs/$study/K=$k/seed-0" --to "$out/k$k.parquet" --form parquet
+        cddlib export "$runs/$study/K=$k/seed-0" --to "$out/k$k" --form pt
     done
 }
+sets-cifar10-ipc1() { sets segments-cifar10-ipc1 cifar10-short 1 2 4; }
+sets-cifar10-ipc1-published() { sets segments-cifar10-ipc1-published cifar10-published 1 2; }
 correlation() { # IPC: the same settings for all
     study "correlation-cifar10-ipc$1" correlate "$short $one_rate --ipc $1 --student-batch 10 --probe-starts 0 1 2 3 --iterations 100 --replicates 6"
 }
@@ -70,8 +74,20 @@ correlation-cifar10-ipc1() { correlation 1; }
 correlation-cifar10-ipc10() { correlation 10; }
 correlation-cifar10-ipc50() { correlation 50; }
 
-buffers-published() { cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"; }
-segments-cifar10-ipc1-published() { study segments-cifar10-ipc1-published compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"; }
+buffers-published() {
+    cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"
+    cddbook record "$runs/cifar10-published" --to $results/study-buffer-cifar10-published.json
+}
+segments-cifar10-ipc1-published() {
+    local run name=segments-cifar10-ipc1-published
+    study $name compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"
+    for run in "$runs/$name"/K=*/seed-*; do
+        for network in alexnet vgg11; do
+            cddlib evaluate "$run" --root "$root" --network $network --runs 3 --no-baselines
+        done
+    done
+    cddbook record "$runs/$name" --to "$results/$name.json"
+}
 
 buffers() {
     cddlib buffer --data digits --out "$runs/digits"
@@ -106,9 +122,9 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
     done
 }
 
-all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 pictures
+all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 sets-cifar10-ipc1
  correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
- buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
+ sets-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
 left=""
 for name in ${@:-$all}; do
     if [ $SECONDS -lt $end ]; then

@@ -153,14 +153,14 @@ def _of_comparison(record: Record) -> list[Row]:
         rows.append(("C4", measure, error, " %"))
         tested = paired(table, "test", several, single)
         rows.append(("C6", f"test accuracy, {several} minus {single} at equal compute", tested, " points"))
-        for network, theirs in transfers(record).groupby("network", sort=False):
+        for network, theirs in transfers(record).items():
             measure = f"test accuracy of {network}, {several} minus {single} at equal compute"
             rows.append(("C7", measure, paired(theirs, "test", several, single), " points"))
         for where, probes in probes_at_equal(record, (single, several)).items():
             for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
                 less = paired(probes, measure, single, several)
                 rows.append((claim, f"{measure}, {single} minus {several} {where} each", less, " % of a loss of 1"))
-        for where, validated in at_equal(curve[curve["variant"].isin((single, several))], "accuracy").items():
+        for where, validated in at_equal(curve[curve["variant"].isin((single, several))]).items():
             ahead = paired(validated, "accuracy", several, single)
             rows.append(("C6", f"validation accuracy, {several} minus {single} {where} each", ahead, " points"))
         for remedy in sorted({"ewc", "si"} & set(variants)):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -179,25 +179,23 @@ def baselines(record: Record) -> dict[str, list[float]]:
     return {name: accuracies for name, accuracies in found.items() if accuracies}
 
 
-def by_class(record: Record) -> pd.DataFrame:
-    """A row a run and class: the fraction of its test images that the set's networks recognise, `test`."""
-    rows = [
-        (name, run.variant, run.seed, np.mean(fractions))
-        for run in runs_of(record)
-        for name, fractions in run.own["by_class"].items()
-    ]
-    return pd.DataFrame(rows, columns=["class", "variant", "seed", "test"])
+def by_class(record: Record) -> dict[str, pd.DataFrame]:
+    """By class, a row a run: the fraction of its test images that networks trained on the set recognise, `test`."""
+    tested = [(run, run.own["by_class"]) for run in runs_of(record)]
+    return {name: _tests((run, fractions[name]) for run, fractions in tested) for name in tested[0][1]}
 
 
-def transfers(record: Record) -> pd.DataFrame:
-    """A row a run and other architecture of networks that were tested: their mean accuracy, `test`."""
-    rows = [
-        (name, run.variant, run.seed, np.mean(tested["synthetic"]))
-        for run in runs_of(record)
-        for name, tested in run.evaluations.items()
-        if name != run.config["network"]
-    ]
-    return pd.DataFrame(rows, columns=["network", "variant", "seed", "test"])
+def transfers(record: Record) -> dict[str, pd.DataFrame]:
+    """By other architecture of networks that were trained on the sets, a row a run: their mean accuracy, `test`."""
+    tested = [(run, name, found) for run in runs_of(record) for name, found in run.evaluations.items()]
+    others = dict.fromkeys(name for run, name, _ in tested if name != run.config["network"])
+    return {
+        other: _tests((run, found["synthetic"]) for run, name, found in tested if name == other) for other in others
+    }
+
+
+def _tests(found: Iterable[tuple[ComparedRun, Sequence[float]]]) -> pd.DataFrame:
+    return pd.DataFrame({"variant": run.variant, "seed": run.seed, "test": np.mean(values)} for run, values in found)
 
 
 def curves(record: Record) -> pd.DataFrame:
@@ -221,25 +219,18 @@ def paired(table: pd.DataFrame, column: str, first: str, second: str) -> Effect:
     return effect((values[first] - values[second]).dropna())
 
 
-STOPPED = "when they were stopped"
-PRICES = {"matched": "after {} matched segments", "iteration": "after {} iterations", "stopped": STOPPED}
+PRICES = {"matched": "after {} matched segments", "iteration": "after {} iterations"}
 """At what runs can be compared; equal numbers of matched segments are equal compute."""
 
 
-def at_equal(table: pd.DataFrame, value: str) -> dict[str, pd.DataFrame]:
-    """By each price that `table` has, in words: the rows of the largest one at which all runs have a `value`.
-
-    Args:
-        table: a row for each measurement of a run, as from `curves`.
-        value: a column; where it is nan nothing was measured.
-    """
-    found, table = {}, table.dropna(subset=value)
+def at_equal(curve: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By each price, in words: the rows of `curves` at the largest one at which all runs were validated."""
+    found, validated = {}, curve.dropna(subset="accuracy")
     for price, words in PRICES.items():
-        if price in table:
-            runs = table.groupby(["variant", "seed"], observed=True)[price]
-            most = max(set.intersection(*map(set, runs.unique())), default=0)
-            if most:
-                found[words.format(most)] = table[table[price] == most]
+        runs = validated.groupby(["variant", "seed"], observed=True)[price]
+        most = max(set.intersection(*map(set, runs.unique())), default=0)
+        if most:
+            found[words.format(most)] = validated[validated[price] == most]
     return found
 
 
@@ -262,20 +253,9 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
     return found
 
 
-def gpu_losses(distil: Record) -> pd.DataFrame:
-    """As `curves`, of the runs that `make gpu` recorded; `loss` is a mean over 50 segments, an end is `stopped`."""
-    tables = []
-    for run in distil["runs"]:
-        k, reached = run["segments"], run["iterations"]
-        table = pd.DataFrame({"variant": f"K={k}", "seed": run["seed"], "iteration": range(1, reached + 1)})
-        loss = pd.DataFrame(run["losses"]).mean(axis=1).rolling(max(1, 50 // k)).mean()
-        tables.append(table.assign(matched=k * table["iteration"], stopped=table["iteration"] == reached, loss=loss))
-    return pd.concat(tables, ignore_index=True)
-
-
 def gpu_accuracies(evaluated: Record, distil: Record) -> pd.DataFrame:
-    """A row a set of these runs that was tested: the mean accuracy `test` of its `networks` in place of a loss."""
+    """A row for the last set of each of these runs: the mean accuracy `test` of networks trained on it."""
     reached = pd.DataFrame(distil["runs"])[["segments", "seed", "iterations"]]
-    table = pd.DataFrame(evaluated["rows"]).merge(reached).sort_values(["segments", "matched", "seed"])
-    table = table.assign(variant="K=" + table["segments"].astype(str), stopped=table.eval("iteration == iterations"))
-    return table.assign(test=table["accuracies"].map(np.mean), networks=table["accuracies"].map(len))
+    table = pd.DataFrame(evaluated["rows"]).merge(reached).query("iteration == iterations")
+    table = table.sort_values(["segments", "seed"]).assign(test=lambda rows: rows["accuracies"].map(np.mean))
+    return table.assign(variant="K=" + table["segments"].astype(str))

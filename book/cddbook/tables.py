@@ -111,7 +111,7 @@ def benchmark_runs(
     results = pd.DataFrame([{"variant": f"K={r['segments']}", "seconds": sum(r["seconds"])} for r in distil["runs"]])
     reached = pd.DataFrame(distil["runs"]).groupby("segments")["iterations"].agg(["min", "max"])
     updates = {f"K={k}": f"{least:,} to {most:,}" for k, least, most in reached.itertuples()}
-    ended = gpu_accuracies(evaluated, distil).query("stopped")
+    ended = gpu_accuracies(evaluated, distil)
     results, config = results.assign(device=distil["device"]), distil["runs"][0]["config"]
     compared.append(("tests/gpu/run.py", config, trained[config["buffer_id"]], ended, results, updates))
     return pd.DataFrame(
@@ -262,17 +262,19 @@ def comparison_table(record: Record) -> str:
     return f"{markdown(rows)}\n\n{note}"
 
 
-def tests_table(table: pd.DataFrame, row: str) -> str:
-    """Test accuracies from `findings.by_class` or `transfers`, in percent: a line for each value of the column `row`.
+def paired_table(title: str, tables: Mapping[str, pd.DataFrame], column: str = "test") -> str:
+    """Accuracies in percent, a line for each of `tables`, in Markdown; the first column is called `title`.
 
     Mean ± standard deviation over seeds of every variant; and the last minus the first with its 95 % interval.
     """
-    rows, (first, *_, last) = [], table["variant"].unique()
-    for name, mine in table.groupby(row, sort=False):
-        means = mine.groupby("variant", sort=False)["test"].agg(mean_sd, scale=100.0)
-        ahead = paired(mine, "test", last, first)
+    rows = []
+    for name, table in tables.items():
+        first, *_, last = table["variant"].unique()
+        means = table.groupby("variant", sort=False)[column].agg(mean_sd, scale=100.0)
+        ahead = paired(table, column, last, first)
         mean, low, high = (f"{100 * value:+.1f}" for value in (ahead.mean, ahead.low, ahead.high))
-        rows.append({row: name, **means, f"{last} minus {first}": f"{mean} [{low}, {high}]"})
+        row = {title: name, **means, f"{last} minus {first}": f"{mean} [{low}, {high}]", "seeds": ahead.count}
+        rows.append(row)
     return markdown(rows)
 
 

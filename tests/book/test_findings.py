@@ -263,7 +263,9 @@ def test_the_committed_records_give_findings_on_every_claim():
 def test_heat_maps_are_centred_and_starred():
     found = findings.correlations(correlation_record())
     figure = ch3_correlation.heat_maps(
-        {"losses": found.pearson(), "net": found.net_change()}, STARTS, significant={"losses": found.p_values_of_losses()}
+        {"losses": found.pearson(), "net": found.net_change()},
+        STARTS,
+        significant={"losses": found.p_values_of_losses()},
     )
     mesh = figure.axes[0].collections[0]
     assert mesh.get_clim() == (-1, 1)

@@ -12,14 +12,13 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from cddbook.figures.style import PERCENT, lines
-from cddbook.findings import STOPPED, Record, at_equal, gpu_accuracies, paired, runs_of
-from cddbook.tables import markdown, mean_sd
+from cddbook.findings import Record, runs_of
 from cddlib.runtime.files import read_json
 from cddlib.runtime.run_folder import read_metrics
 
 AGAINST = {"iteration": "iterations", "matched": "segments matched", "elapsed": "seconds of matching"}
-VALUES = {"loss": "matching loss", "accuracy": "validation accuracy", "test": "test accuracy"}
-"""Columns of `findings.curves` and of the tables of runs on a GPU, in words."""
+VALUES = {"loss": "matching loss", "accuracy": "validation accuracy"}
+"""Columns of `findings.curves`, in words."""
 
 
 def curves(table: pd.DataFrame, value: str, levels: Mapping[str, float] | None = None) -> Figure:
@@ -48,23 +47,6 @@ def accuracy_bars(table: pd.DataFrame) -> Figure:
     axis.set(xlabel="test accuracy", ylabel=None, xlim=(0, 1))
     axis.xaxis.set_major_formatter(PERCENT)
     return figure
-
-
-def equal_table(table: pd.DataFrame, value: str) -> str:
-    """A value of every variant where all runs have had equally much, mean ± standard deviation over seeds; the last
-    variant minus the first with its 95 % interval, and what that settles; Markdown.
-    """
-    scale, digits, unit = (1.0, 3, "") if value == "loss" else (100.0, 1, ", %")
-    rows, (first, *_, last) = [], table["variant"].unique()
-    for where, found in at_equal(table, value).items():
-        difference = paired(found, value, last, first)
-        means = found.groupby("variant", sort=False)[value].agg(mean_sd, scale=scale, digits=digits)
-        row = {VALUES[value] + unit: where, **means}
-        mean, low, high = (f"{scale * x:+.{digits}f}" for x in (difference.mean, difference.low, difference.high))
-        row |= {f"{last} minus {first}": f"{mean} [{low}, {high}]", "seeds": str(difference.count)}
-        settled = "higher" if difference.low > 0 else "lower" if difference.high < 0 else "not settled"
-        rows.append({**row, f"{last} is": settled})
-    return markdown(rows)
 
 
 def probe_losses(record: Record) -> Figure:
@@ -107,44 +89,3 @@ def selection_sentence(segments: int, run: Path) -> str:
         images = "no iteration was better than the start, so these are its random real images"
     accuracies = f"{first:.1%} at the start, {result['validation_accuracy']:.1%} with these"
     return f"K = {segments}: {images}; validation accuracy {accuracies}."
-
-
-def runs_table(distil: Record) -> str:
-    """What each run reached before it was stopped; Markdown."""
-    rows = [
-        {
-            "K": run["segments"],
-            "seed": run["seed"],
-            "iterations reached": f"{run['iterations']:,} of {run['config']['iterations']:,}",
-            "segments matched": f"{run['segments'] * run['iterations']:,}",
-            "seconds, first iteration": f"{run['seconds'][0]:.0f}",
-            "seconds an iteration, median": f"{pd.Series(run['seconds']).median():.3f}",
-            "step size, last": f"{run['step_size'][-1]:.4f}",
-        }
-        for run in sorted(distil["runs"], key=lambda run: (run["segments"], run["seed"]))
-    ]
-    return markdown(rows)
-
-
-def tested(evaluated: Record, distil: Record) -> str:
-    """Test accuracies, in percent: all sets, beside random real images; K at equal places; what that says. Markdown."""
-    table = gpu_accuracies(evaluated, distil)
-    when = table["iteration"].astype(str).mask(table["stopped"], STOPPED)
-    rows = []
-    for (variant, iteration), mine in table.groupby(["variant", when], sort=False):
-        row = {"set": variant, "iterations": iteration, "matched segments": _range(mine["matched"])}
-        row |= {"test accuracy, %": mean_sd(mine["test"], scale=100.0), "sets": str(len(mine))}
-        rows.append({**row, "networks a set": _range(mine["networks"])})
-    real = pd.Series(evaluated["random_real"])
-    row = {"set": "random real images", "test accuracy, %": mean_sd(real, scale=100.0)}
-    rows.append({**row, "networks a set": str(len(real))})
-    better = f"{(table['test'] > real.max()).sum()} of {len(table)} sets"
-    said = (
-        "Mean ± standard deviation over sets, whose accuracy is the mean over their networks; for random real images "
-        f"over networks. {better} have a higher accuracy than any network on random real images has."
-    )
-    return "\n\n".join([markdown(rows), equal_table(table, "test"), said])
-
-
-def _range(values: pd.Series) -> str:
-    return " to ".join(f"{value:,}" for value in sorted({values.min(), values.max()}))

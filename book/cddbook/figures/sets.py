@@ -1,7 +1,8 @@
-"""Distilled sets that are committed: those of the first seed of the comparison on CIFAR-10, and their start."""
+"""Distilled sets that are committed: those of the first seed of comparisons on CIFAR-10, and their start."""
 
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,19 +11,19 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cddbook.figures.style import pictures
+from cddbook.findings import runs_of
 from cddbook.records import RESULTS, read_record
 from cddbook.tables import mean_sd
 
 
-def committed_sets() -> dict[int, tuple[Figure, str]]:
+def committed_sets(study: str) -> dict[int, tuple[Figure, str]]:
     """For each K a picture of its set, and how accurate networks are that were trained on it; random real ones at 0."""
-    runs = read_record("segments-cifar10-ipc1")["runs"]
-    tests = {int(name[2:-7]): run["evaluations"][0] for name, run in runs.items() if name.endswith("/seed-0")}
+    tests = {run.config["segments"]: run.own for run in runs_of(read_record(study)) if run.seed == 0}
     sets = [(0, "start", "Random real images", "such sets, each drawn anew,", tests[1]["random_real"])]
     sets += [(k, f"k{k}", f"K = {k}: distilled images", "them", test["synthetic"]) for k, test in tests.items()]
     return {
         k: (
-            _picture(RESULTS / "pictures" / f"cifar10-{name}.parquet"),
+            _picture(RESULTS / "sets" / study / f"{name}.parquet"),
             f"{what} of CIFAR-10, one a class. Networks trained on {them} recognise "
             f"{mean_sd(accuracies, scale=100.0)} % of the test images ({len(accuracies)} networks).",
         )
@@ -30,9 +31,9 @@ def committed_sets() -> dict[int, tuple[Figure, str]]:
     }
 
 
-def sets_page() -> str:
+def sets_page(sets: Mapping[int, tuple[Figure, str]]) -> str:
     """The pictures as figures in MyST, whose files are called `set-K.png`."""
-    blocks = [f"```{{figure}} set-{k}.png\n:alt: {words}\n\n{words}\n```" for k, (_, words) in committed_sets().items()]
+    blocks = [f"```{{figure}} set-{k}.png\n:alt: {words}\n\n{words}\n```" for k, (_, words) in sets.items()]
     return "\n\n".join(blocks)
 
 

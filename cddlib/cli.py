@@ -35,7 +35,6 @@ DIVIDED = ("buffer", "distill", "evaluate")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` give, and return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     return run("cddlib", DESCRIPTION, _commands, arguments)
 
 
@@ -43,7 +42,7 @@ def run(
     program: str,
     description: str,
     commands: Callable[[list[str]], dict[str, Callable[..., None]]],
-    arguments: list[str],
+    arguments: list[str] | None,
 ) -> int:
     """Run the command that `arguments` name first; errors that a user can mend become a line and an exit code.
 
@@ -51,8 +50,9 @@ def run(
         program: what the command line begins with.
         description: what `--help` says of it.
         commands: gives the functions by name, whose defaults may depend on the arguments.
-        arguments: the words after the program.
+        arguments: the words after the program; None for those of this process.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
     tqdm.monitor_interval = 0  # no thread that watches the bars: where memory is short, its start may never return
     try:

@@ -12,7 +12,7 @@ from cddlib.data.download import prepare
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.hooks import TensorBoard
 from cddlib.distillation.loop import distill
-from cddlib.evaluate import evaluate_run
+from cddlib.evaluate import SETS, evaluate_run
 from cddlib.exchange.export import export_parquet, export_png
 from cddlib.exchange.published import export_buffer, export_set, import_buffer, import_set
 from cddlib.experts.buffer import Buffer
@@ -28,9 +28,8 @@ from cddlib.synthetic import SyntheticSet
 from cddlib.verify import TOLERANCE, checks_table, verify
 
 ROOT_HELP = "Folder of the data sets; without it $CDDLIB_DATA, else the user's cache folder."
-DEVICE_HELP = "auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …"
 Root = Annotated[Path | None, tyro.conf.arg(help=ROOT_HELP)]
-Device = Annotated[str, tyro.conf.arg(help=DEVICE_HELP)]
+Device = Annotated[str, tyro.conf.arg(help="auto (the first GPU, else the CPU), cpu, cuda, cuda:1 …")]
 Distillation = Annotated[DistillConfig, tyro.conf.arg(name="")]
 Experts = Annotated[BufferConfig, tyro.conf.arg(name="")]
 
@@ -131,10 +130,9 @@ def evaluate(
         chosen = own if network in (None, own.network) else NetworkConfig(network=network)
         chosen = dataclasses.replace(chosen, norm=norm or chosen.norm)
     record = evaluate_run(folder, runs=runs, baselines=baselines, root=root, device=device, seed=seed, network=chosen)
-    names = {"synthetic": "synthetic set", "random_real": "random real images", "full": "all training images"}
     for key, summary in record["summary"].items():
         spread = "" if summary["std"] is None else f" ± {100 * summary['std']:.1f}"
-        print(f"{names[key]:20} {100 * summary['mean']:5.1f}{spread} % ({summary['runs']} networks)")
+        print(f"{SETS[key]:20} {100 * summary['mean']:5.1f}{spread} % ({summary['runs']} networks)")
     means = [statistics.fmean(fractions) for fractions in zip(*record["by_class"]["synthetic"], strict=True)]
     by_class = sorted(zip(means, record["classes"], strict=True))
     lowest, highest = (f"{100 * mean:.1f} % ({name})" for mean, name in (by_class[0], by_class[-1]))

@@ -40,8 +40,8 @@ from cddlib.training.epoch import correct, fetch_real
 from cddlib.training.step import ComputeConfig
 
 REAL_LEARNING_RATE = 0.01
-SETS = ("synthetic", "random_real", "full")
-"""What networks are trained on: the set, random real images of the same number, all training images."""
+SETS = {"synthetic": "synthetic set", "random_real": "random real images", "full": "all training images"}
+"""What networks are trained on, in words; the random real images are as many as the synthetic ones."""
 
 
 def correct_of_set(
@@ -129,7 +129,7 @@ def evaluate_run(
     }
     described = {**identity, "network": as_dict(trainer.network_config)}
     path = run / f"evaluation-{config_hash(identity if trainer.has_own_network else described)}.json"
-    wanted = [(name, number) for name in (SETS if baselines else SETS[:1]) for number in range(runs)]
+    wanted = [(name, number) for name in (SETS if baselines else ["synthetic"]) for number in range(runs)]
     if _resume(path, wanted)[1]:
         with at_work(path.with_name(f".{path.stem}.lock"), "the network") as ranks:
             _train_missing(path, wanted, trainer, described, ranks)

@@ -132,7 +132,6 @@ def record(folder: tyro.conf.Positional[Path], *, to: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command that `arguments` give, and return the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     description = "The studies of the book: families of distillations, and the records that they leave."
     return cli.run("python -m cddbook", description, _commands, arguments)
 

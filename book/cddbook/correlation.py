@@ -96,11 +96,7 @@ def shift_test(first: Float[np.ndarray, "replicates times"], second: Float[np.nd
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> Matrix:
-    """P-values of a test for each pair off the diagonal, row by row, corrected for being several (Holm 1979).
-
-    Returns:
-        A matrix with 1 on its diagonal.
-    """
+    """P-values of a test for each pair off the diagonal, row by row, corrected (Holm 1979); 1 on the diagonal."""
     values, order = np.asarray(p_values), np.argsort(p_values)
     scaled = values[order] * np.arange(len(values), 0, -1)
     corrected = np.ones([math.isqrt(len(values)) + 1] * 2)

@@ -11,6 +11,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from cddbook import continual, correlation
+from cddlib.evaluate import SETS
 
 Record = Mapping[str, Any]
 
@@ -132,7 +133,8 @@ def runs_of(record: Record) -> list[ComparedRun]:
     runs = []
     for name, run in record["runs"].items():
         variant, seed = name.split("/seed-")
-        config = {"network": "convnet", **record["config"], **run["changes"]}  # once there was no other network
+        known = {"network": "convnet", "buffer_id": record.get("buffer_id")}  # once there was no other network
+        config = {**known, **record["config"], **run["changes"]}
         tested = {entry.get("network", config["network"]): entry for entry in run["evaluations"]}
         runs.append(ComparedRun(variant, int(seed), config, run["metrics"], tested, run["result"]))
     return runs
@@ -169,14 +171,10 @@ def comparison(record: Record) -> pd.DataFrame:
     return table.sort_values(["variant", "seed"], ignore_index=True)
 
 
-BASELINES = {"random_real": "random real images", "full": "all training images"}
-"""What the protocol of a test trains networks on beside the synthetic set."""
-
-
 def baselines(record: Record) -> dict[str, list[float]]:
-    """The test accuracies of networks that a comparison trained on each of `BASELINES`, by its name in words."""
-    found = {name: [a for run in runs_of(record) for a in run.own.get(key, [])] for key, name in BASELINES.items()}
-    return {name: accuracies for name, accuracies in found.items() if accuracies}
+    """The test accuracies of networks that a comparison trained on other images than a synthetic set's, by which."""
+    found = {name: [a for run in runs_of(record) for a in run.own.get(key, [])] for key, name in SETS.items()}
+    return {name: accuracies for name, accuracies in found.items() if accuracies and name != SETS["synthetic"]}
 
 
 def by_class(record: Record) -> dict[str, pd.DataFrame]:
@@ -253,9 +251,14 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
     return found
 
 
-def gpu_accuracies(evaluated: Record, distil: Record) -> pd.DataFrame:
-    """A row for the last set of each of these runs: the mean accuracy `test` of networks trained on it."""
-    reached = pd.DataFrame(distil["runs"])[["segments", "seed", "iterations"]]
-    table = pd.DataFrame(evaluated["rows"]).merge(reached).query("iteration == iterations")
-    table = table.sort_values(["segments", "seed"]).assign(test=lambda rows: rows["accuracies"].map(np.mean))
-    return table.assign(variant="K=" + table["segments"].astype(str))
+def gpu_runs(distil: Record, evaluated: Record) -> list[ComparedRun]:
+    """The runs that `make gpu` recorded, each as far as it came, with the tests of its last set."""
+    tests = {(row["segments"], row["seed"], row["iteration"]): row["accuracies"] for row in evaluated["rows"]}
+    runs = []
+    for run in distil["runs"]:
+        k, seed, reached = run["segments"], run["seed"], run["iterations"]
+        config = {**run["config"], "iterations": reached}
+        tested = {config["network"]: {"synthetic": tests[k, seed, reached]}}
+        result = {"seconds": sum(run["seconds"]), "device": distil["device"]}
+        runs.append(ComparedRun(f"K={k}", seed, config, {}, tested, result))
+    return runs

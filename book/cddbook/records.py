@@ -19,11 +19,7 @@ def write_record(path: Path, value: dict[str, Any], *, indent: int | None = 1) -
 
 
 def read_record(record: str | Path) -> Any:
-    """A record that `write_record` wrote.
-
-    Args:
-        record: its file, or its name in `RESULTS`.
-    """
+    """A record that `write_record` wrote, by its file or by its name in `RESULTS`."""
     path = record if isinstance(record, Path) else RESULTS / f"{record}.json"
     return parse_json(read_bytes(path), str(path))
 

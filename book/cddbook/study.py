@@ -39,9 +39,7 @@ class StudyConfig:
     """A distillation, and what follows it."""
 
     distillation: DistillConfig = DistillConfig()
-    """The distillation."""
     probes: ProbeHook = ProbeHook()
-    """Segments that are followed."""
 
 
 def study_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, **overrides: Any) -> StudyConfig:

@@ -1,6 +1,7 @@
 """The book's tables in Markdown: methods, and what records say. Most are made while the book is built."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,10 +12,9 @@ import pandas as pd
 import scipy.stats
 
 from cddbook import correlation
-from cddbook.findings import Correlations, Record, baselines, comparison, gpu_accuracies, paired, runs_of
+from cddbook.findings import ComparedRun, Correlations, Record, baselines, comparison, paired
 from cddbook.records import read_record
 from cddbook.study import settings_by_accuracy
-from cddlib.data.dataset import DATA_NAMES
 from cddlib.methods.catalogue import METHODS, Method
 from cddlib.methods.recipes import CELLS, ROWS, distill_recipe, recipes_table
 from cddlib.networks.convnet import ConvNet
@@ -63,17 +63,16 @@ def recipes_by_method() -> str:
     return "\n\n".join(f":::{{dropdown}} `{name}`\n{recipes_table(name)}\n:::" for name in METHODS)
 
 
-def published(data: str) -> pd.DataFrame:
-    """Test accuracies that were published on a data set, in percent: a row a `method` (or random_real) and `ipc`."""
-    table = pd.read_csv(Path(__file__).with_name("published.csv"))
-    return table[table["data"] == data]
+def published() -> pd.DataFrame:
+    """Test accuracies that were published, in percent: a row a `method` (or random_real), `data` set and `ipc`."""
+    return pd.read_csv(Path(__file__).with_name("published.csv"))
 
 
 def published_tables() -> str:
     """Published test accuracies, in percent, of every data set that has some; a table's sources below it."""
     titles = {**{name: f"`{name}`" for name in METHODS}, "random_real": "random real images"}
     blocks = []
-    for data, table in ((data, published(data)) for data in DATA_NAMES if len(published(data))):
+    for data, table in published().groupby("data", sort=False):
         sources = sorted(table["source"].unique())
         spread = table["std"].map(" ± {:g}".format, na_action="ignore").fillna("")
         number = table["source"].map({source: f" <sup>{number}</sup>" for number, source in enumerate(sources, 1)})
@@ -90,50 +89,32 @@ BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
 """The paper's data sets."""
 
 
-def benchmark_runs(
-    studies: Mapping[str, Record], buffers: Iterable[Record], distil: Record, evaluated: Record
-) -> pd.DataFrame:
+def benchmark_runs(studies: Mapping[str, Sequence[ComparedRun]], buffers: Iterable[Record]) -> pd.DataFrame:
     """A row a K of every comparison: its cell, its test accuracies, and what they depend on and took, in words.
 
     Args:
-        studies: comparisons of segment counts on `BENCHMARK`, by what makes them.
+        studies: runs of comparisons of segment counts on `BENCHMARK`, by what makes them.
         buffers: records of the buffers that they matched.
-        distil: the record of `make gpu`'s distillations, which end when time does.
-        evaluated: the record of their tests.
     """
     trained = {config_hash(record["buffer"]): record["buffer"]["config"] for record in buffers}
-    compared = []
-    for command, record in studies.items():
-        results = pd.DataFrame([run["result"] for run in record["runs"].values()])[["device", "seconds"]]
-        results["variant"] = [name.split("/")[0] for name in record["runs"]]
-        updates = {run.variant: f"{run.config['iterations']:,}" for run in runs_of(record)}
-        compared.append((command, record["config"], trained[record["buffer_id"]], comparison(record), results, updates))
-    results = pd.DataFrame([{"variant": f"K={r['segments']}", "seconds": sum(r["seconds"])} for r in distil["runs"]])
-    reached = pd.DataFrame(distil["runs"]).groupby("segments")["iterations"].agg(["min", "max"])
-    updates = {f"K={k}": f"{least:,} to {most:,}" for k, least, most in reached.itertuples()}
-    ended = gpu_accuracies(evaluated, distil)
-    results, config = results.assign(device=distil["device"]), distil["runs"][0]["config"]
-    compared.append(("tests/gpu/run.py", config, trained[config["buffer_id"]], ended, results, updates))
-    return pd.DataFrame(
-        [
-            {
-                "data": config["data"],
-                "IPC": config["ipc"],
-                "width": config["width"],
-                "N": config["student_steps"],
-                "experts": f"{experts['experts']} of {experts['epochs']} epochs",
-                "K": variant,
-                "updates": updates[variant],
-                "sets": len(sets),
-                "test accuracy, %": mean_sd(sets["test"], scale=100.0),
-                "hours": f"{results.query('variant == @variant')['seconds'].sum() / 3600:.1f}",
-                "hardware": ", ".join(results["device"].unique()),
-                "made by": f"`{command}`",
-            }
-            for command, config, experts, table, results, updates in compared
-            for variant, sets in table.groupby("variant", sort=False, observed=True)
-        ]
-    )
+    fields = {"data": "data", "ipc": "IPC", "width": "width", "student_steps": "N", "iterations": "updates"}
+    rows = []
+    for command, runs in studies.items():
+        for run in runs:
+            row = {title: run.config[field] for field, title in fields.items()}
+            row |= {"K": run.variant, "made by": f"`{command}`", "hardware": run.result["device"]}
+            row |= {"test": np.mean(run.own["synthetic"]), "hours": run.result["seconds"] / 3600}
+            rows.append({**row, "experts": "{experts} of {epochs} epochs".format_map(trained[run.config["buffer_id"]])})
+    words = {
+        "updates": ("updates", lambda found: " to ".join(f"{n:,}" for n in sorted({found.min(), found.max()}))),
+        "sets": ("test", "size"),
+        "test accuracy, %": ("test", functools.partial(mean_sd, scale=100.0)),
+        "hours": ("hours", lambda found: f"{found.sum():.1f}"),
+        "hardware": ("hardware", lambda found: ", ".join(found.unique())),
+    }
+    cell = ["data", "IPC", "width", "N", "experts", "K"]
+    table = pd.DataFrame(rows).groupby([*cell, "made by"], sort=False).agg(**words).reset_index()
+    return table[[*cell, *words, "made by"]]
 
 
 def benchmark_table(runs: pd.DataFrame, speed: Record) -> str:
@@ -149,7 +130,7 @@ def benchmark_table(runs: pd.DataFrame, speed: Record) -> str:
     network = ConvNet(distill_recipe("datm", "cifar10", 1).network, (3, 32, 32), 10)
     rate = 3 * operations(network) * epoch["images"] / epoch["ms"] * 1000  # a step costs three forward passes
     names = ["random_real", "mtt", "tesla", "ftd", "datm"]
-    cells = pd.concat(map(published, BENCHMARK)).pivot(index=["data", "ipc"], columns="method", values="mean")
+    cells = published().pivot(index=["data", "ipc"], columns="method", values="mean")
     table = cells.reindex([(data, ipc) for data in BENCHMARK for ipc in CELLS[data]], columns=names)
     table = table.rename_axis(["data", "IPC"]).map("{:.1f}".format, na_action="ignore")
     table["measured here"] = ["<br>".join(measured.get(cell, ["not run"])) for cell in table.index]
@@ -226,13 +207,11 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
             "cosine of gradients, last images": study.cosines("sequential", -1),
         }
         for measure, matrices in measures.items():
-            below, above = correlation.negative_shares(matrices)
+            shares = (f"{x.mean():.0%} ± {scipy.stats.sem(x):.0%}" for x in correlation.negative_shares(matrices))
             off = correlation.off_diagonal(matrices).mean(axis=1)
-            row = {"study": name, "what is negative": measure}
-            row["below the diagonal"] = f"{np.mean(below):.0%} ± {scipy.stats.sem(below):.0%}"
-            row["above the diagonal"] = f"{np.mean(above):.0%} ± {scipy.stats.sem(above):.0%}"
-            rows.append({**row, "mean off the diagonal": f"{np.mean(off):+.2f} ± {scipy.stats.sem(off):.2f}"})
-    return markdown(rows)
+            rows.append((name, measure, *shares, f"{off.mean():+.2f} ± {scipy.stats.sem(off):.2f}"))
+    titles = ["study", "what is negative", "below the diagonal", "above the diagonal", "mean off the diagonal"]
+    return markdown(pd.DataFrame(rows, columns=titles))
 
 
 def comparison_table(record: Record) -> str:

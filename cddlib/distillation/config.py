@@ -33,27 +33,16 @@ class DistillConfig:
     seed: int = 0
     """Seed of everything random."""
     schedule: SegmentsConfig = SegmentsConfig()
-    """Iterations, and the segments that they match."""
     synthetic: SyntheticConfig = SyntheticConfig()
-    """The synthetic set before the first iteration."""
     student: MatchingConfig = MatchingConfig()
-    """How students are trained on it, and matched."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """How the synthetic set is stepped."""
     combination: CombineConfig = CombineConfig()
-    """How K gradients become one."""
     consolidation: ConsolidateConfig = ConsolidateConfig()
-    """Remedies of continual learning."""
     evaluation: EvaluateConfig = EvaluateConfig()
-    """How networks are trained on the set, to test it."""
     data: DataConfig = DataConfig()
-    """The data set."""
     network: NetworkConfig = NetworkConfig()
-    """The network of experts, students and tests."""
     augmentation: AugmentConfig = AugmentConfig()
-    """Augmentation of all their images."""
     compute: ComputeConfig = ComputeConfig()
-    """How steps are computed."""
     loss_threshold: float | None = None
     """Skip an iteration whose loss is above this (DATM's guard); without it, never skip."""
     validate_every: int = 100

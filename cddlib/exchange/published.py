@@ -17,9 +17,8 @@ from tqdm.auto import tqdm
 from cddlib.data.dataset import DataConfig, load
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.exchange.torch_files import check_tensor, read_torch_file, wrong_value
-from cddlib.experts.buffer import PREPROCESSING, Buffer, expert_path, write_trajectory
+from cddlib.experts.buffer import PREPROCESSING, Buffer, describe, expert_path, write_trajectory
 from cddlib.experts.config import BufferConfig
-from cddlib.experts.train import describe
 from cddlib.networks.convnet import Network, unflatten
 from cddlib.networks.zoo import build_network
 from cddlib.runtime.config import as_dict, replace

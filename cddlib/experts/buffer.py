@@ -41,6 +41,11 @@ class _Data:
     classes: int
 
 
+def describe(dataset: Dataset) -> dict[str, Any]:
+    """What `buffer.json` says of a data set."""
+    return as_dict(_Data(dataset.name, dataset.fingerprint, dataset.shape, len(dataset.classes)))
+
+
 def read_preprocessing(folder: Path, shape: tuple[int, int, int]) -> Preprocessing:
     """The map from pixels to network input that the experts in `folder` see, for images of `shape`."""
     path = folder / PREPROCESSING

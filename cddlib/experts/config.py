@@ -33,17 +33,11 @@ class BufferConfig:
     seed: int = 0
     """Seed of the first expert; expert i has seed + i, so independent buffers have seeds at least `experts` apart."""
     sharpness: SharpnessConfig = SharpnessConfig()
-    """Whether experts avoid sharp minima."""
     curriculum: CurriculumConfig = CurriculumConfig()
-    """Which images an expert sees in which epoch."""
     data: DataConfig = DataConfig()
-    """The data set."""
     network: NetworkConfig = NetworkConfig()
-    """The network."""
     augmentation: AugmentConfig = AugmentConfig()
-    """Augmentation of all images."""
     compute: ComputeConfig = ComputeConfig()
-    """How steps are computed."""
 
     def __post_init__(self) -> None:
         require(1, experts=self.experts, epochs=self.epochs, batch_size=self.batch_size)

@@ -28,6 +28,7 @@ from cddlib.experts.buffer import (
     DIFFICULTY,
     PREPROCESSING,
     Buffer,
+    describe,
     expert_path,
     read_expert_record,
     read_preprocessing,
@@ -113,16 +114,6 @@ def _compiled(config: BufferConfig, out: Path, network: Network, images: int, de
         with as_user_error(begun, "a buffer's description"):
             return bool(read_json(begun)["config"].get("compiled"))
     return worth_compiling(network, config.compute, device, config.epochs * images)
-
-
-def describe(dataset: Dataset) -> dict[str, Any]:
-    """What `buffer.json` says of a data set."""
-    return {
-        "name": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "shape": list(dataset.shape),
-        "classes": len(dataset.classes),
-    }
 
 
 def _paths(out: Path, manifest: dict[str, Any]) -> list[Path]:

@@ -80,11 +80,6 @@ def buffer_recipe(data: str = "digits", method: str = "mtt", ipc: int = 1, **ove
     return configure(BufferConfig, **_values(BufferConfig, method, data, ipc, overrides))
 
 
-def source(method: str, data: str, ipc: int) -> tuple[Kind, str]:
-    """Where the values of a recipe are from: the kind, and in words."""
-    return _resolve(method, data, ipc)[1]
-
-
 def recipes_table(method: str | None = None, data: str | None = None) -> str:
     """The recipes of one or all methods on one or all data sets, as a table in Markdown.
 
@@ -122,7 +117,7 @@ def _row(method: str, data: str, ipc: int) -> dict[str, object]:
         "α": f"{c.synthetic.step_size:g}",
         "ZCA": "yes" if c.data.zca else "no",
         "experts": f"{experts.experts} of {experts.epochs}",
-        "values": ": ".join(source(method, data, ipc)),
+        "values": ": ".join(resolve(method, data, ipc)[1]),
     }
 
 
@@ -136,12 +131,12 @@ def _values(config_type: type, method: str, data: str, ipc: int, overrides: dict
     except TypeError as error:
         raise UserError(f"{error}.") from None
     check_data_name(data)
-    values = {"data": data, **_DATA.get(data, {}), **_resolve(method, data, ipc)[0]}
+    values = {"data": data, **_DATA.get(data, {}), **resolve(method, data, ipc)[0]}
     return {name: value for name, value in values.items() if name in fields} | overrides
 
 
-def _resolve(method: str, data: str, ipc: int) -> tuple[dict[str, Any], tuple[Kind, str]]:
-    """The recipe's values, and their source."""
+def resolve(method: str, data: str, ipc: int) -> tuple[dict[str, Any], tuple[Kind, str]]:
+    """The recipe's values, and where they are from: the kind, and in words."""
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}.")
     lineage = [METHODS[method]]

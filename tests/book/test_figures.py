@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from scaling import Parts
 
+from cddbook import findings, tables
 from cddbook.figures import ch5_concurrent, style
 from cddbook.figures import ch7_reliability as reliability
 from cddbook.figures import ch8_speed as speed
@@ -120,12 +121,17 @@ def test_values_are_compared_at_the_last_place_that_all_runs_share() -> None:
         for i, accuracy in curve.items()
     ]
     table = pd.DataFrame(rows, columns=["variant", "seed", "iteration", "matched", "accuracy"])
-    assert ch5_concurrent.equal_table(table, "accuracy").splitlines()[2:] == [
-        "| after 8 matched segments | 60.5 ± 0.7 | 80.5 ± 0.7 | +20.0 [+20.0, +20.0] | 2 | higher |",
-        "| after 4 iterations | 50.5 ± 0.7 | 80.5 ± 0.7 | +30.0 [+30.0, +30.0] | 2 | higher |",
+    found = tables.paired_table("validation accuracy, %", findings.at_equal(table), "accuracy")
+    assert found.splitlines()[2:] == [
+        "| after 8 matched segments | 60.5 ± 0.7 | 80.5 ± 0.7 | +20.0 [+20.0, +20.0] | 2 |",
+        "| after 4 iterations | 50.5 ± 0.7 | 80.5 ± 0.7 | +30.0 [+30.0, +30.0] | 2 |",
     ]
-    early = table[table["matched"] < 4]  # the start is no place to compare at
-    assert len(ch5_concurrent.equal_table(early, "accuracy").splitlines()) < 3
+    assert not findings.at_equal(table[table["matched"] < 4])  # the start is no place to compare at
+    levels = {"all training images": 0.9}
+    figure = ch5_concurrent.curves(table.assign(elapsed=1.0 * table["iteration"]), "accuracy", levels)
+    assert [axis.texts[0].get_text() for axis in figure.axes] == ["all training images"] * 3
+    drawn = [[max(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 3] for axis in figure.axes]
+    assert drawn == [[8, 4], [8, 8], [8, 4]] and figure.axes[0].lines[-1].get_ydata()[0] == 0.9
 
 
 def test_slider_shows_one_frame_and_escapes_words():

@@ -307,14 +307,15 @@ def test_the_benchmark_has_every_cell_with_what_was_measured():
     ids = [config_hash(buffer["buffer"]) for buffer in buffers]
     record["config"] |= {"data": "cifar100", "ipc": 10, "iterations": 1096}
     record["buffer_id"] = ids[1]
-    config = {"data": "cifar10", "ipc": 1, "width": 128, "student_steps": 50, "iterations": 5000, "buffer_id": ids[0]}
+    config = {"data": "cifar10", "ipc": 1, "width": 128, "student_steps": 50, "buffer_id": ids[0], "network": "convnet"}
     run = {"segments": 1, "config": config, "seconds": [1800.0, 90.0]}
     distil = {"runs": [{**run, "seed": s, "iterations": 70 + s} for s in (0, 1)], "device": "a GPU"}
     tests = [
         {"segments": 1, "seed": s, "iteration": i, "matched": i, "accuracies": [a]}
         for s, i, a in ((0, 50, 0), (0, 70, 0.4), (1, 71, 0.5))
     ]
-    runs = tables.benchmark_runs({"toy": record}, buffers, distil, {"rows": tests})
+    studies = {"toy": findings.runs_of(record), "tests/gpu/run.py": findings.gpu_runs(distil, {"rows": tests})}
+    runs = tables.benchmark_runs(studies, buffers)
     *_, first, last = tables.markdown(runs).splitlines()
     words = (
         "| cifar100 | 10 | 8 | 3 | 5 of 3 epochs | concurrent | 1,096 | 4 | 61.5 ± 1.3 | 0.1 | a processor | `toy` |"
@@ -339,17 +340,17 @@ def test_the_benchmark_has_every_cell_with_what_was_measured():
 
 def test_what_a_set_teaches_by_class_and_to_other_networks():
     record = comparison_record(2)
-    assert findings.transfers(record).empty
+    assert not findings.transfers(record)
     for name, run in record["runs"].items():
         level = 0.5 + 0.1 * name.startswith("concurrent") + 0.02 * run["changes"]["seed"]
         run["evaluations"][0] |= {"network": "convnet", "by_class": {"cat": [level], "dog": [level, level - 0.2]}}
         run["evaluations"].append({"synthetic": [level / 2], "network": "vgg11"})
     assert findings.comparison(record)["test"].max() == pytest.approx(0.61), "of its own architecture alone"
-    rows = tables.tests_table(findings.by_class(record), "class").splitlines()
-    assert rows[2] == "| cat | 51.0 ± 1.4 | 51.0 ± 1.4 | 61.0 ± 1.4 | +10.0 [+10.0, +10.0] |"
+    rows = tables.paired_table("class", findings.by_class(record)).splitlines()
+    assert rows[2] == "| cat | 51.0 ± 1.4 | 51.0 ± 1.4 | 61.0 ± 1.4 | +10.0 [+10.0, +10.0] | 2 |"
     assert rows[3].startswith("| dog | 41.0 ± 1.4 |") and len(rows) == 4
-    rows = tables.tests_table(findings.transfers(record), "network").splitlines()
-    assert rows[2].startswith("| vgg11 | 25.5 ± 0.7 |")
+    (row,) = tables.paired_table("network", findings.transfers(record)).splitlines()[2:]
+    assert row.startswith("| vgg11 | 25.5 ± 0.7 |")
     found = [row for row in claims.findings({}, {"toy": record}) if row.claim == "C7"]
     assert found[0].measure == "test accuracy of vgg11, concurrent minus sequential at equal compute"
     assert found[0].verdict == "confirmed" and len(found) == 1

@@ -116,7 +116,7 @@ def test_the_worked_example_of_a_new_method_runs(capsys) -> None:
     try:
         exec(example, {})
         assert capsys.readouterr().out == "5 10 2\n"
-        assert recipes.source("late", "digits", 1)[0] == "searched"
+        assert recipes.resolve("late", "digits", 1)[1][0] == "searched"
         assert "| late " in recipes.recipes_table("late")
         assert recipes.distill_recipe("late", "digits", 1).student.match_step == "nearest"
     finally:

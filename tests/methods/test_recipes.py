@@ -10,7 +10,7 @@ from cddbook.tables import published
 from cddlib import DistillConfig, buffer_recipe, build_network, distill_recipe
 from cddlib.data.dataset import sizes_of
 from cddlib.methods.catalogue import METHODS
-from cddlib.methods.recipes import CELLS, ROWS, read_rows, recipes_table, source
+from cddlib.methods.recipes import CELLS, ROWS, read_rows, recipes_table, resolve
 from cddlib.networks.convnet import parameter_count
 from cddlib.plan import buffer_of, plan
 from cddlib.runtime.config import flat
@@ -81,7 +81,7 @@ def test_every_recipe_fits_its_experts_is_planned_and_says_where_it_is_from(meth
     assert training.disk == 4 * experts.experts * (experts.epochs + 1) * parameters
     assert min(training.flops, distillation.flops, evaluation.flops) > 1e9
     assert min(training.memory, distillation.memory, evaluation.memory) > 1e5
-    kind, text = source(method, data, ipc)
+    kind, text = resolve(method, data, ipc)[1]
     assert kind == (ROWS[method, data, ipc].kind if (method, data, ipc) in ROWS else "derived")
     assert text
 
@@ -127,7 +127,7 @@ def test_other_data_and_an_unpublished_ipc_take_the_nearest(
 ) -> None:
     config = distill_recipe(method, data, ipc)
     assert (config.data.data, config.synthetic.ipc) == (data, ipc)
-    kind, words = source(method, data, ipc)
+    kind, words = resolve(method, data, ipc)[1]
     assert kind == "derived" and words.endswith(f"'s values for {cell[0]}, IPC {cell[1]}")
     assert differing(config, distill_recipe(method, *cell)) <= {"data", "ipc", "zca"}
     config.schedule.check_epochs(buffer_recipe(data, method, ipc).epochs)
@@ -154,10 +154,10 @@ def test_a_grid_is_read_by_the_types_of_its_fields() -> None:
 
 def test_every_published_accuracy_has_a_recipe() -> None:
     for data in CELLS:
-        table = published(data)
+        table = published().query("data == @data")
         assert set(table["ipc"]) <= set(CELLS[data]) and table["mean"].between(0, 100).all()
         assert table["source"].notna().all()
-    datm = published("cifar10").query("method == 'datm' and ipc == 1")
+    datm = published().query("data == 'cifar10' and method == 'datm' and ipc == 1")
     assert datm[["mean", "std"]].to_numpy().tolist() == [[46.9, 0.5]]
 
 

@@ -22,15 +22,12 @@ VALUES = {"loss": "matching loss", "accuracy": "validation accuracy"}
 
 
 def curves(table: pd.DataFrame, value: str, levels: Mapping[str, float] | None = None) -> Figure:
-    """A value against iterations, matched segments and, where they are known, seconds, which are means over seeds.
+    """A value against iterations, matched segments and seconds, which are means over seeds.
 
-    A variant's line has the iterations at which all its seeds have a value. `levels`, by name, are dotted lines.
+    `levels`, by name, are dotted lines.
     """
     table = table.dropna(subset=value)
-    seeds = table.groupby(["variant", "iteration"])["seed"].transform("count")
-    table = table[seeds == table.groupby("variant")["seed"].transform("nunique")]
-    against = [column for column in AGAINST if column in table]
-    means = table.groupby(["variant", "iteration"])[against].transform("mean").rename(columns=AGAINST)
+    means = table.groupby(["variant", "iteration"])[list(AGAINST)].transform("mean").rename(columns=AGAINST)
     means[["variant", VALUES[value]]] = table[["variant", value]]
     figure = lines(means.melt(["variant", VALUES[value]], value_name=" "), " ", VALUES[value], panel="variable")
     for axis, (name, level) in itertools.product(figure.axes, (levels or {}).items()):
@@ -54,10 +51,9 @@ def probe_losses(record: Record) -> Figure:
     x, y, hue, tables = "segments matched", "matching loss of the probe", "start epoch", []
     for run in runs_of(record):
         losses, visits = run.probes(skip=0)
-        measured = [iteration for iteration, _ in run.metrics["probe_losses"]]
+        measured = [run.cost * iteration for iteration, _ in run.metrics["probe_losses"]]
         rows = pd.MultiIndex.from_product([measured, run.config["probe_starts"]], names=[x, hue])
         table = pd.DataFrame({y: losses.flat, "visited": np.pad(visits, ((1, 0), (0, 0))).flat}, rows).reset_index()
-        table[x] *= run.cost
         tables.append(table.assign(variant=run.variant, seed=run.seed))
     table = pd.concat(tables, ignore_index=True)
     figure = lines(table, x, y, hue=hue, panel="variant", palette="viridis")

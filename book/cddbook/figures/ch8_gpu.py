@@ -70,10 +70,9 @@ def gradients_table(gradients: Record) -> str:
 
 def precision_table(precision: Record) -> str:
     """Cosines to the float64 gradient of the images, by precision, and whether they pass the `GATE`; Markdown."""
-    found = pd.DataFrame(precision["rows"]).groupby("precision", sort=False)
-    median, least = found["cosine"].median(), found["cosine"].min()
-    columns = {"walks": found.size(), "median cosine": median, "least cosine": least}
-    columns |= {"largest error of the gradient": found["images"].max()}
-    passes = (median >= GATE["median"]) & (least >= GATE["min"])
-    columns[f"at least {GATE['median']} and {GATE['min']}"] = passes.map({True: "yes", False: "no"})
-    return str(pd.DataFrame(columns).reset_index().to_markdown(index=False, floatfmt=("", "", ".5f", ".5f", ".3f")))
+    columns = {"walks": ("cosine", "size"), "median cosine": ("cosine", "median"), "least cosine": ("cosine", "min")}
+    columns |= {"largest error of the gradient": ("images", "max")}
+    table = pd.DataFrame(precision["rows"]).groupby("precision", sort=False).agg(**columns).reset_index()
+    passes = (table["median cosine"] >= GATE["median"]) & (table["least cosine"] >= GATE["min"])
+    table[f"at least {GATE['median']} and {GATE['min']}"] = passes.map({True: "yes", False: "no"})
+    return str(table.to_markdown(index=False, floatfmt=("", "", ".5f", ".5f", ".3f")))

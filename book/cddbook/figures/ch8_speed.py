@@ -72,16 +72,12 @@ def ratio_table(table: pd.DataFrame, column: str) -> str:
     return markdown(cells.reset_index(names="work"))
 
 
-def rate_of(table: pd.DataFrame, implementation: str) -> pd.Series:
-    """By the work's name, its rate as a fraction of the convolution's."""
-    rows = table[table["implementation"] == implementation].dropna(subset="rate").set_index("name")
-    return rows["rate"] / rows["convolution_rate"]
-
-
 def rate_table(table: pd.DataFrame) -> str:
-    """`rate_of` every way; a Markdown table."""
-    rates = pd.concat({way: rate_of(table, way) for way in table["implementation"].unique()}, axis=1)
-    return markdown(rates.map("{:.0%}".format, na_action="ignore").reset_index(names="work"))
+    """The rate of every way as a fraction of the convolution's; a Markdown table."""
+    rates = table.assign(fraction=table["rate"] / table["convolution_rate"]).dropna(subset="fraction")
+    cells = rates.pivot(index="name", columns="implementation", values="fraction")
+    cells = cells.reindex(rates["name"].unique(), columns=rates["implementation"].unique())
+    return markdown(cells.map("{:.0%}".format, na_action="ignore").reset_index(names="work"))
 
 
 def walks(record: Mapping[str, Any], *, longer: bool = False) -> pd.DataFrame:
@@ -91,10 +87,9 @@ def walks(record: Mapping[str, Any], *, longer: bool = False) -> pd.DataFrame:
     return table[sizes.transform("nunique") > 1 if longer else table["step_size"] == table["step_size"].min()]
 
 
-def precision(record: Mapping[str, Any]) -> Figure:
-    """1 − cosine to the float64 gradient, a point a walk, by images a class."""
-    table = pd.DataFrame(record["walks"])
-    table["distance"] = 1 - table["cosine"]
+def precision(table: pd.DataFrame) -> Figure:
+    """1 − cosine of the gradients of `walks` to those in float64, a point a walk, by images a class."""
+    table = table.assign(distance=1 - table["cosine"])
     figure, axis = plt.subplots(figsize=(6.4, 3.2))
     sns.stripplot(table, x="distance", y="way", hue="ipc", palette="colorblind", ax=axis, size=5, alpha=0.8)
     axis.axvline(0.01, color="0.5", linewidth=1, linestyle="--")

@@ -136,7 +136,7 @@ def evaluate(
     means = [statistics.fmean(fractions) for fractions in zip(*record["by_class"]["synthetic"], strict=True)]
     by_class = sorted(zip(means, record["classes"], strict=True))
     lowest, highest = (f"{100 * mean:.1f} % ({name})" for mean, name in (by_class[0], by_class[-1]))
-    print(f"{'its classes':20} from {lowest} to {highest}")
+    print(f"{'synthetic, by class':20} from {lowest} to {highest}")
     for said in record.get("diverged", []):
         print(said)
 

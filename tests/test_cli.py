@@ -186,7 +186,8 @@ def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, caps
     tensors = cddlib.SyntheticSet.load(out / "synthetic.safetensors").preprocessing.tensors()
     assert "eigenvalues" in tensors
     assert run("evaluate", out, "--runs", "2", "--device", "cpu") == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, by_class = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"synthetic, by class {2}from \d+\.\d % \(\d\) to \d+\.\d % \(\d\)", by_class)
     assert [line[:20].strip() for line in lines] == ["synthetic set", "random real images", "all training images"]
     assert all("±" in line and line.endswith("% (2 networks)") for line in lines)
     assert run("record", out, "--to", record) == 0

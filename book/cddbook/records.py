@@ -97,5 +97,6 @@ def _measured(run: Path) -> dict[str, Any]:
 
 def _tested(record: dict[str, Any]) -> dict[str, Any]:
     """Accuracies by what networks were trained on; their architecture; and what the set taught of each class."""
-    by_class = dict(zip(record["classes"], zip(*record["by_class"]["synthetic"], strict=True), strict=True))
+    fractions = map(list, zip(*record["by_class"]["synthetic"], strict=True))
+    by_class = dict(zip(record["classes"], fractions, strict=True))
     return {**record["accuracies"], "network": record["network"]["network"], "by_class": by_class}

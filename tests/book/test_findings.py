@@ -354,6 +354,10 @@ def test_what_a_set_teaches_by_class_and_to_other_networks():
     found = [row for row in claims.findings({}, {"toy": record}) if row.claim == "C7"]
     assert found[0].measure == "test accuracy of vgg11, concurrent minus sequential at equal compute"
     assert found[0].verdict == "confirmed" and len(found) == 1
+    rows = claims.summary_table(claims.findings({}, {"toy": record, "CIFAR-10, IPC 1": record})).splitlines()[2:]
+    ahead = "test accuracy of vgg11, concurrent minus sequential at equal compute: +5.00 points, the same in all 2"
+    assert rows[6].startswith(f"| **C7** {claims.CLAIMS['C7']} | {ahead} (CIFAR-10, IPC 1) | 2 | 0 |")
+    assert rows[0] == f"| **C1** {claims.CLAIMS['C1']} |  | 0 | 0 | 0 |"
 
 
 def test_rates_are_listed_from_the_best_to_the_worst():

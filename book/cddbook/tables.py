@@ -123,9 +123,11 @@ def benchmark_table(runs: pd.DataFrame, speed: Record) -> str:
     The hours are those of the GPU in the record `speed`, at the rate at which it trains experts of the usual ConvNet.
     """
     measured: dict[tuple[str, int], list[str]] = {}
-    for (data, ipc, width), mine in runs.groupby(["data", "IPC", "width"], sort=False):
+    for (data, ipc, width, device, _), mine in runs.groupby(
+        ["data", "IPC", "width", "hardware", "made by"], sort=False
+    ):
         tested = ", ".join(f"{row['K']} {row['test accuracy, %']}" for row in mine.to_dict("records"))
-        measured.setdefault((data, ipc), []).append(f"{tested} (width {width})")
+        measured.setdefault((data, ipc), []).append(f"{tested} (width {width}, {device})")
     (epoch,) = (row for row in speed["rows"] if row["what"] == "an expert's epoch")
     network = ConvNet(distill_recipe("datm", "cifar10", 1).network, (3, 32, 32), 10)
     rate = 3 * operations(network) * epoch["images"] / epoch["ms"] * 1000  # a step costs three forward passes

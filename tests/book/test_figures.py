@@ -127,7 +127,7 @@ def test_values_are_compared_at_the_last_place_that_all_runs_share() -> None:
         "| after 4 iterations | 50.5 ± 0.7 | 80.5 ± 0.7 | +30.0 [+30.0, +30.0] | 2 |",
     ]
     assert not findings.at_equal(table[table["matched"] < 4])  # the start is no place to compare at
-    levels = {"all training images": 0.9}
+    levels = {"all training images": [0.8, 1.0]}
     figure = ch5_concurrent.curves(table.assign(elapsed=1.0 * table["iteration"]), "accuracy", levels)
     assert [axis.texts[0].get_text() for axis in figure.axes] == ["all training images"] * 3
     drawn = [[max(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 3] for axis in figure.axes]

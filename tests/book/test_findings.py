@@ -326,8 +326,8 @@ def test_the_benchmark_has_every_cell_with_what_was_measured():
     rows = tables.benchmark_table(runs, speed).splitlines()[2:]
     assert len(rows) == sum(len(tables.CELLS[data]) for data in tables.BENCHMARK)
     filled = [row for row in rows if "not run" not in row]
-    assert "| cifar10 | 1 | 15.4 | 46.3 |" in filled[0] and "| K=1 45.0 ± 7.1 (width 128) |" in filled[0]
-    assert "concurrent 61.5 ± 1.3 (width 8) |" in filled[1] and len(filled) == 2
+    assert "| cifar10 | 1 | 15.4 | 46.3 |" in filled[0] and "| K=1 45.0 ± 7.1 (width 128, a GPU) |" in filled[0]
+    assert "concurrent 61.5 ± 1.3 (width 8, a processor) |" in filled[1] and len(filled) == 2
     hours, twice = (
         [float(row.split("|")[-2].replace(",", "")) for row in tables.benchmark_table(runs, s).splitlines()[2:]]
         for s in (speed, {"rows": [{**speed["rows"][0], "ms": 800.0}]})

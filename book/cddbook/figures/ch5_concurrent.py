@@ -2,7 +2,7 @@
 
 import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,18 +21,18 @@ VALUES = {"loss": "matching loss", "accuracy": "validation accuracy"}
 """Columns of `findings.curves`, in words."""
 
 
-def curves(table: pd.DataFrame, value: str, levels: Mapping[str, float] | None = None) -> Figure:
+def curves(table: pd.DataFrame, value: str, levels: Mapping[str, Sequence[float]] | None = None) -> Figure:
     """A value against iterations, matched segments and seconds, which are means over seeds.
 
-    `levels`, by name, are dotted lines.
+    The means of `levels`, which are accuracies by name, are dotted lines.
     """
     table = table.dropna(subset=value)
     means = table.groupby(["variant", "iteration"])[list(AGAINST)].transform("mean").rename(columns=AGAINST)
     means[["variant", VALUES[value]]] = table[["variant", value]]
     figure = lines(means.melt(["variant", VALUES[value]], value_name=" "), " ", VALUES[value], panel="variable")
     for axis, (name, level) in itertools.product(figure.axes, (levels or {}).items()):
-        axis.axhline(level, color="0.4", linestyle=":")
-        axis.annotate(name, (0.98, level), xycoords=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
+        axis.axhline(mean := float(np.mean(level)), color="0.4", linestyle=":")
+        axis.annotate(name, (0.98, mean), xycoords=axis.get_yaxis_transform(), ha="right", va="bottom", fontsize=8)
     return figure
 
 

@@ -26,8 +26,10 @@ from cddbook.findings import (
     correlations,
     curves,
     effect,
+    gpu_runs,
     paired,
     probes_at_equal,
+    tests_of,
     transfers,
 )
 from cddbook.records import read_record
@@ -141,31 +143,28 @@ def _of_images(same: Sequence[Correlations]) -> list[Row]:
 
 
 def _of_comparison(record: Record) -> list[Row]:
-    """What a comparison says about C3 to C6 and C8: every number of segments against one at a time."""
-    table, curve = comparison(record), curves(record)
+    """What a comparison says about C3 to C8: every number of segments against one at a time."""
+    table, curve, rows = comparison(record), curves(record), list[Row]()
     variants = list(table["variant"].cat.categories)
-    single, rows = next(name for name in ("K=1", "sequential") if name in variants), []
+    single = next(name for name in ("K=1", "sequential") if name in variants)
+
+    def add(claim: str, what: str, column: str, unit: str, pair: tuple[str, str], where: str, of: pd.DataFrame) -> None:
+        rows.append((claim, f"{what}, {' minus '.join(pair)}{where}", paired(of, column, *pair), unit))
+
     for several in (name for name in variants if (name.startswith("K=") and name != single) or name == "concurrent"):
-        between = paired(table, "between", single, several)
-        rows.append(("C3", f"change of a segment's loss between two visits, {single} minus {several}", between, " %"))
-        error = paired(table, "error", single, several)
-        measure = f"accumulated error over the expert's way, {single} minus {several} at equal compute"
-        rows.append(("C4", measure, error, " %"))
-        tested = paired(table, "test", several, single)
-        rows.append(("C6", f"test accuracy, {several} minus {single} at equal compute", tested, " points"))
+        less, more, compute = (single, several), (several, single), " at equal compute"
+        add("C3", "change of a segment's loss between two visits", "between", " %", less, "", table)
+        add("C4", "accumulated error over the expert's way", "error", " %", less, compute, table)
+        add("C6", "test accuracy", "test", " points", more, compute, table)
         for network, theirs in transfers(record).items():
-            measure = f"test accuracy of {network}, {several} minus {single} at equal compute"
-            rows.append(("C7", measure, paired(theirs, "test", several, single), " points"))
-        for where, probes in probes_at_equal(record, (single, several)).items():
+            add("C7", f"test accuracy of {network}", "test", " points", more, compute, theirs)
+        for where, probes in probes_at_equal(record, less).items():
             for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
-                less = paired(probes, measure, single, several)
-                rows.append((claim, f"{measure}, {single} minus {several} {where} each", less, " % of a loss of 1"))
-        for where, validated in at_equal(curve[curve["variant"].isin((single, several))]).items():
-            ahead = paired(validated, "accuracy", several, single)
-            rows.append(("C6", f"validation accuracy, {several} minus {single} {where} each", ahead, " points"))
+                add(claim, measure, measure, " % of a loss of 1", less, f" {where} each", probes)
+        for where, validated in at_equal(curve[curve["variant"].isin(less)]).items():
+            add("C6", "validation accuracy", "accuracy", " points", more, f" {where} each", validated)
         for remedy in sorted({"ewc", "si"} & set(variants)):
-            ahead = paired(table, "test", several, remedy)
-            rows.append(("C5", f"test accuracy, {several} minus {remedy.upper()}", ahead, " points"))
+            add("C5", "test accuracy", "test", " points", (several, remedy), "", table)
     return [row for row in rows if row[2].count]
 
 
@@ -214,7 +213,11 @@ def committed_findings() -> list[Finding]:
     read, correlated = (
         {setting: read_record(name) for setting, name in studies.items()} for studies in (compared, CORRELATION_STUDIES)
     )
-    return findings(correlated, read, read_record("memory"))
+    gpu = gpu_runs(read_record("gpu/distil"), read_record("gpu/evaluate"))
+    ahead = paired(tests_of((run, run.own["synthetic"]) for run in gpu), "test", *(pair := ("K=2", "K=1")))
+    measure = f"test accuracy, {' minus '.join(pair)} after equal time on a GPU"
+    timed = _finding("CIFAR-10, IPC 1, published network", "C6", measure, ahead, " points")
+    return sorted([*findings(correlated, read, read_record("memory")), timed], key=lambda finding: finding.claim)
 
 
 def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)) -> str:

@@ -180,7 +180,7 @@ def baselines(record: Record) -> dict[str, list[float]]:
 def by_class(record: Record) -> dict[str, pd.DataFrame]:
     """By class, a row a run: the fraction of its test images that networks trained on the set recognise, `test`."""
     tested = [(run, run.own["by_class"]) for run in runs_of(record)]
-    return {name: _tests((run, fractions[name]) for run, fractions in tested) for name in tested[0][1]}
+    return {name: tests_of((run, fractions[name]) for run, fractions in tested) for name in tested[0][1]}
 
 
 def transfers(record: Record) -> dict[str, pd.DataFrame]:
@@ -188,11 +188,12 @@ def transfers(record: Record) -> dict[str, pd.DataFrame]:
     tested = [(run, name, found) for run in runs_of(record) for name, found in run.evaluations.items()]
     others = dict.fromkeys(name for run, name, _ in tested if name != run.config["network"])
     return {
-        other: _tests((run, found["synthetic"]) for run, name, found in tested if name == other) for other in others
+        other: tests_of((run, found["synthetic"]) for run, name, found in tested if name == other) for other in others
     }
 
 
-def _tests(found: Iterable[tuple[ComparedRun, Sequence[float]]]) -> pd.DataFrame:
+def tests_of(found: Iterable[tuple[ComparedRun, Sequence[float]]]) -> pd.DataFrame:
+    """A row a run: the mean of some accuracies, `test`."""
     return pd.DataFrame({"variant": run.variant, "seed": run.seed, "test": np.mean(values)} for run, values in found)
 
 

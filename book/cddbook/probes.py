@@ -7,7 +7,7 @@ two of its values differ only by what happened to the set.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,14 +59,12 @@ class ProbeHook:
     def after_iteration(self, run: Run) -> dict[str, Any]:
         """`probe_losses`, `gradient_similarity` and `accumulated_error`, each where it is due."""
         self.check(run.config, run.buffer)
-        measured: dict[str, Any] = {}
-        if self.probe_starts and run.due(self.probe_every):
-            measured["probe_losses"] = self.losses(run)
-        if run.due(self.similarity_every):
-            measured["gradient_similarity"] = self.gradient_similarity(run)
-        if run.due(self.error_every):
-            measured["accumulated_error"] = self.accumulated_error(run)
-        return measured
+        measures: dict[str, tuple[Callable[[Run], Any], int]] = {
+            "probe_losses": (self.losses, self.probe_every if self.probe_starts else 0),
+            "gradient_similarity": (self.gradient_similarity, self.similarity_every),
+            "accumulated_error": (self.accumulated_error, self.error_every),
+        }
+        return {name: measure(run) for name, (measure, every) in measures.items() if run.due(every)}
 
     def check(self, config: DistillConfig, buffer: Buffer) -> None:
         """Raise `UserError` unless the experts have every segment that it follows."""

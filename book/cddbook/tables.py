@@ -90,11 +90,9 @@ BENCHMARK = ("cifar10", "cifar100", "tiny_imagenet", "imagenet")
 
 
 def benchmark_runs(studies: Mapping[str, Sequence[ComparedRun]], buffers: Iterable[Record]) -> pd.DataFrame:
-    """A row a K of every comparison: its cell, its test accuracies, and what they depend on and took, in words.
+    """A row a K of comparisons on `BENCHMARK`, given by what makes them: test accuracy, what it depends on and took.
 
-    Args:
-        studies: runs of comparisons of segment counts on `BENCHMARK`, by what makes them.
-        buffers: records of the buffers that they matched.
+    `buffers` are the records of the experts that they matched.
     """
     trained = {config_hash(record["buffer"]): record["buffer"]["config"] for record in buffers}
     fields = {"data": "data", "ipc": "IPC", "width": "width", "student_steps": "N", "iterations": "updates"}

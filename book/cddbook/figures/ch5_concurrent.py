@@ -18,7 +18,6 @@ from cddlib.runtime.run_folder import read_metrics
 
 AGAINST = {"iteration": "iterations", "matched": "segments matched", "elapsed": "seconds of matching"}
 VALUES = {"loss": "matching loss", "accuracy": "validation accuracy"}
-"""Columns of `findings.curves`, in words."""
 
 
 def curves(table: pd.DataFrame, value: str, levels: Mapping[str, Sequence[float]] | None = None) -> Figure:

@@ -162,7 +162,7 @@ def run_study(
     root: Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Run, resume, or read every run, and return the study's record.
+    """Run, resume, or read every run, and return the study's record. A study grows when asked for more seeds.
 
     Args:
         base: what the runs have in common.
@@ -193,8 +193,9 @@ def run_study(
     with locked(out / ".lock"):
         if (out / "study.json").exists():
             with as_user_error(out / "study.json", "a study's description"):
-                found = _identity(read_json(out / "study.json"))
-            refuse_other_run(out, found, _identity(description))
+                found = read_json(out / "study.json")
+                refuse_other_run(out, _identity(found), _identity(description))
+                description["runs"] = list(dict.fromkeys([*found["runs"], *runs]))
         write_json(out / "study.json", description)
         first = {config.distillation.seed: name for name, config in reversed(list(runs.items()))}
         task = functools.partial(_one, networks=networks, root=root, device=device)
@@ -209,10 +210,9 @@ def run_study(
 
 
 def _identity(description: dict[str, Any]) -> dict[str, Any]:
-    """A study's description with its configuration unfolded, so that a difference can be named."""
-    unfolded = {key: value for key, value in description.items() if key != "config"}
+    """What may not differ of a study's description, the configuration unfolded: all but the number of its seeds."""
     families = ", ".join(dict.fromkeys(name.split("/")[0] for name in description["runs"]))
-    return {**description["config"], **unfolded, "runs": f"{len(description['runs'])} of {families}"}
+    return {**description["config"], **description, "config": "", "runs": families}
 
 
 def _one(

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,14 +206,27 @@ def test_a_failing_run_is_named_and_the_others_finish(recipe: Recipe, buffer: cd
 def test_another_study_in_the_folder_is_refused(recipe: Recipe, buffer: cddlib.Buffer, whole: Path) -> None:
     base, planned = plan(recipe)
     before = contents(whole)
-    fewer = {name: config for name, config in planned.items() if name != "K=1/seed-1"}
+    narrower = {name: config for name, config in planned.items() if not name.startswith("K=1")}
     for other, runs, difference in (
         (replace(base, lr_images=1.0), planned, r"lr_images is 30\.0 there and 1\.0 here"),
-        (base, fewer, r"runs is .*4.* there and .*3.* here"),
+        (base, narrower, r"runs is 'K=1, replay' there and 'replay' here"),
     ):
         with pytest.raises(UserError, match=rf"whole holds another run \({difference}\); choose another folder with"):
             run_study(other, runs, buffer.folder, whole, networks=2, device="cpu")
     assert contents(whole) == before
+
+
+def test_a_study_grows_and_keeps_what_it_has(
+    recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path
+) -> None:
+    base, planned = plan(recipe)
+    fewer = {name: config for name, config in planned.items() if name.endswith("seed-0")}
+    place = Path(shutil.copytree(whole, tmp_path / "study"))
+    description = files.read_json(place / "study.json")
+    files.write_json(place / "study.json", {**description, "runs": list(fewer)})
+    assert list(study_record(place)["runs"]) == list(fewer)
+    for runs in (planned, fewer):
+        assert run_study(base, runs, buffer.folder, place, networks=2, device="cpu") == study_record(whole)
 
 
 def test_children_take_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,7 +168,7 @@ def plan_table() -> str:
 
 
 SETTINGS = ["{data}", "IPC {ipc}", "{experts} experts", "{epochs} epochs", "{images} images", "width {width}"]
-SETTINGS += ["N = {student_steps}", "M = {expert_epochs}", "window [{window_start}, {window_end})"]
+SETTINGS += ["{precision}", "N = {student_steps}", "M = {expert_epochs}", "window [{window_start}, {window_end})"]
 SETTINGS += ["{iterations} iterations or segments", "image rate {lr_images:g}", "α {step_size:g}"]
 SETTINGS += ["{evaluation_epochs} epochs of a test"]
 """What `provenance` says of a configuration that has these fields."""

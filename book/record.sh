@@ -83,7 +83,7 @@ segments-cifar10-ipc1-published() {
     study $name compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"
     for run in "$runs/$name"/K=*/seed-*; do
         for network in alexnet vgg11; do
-            cddlib evaluate "$run" --root "$root" --network $network --runs 3 --no-baselines
+            cddlib evaluate "$run" --root "$root" --network $network --runs 3 --no-baselines --seed $((10 * ${run##*-}))
         done
     done
     cddbook record "$runs/$name" --to "$results/$name.json"

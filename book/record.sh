@@ -6,8 +6,9 @@
 # ROOT holds the data sets (see `cddlib data`), RUNS is a folder for the runs; without names every record is made.
 # Every command resumes where it was stopped: MINUTES=90 book/record.sh ROOT RUNS works for so long and says what is
 # left. JOBS processes share the runs (0: one after the other in one process), and OMP_NUM_THREADS cores are shared by
-# them. The cells come in the order of what they decide for what they cost: first the comparison of K at width 32 and its
-# rates (four hours of one core), then correlation (two hours), then the published network (hours), then the digits.
+# them. OPTIONS come last in every study's command, and overrule it. The cells come in the order of what they decide for
+# what they cost: first the comparison of K at width 32 and its rates (four hours of one core), then correlation (two
+# hours), then the published network (hours), then the digits.
 set -euo pipefail
 
 root=$1 runs=$2
@@ -36,7 +37,7 @@ study() { # NAME COMMAND OPTIONS…
     local name=$1 command=$2
     shift 2
     # shellcheck disable=SC2068 # the options are words
-    cddbook "$command" $@ --out "$runs/$name"
+    cddbook "$command" $@ ${OPTIONS:-} --out "$runs/$name"
     cddbook record "$runs/$name" --to "$results/$name.json"
 }
 

@@ -1,7 +1,13 @@
 """Studies on the command line: from the command to the record."""
 
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 import typing
 from pathlib import Path
 from typing import Any
@@ -93,3 +99,27 @@ def test_a_search_that_cannot_begin_says_so(
 ) -> None:
     assert run(buffer, tmp_path, "search", *options) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_campaign_is_killed_and_goes_on(buffer: Buffer, tmp_path: Path) -> None:
+    """`book/record.sh`, with tiny distillations, in a folder of its own."""
+    script, study = Path(__file__).parents[2] / "book" / "record.sh", "search-digits-tesla-ipc1"
+    first, record = tmp_path / "runs" / study / "lr_images=10.0/seed-0/result.json", tmp_path / "book" / "results"
+    record.mkdir(parents=True)
+    shutil.copytree(buffer.folder, tmp_path / "runs" / "digits")
+    how = {"OPTIONS": " ".join([*SHORT, "--iterations", "2"]), "JOBS": "0", "OMP_NUM_THREADS": "1"}
+    how["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", str(script), str(tmp_path), "runs", study]
+    where: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | how, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, **where) as begun:
+        while not first.exists() and begun.poll() is None:
+            time.sleep(0.01)
+        os.killpg(begun.pid, signal.SIGKILL)
+    kept = first.stat().st_mtime_ns
+    assert not list(record.iterdir())
+    where["env"]["MINUTES"] = "0"
+    assert subprocess.run(command, check=True, **where).stdout == f"The time is over; left: {study}\n"
+    where["env"]["MINUTES"] = "9"
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, **where)
+    assert first.stat().st_mtime_ns == kept
+    assert len(json.loads((record / f"{study}.json").read_text())["runs"]) == 6

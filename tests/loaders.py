@@ -36,13 +36,21 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, str]:
     return {name: signature(tensor) for name, tensor in tensors.items()}
 
 
+def write_experts(folder: Path, experts: list[list[Tensor]], record: dict[str, Any]) -> Buffer:
+    """A buffer of these trajectories of `NETWORK`, which has 366 parameters; its preprocessing is missing."""
+    for expert, snapshots in enumerate(experts):
+        write_trajectory(expert_path(folder, expert), NETWORK, snapshots, record)
+    config = cddlib.replace(RECIPE, experts=len(experts), epochs=len(experts[0]) - 1)
+    digits = {"name": "digits", "fingerprint": "0" * 16, "shape": [1, 8, 8], "classes": 10}
+    write_json(folder / "buffer.json", {"config": as_dict(config), "data": digits, "experts": [record] * len(experts)})
+    return Buffer(folder)
+
+
 def write_buffer(folder: Path, key: int) -> None:
-    """A buffer of one expert of a network of 366 parameters."""
+    """A buffer of one expert."""
     trajectory = [NETWORK.init(generator("fuzz", key, epoch)) for epoch in range(3)]
     record = {"buffer": "0123456789ab", "seed": key, "train_loss": [1.0, 0.5], "validation_accuracy": [0.1, 0.5, 0.6]}
-    write_trajectory(expert_path(folder, 0), NETWORK, trajectory, record)
-    digits = {"name": "digits", "fingerprint": "0" * 16, "shape": [1, 8, 8], "classes": 10}
-    write_json(folder / "buffer.json", {"config": as_dict(RECIPE), "data": digits, "experts": [record]})
+    write_experts(folder, [trajectory], record)
     tensors = {**NORMALISATION.tensors(), "std": torch.tensor([0.25 + key])}
     write_tensors(folder / PREPROCESSING, tensors, "preprocessing")
 

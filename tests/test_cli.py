@@ -81,15 +81,6 @@ def test_help_shows_the_recipes_defaults(capsys, arguments: list[str], words: li
     assert [word for word in words if word not in out] == []
 
 
-def test_the_installed_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    script = Path(sys.executable).with_name("cddlib")
-    done = subprocess.run([script, "evaluate", tmp_path / "none"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"cddlib: {tmp_path / 'none'} holds no finished distillation: synthetic.safetensors is missing.\n"
-    )
-
-
 OUT = ["--out", "OUT"]
 BOTH = ["--buffer", "BUFFER", "--out", "OUT", "--device", "cpu"]
 

@@ -76,10 +76,6 @@ def test_precisions_in_tables():
     runs = [{"work": "IPC 1", "precision": name, "accuracies": [0.5, 0.5]} for name in ("float32", "bfloat16")]
     table = speed.accuracies_by_precision([{"data": "digits", "runs": runs}]).splitlines()
     assert table[2] == "| digits | IPC 1 | 50.0 ± 0.0 (2) | 50.0 ± 0.0 (2) |"
-    names = ("name", "implementation", "rate", "convolution_rate")
-    rows = [("a", "textbook", 1.0, 2.0), ("a", "cddlib", 3.0, 4.0), ("b", "cddlib", 1.0, 4.0)]
-    rates = speed.rate_table(pd.DataFrame(rows, columns=names)).splitlines()[2:]
-    assert rates == ["| a | 50% | 75% |", "| b |  | 25% |"]
 
 
 def test_speedups_are_those_of_one_process():

@@ -10,34 +10,20 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from loaders import NETWORK, write_experts
 from torch import Tensor
 
 import cddlib
-from cddlib.experts.buffer import Buffer, expert_path, write_trajectory
+from cddlib.experts.buffer import Buffer
 from cddlib.networks.convnet import unflatten
-from cddlib.networks.zoo import build_network
-from cddlib.runtime import config as configs
-from cddlib.runtime import files
 
 EPOCHS = 5
-
-
-def write(folder: Path, experts: list[list[Tensor]]) -> Buffer:
-    """A buffer of these trajectories of a small network."""
-    config = cddlib.buffer_recipe("digits", depth=1, width=2, experts=len(experts), epochs=len(experts[0]) - 1)
-    network = build_network(config.network, (1, 8, 8), 10)
-    for expert, snapshots in enumerate(experts):
-        write_trajectory(expert_path(folder, expert), network, snapshots, {})
-    data = {"name": "digits", "fingerprint": "", "shape": [1, 8, 8], "classes": 10}
-    manifest = {"config": configs.as_dict(config), "data": data, "experts": [{}] * len(experts)}
-    files.write_json(folder / "buffer.json", manifest)
-    return Buffer(folder)
 
 
 def wandering(key: object, epochs: int = EPOCHS) -> list[Tensor]:
     """Steps in all directions, of unequal length."""
     rng = cddlib.generator("wander", str(key))
-    path = [build_network(cddlib.NetworkConfig(depth=1, width=2), (1, 8, 8), 10).init(rng)]
+    path = [NETWORK.init(rng)]
     for epoch in range(epochs):
         path.append(path[-1] + 0.3 / (epoch + 1) * torch.randn(path[0].shape, generator=rng))
     return path
@@ -45,7 +31,7 @@ def wandering(key: object, epochs: int = EPOCHS) -> list[Tensor]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Buffer:
-    return write(tmp_path_factory.mktemp("wandering"), [wandering(0), wandering(1)])
+    return write_experts(tmp_path_factory.mktemp("wandering"), [wandering(0), wandering(1)], {})
 
 
 def straightened(buffer: Buffer, expert: int, epoch: float) -> dict[str, np.ndarray[Any, Any]]:
@@ -70,12 +56,11 @@ def test_the_convexified_trajectory_is_mct_s(written: Buffer, expert: int, epoch
 
 def test_tensors_that_stand_still_or_come_back_do_not_move(tmp_path: Path) -> None:
     path = wandering("still", 4)
-    network = write(tmp_path, [path]).network
     for epoch, theta in enumerate(path):
-        tensors = unflatten(network, theta)
+        tensors = unflatten(NETWORK, theta)
         tensors["norm0.weight"].fill_(1.0)
         tensors["norm0.bias"].fill_([0.0, 1.0, 2.0, 1.0, 0.0][epoch])
-    convex = write(tmp_path, [path]).convexified()
+    convex = write_experts(tmp_path, [path], {}).convexified()
     for epoch in (0, 1, 1.5, 3.9, 4):
         theta = convex.parameters(0, epoch)
         assert theta.isfinite().all()

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 import cddlib
 from cddlib.data import augment
-from cddlib.data.dataset import Images
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.experts import curriculum
 from cddlib.experts.curriculum import CurriculumConfig, difficulty, rank_in_class
@@ -69,17 +68,12 @@ def test_ranks_count_what_is_easier_in_the_class(images: list[tuple[int, int]]) 
 # --- How hard ---------------------------------------------------------------------------------------------------
 
 
-def small(classes: int = 10) -> Images:
-    """Some digits, of the first so many classes."""
-    train = cddlib.load("digits").split[0]
-    return train.select(torch.nonzero(train.labels < classes).flatten()[:150])
-
-
 def test_difficulty_is_el2n(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curriculum, "SCORERS", 3)
     monkeypatch.setattr(curriculum, "SCORER_EPOCHS", 2)
     network = cddlib.ConvNet(cddlib.NetworkConfig(depth=1, width=4), (1, 8, 8), 10)
-    train, preprocessing = small(), fit_preprocessing(cddlib.load("digits"), zca=False)
+    digits = cddlib.load("digits")
+    train, preprocessing = digits.split[0].select(torch.arange(150)), fit_preprocessing(digits, zca=False)
     found = difficulty(network, train, preprocessing, batch_size=40, learning_rate=0.2, strategy="crop")
     images = preprocessing(train.images)
     wanted = [0.0] * len(images)

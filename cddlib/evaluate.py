@@ -136,6 +136,17 @@ def evaluate_run(
     return read_json(path)
 
 
+def evaluations_of(run: Path) -> list[dict[str, Any]]:
+    """The records of `evaluate_run` in a run's folder; not those of sets that it had before it went on.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    found = {path: read_json(path) for path in sorted(run.glob("evaluation-*.json"))}
+    tested = file_digest(run / "synthetic.safetensors") if found else ""
+    return [record for record in found.values() if record.get("synthetic_sha256") == tested]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Record:
     """What an evaluation goes on from: accuracies by the set that the networks were trained on, seconds, failures."""

@@ -25,7 +25,7 @@ from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.distillation.checkpoint import CHECKPOINT, State, milestone_path, milestones
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import initial_state, iterate, validation_accuracy
-from cddlib.evaluate import Trainer
+from cddlib.evaluate import Trainer, evaluations_of
 from cddlib.experts.buffer import Buffer, expert_path
 from cddlib.experts.config import BufferConfig
 from cddlib.experts.train import ExpertTraining
@@ -152,8 +152,7 @@ def _recompute_distillation(run: Path, buffer: Buffer, sample: int, root: Path |
         written = lines[result["selected_iteration"]]["validation_accuracy"][0]
         validation = trainer.dataset.split[1].to(trainer.device)
         accuracies.append((validation_accuracy(trainer.synthetic, config, buffer, validation, 0), written))
-    for path in sorted(run.glob("evaluation-*.json")):
-        record = read_json(path)
+    for record in evaluations_of(run):
         tested = Trainer(run, from_dict(NetworkConfig, record["network"]), root=root, device=device)
         now = tested.correct("synthetic", record["seed"]).mean().nan_to_num().item()
         accuracies.append((now, record["accuracies"]["synthetic"][0]))

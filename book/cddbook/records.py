@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cddlib.evaluate import evaluations_of
 from cddlib.runtime.errors import UserError, as_user_error
 from cddlib.runtime.files import parse_json, read_bytes, read_json, write_atomically
 from cddlib.runtime.run_folder import read_metrics
@@ -36,7 +37,7 @@ def collect(folder: Path) -> dict[str, Any]:
     record: dict[str, Any] = {name: read_json(path) for name, path in named.items() if path.exists()}
     if (folder / "metrics.jsonl").exists():
         record["metrics"] = read_metrics(folder)
-        record["evaluations"] = [read_json(path) for path in sorted(folder.glob("evaluation-*.json"))]
+        record["evaluations"] = evaluations_of(folder)
     return record
 
 
@@ -91,7 +92,7 @@ def _measured(run: Path) -> dict[str, Any]:
     return {
         "metrics": json.loads(json.dumps(metrics), parse_float=lambda digits: float(f"{float(digits):.6g}")),
         "result": result,
-        "evaluations": [_tested(read_json(path)) for path in sorted(run.glob("evaluation-*.json"))],
+        "evaluations": [_tested(record) for record in evaluations_of(run)],
     }
 
 

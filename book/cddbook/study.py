@@ -102,8 +102,8 @@ def comparison_runs(base: StudyConfig, variants: Mapping[str, Mapping[str, Any]]
     """Every variant with every seed, by name, at equal compute.
 
     `base.iterations`, `validate_every`, `probe_every` and `expansion_iterations` count matched segments: a variant that
-    matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. The
-    accumulated error is measured at the start and at the end.
+    matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. So does
+    `error_every`; if it is 0, the accumulated error is measured at the start and at the end.
     """
     paced, pace = {}, base.distillation
     iterations, expansion = pace.schedule.iterations, pace.schedule.expansion_iterations
@@ -118,7 +118,7 @@ def comparison_runs(base: StudyConfig, variants: Mapping[str, Mapping[str, Any]]
             validate_every=-(-pace.validate_every // cost),
             probe_every=max(1, base.probes.probe_every // cost),
             expansion_iterations=max(1, expansion // cost),
-            error_every=iterations // cost,
+            error_every=max(1, (base.probes.error_every or iterations) // cost),
         )
     numbers = range(pace.seed, pace.seed + seeds)  # all variants of a seed first, so that what is done can be compared
     return {f"{name}/seed-{seed}": replace(paced[name], seed=seed) for seed in numbers for name in variants}

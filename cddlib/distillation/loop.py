@@ -15,6 +15,7 @@ Under torchrun, the segments are divided among its processes, and one all-reduce
 
 import dataclasses
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from cddlib.matching.segments import active_subset
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import Diverged, out_of_memory_hint
+from cddlib.runtime.errors import Diverged, as_user_error, out_of_memory_hint
 from cddlib.runtime.files import link_or_copy, read_json, write_json
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.run_folder import Metrics, at_work, parse_metrics, refuse_other_run
@@ -54,8 +55,9 @@ def distill(
 ) -> SyntheticSet:
     """Run, resume, or return the finished result of a distillation in the folder `out`.
 
-    Where torch.distributed is initialised, as the command line does under torchrun, every process calls this with
-    the same arguments, and gets the same set.
+    A run goes on when asked for more iterations than it had; but one in subsets does not, because their number says
+    when each subset's turn is. Where torch.distributed is initialised, as the command line does under torchrun, every
+    process calls this with the same arguments, and gets the same set.
 
     Args:
         config: the whole configuration.
@@ -76,8 +78,7 @@ def distill(
     identity = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
     for hook in hooks:
         identity |= as_dict(hook)
-    _refuse_other_run(out, identity)
-    if (out / "result.json").exists():
+    if _has_result(out, identity):
         return SyntheticSet.load(out / "synthetic.safetensors").to(dev)
     check_buffer(config, buffer)
     dataset = load(config.data.data, root)
@@ -85,14 +86,19 @@ def distill(
     buffer = buffer.convexified() if config.schedule.convex else buffer
     state = initial_state(config, dataset, buffer, dev)
     with at_work(out / ".lock", "the iteration") as ranks:
-        _refuse_other_run(out, identity)  # other work may have begun it just now
+        _has_result(out, identity)  # other work may have begun another run just now
         return Distillation(config, buffer, dataset.split[1].to(dev), out, state, hooks, ranks).run(identity)
 
 
-def _refuse_other_run(out: Path, identity: dict[str, Any]) -> None:
-    """Raise `UserError` if `out` holds another run."""
-    if (out / "config.json").exists():
-        refuse_other_run(out, read_json(out / "config.json"), identity)
+def _has_result(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether `out` holds the result of this run; raises `UserError` if it holds another run."""
+    if not (out / "config.json").exists():
+        return False
+    found = read_json(out / "config.json")
+    with as_user_error(out / "config.json", "a distillation's configuration"):
+        grows = identity["subsets"] == 1 and found.get("iterations", math.inf) < identity["iterations"]
+    refuse_other_run(out, found | {"iterations": identity["iterations"]} if grows else found, identity)
+    return not grows and (out / "result.json").exists()
 
 
 def initial_state(config: DistillConfig, dataset: Dataset, buffer: Buffer, device: torch.device) -> State:
@@ -120,6 +126,7 @@ class Distillation:
         ranks.agree(state.iteration, f"the iteration of the checkpoint in {self.folder}")  # nobody has written yet
         metrics, progress, device = None, state.progress, state.synthetic.images.device
         if ranks.first:
+            (self.folder / "result.json").unlink(missing_ok=True)  # of fewer iterations
             write_json(self.folder / "config.json", identity)
             metrics = Metrics(self.folder / "metrics.jsonl", resume_at=progress.iteration, digest=progress.metrics)
         recorder = Recorder(device, elapsed=progress.seconds)

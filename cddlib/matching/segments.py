@@ -21,7 +21,7 @@ class SegmentsConfig:
     """Which segments are matched, and when."""
 
     iterations: int = 5000
-    """Optimiser steps on the synthetic set."""
+    """Optimiser steps on the synthetic set. A finished run goes on when asked for more."""
     segments: int = 1
     """How many segments K one iteration matches; 1 is MTT, FTD, DATM."""
     expert_epochs: int = 2

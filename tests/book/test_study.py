@@ -74,6 +74,8 @@ COSTS = {"K=1": 1, "K=2": 2, "K=3": 3, "replay": 4}
 
 def test_variants_are_compared_at_equal_compute(recipe: Recipe) -> None:
     base = recipe(iterations=26, validate_every=7, probe_every=5, probe_starts=(0,), seed=3)
+    often = comparison_runs(replace(base, error_every=7), {"K=3": {"segments": 3}}, 1)
+    assert [config.probes.error_every for config in often.values()] == [2]
     variants = {**segment_counts([1, 2, 3]), "replay": {"segments": 2, "replay": 2, "combine": "gem"}}
     found = comparison_runs(base, variants, 2)
     assert list(found) == [f"{name}/seed-{seed}" for seed, name in itertools.product((3, 4), COSTS)]
@@ -258,7 +260,10 @@ def test_records_are_plain_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_record_gathers_what_a_run_wrote(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", resume_at=-1)
     metrics.write({"iteration": 0, "loss": 0.5})
-    written = {name: {"name": name} for name in ("config", "evaluation-b", "evaluation-a")}
+    (tmp_path / "synthetic.safetensors").write_bytes(b"a set")
+    sha = {"synthetic_sha256": files.file_digest(tmp_path / "synthetic.safetensors")}
+    written = {name: {"name": name} | sha for name in ("config", "evaluation-b", "evaluation-a")}
+    files.write_json(tmp_path / "evaluation-of-a-former-set.json", {**sha, "synthetic_sha256": "f"})
     written["result"] = {"metrics_sha256": metrics.sync()}
     metrics.close()
     for name, value in written.items():

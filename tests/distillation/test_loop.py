@@ -12,10 +12,13 @@ import cddlib
 from cddlib.data.dataset import Images
 from cddlib.distillation.gradient import concurrent_gradient
 from cddlib.distillation.optimizer import SetOptimizer
+from cddlib.evaluate import evaluations_of
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime.config import as_dict
+from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json
 from cddlib.synthetic import SyntheticSet
+from cddlib.verify import verify
 
 
 @pytest.mark.parametrize("segments", [1, 3])
@@ -89,6 +92,28 @@ def test_interrupted_and_resumed_gives_the_same(
         assert not (tmp_path / "parts" / "synthetic.safetensors").exists()
     distill(config, buffer, tmp_path / "parts")
     assert_same(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_finished_run_goes_on_when_asked_for_more_iterations(buffer: Buffer, recipe, tmp_path: Path) -> None:
+    """As if it had been asked for all from the start; a test of its former set no longer counts."""
+    how = {**SOFT, "validate_every": 2, "milestones": 0, "evaluation_epochs": 1}
+    distill(recipe(**how, iterations=7), buffer, tmp_path / "whole")
+    parts = tmp_path / "parts"
+    for iterations in (2, 4):
+        distill(recipe(**how, iterations=iterations), buffer, parts)
+    cddlib.evaluate_run(parts, runs=1, baselines=False, device="cpu")
+    stop_at(5, recipe(**how, iterations=7), buffer, parts)
+    assert not (parts / "result.json").exists()
+    distill(recipe(**how, iterations=7), buffer, parts)
+    assert evaluations_of(parts) == []
+    verify(parts, buffer.folder, device="cpu")  # which computes only tests of this set again
+    next(parts.glob("evaluation-*.json")).unlink()
+    assert_same(parts, tmp_path / "whole")
+    with pytest.raises(UserError, match=r"holds another run \(iterations is 7 there and 4 here\)"):
+        distill(recipe(**how, iterations=4), buffer, parts)
+    distill(recipe(**SUBSETS, iterations=2), buffer, tmp_path / "subsets")
+    with pytest.raises(UserError, match=r"holds another run \(iterations is 2 there and 4 here\)"):
+        distill(recipe(**SUBSETS, iterations=4), buffer, tmp_path / "subsets")
 
 
 def test_nothing_depends_on_the_test_images(buffer: Buffer, recipe, tmp_path: Path, monkeypatch) -> None:

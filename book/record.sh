@@ -79,15 +79,25 @@ buffers-published() {
     cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 3 --no-holdout --precision bfloat16 --out "$runs/cifar10-published"
     cddbook record "$runs/cifar10-published" --to $results/study-buffer-cifar10-published.json
 }
+published_counts="$published --what segments --counts 1 2 --validate-every 500 --probe-starts 0 1 --probe-every 50 --networks 10"
 segments-cifar10-ipc1-published() {
     local run name=segments-cifar10-ipc1-published
-    study $name compare "$published --what segments --counts 1 2 --iterations 1500 --validate-every 500 --probe-starts 0 1 --probe-every 50 --seeds 3 --networks 10"
+    study $name compare "$published_counts --iterations 1500 --seeds 3"
     for run in "$runs/$name"/K=*/seed-*; do
         for network in alexnet vgg11; do
             cddlib evaluate "$run" --root "$root" --network $network --runs 3 --no-baselines --seed $((10 * ${run##*-}))
         done
     done
     cddbook record "$runs/$name" --to "$results/$name.json"
+}
+segments-cifar10-ipc1-published-long() { # the first seed goes on to as many segments as were published
+    local k short=$runs/segments-cifar10-ipc1-published long=$runs/segments-cifar10-ipc1-published-long
+    for k in 1 2; do
+        [ -e "$long/K=$k" ] || [ ! -e "$short/K=$k/seed-0/result.json" ] || {
+            mkdir -p "$long/K=$k.part" && cp -R "$short/K=$k/seed-0" "$long/K=$k.part" && mv "$long/K=$k.part" "$long/K=$k"
+        }
+    done
+    study segments-cifar10-ipc1-published-long compare "$published_counts --iterations 5000 --error-every 1500 --seeds 1 --no-baselines"
 }
 
 buffers() {
@@ -125,7 +135,7 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
 
 all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 sets-cifar10-ipc1
  correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
- sets-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
+ segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
 left=""
 for name in ${@:-$all}; do
     if [ $SECONDS -lt $end ]; then

@@ -58,6 +58,7 @@ def compare(
     counts: tuple[int, ...] = (1, 2, 4, 8),
     seeds: int = 3,
     networks: int = 3,
+    baselines: bool = True,
 ) -> None:
     """Compare segment counts, or remedies against forgetting, at equal compute.
 
@@ -68,15 +69,16 @@ def compare(
         counts: The segment counts K that are compared.
         seeds: Distillations of each variant.
         networks: Networks that test each synthetic set.
+        baselines: Once a seed, as many networks also test random real and all training images.
     """
     segments = config.distillation.schedule.segments
     variants = study.segment_counts(counts) if what == "segments" else study.remedies(segments)
     runs = study.comparison_runs(config, variants, seeds)
-    _run(config, runs, place, networks=networks)
+    _run(config, runs, place, networks=networks, baselines=baselines)
 
 
-def _run(config: study.StudyConfig, runs: dict[str, study.StudyConfig], place: Place, *, networks: int = 0) -> None:
-    study.run_study(config, runs, networks=networks, **vars(place))
+def _run(config: study.StudyConfig, runs: dict[str, study.StudyConfig], place: Place, **tests: Any) -> None:
+    study.run_study(config, runs, **tests, **vars(place))
     print(f"{len(runs)} runs are finished; `python -m cddbook record {place.out} --to FILE` gathers them")
 
 

@@ -157,6 +157,7 @@ def run_study(
     out: Path,
     *,
     networks: int = 0,
+    baselines: bool = True,
     jobs: int = 0,
     keep_stopped: bool = False,
     root: Path | None = None,
@@ -169,8 +170,8 @@ def run_study(
         runs: configurations by name; a run's folder is `out/name`.
         buffer: folder of the experts.
         out: the study's folder.
-        networks: networks that test each synthetic set, and the baselines once a seed; 0 tests nothing. No two seeds
-            share a network.
+        networks: networks that test each synthetic set; 0 tests nothing. No two seeds share a network.
+        baselines: whether as many test random real and all training images too, once a seed.
         jobs: processes that share the runs; 0 runs them in this process, one after the other.
         keep_stopped: a run that began and stopped, because it diverged, is a result too.
         root: folder of the data sets.
@@ -197,10 +198,10 @@ def run_study(
                 refuse_other_run(out, _identity(found), _identity(description))
                 description["runs"] = list(dict.fromkeys([*found["runs"], *runs]))
         write_json(out / "study.json", description)
-        first = {config.distillation.seed: name for name, config in reversed(list(runs.items()))}
+        first = {config.distillation.seed: name for name, config in reversed(list(runs.items())) if baselines}
         task = functools.partial(_one, networks=networks, root=root, device=device)
-        work = [  # the first run of a seed also tests random real images
-            functools.partial(task, name, config, buffer, out / name, first[config.distillation.seed] == name)
+        work = [
+            functools.partial(task, name, config, buffer, out / name, first.get(config.distillation.seed) == name)
             for name, config in runs.items()
         ]
         failed = _failures(work, jobs)

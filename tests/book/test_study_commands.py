@@ -56,11 +56,12 @@ def test_segment_counts_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> 
 
 def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path) -> None:
     options = ["--what", "remedies", "--segments", 2, "--iterations", 4, "--validate-every", 0]
-    options += ["--consolidate-every", 1, "--seeds", 1, "--networks", 1]
+    options += ["--consolidate-every", 1, "--seeds", 1, "--networks", 1, "--no-baselines"]
     assert run(buffer, tmp_path, "compare", *options) == 0
     record = recorded(tmp_path)
     found = {name.removesuffix("/seed-0"): entry for name, entry in record["runs"].items()}
     assert found.keys() == remedies(2).keys()
+    assert {len(entry["evaluations"][0]["random_real"]) for entry in found.values()} == {0}
     configs = {name: {**record["config"], **entry["changes"]} for name, entry in found.items()}
     assert all(remedies(2)[name].items() <= config.items() for name, config in configs.items())
     assert {config["combine"] for config in configs.values()} == set(typing.get_args(Combine))

@@ -152,13 +152,12 @@ def comparison(record: Record) -> pd.DataFrame:
     for run in runs_of(record):
         losses, visits = run.probes()
         between = pd.Series(continual.changes_between_visits(losses, visits))
-        (*_, (_, error)) = run.metrics["accumulated_error"]
         rows.append(
             {
                 "variant": run.variant,
                 "seed": run.seed,
                 "test": np.mean(run.own["synthetic"]) if run.own else math.nan,
-                "error": error["error"][-1] / error["travelled"][-1],
+                "error": _error(run.metrics["accumulated_error"][-1][1]),
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
                 "between": between.mean(),
@@ -169,6 +168,11 @@ def comparison(record: Record) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     table["variant"] = pd.Categorical(table["variant"], table["variant"].unique(), ordered=True)
     return table.sort_values(["variant", "seed"], ignore_index=True)
+
+
+def _error(measured: Mapping[str, Any]) -> float:
+    """The error that accumulates along the whole trajectory, relative to what the expert travelled."""
+    return measured["error"][-1] / measured["travelled"][-1]
 
 
 def baselines(record: Record) -> dict[str, list[float]]:
@@ -201,13 +205,14 @@ def curves(record: Record) -> pd.DataFrame:
     """A row an iteration of every run of a comparison, from the start on.
 
     Columns: `variant`, `seed`, `iteration`; `matched` segments and `elapsed` seconds of matching until then; `loss`;
-    and, where it was measured, `accuracy` on the validation images.
+    and, where they were measured, `accuracy` on the validation images and accumulated `error`, as in `comparison`.
     """
     tables = []
     for run in runs_of(record):
         table = pd.DataFrame({"loss": [math.nan, *run.metrics["loss"]]}).rename_axis("iteration")
         table["elapsed"] = np.cumsum([0.0, *run.metrics["seconds"]])
         table["accuracy"] = pd.Series({i: np.mean(values) for i, values in run.metrics.get("validation_accuracy", [])})
+        table["error"] = pd.Series({i: _error(measured) for i, measured in run.metrics["accumulated_error"]})
         tables.append(table.assign(variant=run.variant, seed=run.seed, matched=table.index * run.cost).reset_index())
     return pd.concat(tables, ignore_index=True)
 

@@ -178,7 +178,12 @@ def test_curves_count_segments_and_seconds():
     table = findings.curves(comparison_record(1))
     last = table[table["iteration"] == 6].set_index("variant")
     assert last["matched"].to_dict() == {"sequential": 6, "ewc": 6, "concurrent": 24}
-    assert (last["elapsed"] == 12).all() and last.loc["concurrent", "accuracy"] == pytest.approx(0.6)
+    assert (last["elapsed"] == 12).all() and last["error"].to_dict() == {
+        "sequential": 0.4,
+        "ewc": 0.4,
+        "concurrent": 0.2,
+    }
+    assert last.loc["concurrent", "accuracy"] == pytest.approx(0.6)
 
 
 def test_probes_are_compared_at_equal_prices():

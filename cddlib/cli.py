@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import os
@@ -139,15 +138,13 @@ def _commands(arguments: list[str]) -> dict[str, Callable[..., None]]:
         raise UserError(f"`{command}` is not divided among processes; torchrun is for {', '.join(DIVIDED)}.")
     if command.startswith("import-") and not {"--zca", "--no-zca", "--help", "-h"} & {*arguments}:
         raise UserError("the files do not say whether their images are whitened; give --zca or --no-zca.")
+    chosen = recipe_choices(arguments)
     if command in ("plan", "distill", "import-set"):
         imported = {"method": "mtt"} if command == "import-set" else {}
-        recipe = chosen_recipe(imported | recipe_choices(arguments))
-        functions[command] = functools.partial(functions[command], config=recipe)
+        functions[command] = functools.partial(functions[command], config=chosen_recipe(imported | chosen))
     elif command in ("buffer", "import-buffer"):
-        experts = chosen_buffer_recipe(recipe_choices(arguments))
-        if command == "import-buffer":  # the published codes hold no images out
-            experts = dataclasses.replace(experts, holdout=False)
-        functions[command] = functools.partial(functions[command], config=experts)
+        held_out = {"holdout": False} if command == "import-buffer" else {}  # the published codes hold no images out
+        functions[command] = functools.partial(functions[command], config=chosen_buffer_recipe(held_out | chosen))
     return functions
 
 
@@ -171,7 +168,7 @@ def _dashed(arguments: list[str]) -> list[str]:
 
 def chosen_buffer_recipe(chosen: dict[str, Any]) -> BufferConfig:
     """How the chosen method trains experts."""
-    return buffer_recipe(**{name: chosen[name] for name in chosen.keys() & {"method", "data", "ipc"}})
+    return buffer_recipe(**{name: chosen[name] for name in chosen.keys() & {"method", "data", "ipc", "holdout"}})
 
 
 def chosen_recipe(chosen: dict[str, Any]) -> DistillConfig:

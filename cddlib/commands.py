@@ -46,13 +46,7 @@ def data(name: tyro.conf.Positional[str], *, root: Root = None, source: Path | N
 
 
 def buffer(
-    *,
-    config: Experts,
-    out: Path,
-    method: str = "mtt",
-    ipc: int = 1,
-    root: Root = None,
-    device: Device = "auto",
+    *, config: Experts, out: Path, method: str = "mtt", ipc: int = 1, root: Root = None, device: Device = "auto"
 ) -> None:
     """Train experts on real data and keep their parameters after every epoch.
 

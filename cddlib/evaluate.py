@@ -137,11 +137,7 @@ def evaluate_run(
 
 
 def evaluations_of(run: Path) -> list[dict[str, Any]]:
-    """The records of `evaluate_run` in a run's folder; not those of sets that it had before it went on.
-
-    Raises:
-        UserError: one is damaged.
-    """
+    """The records of `evaluate_run` in a run's folder, not of earlier sets; raises `UserError` if one is damaged."""
     found = {path: read_json(path) for path in sorted(run.glob("evaluation-*.json"))}
     tested = file_digest(run / "synthetic.safetensors") if found else ""
     return [record for record in found.values() if record.get("synthetic_sha256") == tested]

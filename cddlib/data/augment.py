@@ -124,11 +124,4 @@ def _warp(x: Tensor, matrix: Float[Tensor, "b 2 2"]) -> Tensor:
     return F.grid_sample(x, grid, align_corners=True)
 
 
-CHANGES = {
-    "color": _color,
-    "crop": _crop,
-    "cutout": _cutout,
-    "flip": _flip,
-    "scale": _scale,
-    "rotate": _rotate,
-}
+CHANGES = {"color": _color, "crop": _crop, "cutout": _cutout, "flip": _flip, "scale": _scale, "rotate": _rotate}

@@ -59,7 +59,6 @@ class Normalisation(Preprocessing):
         return (images.float() / 255 - self.mean[:, None, None]) / self.std[:, None, None]
 
     def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """See `Preprocessing`."""
         return images * self.std[:, None, None] + self.mean[:, None, None]
 
 
@@ -82,7 +81,6 @@ class Whitening(Preprocessing):
         return ((images.flatten(1).float() / 255 - self.mean) @ self._matrices[0]).view(images.shape)
 
     def inverse(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """See `Preprocessing`."""
         return (images.flatten(1) @ self._matrices[1] + self.mean).view(images.shape)
 
     def whitened(self, data: Images) -> Float[Tensor, "n c h w"] | None:

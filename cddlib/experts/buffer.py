@@ -92,6 +92,7 @@ class Buffer:
         if len(self.experts) < self.config["experts"]:
             raise UserError(f"{folder} lacks some of its experts; run the same `cddlib buffer` again to finish.")
         self.id = config_hash(manifest)
+        self._sizes = [math.prod(shape) for shape in self.network.shapes.values()]
         self._files: dict[int, tuple[Any, list[Any]]] = {}
         self._straightened: dict[int, tuple[Tensor, Tensor, Float[Tensor, "epochs tensors"]]] = {}
         self._on_gpu: dict[tuple[torch.device, int, int | float], Float[Tensor, " p"]] = {}
@@ -132,17 +133,14 @@ class Buffer:
         first, way, travelled = self._straightened[expert]
         before = min(int(epoch), self.epochs - 1)
         earlier, later = travelled[before : before + 2]
-        return first + earlier.lerp(later, epoch - before).repeat_interleave(torch.tensor(self._sizes())) * way
+        return first + earlier.lerp(later, epoch - before).repeat_interleave(torch.tensor(self._sizes)) * way
 
     def _travelled(self, expert: int) -> Float[Tensor, "epochs tensors"]:
         """The fraction of its way that each tensor has gone at epochs 0 … T; 1 for a tensor that stands still."""
         path = torch.stack([self._stored(expert, epoch) for epoch in range(self.epochs + 1)])
-        steps = torch.stack([tensor.norm(dim=1) for tensor in path.diff(dim=0).split(self._sizes(), dim=1)], 1)
+        steps = torch.stack([tensor.norm(dim=1) for tensor in path.diff(dim=0).split(self._sizes, dim=1)], 1)
         way = torch.cat([torch.zeros_like(steps[:1]), steps.cumsum(0)])
         return torch.where(way[-1] > 0, way / way[-1], 1.0)
-
-    def _sizes(self) -> list[int]:
-        return [math.prod(shape) for shape in self.network.shapes.values()]
 
     def _stored(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
         """θ*_epoch as its file has it."""
@@ -192,5 +190,4 @@ class Buffer:
 
 def read_expert_record(path: Path) -> dict[str, Any]:
     """The `record` that `write_trajectory` was given."""
-    record: dict[str, Any] = read_header(open_tensors(path), path, "expert")["record"]
-    return record
+    return read_header(open_tensors(path), path, "expert")["record"]

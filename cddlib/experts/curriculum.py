@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from cddlib.data.dataset import Images
+from cddlib.data.dataset import Images, indices_by_class
 from cddlib.data.preprocessing import Preprocessing
 from cddlib.networks.convnet import Network
 from cddlib.runtime.errors import UserError, require
@@ -60,10 +60,8 @@ class CurriculumConfig:
         """From which to which fraction of a class, from easy to hard, epoch `epoch` (from 0) sees."""
         if epoch < self.all_from_epoch:
             return 0.0, self.easiest_fraction + (1 - self.easiest_fraction) * epoch / self.all_from_epoch
-        passed = [
-            fraction for begin, fraction in zip(self.drop_epochs, self.drop_fractions, strict=True) if epoch > begin
-        ]
-        return (passed[-1] if passed else 0.0), 1.0
+        passed = sum(epoch > begin for begin in self.drop_epochs)
+        return (0.0, *self.drop_fractions)[passed], 1.0
 
 
 def difficulty(
@@ -89,8 +87,7 @@ def difficulty(
 def rank_in_class(scores: Float[Tensor, " n"], labels: Int64[Tensor, " n"]) -> Float[Tensor, " n"]:
     """For every image, its place in its class, from 0 for the easiest to 1; of equal scores the earlier is easier."""
     ranks = torch.empty_like(scores, dtype=torch.float64)
-    for label in labels.unique():
-        members = torch.nonzero(labels == label).flatten()
+    for members in indices_by_class(labels):
         order = scores[members].argsort(stable=True)
         ranks[members[order]] = torch.linspace(0, 1, len(members), dtype=torch.float64, device=scores.device)
     return ranks

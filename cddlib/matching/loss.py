@@ -95,7 +95,7 @@ def matching_losses(
     if start.device.type != "cuda":
         walk = setting.walk(1)
     elif config.match_step == "nearest":
-        walk = _kept_walk(setting)
+        walk = _kept_walk(setting, 1)
     else:
         walk = graph(start.device, _Setting.branched, setting, inputs.shape)
     variables = (inputs, batch_targets, step_size)
@@ -125,10 +125,8 @@ class _Setting(NamedTuple):
         return functools.partial(branches, self.walk(shape[0]), streams)
 
 
-@functools.lru_cache(maxsize=16)
-def _kept_walk(setting: _Setting) -> Callable[..., tuple[Tensor, ...]]:
-    """A GPU's walk that is no graph; kept, because asking for the free memory takes time."""
-    return setting.walk(1)
+_kept_walk = functools.lru_cache(maxsize=16)(_Setting.walk)
+"""A GPU's walk that is no graph; kept, because asking for the free memory takes time."""
 
 
 class _Scaled(torch.autograd.Function):

@@ -39,12 +39,7 @@ TESLA = Method(
 )
 
 # Du et al. 2023, arXiv 2211.11004
-FTD = Method(
-    name="ftd",
-    base=MTT,
-    settings={"sharpness_radius": 0.01},
-    source="the paper, Table 7",
-)
+FTD = Method(name="ftd", base=MTT, settings={"sharpness_radius": 0.01}, source="the paper, Table 7")
 
 # Guo et al. 2024, arXiv 2310.05773
 DATM = Method(

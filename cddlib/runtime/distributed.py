@@ -54,7 +54,6 @@ def joined() -> Iterator[None]:
         return
     if int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    number = os.environ["RANK"]
     try:
         store, rank, count = next(rendezvous("env://"))
         if os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun keeps its store, with addresses of ranks that died
@@ -62,7 +61,7 @@ def joined() -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     except RuntimeError as error:
-        others = int(os.environ["WORLD_SIZE"]) - 1
+        number, others = os.environ["RANK"], int(os.environ["WORLD_SIZE"]) - 1
         raise UserError(f"process {number} did not find the other {others} ({_reason(error)}).") from None
     try:
         yield

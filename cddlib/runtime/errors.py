@@ -36,12 +36,7 @@ def require(
 
 @contextlib.contextmanager
 def needing(what: str, package: str) -> Iterator[None]:
-    """Within, a package that is not installed ends in a `UserError`: `what` needs it.
-
-    Args:
-        what: the sentence's subject.
-        package: what pip is asked for, as `name` or `name[extra]`.
-    """
+    """Within, a package that is not installed is a `UserError`: `what` needs `package`, a `name` or `name[extra]`."""
     try:
         yield
     except ModuleNotFoundError:

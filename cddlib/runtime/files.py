@@ -179,12 +179,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def write_tensors(
-    path: Path,
-    tensors: dict[str, Tensor],
-    kind: str,
-    header: dict[str, Any] | None = None,
-    *,
-    digests: bool = True,
+    path: Path, tensors: dict[str, Tensor], kind: str, header: dict[str, Any] | None = None, *, digests: bool = True
 ) -> None:
     """Write `tensors` as safetensors, atomically.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cddlib.networks.convnet import ConvNet, fold_networks, unflatten, unfold_networks
 from cddlib.training.compiling import compile_function
-from cddlib.training.step import Residuals, StepVJP
+from cddlib.training.step import Residuals, StepVJP, TrainingStep
 
 EPSILON = 1e-5
 """What the norm adds to a variance; PyTorch's default."""
@@ -28,7 +28,7 @@ def is_standard_convnet(network: ConvNet) -> bool:
     return usual and network.side % 2**config.depth == 0
 
 
-class ConvNetStep:
+class ConvNetStep(TrainingStep):
     """Steps of the ConvNet with instance norm, ReLU and average pooling, from written-out derivatives.
 
     A block maps x to pool(relu(γ n + β)), where n = r (a − mean(a)), a = conv(x; w), and r is the inverse of a's
@@ -50,7 +50,6 @@ class ConvNetStep:
         self._gradient, self._forward, self._vjp = functions
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TrainingStep`."""
         if targets.dtype == torch.int64:
             targets = F.one_hot(targets, self._network.shapes["classifier.bias"][0]).to(theta)
         with torch.no_grad(), _multiplying(self._precision, theta.device):
@@ -64,7 +63,6 @@ class ConvNetStep:
         return _channels_last(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
 
     def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
-        """See `TrainingStep`."""
         with torch.no_grad(), _multiplying(self._precision, theta.device):
             _, gradient, blocks, head = self._forward(theta.detach(), *self._ordered(inputs, targets))
         size = sum(tensor.nbytes for part in (*blocks, head) for tensor in part)
@@ -76,7 +74,6 @@ class ConvNetStep:
         return _channels_last(fold_networks(self.prepared(inputs))), targets
 
     def vjp(self, residuals: Residuals, direction: Tensor) -> StepVJP:
-        """See `TrainingStep`."""
         theta, blocks, head = residuals.content
         with torch.no_grad(), _multiplying(self._precision, theta.device):
             inner, by_theta, by_inputs, by_targets = self._vjp(theta, blocks, head, direction)

@@ -64,6 +64,7 @@ class TrainingStep(Protocol):
 
     def prepared(self, inputs: Tensor) -> Tensor:
         """Inputs of any number of steps in the layout that is fastest; `forward` accepts others too."""
+        return inputs
 
     def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
         """g, and what `vjp` needs."""
@@ -72,7 +73,7 @@ class TrainingStep(Protocol):
         """⟨g, λ⟩ for a `direction` λ, and its derivatives; residuals can be used once."""
 
 
-class AutogradStep:
+class AutogradStep(TrainingStep):
     """Steps by differentiating twice; the residuals are the graph."""
 
     def __init__(self, network: Network) -> None:
@@ -82,7 +83,6 @@ class AutogradStep:
         """Bytes of a step's residuals, counted once for each kind of input, because counting takes time."""
 
     def gradient(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TrainingStep`."""
         with torch.enable_grad():
             theta = theta.detach().requires_grad_()
             logits = side_by_side(self._network, theta, inputs)
@@ -90,12 +90,7 @@ class AutogradStep:
             loss = losses.unflatten(0, targets.shape[:2]).mean(1)
             return loss.detach(), torch.autograd.grad(loss.sum(), theta)[0]
 
-    def prepared(self, inputs: Tensor) -> Tensor:
-        """See `TrainingStep`."""
-        return inputs
-
     def forward(self, theta: Tensor, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Residuals]:
-        """See `TrainingStep`."""
         key, sizes = (inputs.shape, inputs.dtype), dict[int, int]()
 
         def count(saved: Tensor) -> Tensor:
@@ -114,7 +109,6 @@ class AutogradStep:
         return gradient.detach(), Residuals((gradient, leaves), self._sizes[key])
 
     def vjp(self, residuals: Residuals, direction: Tensor) -> StepVJP:
-        """See `TrainingStep`."""
         gradient, leaves = residuals.content
         with torch.enable_grad():
             inner = torch.linalg.vecdot(gradient, direction)

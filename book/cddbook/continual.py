@@ -45,20 +45,6 @@ def backward_transfer(scores: Scores, visits: Visits) -> float:
     return statistics.fmean([scores[-1, task] - scores[last, task] for task, last in left] or [math.nan])
 
 
-def changes_between_visits(losses: Scores, visits: Visits) -> Float[np.ndarray, " intervals"]:
-    """Relative change of a probe's loss from right after one visit to right before the next, over all probes.
-
-    A forgetting event is a positive one. Visits in adjoining stages leave nothing between them and do not count.
-    """
-    changes = [
-        losses[following - 1, task] / losses[after, task] - 1
-        for task, rows in _visited(visits)
-        for after, following in itertools.pairwise(rows)
-        if following - 1 > after
-    ]
-    return np.asarray(changes, dtype=float)
-
-
 def probe_table(
     metrics: Mapping[str, Sequence[Any]], starts: Sequence[int], expert: int, measured: Collection[int] | None = None
 ) -> tuple[Scores, Visits]:

@@ -3,11 +3,9 @@
 In every matrix the row is the segment that is matched and the column the one that is measured::
 
     pearson        correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
-                   describe it. All losses fall together as the set improves, so `changes` of them can be given as well
+                   describe it. All losses fall together as the set improves, which correlates them too
     between_draws  cosines between the segments' gradients: −1 is conflict, +1 agreement
     transfer       what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
-
-A claim about the sign of two curves' correlation needs a `shift_test`.
 """
 
 import math
@@ -15,34 +13,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.stats
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 Matrix = Float[np.ndarray, "matched measured"]
 Matrices = Float[np.ndarray, "*replicates matched measured"]
 Curves = Float[np.ndarray, "*replicates matched times measured"]
+Pairs = Bool[np.ndarray, "matched measured"]
+Shares = Float[np.ndarray, "*replicates"]
 
 
 def pearson(curves: Curves) -> Matrices:
     """C_ij = corr(L_i, L_j) over the times of the run that matched i; nan where a curve is constant.
 
     Args:
-        curves: `curves[..., i, s, j]`, the loss of segment j at time s of the run that matched segment i; or `changes`.
+        curves: `curves[..., i, s, j]`, the loss of segment j at time s of the run that matched segment i.
     """
     moving = np.where(np.ptp(curves, axis=-2, keepdims=True) > 0, curves, np.nan)
     centred = moving - moving.mean(axis=-2, keepdims=True)
     own = np.einsum("...isi->...is", centred)
     norms = np.linalg.norm(own, axis=-1)[..., None] * np.linalg.norm(centred, axis=-2)
     return np.asarray(np.einsum("...is,...isj->...ij", own, centred) / norms)
-
-
-def changes(losses: Curves) -> Float[np.ndarray, "*replicates matched times-1 measured"]:
-    """Ranks of every curve's changes from one time to the next, for `pearson` to correlate (Spearman's correlation).
-
-    Changes, because the losses of all segments fall together; ranks, because the first steps away from real images
-    change every loss far more than all later ones, and would decide any other correlation.
-    """
-    return scipy.stats.rankdata(np.diff(losses, axis=-2), axis=-2)
 
 
 def between_draws(products: Float[np.ndarray, "n n"]) -> Matrix:
@@ -73,26 +63,10 @@ def off_diagonal(matrices: Matrices) -> Float[np.ndarray, "*replicates pairs"]:
     return matrices[..., ~np.eye(matrices.shape[-1], dtype=bool)]
 
 
-def negative_shares(matrices: Matrices) -> tuple[Float[np.ndarray, "*replicates"], Float[np.ndarray, "*replicates"]]:
-    """Share of negative entries below the diagonal (a later segment matched, an earlier one measured), and above it."""
-    lower, upper = np.tril_indices(matrices.shape[-1], -1), np.triu_indices(matrices.shape[-1], 1)
-    return (matrices[..., *lower] < 0).mean(axis=-1), (matrices[..., *upper] < 0).mean(axis=-1)
-
-
-def shift_test(first: Float[np.ndarray, "replicates times"], second: Float[np.ndarray, "replicates times"]) -> float:
-    """P-value of "the correlation is not negative", one-sided: small where it is negative beyond chance.
-
-    Shifts the times of `second` in a circle, in each replicate by another amount, and asks how often the mean
-    correlation over the replicates is as low as the observed one: neighbouring values stay neighbours, which momentum
-    makes alike. Give it `changes` of losses, not losses: a trend cannot be shifted.
-    """
-    centred = [np.asarray(x) - np.mean(x, axis=1, keepdims=True) for x in (first, second)]
-    spreads = [x.std(axis=1, keepdims=True) for x in centred]
-    of, by = (np.fft.fft(x / np.where(s > 0, s, np.inf)) for x, s in zip(centred, spreads, strict=True))
-    shifted = np.fft.ifft(of.conj() * by).real / of.shape[1]
-    shifts = np.random.default_rng(0).integers(of.shape[1], size=(9999, len(of)))
-    chance = shifted[np.arange(len(of)), shifts].mean(axis=1)
-    return float((1 + (chance <= shifted[:, 0].mean() + 1e-12).sum()) / (1 + len(chance)))
+def negative_shares(matrices: Matrices, below: Pairs) -> tuple[Shares, Shares]:
+    """Share of negative entries among some pairs `below` the diagonal (a later segment matched, an earlier one
+    measured), and among their mirror images above it."""
+    return (matrices[..., below] < 0).mean(axis=-1), (matrices[..., below.T] < 0).mean(axis=-1)
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> Matrix:

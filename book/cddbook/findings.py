@@ -52,13 +52,19 @@ class Correlations:
 
     ipc: int
     starts: tuple[int, ...]
+    epochs: int
+    """Length M of a segment."""
     losses: dict[str, Float[np.ndarray, "replicates matched times measured"]]
     similarity: dict[str, list[list[dict[str, Any]]]]
 
-    def pearson(self, kind: str = "matched", *, changes: bool = False) -> correlation.Matrices:
-        """Correlation of losses (or of their changes) within runs of a kind."""
-        losses = self.losses[kind]
-        return correlation.pearson(correlation.changes(losses) if changes else losses)
+    @property
+    def below(self) -> correlation.Pairs:
+        """The pairs below the diagonal whose segments share no epoch."""
+        return np.subtract.outer(self.starts, self.starts) >= self.epochs
+
+    def pearson(self, kind: str = "matched") -> correlation.Matrices:
+        """Correlation of losses within runs of a kind."""
+        return correlation.pearson(self.losses[kind])
 
     def net_change(self) -> correlation.Matrices:
         """By how much a loss has changed in the end, relative to its start; above 0, matching the row's one hurt it."""
@@ -71,12 +77,6 @@ class Correlations:
         return np.stack([correlation.between_draws(product) for product in products])
 
     def p_values(self, sign: int = -1) -> correlation.Matrix:
-        """P-values of "the changes' correlation has not the `sign`" (circular shifts, Holm); 1 on the diagonal."""
-        ranks = correlation.changes(self.losses["matched"]).swapaxes(0, 1)
-        pairs = [(of[..., i], -sign * of[..., j]) for i, of in enumerate(ranks) for j in range(len(ranks)) if i != j]
-        return correlation.holm([correlation.shift_test(*pair) for pair in pairs])
-
-    def p_values_of_losses(self, sign: int = -1) -> correlation.Matrix:
         """P-values of "the losses' correlation does not have the `sign`" (t test, Holm); 1 on the diagonal."""
         pairs = -sign * correlation.off_diagonal(self.pearson())
         return correlation.holm(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
@@ -84,7 +84,8 @@ class Correlations:
 
 def correlations(record: Record) -> Correlations:
     """Read the record of a correlation study."""
-    starts, runs = tuple(record["config"]["probe_starts"]), record["runs"]
+    config, runs = record["config"], record["runs"]
+    starts = tuple(config["probe_starts"])
     folders = sorted({name.split("/")[0] for name in runs}, key=lambda name: int(name.split("-")[1]))
 
     def measured(name: str, metric: str) -> list[list[Any]]:
@@ -94,7 +95,8 @@ def correlations(record: Record) -> Correlations:
     losses = {kind: np.stack([measured(name, "probe_losses") for name in names], 1) for kind, names in rows.items()}
     losses = {kind: found[:, :, min(SETTLED, found.shape[2] - 3) :] for kind, found in losses.items()}  # two changes
     similarity = {kind: measured(kind, "gradient_similarity") for kind in CONTROLS}
-    return Correlations(ipc=record["config"]["ipc"], starts=starts, losses=losses, similarity=similarity)
+    settings = {"ipc": config["ipc"], "starts": starts, "epochs": config["expert_epochs"]}
+    return Correlations(**settings, losses=losses, similarity=similarity)
 
 
 class ComparedRun(NamedTuple):
@@ -144,14 +146,12 @@ def comparison(record: Record) -> pd.DataFrame:
     """A row for each run of a comparison: what it reached, forgot, and took.
 
     Columns: `variant`, `seed`; `test` accuracy; `error` (accumulated by the last iterate, relative to what the expert
-    travelled); `forgetting` and `backward` transfer (in units of the matching loss), `between` (mean relative change
-    between visits) and `events` (share of those that are rises, nan where there are none); whether the set before the
-    first iteration was the best, `undistilled`.
+    travelled); `forgetting` and `backward` transfer, in units of the matching loss; whether the set before the first
+    iteration was the best, `undistilled`.
     """
     rows = []
     for run in runs_of(record):
         losses, visits = run.probes()
-        between = pd.Series(continual.changes_between_visits(losses, visits))
         rows.append(
             {
                 "variant": run.variant,
@@ -160,8 +160,6 @@ def comparison(record: Record) -> pd.DataFrame:
                 "error": _error(run.metrics["accumulated_error"][-1][1]),
                 "forgetting": continual.average_forgetting(-losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
-                "between": between.mean(),
-                "events": (between > 0).mean(),
                 "undistilled": run.result["selected_iteration"] == 0,
             }
         )
@@ -171,8 +169,8 @@ def comparison(record: Record) -> pd.DataFrame:
 
 
 def _error(measured: Mapping[str, Any]) -> float:
-    """The error that accumulates along the whole trajectory, relative to what the expert travelled."""
-    return measured["error"][-1] / measured["travelled"][-1]
+    """What accumulates along the trajectory, relative to what the expert travelled; nan of a single segment."""
+    return measured["error"][-1] / measured["travelled"][-1] if len(measured["error"]) > 1 else math.nan
 
 
 def baselines(record: Record) -> dict[str, list[float]]:
@@ -205,14 +203,13 @@ def curves(record: Record) -> pd.DataFrame:
     """A row an iteration of every run of a comparison, from the start on.
 
     Columns: `variant`, `seed`, `iteration`; `matched` segments and `elapsed` seconds of matching until then; `loss`;
-    and, where they were measured, `accuracy` on the validation images and accumulated `error`, as in `comparison`.
+    and, where it was measured, `accuracy` on the validation images.
     """
     tables = []
     for run in runs_of(record):
         table = pd.DataFrame({"loss": [math.nan, *run.metrics["loss"]]}).rename_axis("iteration")
         table["elapsed"] = np.cumsum([0.0, *run.metrics["seconds"]])
         table["accuracy"] = pd.Series({i: np.mean(values) for i, values in run.metrics.get("validation_accuracy", [])})
-        table["error"] = pd.Series({i: _error(measured) for i, measured in run.metrics["accumulated_error"]})
         tables.append(table.assign(variant=run.variant, seed=run.seed, matched=table.index * run.cost).reset_index())
     return pd.concat(tables, ignore_index=True)
 
@@ -242,7 +239,8 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
     """By price in words, the largest at which the probes of all these variants' runs were measured: a row a run, with
     the `mean loss of the probes` there and the `average forgetting` on the way.
 
-    All of them count the measurements at the same prices only: more of them find more forgetting.
+    They count as many measurements, because more of them find more forgetting: at equal iterations the same ones, at
+    equal compute each its own, whose numbers differ by rounding.
     """
     found = {}
     for price in ("matched", "iteration"):
@@ -250,19 +248,21 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
         common = set.intersection(*({time * cost for time, _ in run.metrics["probe_losses"]} for run, cost in runs))
         rows = []
         for run, cost in runs:
-            losses, visits = run.probes({place // cost for place in common})
+            times = {time for time, _ in run.metrics["probe_losses"] if time * cost <= max(common)}
+            losses, visits = run.probes(times if price == "matched" else common)
             row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
             rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})
         found[PRICES[price].format(max(common))] = pd.DataFrame(rows)
     return found
 
 
-def gpu_runs(distil: Record, evaluated: Record) -> list[ComparedRun]:
-    """The runs that `make gpu` recorded, each as far as it came, with the tests of its last set."""
+def gpu_runs(distil: Record, evaluated: Record, at: Mapping[int, int] | None = None) -> list[ComparedRun]:
+    """The runs that `make gpu` recorded, with tests of the last set, or of the one after an iteration, `at`, by K."""
     tests = {(row["segments"], row["seed"], row["iteration"]): row["accuracies"] for row in evaluated["rows"]}
     runs = []
     for run in distil["runs"]:
-        k, seed, reached = run["segments"], run["seed"], run["iterations"]
+        k, seed = run["segments"], run["seed"]
+        reached = (at or {}).get(k, run["iterations"])
         config = {**run["config"], "iterations": reached}
         tested = {config["network"]: {"synthetic": tests[k, seed, reached]}}
         result = {"seconds": sum(run["seconds"]), "device": distil["device"]}

@@ -201,16 +201,16 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
     for name, study in studies.items():
         measures = {
             "correlation of losses (the paper's)": study.pearson(),
-            "correlation of their changes": study.pearson(changes=True),
             "what a loss has fallen in the end": -study.net_change(),
             "cosine of gradients, first images": study.cosines("sequential", 0),
             "cosine of gradients, last images": study.cosines("sequential", -1),
         }
         for measure, matrices in measures.items():
-            shares = (f"{x.mean():.0%} ± {scipy.stats.sem(x):.0%}" for x in correlation.negative_shares(matrices))
-            off = correlation.off_diagonal(matrices).mean(axis=1)
-            rows.append((name, measure, *shares, f"{off.mean():+.2f} ± {scipy.stats.sem(off):.2f}"))
-    titles = ["study", "what is negative", "below the diagonal", "above the diagonal", "mean off the diagonal"]
+            shares = correlation.negative_shares(matrices, study.below)
+            said = (f"{x.mean():.0%} ± {scipy.stats.sem(x):.0%}" for x in shares)
+            off, on = (x.mean(axis=1) for x in (correlation.off_diagonal(matrices), np.einsum("rii->ri", matrices)))
+            rows.append((name, measure, *said, *(f"{x.mean():+.2f} ± {scipy.stats.sem(x):.2f}" for x in (off, on))))
+    titles = ["study", "what is negative", "below the diagonal", "above the diagonal", "mean off the diagonal", "on it"]
     return markdown(pd.DataFrame(rows, columns=titles))
 
 
@@ -221,7 +221,6 @@ def comparison_table(record: Record) -> str:
         "error": ("ε / way", 1.0, 3),
         "forgetting": ("forgetting", 1.0, 3),
         "backward": ("backward transfer", 1.0, 3),
-        "events": ("events, %", 100.0, 0),
     }
     table = comparison(record)
     runs = table.groupby("variant", observed=True)
@@ -231,11 +230,11 @@ def comparison_table(record: Record) -> str:
         said = f"{name} ({len(accuracies)} networks)"
         rows.append({"variant": said, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
     seeds = table["seed"].nunique()
-    few = [f"{name} in {number} of {seeds} seeds" for name, number in runs["events"].count().items() if number < seeds]
-    note = (
-        f"Mean ± standard deviation over {seeds} distillations, at equal compute. Events are shares of the intervals "
-        f"between two visits of a segment{': there are some for ' if few else ''}{', '.join(few)}."
-    )
+    counts = runs["backward"].count().items()
+    few = [f"{name} in {number} of {seeds} seeds" for name, number in counts if number < seeds]
+    note = f"Mean ± standard deviation over {seeds} distillations, at equal compute."
+    if few:  # where every stage visits the probes, none is left behind
+        note += f" There is backward transfer for {', '.join(few)}."
     if first := table["undistilled"].sum():
         note += f" Of {first} of {len(table)} runs the best set, by validation, was the one before the first iteration."
     return f"{markdown(rows)}\n\n{note}"
@@ -252,7 +251,8 @@ def paired_table(title: str, tables: Mapping[str, pd.DataFrame], column: str = "
         means = table.groupby("variant", sort=False)[column].agg(mean_sd, scale=100.0)
         ahead = paired(table, column, last, first)
         mean, low, high = (f"{100 * value:+.1f}" for value in (ahead.mean, ahead.low, ahead.high))
-        row = {title: name, **means, f"{last} minus {first}": f"{mean} [{low}, {high}]", "seeds": ahead.count}
+        difference = f"{mean} [{low}, {high}]" if ahead.count > 1 else mean
+        row = {title: name, **means, f"{last} minus {first}": difference, "seeds": ahead.count}
         rows.append(row)
     return markdown(rows)
 

@@ -1,5 +1,6 @@
 """Numbers and verdicts from constructed records, where the answer is known."""
 
+import dataclasses
 import math
 import statistics
 
@@ -71,7 +72,7 @@ def correlation_record(replicates: int = 3, *, hurts: dict[int, tuple[int, ...]]
         for control, losses, sign in (("sequential", opposed, -1.0), ("concurrent", shared, 1.0)):
             stages = [[0, similarity(1.0)], [11, similarity(sign)]]
             runs[f"replicate-{replicate}/{control}"] = run(losses.tolist(), gradient_similarity=stages)
-    config = {"probe_starts": list(STARTS), "ipc": ipc}
+    config = {"probe_starts": list(STARTS), "ipc": ipc, "expert_epochs": 2}
     return {"config": config, "runs": runs}
 
 
@@ -114,6 +115,7 @@ def test_the_interval_is_students(values):
         ([-1.0, -1.1, -0.9], "contradicted"),
         ([1.0, -1.0, 0.1], "not settled"),
         ([5.0], "not settled"),
+        ([1.0, 1.1], "not settled"),
         ([0.0, 0.0, 0.0], "not settled"),
         ([1.0, math.nan, 1.0], "not settled"),
     ],
@@ -137,27 +139,18 @@ def test_what_hurts_is_negative_below_the_diagonal():
     mean = found.pearson().mean(axis=0)
     assert (mean[1:, 0] < -0.9).all() and (mean[0, 1:] > 0.9).all()
     assert (found.net_change()[:, 1:, 0] > 0.3).all() and (found.net_change()[:, 0] < 0).all()
-    p_values = found.p_values_of_losses()
+    p_values = found.p_values()
     assert (p_values[1:, 0] < 0.05).all() and p_values[0, 1] > 0.5 and (np.diagonal(p_values) == 1).all()
-
-
-def test_p_values_of_changes_find_what_is_opposed():
-    record, rng = correlation_record(6), np.random.default_rng(0)
-    for name, entry in record["runs"].items():
-        if "matched-04" in name:
-            wobble = 0.1 * rng.normal(size=12)
-            losses = np.stack([1 - wobble, 1 + wobble, 1 + wobble], axis=1)
-            entry["metrics"]["probe_losses"] = [[time, values] for time, values in enumerate(losses.tolist())]
-    p_values = findings.correlations(record).p_values()
-    assert p_values[1, 0] < 0.01 < p_values[1, 2]
+    assert np.argwhere(found.below).tolist() == [[1, 0], [2, 0], [2, 1]]
+    assert np.argwhere(dataclasses.replace(found, epochs=5).below).tolist() == [[2, 0]]
 
 
 def test_negative_table_has_a_row_a_measure():
     table = tables.negative_table({"toy": findings.correlations(correlation_record())})
     rows = [line for line in table.splitlines() if line.startswith("| toy")]
-    assert len(rows) == 5
+    assert len(rows) == 4
     assert "correlation of losses (the paper's) | 67% ± 0% | 0% ± 0%" in rows[0]
-    assert "cosine of gradients, last images | 67% ± 0% | 67% ± 0% | -0.33 ± 0.00" in rows[4]
+    assert "cosine of gradients, last images | 67% ± 0% | 67% ± 0% | -0.33 ± 0.00 | +1.00 ± 0.00" in rows[3]
 
 
 # --- Comparisons ------------------------------------------------------------------------------------------------
@@ -171,19 +164,13 @@ def test_comparison_reads_what_each_run_reached():
     # of the last three stages, 1 and 3 visit probe 0, and 2 visits probe 4; scores are minus the losses
     assert first["forgetting"] == pytest.approx(((-0.8 + 0.7) + (-0.7 + 0.8)) / 2)
     assert first["backward"] == pytest.approx(-0.8 + 0.7)
-    assert first["between"] == pytest.approx(0.9 / 0.8 - 1) and first["events"] == 1
 
 
 def test_curves_count_segments_and_seconds():
     table = findings.curves(comparison_record(1))
     last = table[table["iteration"] == 6].set_index("variant")
     assert last["matched"].to_dict() == {"sequential": 6, "ewc": 6, "concurrent": 24}
-    assert (last["elapsed"] == 12).all() and last["error"].to_dict() == {
-        "sequential": 0.4,
-        "ewc": 0.4,
-        "concurrent": 0.2,
-    }
-    assert last.loc["concurrent", "accuracy"] == pytest.approx(0.6)
+    assert (last["elapsed"] == 12).all() and last.loc["concurrent", "accuracy"] == pytest.approx(0.6)
 
 
 def test_probes_are_compared_at_equal_prices():
@@ -201,6 +188,11 @@ def test_probes_are_compared_at_equal_prices():
     differences = [findings.paired(t, "mean loss of the probes", "sequential", "concurrent") for t in found.values()]
     assert list(found) == list(ahead) and {difference.count for difference in differences} == {3}
     assert [difference.mean for difference in differences] == pytest.approx(list(ahead.values()))
+    for name, entry in record["runs"].items():
+        if name.startswith("sequential"):
+            entry["metrics"]["probe_losses"] = [[t, [5 - 0.1 * t] * 2] for t in (*range(0, 32, 5), 32)]
+    found = findings.probes_at_equal(record, ("sequential", "concurrent"))
+    assert found["after 32 matched segments"]["average forgetting"].notna().all(), "though few places are shared"
 
 
 def verdicts(found: list[claims.Finding], claim: str) -> list[str]:
@@ -234,8 +226,9 @@ def test_c2_compares_few_and_many_images_of_the_same_data():
             for time, (_, losses) in enumerate(entry["metrics"]["probe_losses"]):
                 losses[1] = 1 + 0.05 * time
     found = claims.findings({"toy, IPC 1": few, "toy, IPC 50": many, "other, IPC 1": few}, {})
-    (across,) = (finding for finding in found if finding.claim == "C2" and finding.setting == "toy")
-    assert across.effect == "+0.33, the same in all 3" and across.verdict == "confirmed"
+    below, above = (finding for finding in found if finding.claim == "C2" and finding.setting == "toy")
+    assert below.effect == "+0.00, the same in all 3" and below.verdict == "not settled"
+    assert above.effect == "+0.33, the same in all 3" and above.verdict == "confirmed"
     assert not [finding for finding in found if finding.setting == "other" and finding.claim == "C2"]
 
 
@@ -248,7 +241,8 @@ def test_c8_compares_memory_above_the_start(peak, wanted):
     ]
     found = claims.findings({}, {}, {"measurements": points, "device": "a processor", "config": {"width": 128}})
     assert verdicts(found, "C7") == ["not tested"] and verdicts(found, "C8") == [wanted]
-    assert found[-1].measure == "1.1 minus memory of K = 8 over that of K = 1; it takes 8.0 times as long"
+    least = f"1.1 minus {(peak - 49) / 59:.2f}, the memory of K = 8 over that of K = 1"
+    assert found[-1].measure == f"{least}, one after the other; it takes 8.0 times as long"
 
 
 def test_the_table_has_every_claim_once_and_every_finding():
@@ -270,7 +264,7 @@ def test_heat_maps_are_centred_and_starred():
     figure = ch3_correlation.heat_maps(
         {"losses": found.pearson(), "net": found.net_change()},
         STARTS,
-        significant={"losses": found.p_values_of_losses()},
+        significant={"losses": found.p_values()},
     )
     mesh = figure.axes[0].collections[0]
     assert mesh.get_clim() == (-1, 1)
@@ -292,7 +286,7 @@ def test_comparisons_in_a_table_and_in_words():
     record = comparison_record()
     table = tables.comparison_table(record)
     assert "| sequential | 51.5 ± 1.3 | 0.400 ± 0.000 |" in table and "over 4 distillations" in table
-    assert "visits of a segment." in table and "the best set, by validation" not in table
+    assert "backward transfer for" not in table and "the best set, by validation" not in table
     record["runs"]["ewc/seed-0"]["result"]["selected_iteration"] = 0
     record["runs"]["ewc/seed-1"]["metrics"]["matched"] = [[[0, 0]]] * 6
     assert "for ewc in 3 of 4 seeds. Of 1 of 12 runs the best set" in tables.comparison_table(record)
@@ -319,6 +313,8 @@ def test_the_benchmark_has_every_cell_with_what_was_measured():
         {"segments": 1, "seed": s, "iteration": i, "matched": i, "accuracies": [a]}
         for s, i, a in ((0, 50, 0), (0, 70, 0.4), (1, 71, 0.5))
     ]
+    (early, *_) = findings.gpu_runs(distil, {"rows": [*tests, {**tests[0], "seed": 1}]}, {1: 50})
+    assert early.own == {"synthetic": [0]} and early.config["iterations"] == 50
     studies = {"toy": findings.runs_of(record), "tests/gpu/run.py": findings.gpu_runs(distil, {"rows": tests})}
     runs = tables.benchmark_runs(studies, buffers)
     *_, first, last = tables.markdown(runs).splitlines()
@@ -339,23 +335,23 @@ def test_the_benchmark_has_every_cell_with_what_was_measured():
 
 
 def test_what_a_set_teaches_by_class_and_to_other_networks():
-    record = comparison_record(2)
+    record = comparison_record(3)
     assert not findings.transfers(record)
     for name, run in record["runs"].items():
         level = 0.5 + 0.1 * name.startswith("concurrent") + 0.02 * run["changes"]["seed"]
         run["evaluations"][0] |= {"network": "convnet", "by_class": {"cat": [level], "dog": [level, level - 0.2]}}
         run["evaluations"].append({"synthetic": [level / 2], "network": "vgg11"})
-    assert findings.comparison(record)["test"].max() == pytest.approx(0.61), "of its own architecture alone"
+    assert findings.comparison(record)["test"].max() == pytest.approx(0.62), "of its own architecture alone"
     rows = tables.paired_table("class", findings.by_class(record)).splitlines()
-    assert rows[2] == "| cat | 51.0 ± 1.4 | 51.0 ± 1.4 | 61.0 ± 1.4 | +10.0 [+10.0, +10.0] | 2 |"
-    assert rows[3].startswith("| dog | 41.0 ± 1.4 |") and len(rows) == 4
+    assert rows[2] == "| cat | 52.0 ± 2.0 | 52.0 ± 2.0 | 62.0 ± 2.0 | +10.0 [+10.0, +10.0] | 3 |"
+    assert rows[3].startswith("| dog | 42.0 ± 2.0 |") and len(rows) == 4
     (row,) = tables.paired_table("network", findings.transfers(record)).splitlines()[2:]
-    assert row.startswith("| vgg11 | 25.5 ± 0.7 |")
+    assert row.startswith("| vgg11 | 26.0 ± 1.0 |")
     found = [row for row in claims.findings({}, {"toy": record}) if row.claim == "C7"]
     assert found[0].measure == "test accuracy of vgg11, concurrent minus sequential at equal compute"
     assert found[0].verdict == "confirmed" and len(found) == 1
     rows = claims.summary_table(claims.findings({}, {"toy": record, "CIFAR-10, IPC 1": record})).splitlines()[2:]
-    ahead = "test accuracy of vgg11, concurrent minus sequential at equal compute: +5.00 points, the same in all 2"
+    ahead = "test accuracy of vgg11, concurrent minus sequential at equal compute: +5.00 points, the same in all 3"
     assert rows[6].startswith(f"| **C7** {claims.CLAIMS['C7']} | {ahead} (CIFAR-10, IPC 1) | 2 | 0 |")
     assert rows[0] == f"| **C1** {claims.CLAIMS['C1']} |  | 0 | 0 | 0 |"
 

@@ -31,7 +31,7 @@ def heat_maps(
         significant: p-values by title; an entry where they are below 0.05 gets a star.
         labels: of the columns and of the rows.
     """
-    columns = 2 if len(matrices) == 4 else 3
+    columns = 2 if len(matrices) in (2, 4) else 3
     rows = -(-len(matrices) // columns)
     size = (2.8 * columns + 0.6, 3.0 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True)

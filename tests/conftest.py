@@ -44,15 +44,8 @@ def buffer(tmp_path_factory: pytest.TempPathFactory) -> cddlib.Buffer:
 @pytest.fixture(scope="session")
 def quick() -> dict[str, object]:
     """Overrides of the digits' distillation recipe that run in a second on `buffer`."""
-    return {
-        "width": 8,
-        "window_end": 4,
-        "iterations": 6,
-        "student_steps": 5,
-        "validate_every": 3,
-        "evaluation_epochs": 5,
-        "checkpoint_every": 2,
-    }
+    short = {"width": 8, "window_end": 4, "iterations": 6, "student_steps": 5, "validate_every": 3}
+    return {**short, "evaluation_epochs": 5, "checkpoint_every": 2}
 
 
 @pytest.fixture(scope="session")

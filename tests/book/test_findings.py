@@ -34,13 +34,8 @@ def similarity(sign: float) -> dict:
 def run(losses: list[list[float]], **metrics: object) -> dict:
     """A run of as many iterations as it has measurements, less one."""
     count = len(losses) - 1
-    dense = {
-        "iteration": list(range(1, count + 1)),
-        "loss": [1.0] * count,
-        "matched": [[[0, 0]]] * count,
-        "skipped": [False] * count,
-        "seconds": [2.0] * count,
-    }
+    each = {"loss": 1.0, "matched": [[0, 0]], "skipped": False, "seconds": 2.0}
+    dense = {"iteration": [*range(1, count + 1)], **{name: [value] * count for name, value in each.items()}}
     probed = [[time, values] for time, values in enumerate(losses)]
     machine = {"threads": 1, "device": "a processor", "versions": {"torch": "2"}, "commit": "0123456789abcdef"}
     return {

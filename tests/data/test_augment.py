@@ -1,4 +1,4 @@
-"""Augmentation against slow, obvious references, one image and one pixel at a time."""
+"""Augmentation against slow, obvious references, one image at a time."""
 
 import math
 from collections import Counter
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from torch import Tensor
 
 import cddlib
@@ -35,12 +36,8 @@ def crop(x: Array, u: list[float]) -> Array:
     _, h, w = x.shape
     reach_h, reach_w = math.floor(0.125 * h + 0.5), math.floor(0.125 * w + 0.5)
     down, right = int(u[0] * (2 * reach_h + 1)) - reach_h, int(u[1] * (2 * reach_w + 1)) - reach_w
-    y = np.zeros_like(x)
-    for i in range(h):
-        for j in range(w):
-            if 0 <= i + down < h and 0 <= j + right < w:
-                y[:, i, j] = x[:, i + down, j + right]
-    return y
+    around = np.pad(x, ((0, 0), (reach_h, reach_h), (reach_w, reach_w)))
+    return around[:, reach_h + down :, reach_w + right :][:, :h, :w]
 
 
 def cutout(x: Array, u: list[float]) -> Array:
@@ -49,10 +46,7 @@ def cutout(x: Array, u: list[float]) -> Array:
     centres_h, centres_w = (h if side_h % 2 else h + 1), (w if side_w % 2 else w + 1)
     top, left = int(u[0] * centres_h) - side_h // 2, int(u[1] * centres_w) - side_w // 2
     y = x.copy()
-    for i in range(top, top + side_h):
-        for j in range(left, left + side_w):
-            if 0 <= i < h and 0 <= j < w:
-                y[:, i, j] = 0
+    y[:, max(0, top) : top + side_h, max(0, left) : left + side_w] = 0
     return y
 
 
@@ -71,20 +65,12 @@ def rotate(x: Array, u: list[float]) -> Array:
     return sampled(x, lambda a, b: (cos * a - sin * b, sin * a + cos * b))
 
 
-def sampled(x: Array, source: Callable[[float, float], tuple[float, float]]) -> Array:
+def sampled(x: Array, source: Callable[[Array, Array], tuple[Array, Array]]) -> Array:
     """Bilinear sampling. `source` maps (across, down); -1 and 1 are the centres of the outermost pixels."""
     _, h, w = x.shape
-    y = np.zeros_like(x)
-    for i in range(h):
-        for j in range(w):
-            across, down = source(-1 + 2 * j / (w - 1), -1 + 2 * i / (h - 1))
-            row, column = (down + 1) / 2 * (h - 1), (across + 1) / 2 * (w - 1)
-            for near_row in (math.floor(row), math.floor(row) + 1):
-                for near_column in (math.floor(column), math.floor(column) + 1):
-                    share = (1 - abs(row - near_row)) * (1 - abs(column - near_column))
-                    if 0 <= near_row < h and 0 <= near_column < w:
-                        y[:, i, j] += share * x[:, near_row, near_column]
-    return y
+    across, down = source(*np.meshgrid(np.linspace(-1, 1, w), np.linspace(-1, 1, h)))
+    places = [(down + 1) / 2 * (h - 1), (across + 1) / 2 * (w - 1)]
+    return np.stack([map_coordinates(channel, places, order=1, mode="grid-constant") for channel in x])
 
 
 REFERENCES = {"color": color, "crop": crop, "cutout": cutout, "flip": flip, "scale": scale, "rotate": rotate}

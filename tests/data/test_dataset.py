@@ -124,11 +124,6 @@ def test_a_selection_of_selections_is_what_indexing_gives(steps: list[list[int]]
     assert torch.equal(found.take(indices), images[indices])
 
 
-def test_selecting_copies_no_image(dataset: Dataset) -> None:
-    for part in (*dataset.split, dataset.train.select(torch.tensor([3, 1])), dataset.train.to(torch.device("cpu"))):
-        assert part.store is dataset.train.store
-
-
 def test_preprocessing_fits_a_selection_as_it_fits_a_copy(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = dataclasses.replace(dataset, name="digits", train=dataset.split[0])
     copied = dataclasses.replace(unknown, train=Images(unknown.train.images, unknown.train.labels))

@@ -1,5 +1,6 @@
 """Files of the published codes, pictures, loaders and Parquet: round trips, and what is refused."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -153,10 +154,6 @@ def put(epoch: int, place: int, value: object) -> Callable[[list], None]:
     return lambda content: content[0][epoch].__setitem__(place, value)
 
 
-def copied(epochs: list) -> list:
-    return [[tensor.clone() for tensor in epoch] for epoch in epochs]
-
-
 DAMAGE = {
     "another width": (
         put(1, 4, torch.zeros(16, 8, 3, 3)),
@@ -169,7 +166,7 @@ DAMAGE = {
         r"replay_buffer_0\.pt holds tensors that share their numbers: they were saved without being",
     ),
     "shorter expert": (
-        lambda c: c.append(copied(c[0][:2])),
+        lambda c: c.append(copy.deepcopy(c[0][:2])),
         r"replay_buffer_0\.pt, expert 1, has 1 epochs and the first one 2; all need the same\.$",
     ),
     "no epochs": (lambda c: c.__setitem__(0, c[0][:1]), r"expert 0, is a list of 1; it must be a list of the init"),

@@ -26,15 +26,8 @@ from cddlib.runtime.run_folder import read_metrics
 
 GOLDEN = Path(__file__).with_name("digits.json")
 BUFFER: dict[str, Any] = {**TINY, "activation": "sigmoid"}
-SHARED: dict[str, Any] = {
-    "width": 8,
-    "activation": "sigmoid",
-    "window_end": 4,
-    "student_steps": 5,
-    "iterations": 4,
-    "lr_step_size": 1e-3,
-    "validate_every": 0,
-}
+SHARED: dict[str, Any] = {"width": 8, "activation": "sigmoid", "window_end": 4, "student_steps": 5, "iterations": 4}
+SHARED |= {"lr_step_size": 1e-3, "validate_every": 0}
 RUNS: dict[str, dict[str, Any]] = {
     "mtt": {"method": "mtt", "ipc": 1},
     "contra": {"method": "contra", "ipc": 2, "segments": 3, "labels": "learned", "student_batch": 8, "balance": 1.0},

@@ -346,7 +346,7 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
         rows[-1]["way"] = "cddlib, cuDNN's search"
         torch.backends.cudnn.benchmark = False
         graphs._graph.cache_clear()
-        yield {"rows": rows, "kernels": kernels(iteration(bench, 1, bench.sizes.steps, 1, ways["cddlib"]))}
+        yield {"rows": rows}
 
 
 def without_graph(bench: Bench, walk: Walk, compute: ComputeConfig) -> Callable[[], tuple[Tensor, ...]]:
@@ -355,19 +355,6 @@ def without_graph(bench: Bench, walk: Walk, compute: ComputeConfig) -> Callable[
     inputs, batch_targets, sizes = students.student_batches([plan], images[None], targets[None])
     run = losses._Setting(bench.network, MatchingConfig(), compute, bench.device, sizes, True).walk(1)
     return lambda: run(start[None], target[None], inputs, batch_targets, step_size[None])
-
-
-def kernels(run: Callable[[], object]) -> list[dict[str, Any]]:
-    """The twenty kernels that take the GPU longest in one run, which has run before."""
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    found = sorted(profiler.key_averages(), key=lambda row: row.self_device_time_total, reverse=True)
-    return [
-        {"name": row.key[:90], "times": row.count, "ms": round(row.self_device_time_total / 1000, 4)}
-        for row in found[:20]
-    ]
 
 
 def expert_epoch(bench: Bench, compute: ComputeConfig) -> Callable[[], object]:
@@ -587,7 +574,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--to", type=Path, default=Path("gpu-records"), help="folder of the records, and of the runs")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=list(STAGES), help="only these")
-    parser.add_argument("--no-graphs", action="store_true", help="launch what a graph would replay")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
     parser.add_argument("--set", nargs="*", default=[], type=_setting, help="other sizes, as experts=20")
     options = parser.parse_args(arguments)
@@ -595,8 +581,6 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(options)
     if not (bench.gpu or options.tiny):
         parser.error(f"the device is {bench.device}; this is for a GPU. A CPU does all of it with --tiny.")
-    if options.no_graphs:
-        graphs.Graph = lambda function, device: function  # type: ignore[assignment,misc]
     failed = 0
     for name in options.stages:
         path, (stage, least) = options.to / f"{name}.json", STAGES[name]

@@ -22,18 +22,8 @@ from cddlib.experts.buffer import Buffer
 from cddlib.methods.recipes import buffer_recipe
 from cddlib.runtime.files import tensor_digest
 
-SMALL = {
-    "width": 8,
-    "window_end": 4,
-    "iterations": 4,
-    "student_steps": 2,
-    "evaluation_epochs": 2,
-    "validate_every": 2,
-    "checkpoint_every": 3,
-    "segments": 2,
-    "lr_step_size": 1e-7,
-    "lr_images": 1.0,
-}
+SMALL = {"width": 8, "window_end": 4, "iterations": 4, "student_steps": 2, "evaluation_epochs": 2, "validate_every": 2}
+SMALL |= {"checkpoint_every": 3, "segments": 2, "lr_step_size": 1e-7, "lr_images": 1.0}
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +59,10 @@ def _work(folder: Path) -> list[Any]:
     return steady([*map(tensor_digest, tensors), evaluation, study, *collected])
 
 
-FILES = [
-    "data/imagefolder.safetensors",
-    "buffer/buffer.json",
-    "buffer/result.json",
-    "buffer/preprocessing.safetensors",
-    "buffer/expert-000.safetensors",
-    "buffer/expert-001.safetensors",
-    "run/config.json",
-    "run/metrics.jsonl",
-    "run/synthetic.safetensors",
-    "run/result.json",
-    "run/evaluation-*.json",
-    "study/study.json",
-    "study/a/config.json",
-    "study/a/metrics.jsonl",
-    "study/b/result.json",
-]
+FILES = ["data/imagefolder.safetensors", "buffer/buffer.json", "buffer/result.json", "buffer/preprocessing.safetensors"]
+FILES += ["buffer/expert-000.safetensors", "buffer/expert-001.safetensors", "run/config.json", "run/metrics.jsonl"]
+FILES += ["run/synthetic.safetensors", "run/result.json", "run/evaluation-*.json", "study/study.json"]
+FILES += ["study/a/config.json", "study/a/metrics.jsonl", "study/b/result.json"]
 
 
 def test_every_file_is_there(room: Path) -> None:

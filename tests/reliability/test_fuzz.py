@@ -188,27 +188,18 @@ def lie(value: Any, rng: random.Random) -> Any:
     return value
 
 
+TYPES = (torch.double, torch.half, torch.int, torch.bool, torch.float8_e5m2)
 TENSOR_LIES: list[Callable[[Tensor], Tensor]] = [
-    lambda t: t.double(),
-    lambda t: t.half(),
-    lambda t: t.int(),
-    lambda t: t.bool(),
-    lambda t: t.to(torch.float8_e5m2),
+    *(lambda t, dtype=dtype: t.to(dtype) for dtype in TYPES),
     lambda t: t[None],
-    lambda t: t.flatten(),
-    lambda t: t.flatten()[:0],
-    lambda t: t.flatten()[:1],
-    lambda t: t.flatten()[0],
+    *(lambda t, part=part: t.flatten()[part] for part in (slice(None), slice(0), slice(1), 0)),
     lambda t: torch.cat([t.flatten()] * 3),
     lambda t: t.transpose(0, -1) if t.ndim else t,
     lambda t: -t,
     lambda t: t * 0,
-    lambda t: t.float() * float("nan"),
-    lambda t: t.float() + float("inf"),
+    *(lambda t, number=number: t.float() + float(number) for number in ("nan", "inf")),
     lambda t: t + 1,
-    lambda t: t.new_zeros(0, 2**60),
-    lambda t: t.new_zeros(2**40, 0),
-    lambda t: t.new_zeros([1] * 20),
+    *(lambda t, shape=shape: t.new_zeros(shape) for shape in ([0, 2**60], [2**40, 0], [1] * 20)),
 ]
 
 

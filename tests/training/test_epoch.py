@@ -53,13 +53,6 @@ def problem(dtype: torch.dtype = torch.double) -> tuple[cddlib.ConvNet, Tensor, 
     return network, theta, torch.randn(SIZE, 1, 8, 8, generator=rng, dtype=dtype), torch.arange(SIZE) % CLASSES
 
 
-def module(network: cddlib.ConvNet, theta: Tensor) -> nn.Module:
-    """The same network of modules."""
-    model = textbook.convnet(network.config, (1, 8, 8), CLASSES).to(theta.dtype)
-    nn.utils.vector_to_parameters(theta.clone(), model.parameters())
-    return model
-
-
 def train(
     network: cddlib.ConvNet, theta: Tensor, images: Tensor, labels: Tensor, epochs: int = 2, **rest: Any
 ) -> tuple[Tensor, list[float]]:
@@ -91,7 +84,8 @@ def test_gsam_is_the_optimiser_s(radius: float, weight: float, adaptive: bool) -
     network, theta, images, labels = problem()
     sharpness = SharpnessConfig(sharpness_radius=radius, sharpness_weight=weight, sharpness_adaptive=adaptive)
     found, losses = train(network, theta, images, labels, sharpness=sharpness)
-    model = module(network, theta)
+    model = textbook.convnet(network.config, (1, 8, 8), CLASSES).double()  # the same network of modules
+    nn.utils.vector_to_parameters(theta.clone(), model.parameters())
     sgd = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5, weight_decay=0.01)
     wanted_losses = [
         sum(gsam(model, sgd, sharpness, *batch) * len(batch[1]) for batch in batches(images, labels, epoch)) / SIZE

@@ -148,21 +148,27 @@ def test_a_sure_network_has_a_finite_loss(engine: Any, gap: float) -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_compiled_code_sees_one_memory_order(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Augmentations give several, and it would be compiled for each."""
+    """Augmentations give several, as do batches that are cut out of others, and it would be compiled for each."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: Mock(wraps=function))
     network, theta, inputs, targets, _ = problem((channels, 8, 8))
     step = ConvNetStep(network, "float32", True)
-    seen = Mock(wraps=step._gradient)
-    monkeypatch.setattr(step, "_gradient", seen)
+    watched = {name: Mock(wraps=getattr(step, name)) for name in ("_gradient", "_forward")}
+    step.__dict__.update(watched)
     orders = (inputs, inputs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), inputs.mT.contiguous().mT)
     for networks in (1, 2):
         repeated = [x.expand(networks, *x.shape) for x in (theta, inputs, targets)]
         wanted = AutogradStep(network).gradient(*repeated)
         for other in orders:
-            for several in (torch.stack([other] * networks), other.expand(networks, *other.shape)):
-                torch.testing.assert_close(step.gradient(repeated[0], several, repeated[2]), wanted)
-    strides = {call.args[1].stride() for call in seen.call_args_list}
-    assert strides == {(64 * total, 1, 8 * total, total) for total in (channels, 2 * channels)}
+            pairs = [(other.expand(networks, *other.shape), repeated[2])]
+            for times in (1, 2, 3):
+                longer = ([torch.cat([x] * times)] * networks for x in (other, targets))
+                pairs.append(tuple(torch.stack(tensors)[:, :4] for tensors in longer))
+            for several, answers in pairs:
+                torch.testing.assert_close(step.gradient(repeated[0], several, answers), wanted)
+                step.forward(repeated[0], several, answers)
+    seen = [call.args for name in watched for call in watched[name].call_args_list]
+    assert {x.stride() for _, x, _ in seen} == {(64 * n, 1, 8 * n, n) for n in (channels, 2 * channels)}
+    assert len({answers.stride() for *_, answers in seen}) == 1
 
 
 def test_bfloat16_rounds_convolutions_and_nothing_else() -> None:
@@ -320,23 +326,6 @@ def test_compiled_steps_are_the_same_steps(tmp_path: Path) -> None:
     assert any(tmp_path.iterdir()), "nothing is kept for other processes"
 
 
-def test_a_batch_has_one_memory_order_wherever_it_was_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another order of the same shape would be compiled anew, and at some number of them no longer."""
-    network, theta, inputs, targets, _ = problem((2, 8, 8), batch=12)
-    step, seen = ConvNetStep(network, "float32", False), set()
-    forward = step._all_of_forward
-    for name in ("_gradient", "_forward"):
-        take = slice(2) if name == "_gradient" else slice(4)
-        monkeypatch.setattr(
-            step, name, lambda *x, take=take: seen.add(tuple(t.stride() for t in x)) or forward(*x)[take]
-        )
-    for longer in (3, 6, 12):
-        cut = (theta[None], inputs[None, :longer, ...][:, :3], targets[None, :longer][:, :3])
-        step.gradient(*cut)
-        step.forward(*cut)
-    assert len(seen) == 1
-
-
 def test_a_graph_belongs_to_a_device_and_its_key() -> None:
     build, devices_and_keys = (lambda key: str), ((0, 1), (0, 1), (1, 1), (0, 2))
     found = [graphs.graph(torch.device("cuda", number), build, key) for number, key in devices_and_keys]
@@ -347,7 +336,7 @@ def test_a_graph_belongs_to_a_device_and_its_key() -> None:
     ("patched", "reason"),
     [
         ((engines, "can_compile", lambda: False), "there is no C++ compiler"),
-        ((torch, "compile", lambda function, **options: raising("no luck")), "PyTorch cannot compile here (no luck)"),
+        ((torch, "compile", lambda f, **o: Mock(side_effect=RuntimeError("no"))), "PyTorch cannot compile here (no)"),
     ],
 )
 def test_without_compiling_there_is_one_notice(
@@ -363,14 +352,9 @@ def test_without_compiling_there_is_one_notice(
     assert capfd.readouterr().err.splitlines() == [f"{reason}: steps run uncompiled, which takes longer."]
 
 
-def raising(message: str) -> Any:
-    """A function that only raises."""
-    return Mock(side_effect=RuntimeError(message))
-
-
 def test_running_out_of_memory_is_no_want_of_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
-    monkeypatch.setattr(torch, "compile", lambda function, **options: raising(message))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: Mock(side_effect=RuntimeError(message)))
     network, *arguments, _ = problem((2, 8, 8))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         ConvNetStep(network, "float32", True).forward(*alone(*arguments))

@@ -30,6 +30,8 @@ from cddlib.training.step import ComputeConfig, TrainingStep
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 AT_ONCE = 2**24
 """Bytes of the batches that are augmented at once, or those of one batch."""
+MOST_STEPS = 256
+"""Steps that are taken at once: of a graph."""
 MOST_EPOCHS = 100_000
 """Epochs of an evaluation's training. The published protocol has 1000; a file that asks for more is not believed."""
 
@@ -81,7 +83,7 @@ def train_network(
     rates[(epochs + 1) // 2 * -(-size // batch_size) :] *= 0.1
     rates = rates.to(device)
     image = fetch(torch.zeros(1, dtype=torch.int64, device=device))[0]
-    number = max(1, AT_ONCE // (min(batch_size, size) * image.nbytes))
+    number = max(1, min(MOST_STEPS, AT_ONCE // (min(batch_size, size) * image.nbytes)))
     what = {"total": len(plan), "desc": f"a network on {size:,} images", "unit": "step", "delay": 2, "leave": False}
     with Ranks().progress(**what) as bar:
         for first in range(0, len(plan), number):

@@ -39,7 +39,7 @@ from cddlib.matching.student import MatchingConfig, StudentStep, Walk, batch_mea
 from cddlib.networks.convnet import Network
 from cddlib.runtime.errors import UserError
 from cddlib.training.engine import residual_budget
-from cddlib.training.graphs import branches, graph
+from cddlib.training.graphs import branches, capture_streams, graph
 from cddlib.training.step import ComputeConfig
 
 
@@ -121,8 +121,7 @@ class _Setting(NamedTuple):
 
     def branched(self, shape: torch.Size) -> Callable[..., tuple[Tensor, ...]]:
         """The walks of students with inputs of a `shape`, a branch for each."""
-        streams = [torch.cuda.Stream(self.device) for _ in range(shape[0])]
-        return functools.partial(branches, self.walk(shape[0]), streams)
+        return functools.partial(branches, self.walk(shape[0]), capture_streams(self.device, shape[0]))
 
 
 _kept_walk = functools.lru_cache(maxsize=16)(_Setting.walk)
@@ -198,5 +197,6 @@ def kept_parameters(student: Float[Tensor, " p"], target: Float[Tensor, " p"], d
     """Which parameters PAD's loss keeps: all but the fraction `dropped` with the smallest errors."""
     kept = torch.ones_like(target, dtype=torch.bool)
     if dropped:
-        kept[(student - target).square().argsort(stable=True)[: int(dropped * len(target))]] = False
+        smallest = (student - target).square().argsort(stable=True)[: int(dropped * len(target))]
+        kept.index_fill_(0, smallest, False)  # without a copy from the CPU, which a graph cannot have
     return kept

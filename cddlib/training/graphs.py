@@ -4,9 +4,11 @@ A student's walk launches thousands of small kernels, which take longer to launc
 all at once, and the walks of several students, which do not depend on each other, run in parallel in it (`branches`).
 """
 
+import contextlib
 import functools
+import gc
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,25 +26,26 @@ def graph(device: torch.device, build: Callable[..., Callable[..., Any]], *argum
 
     The arguments and the `key` are hashable, and say what the function's course, shapes and types depend on.
     """
-    return _graph(device, threading.get_ident(), build, arguments, key)
+    return _LATEST.graph(device, build, arguments, key)
 
 
-@functools.lru_cache(maxsize=16)
-def _graph(
-    device: torch.device, thread: int, build: Callable[..., Any], arguments: tuple[Any, ...], key: Any
-) -> "Graph":
-    return Graph(build(*arguments), device)
+@functools.cache
+def capture_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
+    """Streams for captures, of which there is one at a time. No other work has so high a priority, or comes on them."""
+    return tuple(torch.cuda.Stream(device, -1) for _ in range(count))
 
 
 class Graph:
-    """`function` of tensors on the GPU `device`; all calls have arguments of the same shapes.
+    """A function of tensors on a GPU; all calls have arguments of the same shapes.
 
     The function may not copy between GPU and CPU, and its course may not depend on numbers on the GPU.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], device: torch.device) -> None:
-        """The first call captures the graph."""
-        self._function, self._device = function, device
+    def __init__(
+        self, device: torch.device, build: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...], key: Any
+    ) -> None:
+        """See `graph`. The first call builds the function and captures the graph."""
+        self._device, self._build = device, functools.partial(build, *arguments)
         self._captured: tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]] | None = None
 
     @torch.no_grad()
@@ -59,17 +62,37 @@ class Graph:
 
     def _capture(self, arguments: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], tuple[Tensor, ...]]:
         """The graph, and the static tensors that it reads and writes."""
-        static = [argument.clone() for argument in arguments]
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        static, function = [argument.clone() for argument in arguments], self._build()
+        here, (aside,) = torch.cuda.current_stream(), capture_streams(self._device, 1)
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             for _ in range(WARM_UP):
-                self._function(*static)
+                function(*static)
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-            results = self._function(*static)
+        with _no_garbage_collected(), torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            results = function(*static)
         return graph, static, results
+
+
+class _Latest(threading.local):
+    """A thread's latest graphs; they go when it ends."""
+
+    def __init__(self) -> None:
+        self.graph = functools.lru_cache(maxsize=16)(Graph)
+
+
+_LATEST = _Latest()
+
+
+@contextlib.contextmanager
+def _no_garbage_collected() -> Iterator[None]:
+    """Within, no kernel or graph is unloaded, which would spoil the capture."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def branches(

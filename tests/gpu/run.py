@@ -14,8 +14,8 @@ stage whose record is there is not done again, and one that has too little time 
     distil      MTT with K = 1 and K = 2 at equal compute, several seeds, all at once
     evaluate    networks trained on each run's set, at its milestones and at the end, and on random real images
 
-The command works from a checkout, without installing, where Python has torch, numpy, safetensors, jaxtyping, tqdm and
-psutil. `--tiny` does all of it in sizes that a CPU manages in a minute, which is how it is tested.
+The command works from a checkout, without installing, where Python has torch, numpy, safetensors, jaxtyping, tqdm,
+psutil and filelock. `--tiny` does all of it in sizes that a CPU manages in a minute, which is how it is tested.
 """
 
 import argparse
@@ -90,7 +90,7 @@ class Sizes:
     """A measurement is done again until it has taken so long."""
     large: int = 8192
     """Rows of the matrices, and thousands of the numbers that are copied, whose rates are measured."""
-    experts: int = 40
+    experts: int = 20
     expert_epochs: int = 3
     walks: int = 20
     data: str = "cifar10"
@@ -115,7 +115,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         """Start the clock."""
         self.device = resolve_device(options.device)
-        self.sizes = TINY if options.tiny else Sizes(**dict(options.set))
+        self.sizes = dataclasses.replace(TINY if options.tiny else Sizes(), **dict(options.set))
         self.root: Path | None = options.root
         self.to: Path = options.to
         self.gpu = self.device.type == "cuda"
@@ -146,8 +146,8 @@ class Bench:
 
     def wait(self) -> None:
         """Until the GPU has done its work."""
-        if self.gpu:
-            torch.cuda.synchronize(self.device)
+        if self.gpu:  # the device as a whole may not be waited for while another thread captures
+            torch.cuda.current_stream(self.device).synchronize()
 
     def timed(self, run: Callable[[], object], *, most: int = 50) -> dict[str, Any]:
         """Median, least and most milliseconds of repeated runs after a first one, whose seconds count apart."""
@@ -340,12 +340,11 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
     for count in bench.sizes.counts[1:3]:
         yield match("textbook", 1, bench.sizes.steps, count)
     if bench.gpu:
-        torch.backends.cudnn.benchmark = True
-        graphs._graph.cache_clear()
-        yield match("cddlib", 1, bench.sizes.steps)
+        graphs._LATEST.graph.cache_clear()
+        with torch.backends.cudnn.flags(benchmark=True):
+            match("cddlib", 1, bench.sizes.steps)
         rows[-1]["way"] = "cddlib, cuDNN's search"
-        torch.backends.cudnn.benchmark = False
-        graphs._graph.cache_clear()
+        graphs._LATEST.graph.cache_clear()
         yield {"rows": rows}
 
 
@@ -398,16 +397,17 @@ def at_once(bench: Bench) -> Iterator[dict[str, Any]]:
                 run()[0][0].item()
             spans.append((began, time.perf_counter()))
 
-        in_threads([functools.partial(repeat, run) for run in runs], bench)
+        for error in in_threads([functools.partial(repeat, run) for run in runs], bench):
+            raise error
         seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)
-        graphs._graph.cache_clear()
         rows.append({"runs": count, "segments": segments, "segments_a_second": times * count * segments / seconds})
         print(f"    {rows[-1]}", flush=True)
         yield {"rows": rows}
 
 
-def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> None:
-    """Do all of them, each in a thread with a stream of its own; what they raise is printed."""
+def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> list[Exception]:
+    """Do all of them, each in a thread with a stream of its own; returns what they raised, which is printed too."""
+    raised: list[Exception] = []
 
     def work(function: Callable[[], object]) -> None:
         stream = torch.cuda.stream(torch.cuda.Stream(bench.device)) if bench.gpu else contextlib.nullcontext()
@@ -416,8 +416,9 @@ def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> None:
                 function()
         except Interrupted:
             pass
-        except BaseException as error:
+        except Exception as error:
             traceback.print_exception(error)
+            raised.append(error)
 
     threads = [threading.Thread(target=work, args=(function,), daemon=True) for function in works]
     for thread in threads:
@@ -425,18 +426,19 @@ def in_threads(works: Sequence[Callable[[], object]], bench: Bench) -> None:
     for thread in threads:
         while thread.is_alive():
             thread.join(0.2)  # signals are heeded in between
+    return raised
 
 
 # --- Real work --------------------------------------------------------------------------------------------------
 
 
 def experts(bench: Bench) -> Iterator[dict[str, Any]]:
-    """MTT's, which see all training images, but few epochs: one image a class needs no more; in a third of the time."""
+    """MTT's, which see all training images, but few epochs: one image a class needs no more; in half of the time."""
     config = cddlib.buffer_recipe(
         bench.sizes.data, "mtt", width=bench.sizes.width, experts=bench.sizes.experts,
         epochs=bench.sizes.expert_epochs, holdout=False, compiled=bench.gpu,
     )  # fmt: skip
-    with stopping_after(bench.left / 3):
+    with stopping_after(bench.left / 2):
         cddlib.train_buffer(config, bench.to / "buffer", root=bench.root, device=str(bench.device))
     yield {"buffer": read_json(bench.to / "buffer" / "buffer.json"), **read_json(bench.to / "buffer" / "result.json")}
 
@@ -494,11 +496,20 @@ def distil(bench: Bench) -> Iterator[dict[str, Any]]:
         config = run_config(bench, count, seed)
         cddlib.distill(config, bench.buffer, folder(bench, count, seed), root=bench.root, device=str(bench.device))
 
-    sets = 1 + len(names) * (2 + MILESTONES)
-    seconds = bench.left - (2 + 0.8 * bench.sizes.networks * sets if bench.gpu else 0)
+    sets, errors = 1 + len(names) * (2 + MILESTONES), list[Exception]()
+    seconds = bench.left - (min(bench.left / 2, 2 + 0.8 * bench.sizes.networks * sets) if bench.gpu else 0)
     with contextlib.suppress(Interrupted), Ranks().graceful_stop("the iterations"), stopping_after(seconds):
-        in_threads([functools.partial(run, *name) for name in names], bench)
-    yield {"runs": [run_record(bench, count, seed) for count, seed in names]}
+        errors += in_threads([functools.partial(run, *name) for name in names], bench)
+    yield {"runs": [run_record(bench, *name) for name in names if (folder(bench, *name) / "metrics.jsonl").exists()]}
+    for error in errors:
+        raise error
+    check_finished(bench)
+
+
+def check_finished(bench: Bench) -> None:
+    """Raise `Interrupted` unless all runs are finished: a stage that depends on them is not complete."""
+    if not all((folder(bench, *name) / "result.json").exists() for name in bench.runs):
+        raise Interrupted("the runs are not finished; they go on from their checkpoints")
 
 
 def folder(bench: Bench, count: int, seed: int) -> Path:
@@ -540,7 +551,7 @@ def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
         random_real.append(accuracy(preprocessing(real.images), torch.tensor(REAL_LEARNING_RATE), number))
         for count, seed in bench.runs:
             here = folder(bench, count, seed)
-            for path in (*sorted(here.glob("milestone-*.safetensors")), here / "checkpoint.safetensors"):
+            for path in (*sorted(here.glob("milestone-*.safetensors")), *here.glob("checkpoint.safetensors")):
                 tensors, header = read_tensors(path, "state")
                 each = accuracies.setdefault((count, seed, header["iteration"]), [])
                 each.append(accuracy(tensors["images"], tensors["step_size"], number))
@@ -549,6 +560,7 @@ def evaluate(bench: Bench) -> Iterator[dict[str, Any]]:
                     for (k, s, i), values in accuracies.items()
                 ]
                 yield {"rows": rows, "random_real": random_real}
+    check_finished(bench)
 
 
 # --- All of it --------------------------------------------------------------------------------------------------
@@ -584,7 +596,8 @@ def main(arguments: list[str] | None = None) -> int:
     failed = 0
     for name in options.stages:
         path, (stage, least) = options.to / f"{name}.json", STAGES[name]
-        if path.exists() and read_record(path)["complete"]:
+        there = name != "experts" or (options.to / "buffer" / "result.json").exists()
+        if there and path.exists() and read_record(path)["complete"]:
             print(f"{name}: its record is there")
         elif bench.gpu and bench.left < least:
             print(f"{name}: left out, for there are {bench.left:.0f} s left", flush=True)

@@ -7,6 +7,7 @@ order of convolutions in memory are counted.
 import collections
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class PretendedGPU(TorchDispatchMode):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     """A pretended GPU. Graphs call what they would replay; autograd, which no fake tensor passes, gives zeros."""
-    answers = {"_lazy_init": None, "current_device": 0, "Stream": None, "mem_get_info": (10**10, 10**10)}
+    answers = {"_lazy_init": None, "current_device": 0, "mem_get_info": (10**10, 10**10)}
     answers |= {"empty_cache": None}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, answer=answer: answer)
@@ -88,10 +89,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda self: tolist(self.cpu()) if self.is_cuda else tolist(self))
     monkeypatch.setattr(losses, "branches", one_after_the_other)
-    monkeypatch.setattr(graphs.Graph, "__call__", lambda self, *arguments: self._function(*arguments))
-    graphs._graph.cache_clear()
+    monkeypatch.setattr(losses, "capture_streams", lambda device, count: [None] * count)
+    monkeypatch.setattr(graphs.Graph, "__call__", lambda self, *arguments: self._build()(*arguments))
+    graphs._LATEST.graph.cache_clear()
     yield PretendedGPU()
-    graphs._graph.cache_clear()
+    graphs._LATEST.graph.cache_clear()
 
 
 def one_after_the_other(function: Any, streams: list[None], *stacked: Tensor) -> tuple[Tensor, ...]:
@@ -197,3 +199,21 @@ def test_the_gpu_s_stages_run_here_in_tiny_sizes(tmp_path: Path, capsys: pytest.
     capsys.readouterr()
     assert run.main(["--tiny", "--device", "cpu", "--to", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("its record is there") == len(run.STAGES)
+    shutil.rmtree(tmp_path / "buffer")  # which did not come back with the records
+    assert run.main(["--tiny", "--device", "cpu", "--to", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("its record is there") == len(run.STAGES) - 1
+
+
+def test_runs_that_time_cuts_off_are_not_complete_and_go_on(tmp_path: Path) -> None:
+    import run
+
+    reached = []
+    for _ in range(2):
+        how = ["--tiny", "--device", "cpu", "--to", str(tmp_path), "--seconds", "3", "--set", "segments=100000"]
+        assert run.main([*how, "--stages", "experts", "distil", "evaluate"]) == 2
+        records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("distil", "evaluate")}
+        assert {record["why"] for record in records.values()} == {
+            "the runs are not finished; they go on from their checkpoints"
+        }
+        reached.append([one["iterations"] for one in records["distil"]["runs"]])
+    assert all(later > first > 0 for first, later in zip(*reached, strict=True))

@@ -232,7 +232,8 @@ def comparison_table(record: Record) -> str:
     seeds = table["seed"].nunique()
     counts = runs["backward"].count().items()
     few = [f"{name} in {number} of {seeds} seeds" for name, number in counts if number < seeds]
-    note = f"Mean ± standard deviation over {seeds} distillations, at equal compute."
+    note = f"Mean ± standard deviation over {seeds} distillations" if seeds > 1 else "One distillation of each"
+    note += ", at equal compute."
     if few:  # where every stage visits the probes, none is left behind
         note += f" There is backward transfer for {', '.join(few)}."
     if first := table["undistilled"].sum():

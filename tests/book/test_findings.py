@@ -286,6 +286,7 @@ def test_comparisons_in_a_table_and_in_words():
     record["runs"]["ewc/seed-1"]["metrics"]["matched"] = [[[0, 0]]] * 6
     assert "for ewc in 3 of 4 seeds. Of 1 of 12 runs the best set" in tables.comparison_table(record)
     assert "| random real images (24 networks) | 25.0 ± 5.1 |" in table
+    assert tables.comparison_table(comparison_record(1)).endswith("\n\nOne distillation of each, at equal compute.")
     words = tables.provenance({"toy": record})
     assert words.startswith(
         "- toy: 12 runs, digits, IPC 1, width 8, N = 3, M = 2, window [0, 12), 12.0 minutes on a proc"

@@ -98,7 +98,7 @@ class Point:
 
 MATCHES = ((1, 50, None), (10, 30, None), (50, 30, 256))
 """Images a class, student steps, images a step."""
-SEGMENTS = (1, 2, 4, 8)
+SEGMENTS = (1, 4)
 ONCE = ("textbook", "textbook, keeping memory", "cddlib, compiled")
 """What is measured with several segments too."""
 SMALL = {"ipc": 1, "student_steps": 20, "side": 8, "width": 32}
@@ -286,17 +286,18 @@ def points(threads: int, width: int, seconds: float) -> list[Point]:
     shared: dict[str, Any] = {"threads": threads, "width": width, "least_seconds": seconds / 10}
     apart = [name for name in WAYS if name.endswith(("one by one", "side by side"))]
     works: list[dict[str, Any]] = [
-        {"work": "match", "ipc": ipc, "student_steps": n, "student_batch": batch, "segments": segments}
-        for (ipc, n, batch), segments in itertools.product(MATCHES, SEGMENTS)
+        {"work": "match", "ipc": ipc, "student_steps": n, "student_batch": batch} for ipc, n, batch in MATCHES
     ]
+    works.insert(1, {**works[0], "segments": SEGMENTS[-1]})
     works += [{"work": "expert"}, {"work": "evaluate", "ipc": 1}, {"work": "evaluate", "ipc": 10}]
-    works += [{"work": "match", "student_steps": 20, "width": 32}, {"work": "evaluate", "width": 32}]
+    for narrow in ({"work": "match", "student_steps": 20, "width": 32}, {"work": "evaluate", "width": 32}):
+        works += [{**narrow, "threads": count} for count in sorted({1, threads})]
     found = []
     for work in works:
         names = [name for name in WAYS if work.get("segments", 1) == 1 or name in ONCE]
         names = [name for name in names if work["work"] == "match" or name != "cddlib, least memory"]
         found += [Point(**{**shared, **work}, implementation=name) for name in names if name not in apart]
-        if work.get("segments") == 4 and work["ipc"] == 1:
+        if "segments" in work:
             found += [Point(**shared, **work, implementation=name) for name in apart]
     for segments, name in itertools.product(SEGMENTS, [name for name in WAYS if name.startswith("textbook")] + apart):
         found.append(Point(**{**shared, **SMALL}, work="match", segments=segments, implementation=name))
@@ -317,7 +318,7 @@ def in_a_process(point: Point, most_seconds: float) -> dict[str, Any]:
 
 def described(point: Point) -> str:
     """A point in words."""
-    width = "" if point.width == 128 or point.side != 32 else f", width {point.width}"
+    width = "" if point.width == 128 or point.side != 32 else f", width {point.width}, threads: {point.threads}"
     if point.work == "match":
         side = "" if point.side == 32 else f", {point.side} × {point.side} pixels"
         return f"match, IPC {point.ipc}, N = {point.student_steps}, K = {point.segments}{side}{width}"

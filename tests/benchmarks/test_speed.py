@@ -87,7 +87,7 @@ def test_all_ways_give_one_gradient() -> None:
 def test_side_by_side_is_measured_where_steps_are_small_and_where_not() -> None:
     apart = [p for p in speed.points(1, 128, 10.0) if p.implementation.endswith(speed_figures.APART)]
     small = [point for point in apart if point.side == speed_figures.SMALL_SIDE]
-    assert {point.segments for point in small} == {1, 2, 4, 8}
+    assert {point.segments for point in small} == {1, 4}
     large = [point for point in apart if point not in small]
     assert {point.width for point in large} == {128}
 

@@ -55,6 +55,9 @@ segments() { # IPC: 2,000 matched segments
     study "segments-cifar10-ipc$1" compare "$short $one_rate --ipc $1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"
 }
 segments-cifar10-ipc1() { segments 1; }
+segments-cifar10-ipc1-long() { # 2,000 iterations with K = 4, and as much compute with K = 1; the error is measured on the way
+    study segments-cifar10-ipc1-long compare "$short $one_rate --ipc 1 --what segments --counts 1 4 --iterations 8000 --validate-every 1000 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 200 --error-every 1000 --seeds 3 --networks 10 --no-baselines"
+}
 sets() { # STUDY BUFFER K…: where a comparison on CIFAR-10 began, and what its first seed made of it, as pictures and in full
     local study=$1 buffer=$2 out=$results/sets/$1 k
     shift 2
@@ -134,7 +137,7 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
 }
 
 all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 sets-cifar10-ipc1
- correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
+ segments-cifar10-ipc1-long correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
  segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
 left=""
 for name in ${@:-$all}; do

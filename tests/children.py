@@ -4,6 +4,7 @@ They are forked, in milliseconds, from a server that has imported cddlib but com
 line of cddlib and exits with its code. A *setting* is a function that a child calls before.
 """
 
+import contextlib
 import importlib
 import itertools
 import multiprocessing
@@ -35,8 +36,9 @@ class Child:
 
     def signal(self, number: int) -> None:
         """Send a signal, if the process has not ended."""
-        if self.process.is_alive():
-            os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it ends just now
+            if self.process.is_alive():
+                os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 120) -> int:
         """The exit code, as a shell would say it."""

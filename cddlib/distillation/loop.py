@@ -129,6 +129,8 @@ class Distillation:
             (self.folder / "result.json").unlink(missing_ok=True)  # of fewer iterations
             write_json(self.folder / "config.json", identity)
             metrics = Metrics(self.folder / "metrics.jsonl", resume_at=progress.iteration, digest=progress.metrics)
+            if state.iteration >= 0:
+                state.save(self.folder)  # a milestone may have stood in for the checkpoint
         recorder = Recorder(device, elapsed=progress.seconds)
         name = f"{self.config.method} K={self.config.schedule.segments}"
         bar = ranks.progress(total=iterations, initial=max(0, state.iteration), desc=name, unit="it")

@@ -69,7 +69,7 @@ def compare(
         counts: The segment counts K that are compared.
         seeds: Distillations of each variant.
         networks: Networks that test each synthetic set.
-        baselines: Once a seed, as many networks also test random real and all training images.
+        baselines: Once a seed, as many networks also learn random real and all training images.
     """
     segments = config.distillation.schedule.segments
     variants = study.segment_counts(counts) if what == "segments" else study.remedies(segments)

@@ -111,6 +111,7 @@ def _of_pairs(setting: str, study: Correlations) -> Finding:
     negative, positive = (int(pairs.sum()) for pairs in beyond)
     shown = f"{negative} of {beyond[0].size} negatively, {positive} positively"
     said: Verdict = "confirmed" if negative else "contradicted" if beyond[1].all() else "not settled"
+    said = said if len(study.pearson()) >= FEWEST else "not settled"
     measure = "pairs whose losses correlate beyond chance while one is matched (t test, Holm)"
     return Finding(claim="C1", setting=setting, measure=measure, effect=shown, verdict=said)
 
@@ -146,7 +147,7 @@ def _of_images(same: Sequence[Correlations]) -> list[Row]:
 
 
 def _of_comparison(record: Record) -> list[Row]:
-    """What a comparison says about C3 to C8: every number of segments against one at a time."""
+    """What a comparison says about C4 to C8: every number of segments against one at a time."""
     table, curve, rows = comparison(record), curves(record), list[Row]()
     variants = list(table["variant"].cat.categories)
     single = next(name for name in ("K=1", "sequential") if name in variants)

@@ -1,4 +1,4 @@
-"""Trajectory matching as continual learning: forgetting, transfer, and the error that accumulates.
+"""Trajectory matching as continual learning: forgetting and backward transfer.
 
 A *stage* is what happens between two measurements of the probes (one iteration, or `probe_every` of them), a *task* is
 a probe, and a stage visits the tasks that it matched. A score is minus a loss: higher is better. Row 0 of a table of

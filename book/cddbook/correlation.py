@@ -3,7 +3,7 @@
 In every matrix the row is the segment that is matched and the column the one that is measured::
 
     pearson        correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
-                   describe it. All losses fall together as the set improves, which correlates them too
+                   describe it. Losses that fall for a common reason correlate too
     between_draws  cosines between the segments' gradients: −1 is conflict, +1 agreement
     transfer       what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
 """

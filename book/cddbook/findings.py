@@ -31,7 +31,7 @@ class Effect:
 
 
 def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
-    """Summarise repeated measurements; a single one, or nan among them, settles nothing."""
+    """Summarise repeated measurements; a single one, or nan among them, leaves the interval open."""
     array = np.asarray(values, dtype=float)
     mean, half = float(array.mean()) if len(array) else math.nan, math.inf
     if len(array) > 1:

@@ -216,12 +216,8 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
 
 def comparison_table(record: Record) -> str:
     """Markdown of `findings.comparison`: a row a variant, mean ± standard deviation over seeds; and the baselines."""
-    columns = {
-        "test": ("test accuracy, %", 100.0, 1),
-        "error": ("ε / way", 1.0, 3),
-        "forgetting": ("forgetting", 1.0, 3),
-        "backward": ("backward transfer", 1.0, 3),
-    }
+    columns = {"test": ("test accuracy, %", 100.0, 1), "error": ("ε / way", 1.0, 3)}
+    columns |= {"forgetting": ("forgetting", 1.0, 3), "backward": ("backward transfer", 1.0, 3)}
     table = comparison(record)
     runs = table.groupby("variant", observed=True)
     means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in columns.items()}

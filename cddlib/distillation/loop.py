@@ -6,7 +6,7 @@ On the command line::
 
 One iteration draws K segments of one expert, computes each segment's exact gradient, combines them, and takes one
 optimiser step on images, label logits and step size. The validation part of the training data selects the best
-iterate. A run resumes from its checkpoint and ends with the same bytes as one never interrupted.
+iterate. A run resumes from its checkpoint; on a CPU it ends with the same bytes as one never interrupted.
 
 Under torchrun, the segments are divided among its processes, and one all-reduce an iteration adds their gradients::
 

@@ -52,12 +52,7 @@ class CombineConfig:
 
 
 def gramian(gradients: Sequence[Sequence[Tensor]], rates: Sequence[float]) -> Float[Tensor, "k k"]:
-    """Inner products Σ_v η_v ⟨g_i,v, g_j,v⟩ in float64, on the CPU.
-
-    Args:
-        gradients: segment i's gradient for every variable v.
-        rates: the learning rate η_v of every variable.
-    """
+    """Inner products Σ_v η_v ⟨g_i,v, g_j,v⟩ of segments i, j over the variables v of rates η_v; float64, on the CPU."""
     rows = [
         torch.cat([rate**0.5 * g.flatten().double() for rate, g in zip(rates, gradient, strict=True)])
         for gradient in gradients

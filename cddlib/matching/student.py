@@ -23,8 +23,8 @@ MAPS_OF_A_STEP = 72
 """How many times the size of all convolutions' outputs a GPU's step and its derivatives may occupy. They need half of
 that; the other half is for residuals."""
 FILLS_CPU, FILLS_GPU = 1e8, 4e9
-"""Floating-point operations of a forward pass that keep the processor busy. On one NVIDIA H200, eight students of ten
-CIFAR images (3e9) took less than half as long at once as one after the other; more have not been measured."""
+"""Floating-point operations of a forward pass that keep the processor busy; `book/results/gpu/speed.json` has what
+several students take at once on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

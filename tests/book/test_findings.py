@@ -212,6 +212,7 @@ def test_records_that_agree_with_the_paper_or_contradict_it(hurts, gain, wanted)
 @pytest.mark.parametrize(("ipc", "wanted"), [(1, ["confirmed"]), (10, []), (50, ["contradicted"])])
 def test_c2_expects_the_other_side_of_many_images(ipc, wanted):
     assert verdicts(claims.findings({"toy": correlation_record(ipc=ipc)}, {}), "C2") == wanted
+    assert verdicts(claims.findings({"toy": correlation_record(2, ipc=ipc)}, {}), "C1") == ["not settled"]
 
 
 def test_c2_compares_few_and_many_images_of_the_same_data():

@@ -3,12 +3,12 @@
     python tests/gpu/run.py --seconds 540 --root DIR --to DIR
 
 Stages, in this order, each with a record of its own in the folder `--to`, which is written as soon as it is known. A
-stage whose record is there is not done again, and one that has too little time left is left out::
+stage whose record is complete is not done again, and one that has too little time left is left out::
 
     machine     versions, and rates of copies, matrix products and convolutions
     gradients   whole walks, on random segments, against automatic differentiation in float64
     at-once     several runs in threads of one process, which share the GPU
-    speed       an iteration's gradient, an expert's epoch and a network's epochs, beside the textbook's
+    speed       an iteration's gradient, beside the textbook's; an expert's epoch and a network's epochs
     experts     a buffer for MTT's CIFAR-10 with one image a class: real work from here on
     precision   walks on segments of these experts, in every precision, against float64
     distil      MTT with K = 1 and K = 2 at equal compute, several seeds, all at once
@@ -587,7 +587,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=list(STAGES), help="only these")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
-    parser.add_argument("--set", nargs="*", default=[], type=_setting, help="other sizes, as experts=20")
+    parser.add_argument("--set", nargs="*", default=[], type=_setting, help="other sizes, as experts=40")
     options = parser.parse_args(arguments)
     options.to.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)

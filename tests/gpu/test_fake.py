@@ -212,8 +212,6 @@ def test_runs_that_time_cuts_off_are_not_complete_and_go_on(tmp_path: Path) -> N
         how = ["--tiny", "--device", "cpu", "--to", str(tmp_path), "--seconds", "3", "--set", "segments=100000"]
         assert run.main([*how, "--stages", "experts", "distil", "evaluate"]) == 2
         records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("distil", "evaluate")}
-        assert {record["why"] for record in records.values()} == {
-            "the runs are not finished; they go on from their checkpoints"
-        }
+        assert all("they go on from their checkpoints" in record["why"] for record in records.values())
         reached.append([one["iterations"] for one in records["distil"]["runs"]])
     assert all(later > first > 0 for first, later in zip(*reached, strict=True))

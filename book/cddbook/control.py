@@ -1,6 +1,7 @@
 """The live control of chapter 5: a slider that distils with the segment count where it rests."""
 
 import asyncio
+import contextlib
 import contextvars
 import html
 import signal
@@ -38,9 +39,9 @@ def live_slider(show: Callable[[int], tuple[Figure, str]], *, label: str, value:
         say(f"{label} = {slider.value}: waiting until the kernel is free.")
         kernel.call_soon_threadsafe(update, context=cell)
 
-    def update() -> None:
+    def update(capture: ipywidgets.Output | None = bars) -> None:
         chosen, before = slider.value, signal.signal(signal.SIGINT, signal.default_int_handler)
-        with bars:
+        with capture or contextlib.nullcontext():
             try:
                 if chosen not in results:
                     say(f"{label} = {chosen}: at work. Jupyter's stop button stops it.")
@@ -51,9 +52,10 @@ def live_slider(show: Callable[[int], tuple[Figure, str]], *, label: str, value:
                 say(f"{label} = {chosen}: {error}")
             except KeyboardInterrupt as stop:
                 say(f"{label} = {chosen}: {str(stop) or 'stopped'}. To go on, move the slider away and back.")
-            bars.clear_output()
+            if capture:
+                capture.clear_output()
         signal.signal(signal.SIGINT, before)
 
     slider.observe(announce, "value")
-    update()
+    update(None)  # what runs here is the cell's own output; nbclient can wait for ever for a cell that captures it
     return ipywidgets.VBox([slider, bars, shown])

@@ -5,7 +5,7 @@ import functools
 import signal
 import threading
 from collections.abc import Awaitable, Callable
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import ipywidgets
 import matplotlib.pyplot as plt
@@ -48,7 +48,8 @@ def in_a_kernel(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
 
 @in_a_kernel
 async def test_only_the_last_value_is_shown_and_it_is_announced() -> None:
-    session = Session("images of {}".format)
+    with patch.object(ipywidgets.Output, "__enter__", side_effect=AssertionError):  # on which nbclient can hang
+        session = Session("images of {}".format)
     assert session.shown == [4] and "images of 4" in session.caption.value
     await session.turn(5, 6, 7)
     assert session.shown == [4, 7]

@@ -31,7 +31,7 @@ MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 AT_ONCE = 2**24
 """Bytes of the batches that are augmented at once, or those of one batch."""
 MOST_STEPS = 256
-"""Steps that are taken at once: of a graph."""
+"""Most steps that are taken at once; on a GPU they are one graph."""
 MOST_EPOCHS = 100_000
 """Epochs of an evaluation's training. The published protocol has 1000; a file that asks for more is not believed."""
 

@@ -111,7 +111,8 @@ def _of_pairs(setting: str, study: Correlations) -> Finding:
     negative, positive = (int(pairs.sum()) for pairs in beyond)
     shown = f"{negative} of {beyond[0].size} negatively, {positive} positively"
     said: Verdict = "confirmed" if negative else "contradicted" if beyond[1].all() else "not settled"
-    said = said if len(study.pearson()) >= FEWEST else "not settled"
+    if len(study.pearson()) < FEWEST:
+        said = "not settled"
     measure = "pairs whose losses correlate beyond chance while one is matched (t test, Holm)"
     return Finding(claim="C1", setting=setting, measure=measure, effect=shown, verdict=said)
 
@@ -217,10 +218,8 @@ def committed_findings() -> list[Finding]:
     read, correlated = (
         {setting: read_record(name) for setting, name in studies.items()} for studies in (compared, CORRELATION_STUDIES)
     )
-    found, gpu = (
-        findings(correlated, read, read_record("memory")),
-        (read_record("gpu/distil"), read_record("gpu/evaluate")),
-    )
+    found = findings(correlated, read, read_record("memory"))
+    gpu = read_record("gpu/distil"), read_record("gpu/evaluate")
     for price, at in GPU_PRICES.items():
         tests = tests_of((run, run.own["synthetic"]) for run in gpu_runs(*gpu, at))
         measure = f"test accuracy, K=2 minus K=1 {price} on a GPU"

@@ -57,5 +57,5 @@ def live_slider(show: Callable[[int], tuple[Figure, str]], *, label: str, value:
         signal.signal(signal.SIGINT, before)
 
     slider.observe(announce, "value")
-    update(None)  # what runs here is the cell's own output; nbclient can wait for ever for a cell that captures it
+    update(None)  # prints into the cell: nbclient can wait for ever for one whose output a widget captures
     return ipywidgets.VBox([slider, bars, shown])

@@ -23,8 +23,7 @@ MAPS_OF_A_STEP = 72
 """How many times the size of all convolutions' outputs a GPU's step and its derivatives may occupy. They need half of
 that; the other half is for residuals."""
 FILLS_CPU, FILLS_GPU = 1e8, 4e9
-"""Floating-point operations of a forward pass that keep the processor busy; `book/results/gpu/speed.json` has what
-several students take at once on a GPU."""
+"""Floating-point operations of a forward pass that keep the processor busy; see `book/results/gpu/speed.json`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

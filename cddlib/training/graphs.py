@@ -31,7 +31,7 @@ def graph(device: torch.device, build: Callable[..., Callable[..., Any]], *argum
 
 @functools.cache
 def capture_streams(device: torch.device, count: int) -> tuple[torch.cuda.Stream, ...]:
-    """Streams for captures, of which there is one at a time. No other work has so high a priority, or comes on them."""
+    """Streams that only captures use, one capture at a time: of high priority, which no other work has."""
     return tuple(torch.cuda.Stream(device, -1) for _ in range(count))
 
 
@@ -88,11 +88,12 @@ _LATEST = _Latest()
 @contextlib.contextmanager
 def _no_garbage_collected() -> Iterator[None]:
     """Within, no kernel or graph is unloaded, which would spoil the capture."""
+    collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        (gc.enable if collecting else gc.disable)()
 
 
 def branches(

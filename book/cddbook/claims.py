@@ -158,14 +158,16 @@ def _of_comparison(record: Record) -> list[Row]:
 
     for several in (name for name in variants if (name.startswith("K=") and name != single) or name == "concurrent"):
         less, more, compute = (single, several), (several, single), " at equal compute"
-        add("C4", "accumulated error over the expert's way", "error", " %", less, compute, table)
         add("C6", "test accuracy", "test", " points", more, compute, table)
         for network, theirs in transfers(record).items():
             add("C7", f"test accuracy of {network}", "test", " points", more, compute, theirs)
         for where, probes in probes_at_equal(record, less).items():
             for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
                 add(claim, measure, measure, " % of a loss of 1", less, f" {where} each", probes)
-        for where, validated in at_equal(curve[curve["variant"].isin(less)]).items():
+        both = curve[curve["variant"].isin(less)]
+        for where, measured in at_equal(both, "error").items():
+            add("C4", "accumulated error over the expert's way", "error", " %", less, f" {where} each", measured)
+        for where, validated in at_equal(both, "accuracy").items():
             add("C6", "validation accuracy", "accuracy", " points", more, f" {where} each", validated)
         for remedy in sorted({"ewc", "si"} & set(variants)):
             add("C5", "test accuracy", "test", " points", (several, remedy), "", table)

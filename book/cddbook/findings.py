@@ -203,13 +203,14 @@ def curves(record: Record) -> pd.DataFrame:
     """A row an iteration of every run of a comparison, from the start on.
 
     Columns: `variant`, `seed`, `iteration`; `matched` segments and `elapsed` seconds of matching until then; `loss`;
-    and, where it was measured, `accuracy` on the validation images.
+    and, where they were measured, `accuracy` on the validation images and accumulated `error` over the expert's way.
     """
     tables = []
     for run in runs_of(record):
         table = pd.DataFrame({"loss": [math.nan, *run.metrics["loss"]]}).rename_axis("iteration")
         table["elapsed"] = np.cumsum([0.0, *run.metrics["seconds"]])
         table["accuracy"] = pd.Series({i: np.mean(values) for i, values in run.metrics.get("validation_accuracy", [])})
+        table["error"] = pd.Series({i: _error(value) for i, value in run.metrics["accumulated_error"]})
         tables.append(table.assign(variant=run.variant, seed=run.seed, matched=table.index * run.cost).reset_index())
     return pd.concat(tables, ignore_index=True)
 
@@ -224,14 +225,14 @@ PRICES = {"matched": "after {} matched segments", "iteration": "after {} iterati
 """At what runs can be compared; equal numbers of matched segments are equal compute."""
 
 
-def at_equal(curve: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """By each price, in words: the rows of `curves` at the largest one at which all runs were validated."""
-    found, validated = {}, curve.dropna(subset="accuracy")
+def at_equal(curve: pd.DataFrame, value: str) -> dict[str, pd.DataFrame]:
+    """By each price, in words: the rows of `curves` at the largest one at which `value` was measured in all runs."""
+    found, measured = {}, curve.dropna(subset=value)
     for price, words in PRICES.items():
-        runs = validated.groupby(["variant", "seed"], observed=True)[price]
-        most = max(set.intersection(*map(set, runs.unique())), default=0)
+        prices = measured.groupby(["variant", "seed"])[price].agg(set)
+        most = max(set.intersection(*prices), default=0) if len(prices) else 0
         if most:
-            found[words.format(most)] = validated[validated[price] == most]
+            found[words.format(most)] = measured[measured[price] == most]
     return found
 
 

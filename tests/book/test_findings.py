@@ -166,6 +166,11 @@ def test_curves_count_segments_and_seconds():
     last = table[table["iteration"] == 6].set_index("variant")
     assert last["matched"].to_dict() == {"sequential": 6, "ewc": 6, "concurrent": 24}
     assert (last["elapsed"] == 12).all() and last.loc["concurrent", "accuracy"] == pytest.approx(0.6)
+    assert last["error"].to_dict() == {"sequential": 0.4, "ewc": 0.4, "concurrent": 0.2}
+    record = comparison_record(1)
+    for entry in record["runs"].values():
+        entry["metrics"]["accumulated_error"] = [[6, {"error": [1.0], "travelled": [2.0], "epoch": [2]}]]
+    assert not findings.at_equal(findings.curves(record), "error")  # over a single segment nothing accumulates
 
 
 def test_probes_are_compared_at_equal_prices():

@@ -17,7 +17,7 @@ from cddlib.runtime.files import read_json
 from cddlib.runtime.run_folder import read_metrics
 
 AGAINST = {"iteration": "iterations", "matched": "segments matched", "elapsed": "seconds of matching"}
-VALUES = {"loss": "matching loss", "accuracy": "validation accuracy"}
+VALUES = {"loss": "matching loss", "accuracy": "validation accuracy", "error": "ε / way of the expert"}
 
 
 def curves(table: pd.DataFrame, value: str, levels: Mapping[str, Sequence[float]] | None = None) -> Figure:

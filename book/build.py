@@ -144,7 +144,7 @@ def main() -> None:
         "api": api(),
         "provenance": provenance(executed),
         "sets": sets_page(first),
-        "claims": summary_table(found),
+        "claims-summary": summary_table(found),
         "claims-table": claims_table(found),
         "methods-overview": methods_table(),
         "methods-published": published_tables(),

@@ -127,9 +127,9 @@ def _of_correlation(study: Correlations) -> list[Row]:
         measure = f"share of pairs whose losses {negatively}, {side} the diagonal"
         rows.append(("C2", measure, sign * (below - above), ""))
     for others, pairs in (("earlier", earlier), ("later", earlier.T)):
-        measure = f"change of {others} segments' losses while one alone is matched"
+        measure = f"change of the losses of segments {others} than the one that is matched alone"
         rows.append(("C3", measure, study.net_change()[..., pairs].mean(axis=1), " %"))
-    price = f"at equal iterations, {len(study.starts)} segments in each against one"
+    price = f"at equal iterations, {len(study.starts)} segments an iteration against one"
     one, several = ((study.pearson(kind)[..., earlier | earlier.T] < 0).mean(axis=1) for kind in CONTROLS)
     shares = f"sequential ({one.mean():.0%}) minus concurrent ({several.mean():.0%})"
     rows.append(("C5", f"share of pairs whose losses {negatively} within a run, {shares}, {price}", one - several, ""))
@@ -241,13 +241,16 @@ def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)
 
 
 def summary_table(found: Sequence[Finding]) -> str:
-    """Markdown: a row a claim, with its first measure, on CIFAR-10 with IPC 1 if there, and how many have a verdict."""
+    """Markdown: a row a claim, with its first measure, of the published network or of CIFAR-10 with IPC 1 if there, and
+    how many measures have which verdict.
+    """
     verdicts = [name for name in get_args(Verdict) if any(finding.verdict == name for finding in found)]
     counts = Counter((finding.claim, finding.verdict) for finding in found)
     rows = []
     for claim, sentence in CLAIMS.items():
         mine = sorted((f for f in found if f.claim == claim), key=lambda f: not f.setting.startswith("CIFAR-10, IPC 1"))
-        main = [f"{first.measure}: {first.effect} ({first.setting})" for first in mine[:1] if first.effect]
+        mine.sort(key=lambda f: not f.setting.endswith("published network"))
+        main = [f"{f.measure}: {f.effect} ({f.setting}): *{f.verdict}*" for f in mine[:1] if f.effect]
         row = {"claim": f"**{claim}** {sentence}", "main measure": "".join(main)}
         rows.append(row | {verdict: counts[claim, verdict] for verdict in verdicts})
     return markdown(rows)

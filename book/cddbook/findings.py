@@ -240,20 +240,21 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
     """By price in words, the largest at which the probes of all these variants' runs were measured: a row a run, with
     the `mean loss of the probes` there and the `average forgetting` on the way.
 
-    They count as many measurements, because more of them find more forgetting: at equal iterations the same ones, at
-    equal compute each its own, whose numbers differ by rounding.
+    All count as many measurements, because more of them find more forgetting: those nearest to the ones of the run that
+    was measured least often.
     """
     found = {}
     for price in ("matched", "iteration"):
         runs = [(r, r.cost if price == "matched" else 1) for r in runs_of(record) if r.variant in variants]
-        common = set.intersection(*({time * cost for time, _ in run.metrics["probe_losses"]} for run, cost in runs))
+        own = [[time * cost for time, _ in run.metrics["probe_losses"]] for run, cost in runs]
+        most = max(set.intersection(*map(set, own)))
+        least = min(([time for time in times if time <= most] for times in own), key=len)
         rows = []
-        for run, cost in runs:
-            times = {time for time, _ in run.metrics["probe_losses"] if time * cost <= max(common)}
-            losses, visits = run.probes(times if price == "matched" else common)
+        for (run, cost), times in zip(runs, own, strict=True):
+            losses, visits = run.probes({min(times, key=lambda t: abs(t - other)) // cost for other in least})
             row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
             rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})
-        found[PRICES[price].format(max(common))] = pd.DataFrame(rows)
+        found[PRICES[price].format(most)] = pd.DataFrame(rows)
     return found
 
 

@@ -201,7 +201,7 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
     for name, study in studies.items():
         measures = {
             "correlation of losses (the paper's)": study.pearson(),
-            "what a loss has fallen in the end": -study.net_change(),
+            "fall of the loss, first to last measurement": -study.net_change(),
             "cosine of gradients, first images": study.cosines("sequential", 0),
             "cosine of gradients, last images": study.cosines("sequential", -1),
         }
@@ -220,7 +220,8 @@ def comparison_table(record: Record) -> str:
     columns |= {"forgetting": ("forgetting", 1.0, 3), "backward": ("backward transfer", 1.0, 3)}
     table = comparison(record)
     runs = table.groupby("variant", observed=True)
-    means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in columns.items()}
+    shown = {key: how for key, how in columns.items() if table[key].notna().any()}
+    means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in shown.items()}
     rows = pd.DataFrame(means).reset_index().to_dict("records")
     for name, accuracies in baselines(record).items():
         said = f"{name} ({len(accuracies)} networks)"
@@ -230,8 +231,8 @@ def comparison_table(record: Record) -> str:
     few = [f"{name} in {number} of {seeds} seeds" for name, number in counts if number < seeds]
     note = f"Mean ± standard deviation over {seeds} distillations" if seeds > 1 else "One distillation of each"
     note += ", at equal compute."
-    if few:  # where every stage visits the probes, none is left behind
-        note += f" There is backward transfer for {', '.join(few)}."
+    if few and "backward" in shown:  # where every stage visits the probes, none is left behind
+        note += f" Backward transfer can be computed for {', '.join(few)}."
     if first := table["undistilled"].sum():
         note += f" Of {first} of {len(table)} runs the best set, by validation, was the one before the first iteration."
     return f"{markdown(rows)}\n\n{note}"
@@ -248,17 +249,22 @@ def paired_table(title: str, tables: Mapping[str, pd.DataFrame], column: str = "
         means = table.groupby("variant", sort=False)[column].agg(mean_sd, scale=100.0)
         ahead = paired(table, column, last, first)
         mean, low, high = (f"{100 * value:+.1f}" for value in (ahead.mean, ahead.low, ahead.high))
-        difference = f"{mean} [{low}, {high}]" if ahead.count > 1 else mean
+        spread = f" [{low}, {high}]" if ahead.high - ahead.low > 1e-9 else ", the same in all"
+        difference = mean + spread * (ahead.count > 1)
         row = {title: name, **means, f"{last} minus {first}": difference, "seeds": ahead.count}
         rows.append(row)
     return markdown(rows)
 
 
-def rates_table(records: Mapping[int, Record]) -> str:
-    """Validation accuracies of the settings that a search tried for each K, best first; Markdown."""
+def rates_table(records: Mapping[int, Record], used: Mapping[str, Any]) -> str:
+    """Validation accuracies of the settings that a search tried for each K, best first, and which a study `used`."""
     rows = []
     for k, record in records.items():
+        tried = {name.split("/")[0]: {**record["config"], **run["changes"]} for name, run in record["runs"].items()}
         for setting, accuracies in settings_by_accuracy(record).items():
             row = {"K": k, "setting": setting.replace(",", ", "), "seeds": len(accuracies)}
-            rows.append({**row, "validation accuracy, %": mean_sd(accuracies, scale=100.0)})
+            row["validation accuracy, %"] = mean_sd(accuracies, scale=100.0)
+            fields = [part.split("=")[0] for part in setting.split(",")]
+            same = all(tried[setting][field] == used[field] for field in fields)
+            rows.append({**row, "used": "yes" if same else ""})
     return markdown(rows)

@@ -214,6 +214,29 @@ def test_records_that_agree_with_the_paper_or_contradict_it(hurts, gain, wanted)
     assert [finding.claim for finding in found] == sorted(finding.claim for finding in found)
 
 
+def test_comparisons_that_say_the_opposite_contradict():
+    """What one and several segments led to is exchanged; each still costs what it did."""
+    record = comparison_record(noise=0.001)
+    for name, entry in record["runs"].items():
+        visits = [[[0, 0]]] * findings.SETTLED + [[[0, 0]], [[0, 4]], [[0, 0]]]
+        first, *rest = [2.0, 1.0, 1.0, 1.0, 1.0, 1.2, 1.4] if name.startswith("sequential") else [2.0] * 4 + [1.9] * 3
+        seed = entry["changes"]["seed"] / 1000
+        entry["metrics"]["probe_losses"] = [[t, [x + seed, x]] for t, x in enumerate([first, *rest])]
+        entry["metrics"]["matched"] = visits
+        entry["evaluations"].append({**entry["evaluations"][0], "network": "alexnet"})
+    usual = claims.findings({}, {"toy": record})
+    runs = record["runs"]
+    for seed in range(4):
+        one, several = runs[f"sequential/seed-{seed}"], runs[f"concurrent/seed-{seed}"]
+        for part in ("metrics", "evaluations", "result"):
+            one[part], several[part] = several[part], one[part]
+    exchanged = claims.findings({}, {"toy": record})
+    opposite = {"confirmed": "contradicted", "contradicted": "confirmed", "not settled": "not settled"}
+    assert [opposite[finding.verdict] for finding in usual] == [finding.verdict for finding in exchanged]
+    settled = {finding.claim for finding in usual if finding.verdict != "not settled"}
+    assert settled == {"C4", "C5", "C6", "C7", "C8"}
+
+
 @pytest.mark.parametrize(("ipc", "wanted"), [(1, ["confirmed"]), (10, []), (50, ["contradicted"])])
 def test_c2_expects_the_other_side_of_many_images(ipc, wanted):
     assert verdicts(claims.findings({"toy": correlation_record(ipc=ipc)}, {}), "C2") == wanted
@@ -345,7 +368,7 @@ def test_what_a_set_teaches_by_class_and_to_other_networks():
         run["evaluations"].append({"synthetic": [level / 2], "network": "vgg11"})
     assert findings.comparison(record)["test"].max() == pytest.approx(0.62), "of its own architecture alone"
     rows = tables.paired_table("class", findings.by_class(record)).splitlines()
-    assert rows[2] == "| cat | 52.0 ± 2.0 | 52.0 ± 2.0 | 62.0 ± 2.0 | +10.0 [+10.0, +10.0] | 3 |"
+    assert rows[2] == "| cat | 52.0 ± 2.0 | 52.0 ± 2.0 | 62.0 ± 2.0 | +10.0, the same in all | 3 |"
     assert rows[3].startswith("| dog | 42.0 ± 2.0 |") and len(rows) == 4
     (row,) = tables.paired_table("network", findings.transfers(record)).splitlines()[2:]
     assert row.startswith("| vgg11 | 26.0 ± 1.0 |")
@@ -354,12 +377,15 @@ def test_what_a_set_teaches_by_class_and_to_other_networks():
     assert found[0].verdict == "confirmed" and len(found) == 1
     rows = claims.summary_table(claims.findings({}, {"toy": record, "CIFAR-10, IPC 1": record})).splitlines()[2:]
     ahead = "test accuracy of vgg11, concurrent minus sequential at equal compute: +5.00 points, the same in all 3"
-    assert rows[6].startswith(f"| **C7** {claims.CLAIMS['C7']} | {ahead} (CIFAR-10, IPC 1) | 2 | 0 |")
+    assert rows[6].startswith(f"| **C7** {claims.CLAIMS['C7']} | {ahead} (CIFAR-10, IPC 1): *confirmed* | 2 | 0 |")
     assert rows[0] == f"| **C1** {claims.CLAIMS['C1']} |  | 0 | 0 | 0 |"
 
 
 def test_rates_are_listed_from_the_best_to_the_worst():
     accuracies = {"a=1/seed-0": 0.3, "a=1/seed-1": 0.4, "a=2/seed-0": 0.5, "a=2/seed-1": 0.5}
-    runs = {name: {"result": {"validation_accuracy": accuracy}} for name, accuracy in accuracies.items()}
-    rows = tables.rates_table({4: {"runs": runs}}).splitlines()[2:]
-    assert rows == ["| 4 | a=2 | 2 | 50.0 ± 0.0 |", "| 4 | a=1 | 2 | 35.0 ± 7.1 |"]
+    runs = {
+        name: {"result": {"validation_accuracy": accuracy}, "changes": {"a": 2} if "a=2" in name else {}}
+        for name, accuracy in accuracies.items()
+    }
+    rows = tables.rates_table({4: {"config": {"a": 1}, "runs": runs}}, {"a": 1}).splitlines()[2:]
+    assert rows == ["| 4 | a=2 | 2 | 50.0 ± 0.0 |  |", "| 4 | a=1 | 2 | 35.0 ± 7.1 | yes |"]

@@ -54,6 +54,32 @@ def test_all_parameters_are_recorded_and_the_source_is_untouched(tmp_path):
     assert source.read_bytes() == before
 
 
+STUDIES = sorted(ROOT.glob("notebooks/0[3-6]*.ipynb"))
+PAGES = [ROOT / "book" / f"{name}.md" for name in ("intro", "claims", "limits")]
+
+
+def test_every_figure_of_a_study_names_the_command_of_its_record():
+    commands = (ROOT / "book" / "record.sh").read_text()
+    for path in STUDIES:
+        figures = (cell.metadata.get("mystnb", {}).get("figure") for cell in nbformat.read(path, as_version=4).cells)
+        for caption in (figure["caption"] for figure in figures if figure):
+            names = re.findall(r"`book/record.sh ROOT RUNS ([\w-]+)`", caption)
+            assert names or caption.startswith("This build"), caption
+            assert all(f"\n{name}() {{" in commands for name in names), caption
+
+
+@pytest.mark.parametrize("path", [*STUDIES, *PAGES], ids=lambda path: path.stem)
+def test_no_page_types_a_measured_number(path):
+    """Percentages and points come from records, through functions; only levels of confidence are typed."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        cells = nbformat.read(path, as_version=4).cells
+        looks = [cell.metadata.get("mystnb", {}) for cell in cells]
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+        text += "".join(look["figure"]["caption"] + look["image"]["alt"] for look in looks if look)
+    assert set(re.findall(r"\d[\d.,]* ?(?:%|points?\b|times\b|hours?\b)", text)) <= {"95 %"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_documented_lines_run_as_written(path, tmp_path):
     first = nbformat.read(path, as_version=4).cells[0].source

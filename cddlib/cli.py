@@ -63,10 +63,9 @@ def run(
             with needing("the command line", "tyro"):
                 import tyro
             functions = commands(arguments)
-            for unknown in {*arguments[:1]} - functions.keys():
-                if not unknown.startswith("-"):
-                    near = difflib.get_close_matches(unknown, functions, 1) or [", ".join(functions)]
-                    raise UserError(f"there is no command {unknown!r}; did you mean {near[0]}?")
+            if arguments and not arguments[0].startswith("-") and arguments[0] not in functions:
+                near = difflib.get_close_matches(arguments[0], functions, 1) or [", ".join(functions)]
+                raise UserError(f"there is no command {arguments[0]!r}; did you mean {near[0]}?")
             flat = (tyro.conf.OmitArgPrefixes,)
             with _numbers():
                 tyro.extras.subcommand_cli_from_dict(

@@ -229,6 +229,7 @@ class Trainer:
             self.strategy, self.compute = from_dict(AugmentConfig, settings).augment, from_dict(ComputeConfig, settings)
             data, fingerprint = from_dict(DataConfig, settings).data, settings["data_fingerprint"]
         self.dataset = load(data, root)
+        self.test = self.dataset.test.to(self.device)
         if fingerprint != self.dataset.fingerprint:
             raise UserError(f"{run} was distilled from another version of {self.dataset.name} than the one in --root.")
         shape = tuple(self.synthetic.images.shape[1:])
@@ -240,7 +241,7 @@ class Trainer:
 
     def correct(self, name: str, seed: int) -> Float[Tensor, " n"]:
         """Which test images one network trained on the set called `name` classifies correctly; nan if it diverges."""
-        test, preprocessing = self.dataset.test.to(self.device), self.synthetic.preprocessing
+        test, preprocessing = self.test, self.synthetic.preprocessing
         if name == "synthetic":
             how = (self.config, self.strategy, self.compute)
             return correct_of_set(self.synthetic, self.network, *how, test, purpose="evaluation", seed=seed)

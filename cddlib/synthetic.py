@@ -190,7 +190,7 @@ def random_real(train: Images, classes: int, ipc: int, rng: torch.Generator) -> 
 
 
 def initialise(
-    config: SyntheticConfig, dataset: Dataset, buffer: Buffer, seed: int, device: torch.device
+    config: SyntheticConfig, dataset: Dataset, buffer: Buffer, seed: int, device: torch.device, subsets: int = 1
 ) -> SyntheticSet:
     """The synthetic set before the first iteration; its real images come from the training part of the split.
 
@@ -231,4 +231,5 @@ def initialise(
         step_size=torch.tensor(config.step_size),
         preprocessing=buffer.preprocessing,
         classes=dataset.classes,
+        subsets=subsets,
     ).to(device)

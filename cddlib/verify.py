@@ -24,7 +24,7 @@ from cddlib.data.dataset import load
 from cddlib.data.preprocessing import fit_preprocessing
 from cddlib.distillation.checkpoint import CHECKPOINT, State, milestone_path, milestones
 from cddlib.distillation.config import DistillConfig
-from cddlib.distillation.loop import initial_state, iterate, validation_accuracy
+from cddlib.distillation.loop import iterate, validation_accuracy
 from cddlib.evaluate import Trainer, evaluations_of
 from cddlib.experts.buffer import Buffer, expert_path
 from cddlib.experts.config import BufferConfig
@@ -37,7 +37,7 @@ from cddlib.runtime.errors import UserError, as_user_error, require
 from cddlib.runtime.files import file_digest, read_json, read_tensors
 from cddlib.runtime.random import generator
 from cddlib.runtime.run_folder import read_metrics
-from cddlib.synthetic import SyntheticSet
+from cddlib.synthetic import SyntheticSet, initialise
 
 TOLERANCE = 0.02
 """Largest relative difference that rounding explains between machines; see the book's page on reliability."""
@@ -143,8 +143,8 @@ def _recompute_distillation(run: Path, buffer: Buffer, sample: int, root: Path |
     result, lines, kept = read_json(run / "result.json"), read_metrics(run), milestones(run)
     for path in [run / CHECKPOINT, *(milestone_path(run, iteration) for iteration in kept)]:
         read_tensors(path, "state")
-    buffer = buffer.convexified() if config.schedule.convex else buffer
-    initial = initial_state(config, trainer.dataset, buffer, trainer.device).synthetic
+    buffer, subsets = Buffer(buffer.folder, convex=True) if config.schedule.convex else buffer, config.schedule.subsets
+    initial = initialise(config.synthetic, trainer.dataset, buffer, config.seed, trainer.device, subsets)
     found: Pairs = {"checksums of files and lines of metrics": [(0, 0)] * (len(kept) + len(lines) + 4)}
     found |= _recompute_iterations(run, config, buffer, initial, lines, sample)
     accuracies = found["accuracies of networks trained on the set"] = []

@@ -112,14 +112,9 @@ def fit_preprocessing(dataset: Dataset, *, zca: bool, device: torch.device | Non
     if dataset.name in _PUBLISHED:
         mean, std = _PUBLISHED[dataset.name]
         return Normalisation(torch.tensor(mean), torch.tensor(std))
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.zeros(dataset.shape[0], 256, dtype=torch.int64)
-    for chunk in dataset.train.chunks():
-        counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in chunk.unbind(1)])
-    weights = counts.double() / counts.sum(dim=1, keepdim=True)
-    mean_c = weights @ levels
-    std_c = (weights @ levels**2 - mean_c**2).sqrt()
-    return Normalisation(mean_c.float(), std_c.float())
+    pixels = dataset.train.images.double() / 255  # of the digits or Fashion-MNIST, which are small
+    spread, centre = torch.std_mean(pixels, dim=(0, 2, 3), correction=0)
+    return Normalisation(centre.float(), spread.float())
 
 
 def _fit_whitening(train: Images, device: torch.device, epsilon: float = 0.1) -> Whitening:

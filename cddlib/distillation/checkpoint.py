@@ -83,13 +83,15 @@ class State:
 
     def restore(self, folder: Path) -> None:
         """Continue from the checkpoint of a run's folder, or from the last milestone if it was deleted."""
-        kept = {milestone_path(folder, iteration): f"iteration {iteration}" for iteration in milestones(folder)[::-1]}
-        paths = [path for path in (folder / CHECKPOINT, *kept) if path.exists()]
+        saved = {folder / CHECKPOINT: ""}
+        saved |= {milestone_path(folder, number): f"iteration {number}" for number in milestones(folder)[::-1]}
+        paths = [path for path in saved if path.exists()]
+        if not paths:
+            return
         try:
-            for path in paths[:1]:
-                self.read(path)
+            self.read(paths[0])
         except UserError as error:
-            earlier = [*(kept[path] for path in paths[1:]), "the start"][0]
+            earlier = saved[paths[1]] if len(paths) > 1 else "the start"
             raise UserError(f"{error} Delete it to go on from {earlier}.") from None
 
     def read(self, path: Path) -> None:

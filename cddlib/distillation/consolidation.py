@@ -45,8 +45,8 @@ class Consolidation:
         self.config = config
         self.tensors = {
             "reference": images.detach().clone(),
-            "importance": torch.zeros_like(images, requires_grad=False),
-            "gathered": torch.zeros_like(images, requires_grad=False),
+            "importance": torch.zeros_like(images),
+            "gathered": torch.zeros_like(images),
         }
 
     @torch.no_grad()

@@ -88,8 +88,7 @@ def _segment_gradients(
     """
     device, later = synthetic.images.device, config.schedule.expert_epochs
     copies = synthetic.copies(len(matched))
-    taught = config.synthetic.labels == "teacher"
-    if taught:
+    if config.synthetic.labels == "teacher":
         targets = torch.stack([teacher_logits(buffer, synthetic, e, start + later).softmax(1) for e, start in matched])
     else:
         targets = synthetic.targets_of(copies)
@@ -104,7 +103,7 @@ def _segment_gradients(
         config.student,
         config.compute,
     )
-    gradients = torch.autograd.grad(losses.sum(), list(copies.values()), allow_unused=taught, materialize_grads=taught)
+    gradients = torch.autograd.grad(losses.sum(), list(copies.values()), materialize_grads=True)
     for gradient in gradients[:-1]:  # the last is the step size's
         gradient.index_fill_(1, held, 0)
     return losses.detach(), torch.cat([gradient.reshape(len(matched), -1) for gradient in gradients], 1)

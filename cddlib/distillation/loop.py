@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from cddlib.data.dataset import Dataset, Images, load
+from cddlib.data.dataset import Images, load
 from cddlib.distillation.checkpoint import State
 from cddlib.distillation.config import DistillConfig, check_buffer, with_compilation
 from cddlib.distillation.gradient import concurrent_gradient, teacher_logits
@@ -36,7 +36,7 @@ from cddlib.matching.segments import active_subset
 from cddlib.runtime.config import as_dict
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.distributed import Ranks
-from cddlib.runtime.errors import Diverged, as_user_error, out_of_memory_hint
+from cddlib.runtime.errors import Diverged, UserError, as_user_error, out_of_memory_hint
 from cddlib.runtime.files import link_or_copy, read_json, write_json
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.run_folder import Metrics, at_work, parse_metrics, refuse_other_run
@@ -77,14 +77,16 @@ def distill(
     config = with_compilation(config, buffer, out, dev)
     identity = {**as_dict(config), "buffer_id": buffer.id, "data_fingerprint": buffer.data["fingerprint"]}
     for hook in hooks:
+        if taken := identity.keys() & as_dict(hook).keys():
+            raise UserError(f"the hook {type(hook).__name__} has a field {min(taken)!r}, which the run has too.")
         identity |= as_dict(hook)
     if _has_result(out, identity):
         return SyntheticSet.load(out / "synthetic.safetensors").to(dev)
     check_buffer(config, buffer)
     dataset = load(config.data.data, root)
     buffer.check_data(dataset)
-    buffer = buffer.convexified() if config.schedule.convex else buffer
-    state = initial_state(config, dataset, buffer, dev)
+    buffer = Buffer(buffer.folder, convex=True) if config.schedule.convex else buffer
+    state = State(config, initialise(config.synthetic, dataset, buffer, config.seed, dev, config.schedule.subsets))
     with at_work(out / ".lock", "the iteration") as ranks:
         _has_result(out, identity)  # other work may have begun another run just now
         return Distillation(config, buffer, dataset.split[1].to(dev), out, state, hooks, ranks).run(identity)
@@ -99,12 +101,6 @@ def _has_result(out: Path, identity: dict[str, Any]) -> bool:
         grows = identity["subsets"] == 1 and found.get("iterations", math.inf) < identity["iterations"]
     refuse_other_run(out, found | {"iterations": identity["iterations"]} if grows else found, identity)
     return not grows and (out / "result.json").exists()
-
-
-def initial_state(config: DistillConfig, dataset: Dataset, buffer: Buffer, device: torch.device) -> State:
-    """The state before the first iteration."""
-    initial = initialise(config.synthetic, dataset, buffer, config.seed, device)
-    return State(config, dataclasses.replace(initial, subsets=config.schedule.subsets))
 
 
 @dataclasses.dataclass

@@ -74,7 +74,11 @@ class Buffer:
     """The trajectories in a folder. Opening it reads only `buffer.json` and the preprocessing."""
 
     def __init__(self, folder: Path, *, convex: bool = False) -> None:
-        """Open the buffer in `folder`; with `convex`, its trajectories are straightened, see `convexified`.
+        """Open the buffer in `folder`; with `convex`, its trajectories are straightened.
+
+        They then have a point for every real epoch t from 0 to T, as MCT does it (Zhong et al. 2025):
+        θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each tensor of the network, the fraction of its way that the
+        expert has gone by t: the length of its steps up to there over the length of all, linear between epochs.
 
         Raises:
             UserError: no buffer there, a damaged one, or one whose experts are not all trained.
@@ -114,17 +118,8 @@ class Buffer:
         if not 0 <= expert < len(self.experts):
             raise UserError(f"{name} is {expert}, but {self.folder} holds experts 0 to {len(self.experts) - 1}.")
 
-    def convexified(self) -> "Buffer":
-        """The same experts with trajectories straightened as MCT does (Zhong et al. 2025).
-
-        There is a point for every real epoch t from 0 to T: θ(t) = θ*_0 + f(t) (θ*_T − θ*_0), where f is, for each
-        tensor of the network, the fraction of its way that the expert has gone by t: the length of its steps up to
-        there over the length of all, linear between epochs.
-        """
-        return Buffer(self.folder, convex=True)
-
     def parameters(self, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
-        """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convexified`."""
+        """θ*_epoch of `expert`, on the CPU; reads nothing else. An epoch that is not whole needs `convex`."""
         if not self.convex or not 0 <= epoch <= self.epochs:
             return self._stored(expert, epoch)
         if expert not in self._straightened:
@@ -160,7 +155,7 @@ class Buffer:
     def parameters_on(self, device: torch.device, expert: int, epoch: int | float) -> Float[Tensor, " p"]:
         """θ*_epoch of `expert` on `device`.
 
-        A GPU keeps the vectors, while they take a quarter of what is free, if they are not `convexified`: of those
+        A GPU keeps the vectors, while they take a quarter of what is free, if they are not straightened: of those
         hardly one is asked for twice.
         """
         key = device, expert, epoch

@@ -191,21 +191,22 @@ class ExpertTraining:
 
         The numbers that `progress` is called with add up to all training images, however many the curriculum shows.
         """
-        config, seen = self.config, self.train
-        if self.difficulty_rank is not None:
-            seen = seen.select(select(config.curriculum, self.difficulty_rank, epoch - 1))
+        config, fetch, size = self.config, fetch_real(self.train, self.preprocessing), len(self.train.labels)
+        if self.difficulty_rank is not None:  # indices, not images: a whitened set is kept, a selection of it is not
+            chosen, every = select(config.curriculum, self.difficulty_rank, epoch - 1), fetch
+            fetch, size = (lambda indices: every(chosen[indices])), len(chosen)
         return train_epoch(
             self.network,
             theta,
             optimizer,
-            fetch_real(seen, self.preprocessing),
-            len(seen.labels),
+            fetch,
+            size,
             batch_size=config.batch_size,
             strategy=config.augmentation.augment,
             generator=generator(config.seed + expert, "epoch", epoch),
             sharpness=config.sharpness,
             compute=config.compute,
-            progress=lambda images: progress(images * len(self.train.labels) / len(seen.labels)),
+            progress=lambda images: progress(images * len(self.train.labels) / size),
         )
 
     def accuracy(self, theta: Float[Tensor, " p"], part: Images) -> float:

@@ -24,7 +24,7 @@ from cddlib.distillation.config import DistillConfig
 from cddlib.experts.config import BufferConfig
 from cddlib.methods.catalogue import METHODS
 from cddlib.runtime.config import check_types, configure, field_types
-from cddlib.runtime.errors import UserError
+from cddlib.runtime.errors import UserError, require
 
 CELLS = {
     "digits": (1, 10, 50),
@@ -60,7 +60,7 @@ def distill_recipe(method: str = "contra", data: str = "digits", ipc: int = 1, *
     """
     values = _values(DistillConfig, method, data, ipc, {"ipc": ipc, **overrides, "method": method})
     if "subsets" not in overrides:
-        values["subsets"] = min(values.get("subsets", 1), max(ipc, 1))
+        values["subsets"] = min(values.get("subsets", 1), ipc)
     if "window_end" not in overrides:
         least = values.get("window_start", 0) + values.get("segments", 1) * values["subsets"]
         for name in ("window_end", "window_end_initial"):
@@ -131,6 +131,7 @@ def _values(config_type: type, method: str, data: str, ipc: int, overrides: dict
     except TypeError as error:
         raise UserError(f"{error}.") from None
     check_data_name(data)
+    require(1, ipc=ipc)
     values = {"data": data, **_DATA.get(data, {}), **resolve(method, data, ipc)[0]}
     return {name: value for name, value in values.items() if name in fields} | overrides
 
@@ -150,18 +151,18 @@ def resolve(method: str, data: str, ipc: int) -> tuple[dict[str, Any], tuple[Kin
     for m in lineage:
         values |= m.settings
         rows = {of_ipc: row for (name, of, of_ipc), row in ROWS.items() if (name, of) == (m.name, known)}
-        nearest = min(rows, key=lambda row_ipc: abs(row_ipc - ipc), default=None)
-        if nearest is None:
+        if not rows:
             continue
-        if abs(nearest - ipc) > closest:
-            values |= {name: value for name, value in rows[nearest].values.items() if name not in decided}
-            continue
-        closest, decided = abs(nearest - ipc), decided | rows[nearest].values.keys()
-        values |= rows[nearest].values
-        origin = "derived", f"{m.name}'s values for {known}, IPC {nearest}"
-        if (m.name, known, nearest) == (method, data, ipc):
-            kind = rows[nearest].kind
-            origin = kind, "a search recorded in book/results" if kind == "searched" else m.source
+        nearest = min(rows, key=lambda row_ipc: abs(row_ipc - ipc))
+        distance, (kind, own) = abs(nearest - ipc), rows[nearest]
+        if distance > closest:  # a base has a nearer row: this one only fills in what that leaves open
+            own = {name: value for name, value in own.items() if name not in decided}
+        else:
+            closest, decided = distance, decided | own.keys()
+            origin = "derived", f"{m.name}'s values for {known}, IPC {nearest}"
+            if (m.name, known, nearest) == (method, data, ipc):
+                origin = kind, "a search recorded in book/results" if kind == "searched" else m.source
+        values |= own
     if known != data:
         values.pop("zca", None)
     return values, origin

@@ -46,7 +46,8 @@ def configure(kind: type[T], /, **values: Any) -> T:
             fields, section = field_types(hint), cast(type, hint)
             own[name] = configure(section, **{key: values.pop(key) for key in fields if key in values})
         elif name in values:
-            own[name] = values.pop(name)
+            value = values.pop(name)  # a whole number is written like a real one, where either may stand
+            own[name] = float(value) if type(value) is int and _has_type(0.5, hint) else value
     return kind(**own, **values)
 
 

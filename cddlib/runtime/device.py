@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cpu")
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # `meta` has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"device {name!r} is not available here ({str(error).splitlines()[0]}); use 'cpu' or 'auto'."
@@ -42,7 +43,9 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free, limit = psutil.virtual_memory().available, CGROUP / "memory.max"
     if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int((CGROUP / "memory.current").read_text()))
+        cached = re.search(r"^inactive_file (\d+)", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        used = int((CGROUP / "memory.current").read_text()) - int(cached[1] if cached else 0)  # files' pages give way
+        free = min(free, int(limit.read_text()) - used)
     return max(0, free)
 
 

@@ -79,8 +79,7 @@ class Ranks:
 
     def __init__(self) -> None:
         """The ranks of torch's default process group, if there is one."""
-        several = dist.is_available() and dist.is_initialized()
-        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.stopping = False
         """Whether any rank had been asked to stop at the last `sum`: the same on all of them."""
 

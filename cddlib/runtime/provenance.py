@@ -14,9 +14,10 @@ import torch
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that holds this package, with `+dirty` if files differ from it; None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit that holds this package, with `+dirty` if its files differ from it; None if git does not have it."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True)
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run([*git, "status", "--porcelain", "."], capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

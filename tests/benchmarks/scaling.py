@@ -48,14 +48,16 @@ from scipy.optimize import nnls
 import cddlib
 from cddbook.records import write_record
 from cddlib.data.dataset import load, sizes_of
+from cddlib.distillation.checkpoint import State
 from cddlib.distillation.config import DistillConfig
-from cddlib.distillation.loop import initial_state, iterate
+from cddlib.distillation.loop import iterate
 from cddlib.matching.student import plan_student
 from cddlib.plan import buffer_of, plan
 from cddlib.runtime.device import keep_freed_memory
 from cddlib.runtime.distributed import Ranks
 from cddlib.runtime.provenance import Recorder
 from cddlib.runtime.random import generator
+from cddlib.synthetic import initialise
 
 # --- The model --------------------------------------------------------------------------------------------------
 
@@ -226,7 +228,8 @@ def process(rank: int, *, count: int, store: Path, works: dict[str, DistillConfi
     for (name, work), segments in itertools.product(works.items(), SEGMENTS):
         config = cddlib.replace(work, segments=segments)
         buffer = cddlib.Buffer(store.parent / config.data.data)
-        state = initial_state(config, load(config.data.data, store.parent), buffer, torch.device("cpu"))
+        dataset, where = load(config.data.data, store.parent), (config.seed, torch.device("cpu"))
+        state = State(config, initialise(config.synthetic, dataset, buffer, *where, config.schedule.subsets))
         state.progress.iteration = 0
         ranks = {"nothing": apart(0), "one": apart(1), "iteration": Ranks()}
         runs = [functools.partial(iterate, state, config, buffer, group) for group in ranks.values()]

@@ -66,7 +66,7 @@ def test_it_is_the_weighted_sum_of_all_segments_gradients(
     buffer: Buffer, recipe, overrides: dict[str, object], count: int, iteration: int
 ) -> None:
     config = recipe(**overrides)
-    buffer = buffer.convexified() if config.schedule.convex else buffer
+    buffer = Buffer(buffer.folder, convex=True) if config.schedule.convex else buffer
     synthetic = dataclasses.replace(first(config, buffer), subsets=config.schedule.subsets)
     found, record = concurrent_gradient(config, buffer, synthetic, iteration)
     assert len(record["matched"]) == count

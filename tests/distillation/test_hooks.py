@@ -81,6 +81,8 @@ def test_a_hook_s_fields_are_part_of_the_run_s_identity(buffer: Buffer, recipe, 
     assert contents(tmp_path) == before
     distill(config, buffer, tmp_path, hooks=[hook_of(lambda run: {}), Brightest(2)])  # one without fields is not
     assert read_json(tmp_path / "config.json")["brightest_every"] == 2
+    with pytest.raises(UserError, match=r"^the hook Brightest has a field 'brightest_every', which the run has too\.$"):
+        distill(config, buffer, tmp_path, hooks=[Brightest(2), Brightest(3)])
 
 
 @pytest.mark.parametrize(("iteration", "saved"), [(0, ""), (5, "the checkpoint holds iteration 4; ")])

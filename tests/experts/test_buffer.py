@@ -49,7 +49,7 @@ def straightened(buffer: Buffer, expert: int, epoch: float) -> dict[str, np.ndar
 
 @hypothesis.given(expert=st.integers(0, 1), epoch=st.floats(0, EPOCHS) | st.integers(0, EPOCHS))
 def test_the_convexified_trajectory_is_mct_s(written: Buffer, expert: int, epoch: float) -> None:
-    found = unflatten(written.network, written.convexified().parameters(expert, epoch))
+    found = unflatten(written.network, Buffer(written.folder, convex=True).parameters(expert, epoch))
     for name, wanted in straightened(written, expert, epoch).items():
         np.testing.assert_allclose(found[name].numpy(), wanted, atol=2e-6)
 
@@ -60,7 +60,7 @@ def test_tensors_that_stand_still_or_come_back_do_not_move(tmp_path: Path) -> No
         tensors = unflatten(NETWORK, theta)
         tensors["norm0.weight"].fill_(1.0)
         tensors["norm0.bias"].fill_([0.0, 1.0, 2.0, 1.0, 0.0][epoch])
-    convex = write_experts(tmp_path, [path], {}).convexified()
+    convex = Buffer(write_experts(tmp_path, [path], {}).folder, convex=True)
     for epoch in (0, 1, 1.5, 3.9, 4):
         theta = convex.parameters(0, epoch)
         assert theta.isfinite().all()
@@ -72,13 +72,13 @@ def test_tensors_that_stand_still_or_come_back_do_not_move(tmp_path: Path) -> No
 @pytest.mark.parametrize("epoch", [-0.5, -1, EPOCHS + 0.25, EPOCHS + 1])
 def test_epochs_outside_the_trajectory_are_refused(written: Buffer, epoch: float) -> None:
     with pytest.raises(cddlib.UserError, match=rf"expert-000.*: epoch {epoch} of {EPOCHS} cannot be read"):
-        written.convexified().parameters(0, epoch)
+        Buffer(written.folder, convex=True).parameters(0, epoch)
 
 
 def test_the_trajectory_is_measured_once(written: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
     read, stored = [], Buffer._stored
     monkeypatch.setattr(Buffer, "_stored", lambda self, *which: read.append(which[1]) or stored(self, *which))
-    convex = written.convexified()
+    convex = Buffer(written.folder, convex=True)
     convex.parameters(0, 2.5)
     assert set(read) == set(range(EPOCHS + 1))
     read.clear()

@@ -260,8 +260,11 @@ def test_check_data_refuses_other_images(buffer: Buffer) -> None:
 @pytest.mark.usefixtures("quick_scores")
 @pytest.mark.parametrize("holdout", [True, False])
 def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, holdout: bool) -> None:
-    seen, fetch = [], training.fetch_real
-    monkeypatch.setattr(training, "fetch_real", lambda images, map_: seen.append(images) or fetch(images, map_))
+    seen, sources, fetch, epoch = [], [], training.fetch_real, training.train_epoch
+    monkeypatch.setattr(training, "fetch_real", lambda images, map_: sources.append(images) or fetch(images, map_))
+    monkeypatch.setattr(
+        training, "train_epoch", lambda *work, **how: seen.append(work[3](torch.arange(work[4]))) or epoch(*work, **how)
+    )
     config = recipe(**STAGED, holdout=holdout)
     opened = train(config, tmp_path)
     digits = data.load("digits")
@@ -270,14 +273,15 @@ def test_every_epoch_sees_the_images_of_its_stage(tmp_path: Path, monkeypatch, h
     assert scores.shape == images.labels.shape
     assert len(seen) == config.experts * config.epochs
     bounds = [(0, 0.5), (0, 0.75), (0, 1), (0, 1), (0.25, 1), (0.5, 1)]
-    for number, part in enumerate(seen):
+    assert all(source is sources[0] for source in sources), "a set that is whitened is whitened once"
+    for number, (inputs, labels) in enumerate(seen):
         lower, upper = bounds[number % 6]
         wanted = []
         for label in range(10):
             members = sorted(torch.nonzero(images.labels == label).flatten().tolist(), key=scores.tolist().__getitem__)
             wanted += [m for k, m in enumerate(members) if lower <= k / (len(members) - 1) <= upper]
-        assert torch.equal(part.images, images.images[sorted(wanted)])
-        assert torch.equal(part.labels, images.labels[sorted(wanted)])
+        assert torch.equal(inputs, opened.preprocessing(images.images[sorted(wanted)]))
+        assert torch.equal(labels, images.labels[sorted(wanted)])
     how = (config.batch_size, config.learning_rate, config.augmentation.augment)
     scored = curriculum.difficulty(opened.network, images, opened.preprocessing, *how)
     assert torch.equal(scores, scored)

@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cddlib
 from cddlib.data.augment import CHANGES, AugmentConfig
 from cddlib.distillation.checkpoint import State
-from cddlib.distillation.loop import initial_state, iterate
+from cddlib.distillation.loop import iterate
 from cddlib.evaluate import EvaluateConfig, correct_of_set
 from cddlib.matching import loss as losses
 from cddlib.matching.student import MatchingConfig, Walk
 from cddlib.networks.convnet import parameter_count
 from cddlib.runtime.distributed import Ranks
+from cddlib.synthetic import initialise
 from cddlib.training import graphs
 from cddlib.training.convnet_step import ConvNetStep
 from cddlib.training.step import ComputeConfig
@@ -115,11 +116,11 @@ def test_an_iteration_keeps_to_its_device(
 ) -> None:
     own = {"student_steps": 3, "augment": STRATEGY, "window_end": 3, **changes}
     config = cddlib.distill_recipe("mtt", "digits", **{**quick, **own})
-    experts = buffer.convexified() if config.schedule.convex else cddlib.Buffer(buffer.folder)
-    start = initial_state(config, cddlib.load("digits"), experts, torch.device("cpu"))
+    experts = cddlib.Buffer(buffer.folder, convex=config.schedule.convex)
+    where = config.seed, torch.device("cpu"), config.schedule.subsets
+    start = initialise(config.synthetic, cddlib.load("digits"), experts, *where)
     with gpu:
-        state = State(config, start.synthetic.copy().to(CUDA))
-        state.synthetic = dataclasses.replace(state.synthetic, subsets=config.schedule.subsets)
+        state = State(config, start.copy().to(CUDA))
         for state.progress.iteration in (1, 2):  # so that something can be replayed
             before = gpu.uploads, gpu.waits
             iterate(state, config, experts, Ranks())
@@ -164,7 +165,7 @@ def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU,
     dataset, network = cddlib.load("digits"), buffer.network
     config = cddlib.distill_recipe("mtt", "digits", width=8, zca=zca)
     synthetic = dataclasses.replace(
-        initial_state(config, dataset, buffer, torch.device("cpu")).synthetic.copy(),
+        initialise(config.synthetic, dataset, buffer, config.seed, torch.device("cpu")),
         preprocessing=cddlib.data.preprocessing.fit_preprocessing(dataset, zca=zca),
     )
     with gpu:

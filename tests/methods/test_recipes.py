@@ -181,6 +181,7 @@ def test_the_table_has_a_line_for_every_cell() -> None:
         (lambda: distill_recipe("mtt", "mnist"), "unknown data set 'mnist'; choose one of digits, "),
         (lambda: recipes_table("mtt", "imagefolder"), "data is 'imagefolder'; there are recipes for digits, "),
         (lambda: distill_recipe(colour=1), "'colour' is not a field of DistillConfig."),
+        (lambda: buffer_recipe(ipc=0), "ipc is 0; it must be at least 1."),
         (lambda: distill_recipe(iterations="many"), "iterations is 'many', which is not of type int."),
     ],
 )

@@ -99,6 +99,8 @@ def test_a_value_of_another_type_is_named(name: str, value: object, kind: str) -
 
 
 def test_the_hash_is_of_the_values_in_any_order() -> None:
+    whole, real = (as_dict(configure(Outer, name="", rate=rate)) for rate in (1, 1.0))
+    assert configs.config_hash(whole) == configs.config_hash(real)
     assert configs.config_hash({"a": 1, "b": 2}) == configs.config_hash({"b": 2, "a": 1})
     assert configs.config_hash({"a": 1}) != configs.config_hash({"a": 2})
     assert len(configs.config_hash({})) == 12

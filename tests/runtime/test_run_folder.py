@@ -144,7 +144,7 @@ def test_another_run_is_refused_with_the_fields_that_differ() -> None:
     run_folder.refuse_other_run(Path("out"), {"a": 1}, {"a": 1})
 
 
-@pytest.mark.parametrize("name", ["cuda:99", "banana", ""])
+@pytest.mark.parametrize("name", ["cuda:99", "banana", "meta", ""])
 def test_a_missing_device_is_refused_by_name(name: str) -> None:
     with pytest.raises(UserError, match=rf"^device '{name}' is not available here .*use 'cpu' or 'auto'\.$"):
         devices.resolve_device(name)
@@ -173,12 +173,16 @@ def test_the_commit_is_that_of_the_checkout_at_the_start(tmp_path: Path, monkeyp
     def recorded() -> str | None:
         return provenance.Recorder(torch.device("cpu")).report()["commit"]
 
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "runtime" / "provenance.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert recorded() is None
     (tmp_path / "a.py").write_text("a = 1\n")
+    (tmp_path / "__init__.py").touch()
     git("init", "-q")
     git("add", "a.py")
+    git("commit", "-q", "--no-verify", "-m", "another project, into which the package is installed")
+    assert recorded() is None
+    git("add", ".")
     git("commit", "-q", "--no-verify", "-m", "first")
     commit, recorder = git("rev-parse", "HEAD"), provenance.Recorder(torch.device("cpu"))
     (tmp_path / "a.py").write_text("a = 2\n")

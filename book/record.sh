@@ -103,6 +103,14 @@ segments-cifar10-ipc1-published-long() { # the first seed goes on to as many seg
     study segments-cifar10-ipc1-published-long compare "$published_counts --iterations 5000 --error-every 1500 --seeds 1 --no-baselines"
 }
 
+buffers-window4() { # five epochs, so that the last of four start epochs has a segment of two
+    cddlib buffer --method mtt --data cifar10 --root "$root" --experts 20 --epochs 5 --no-holdout --precision bfloat16 --out "$runs/cifar10-window4"
+    cddbook record "$runs/cifar10-window4" --to $results/study-buffer-cifar10-window4.json
+}
+segments-cifar10-ipc1-window4() { # the published network and student, with as many start epochs as segments
+    study segments-cifar10-ipc1-window4 compare "$mtt --ipc 1 --buffer $runs/cifar10-window4 --precision bfloat16 --window-end 4 --what segments --counts 1 2 4 --iterations 1500 --validate-every 500 --probe-starts 0 1 2 3 --probe-every 50 --seeds 2 --networks 10 --no-baselines"
+}
+
 buffers() {
     cddlib buffer --data digits --out "$runs/digits"
     cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"
@@ -138,7 +146,8 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
 
 all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 sets-cifar10-ipc1
  segments-cifar10-ipc1-long correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
- segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
+ segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers-window4 segments-cifar10-ipc1-window4
+ buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
 left=""
 for name in ${@:-$all}; do
     if [ $SECONDS -lt $end ]; then

@@ -120,19 +120,6 @@ def patch(values: Mapping[str, Any]) -> None:
         setattr(importlib.import_module(module), attribute, value)
 
 
-def before(name: str, action: Callable[[], object]) -> None:
-    """Do something before the first call of a function, named as `module.function`."""
-    module, attribute = name.rsplit(".", 1)
-    function, once = getattr(importlib.import_module(module), attribute), iter([action])
-
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        for act in once:
-            act()
-        return function(*arguments, **options)
-
-    patch({name: wrapped})
-
-
 def on_operations(folder: Path, then: Callable[[str], object]) -> None:
     """Call `then` before each operation on a file in `folder`, with the name of that file."""
 

@@ -17,6 +17,7 @@ import cddlib
 from cddlib import cli, commands
 from cddlib.experts.buffer import Buffer
 from cddlib.runtime import files
+from cddlib.runtime.run_folder import read_metrics
 
 
 def options(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -178,7 +179,7 @@ def test_the_whole_way_with_whitening_taken_from_the_buffer(tmp_path: Path, caps
     assert run("record", out, "--to", record) == 0
     found = json.loads(record.read_text())
     assert found.keys() == {"config", "result", "metrics", "evaluations"}
-    assert found["config"] == config
+    assert (found["config"], found["metrics"], len(found["evaluations"])) == (config, read_metrics(out), 1)
     assert run("record", buffer, "--to", record) == 0
     assert json.loads(record.read_text()).keys() == {"buffer", "result"}
 

@@ -90,7 +90,7 @@ def test_a_buffer_goes_out_and_comes_back(buffer: Buffer, tmp_path: Path, capsys
     assert "holds a buffer, which can be written as pt only, not as png." in capsys.readouterr().err
 
 
-def test_the_buffer_command_trains_experts_as_the_method_does(tmp_path: Path, capsys) -> None:
+def test_the_buffer_command_trains_experts_as_the_method_does(tmp_path: Path) -> None:
     options = ["--experts", "1", "--epochs", "1", "--width", "4", "--device", "cpu"]
     assert run("buffer", "--method", "ftd", "--ipc", "10", *options, "--out", tmp_path / "b") == 0
     assert Buffer(tmp_path / "b").config["sharpness_radius"] == 0.01

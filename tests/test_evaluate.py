@@ -70,7 +70,7 @@ def test_networks_are_trained_by_the_published_protocol(
     which = {"purpose": "evaluation", "seed": 3, "device": CPU}
     found = train_network(NETWORK, fetch, 10, config, DSA, ComputeConfig(), 0.5, **which)
     wanted = reference(images, targets, epochs=epochs, rate=0.5, batch=4, seed=3)
-    assert (wanted - NETWORK.init(cddlib.generator(3, "init"))).abs().max() > 0.01
+    assert (wanted - NETWORK.init(cddlib.generator("evaluation", 3, "init"))).abs().max() > 0.01
     assert torch.allclose(found, wanted, atol=1e-5)
     assert not found.requires_grad
 

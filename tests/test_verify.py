@@ -88,7 +88,6 @@ def tamper_milestone(run: Path) -> None:
 
 TAMPERED: dict[str, Callable[[Path, Path], None]] = {
     "losses": lambda run, _: tamper_line(run, 1, lambda line: line["losses"].__setitem__(2, line["losses"][2] * 0.9)),
-    "step sizes": lambda run, _: tamper_line(run, 1, lambda line: line.update(step_size=line["step_size"] * 2)),
     "lengths of gradients": lambda run, _: tamper_line(run, 1, lambda line: line["gradient_norms"].__setitem__(0, 1e9)),
     "the set before the first iteration": lambda run, _: tamper_milestone(run),
     "steps of an epoch": lambda _, buffer: tamper_parameters(buffer),

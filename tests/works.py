@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from children import Child, Setting, patch, run
 from PIL import Image
@@ -70,6 +71,20 @@ def assert_same(folder: Path, wanted: Path) -> None:
     assert sorted(a) == sorted(b), (sorted(a), sorted(b))
     different = [name for name in a if a[name] != b[name]]
     assert not different, different
+
+
+def stop_before(owner: Any, name: str, when: Callable[..., bool], work: Callable[[], object]) -> None:
+    """Do `work`, and stop it as by Ctrl-C before the call of `owner.name` whose arguments `when` picks."""
+    function = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        if when(*arguments):
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as within, pytest.raises(KeyboardInterrupt):
+        within.setattr(owner, name, interrupted)
+        work()
 
 
 def assert_refused(path: Path, bits: int, note: Callable[..., None], attempt: Callable[[], object], name: str) -> None:

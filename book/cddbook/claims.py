@@ -8,10 +8,9 @@ are not corrected for their number: of twenty effects that are zero, one is sett
 segments: tests of all pairs, corrected for their number, decide it.
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import pandas as pd
 
@@ -75,8 +74,7 @@ CLAIMS = {
 """The paper's claims, as its abstract and public reviews report them."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Finding:
+class Finding(NamedTuple):
     """What one measure says about one claim in one setting."""
 
     claim: str

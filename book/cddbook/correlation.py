@@ -2,10 +2,10 @@
 
 In every matrix the row is the segment that is matched and the column the one that is measured::
 
-    pearson        correlation of two segments' losses while one of them is matched: the paper's figure, as reviews
-                   describe it. Losses that fall for a common reason correlate too
-    between_draws  cosines between the segments' gradients: −1 is conflict, +1 agreement
-    transfer       what a real step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
+    pearson             correlation of two segments' losses while one of them is matched: the paper's figure, as
+                        reviews describe it. Losses that fall for a common reason correlate too
+    between_draws       cosines between the segments' gradients: −1 is conflict, +1 agreement
+    predicted_transfer  what a step on one segment takes off another's loss, relative to it (Fifty et al. 2021)
 """
 
 import math
@@ -46,13 +46,8 @@ def between_draws(products: Float[np.ndarray, "n n"]) -> Matrix:
     return (across + across.T) / 2
 
 
-def transfer(similarity: dict[str, Any]) -> Matrix:
-    """Z_ij = 1 − L_j(after a step on i) / L_j; above 0, the step on i helped j. From `Probes.gradient_similarity`."""
-    return 1 - np.asarray(similarity["after"]) / np.asarray(similarity["losses"])
-
-
 def predicted_transfer(similarity: dict[str, Any], rates: Mapping[str, float]) -> Matrix:
-    """Z_ij to first order, Σ_v η_v ⟨g_i,v, g_j,v⟩ / L_j, from what `Probes.gradient_similarity` returned."""
+    """Z_ij to first order, Σ_v η_v ⟨g_i,v, g_j,v⟩ / L_j, from what `ProbeHook.gradient_similarity` returned."""
     count = len(similarity["losses"])
     inner = sum(rate * np.asarray(similarity["products"][name])[:count, :count] for name, rate in rates.items())
     return np.asarray(inner) / np.asarray(similarity["losses"])

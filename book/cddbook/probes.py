@@ -58,7 +58,6 @@ class ProbeHook:
 
     def after_iteration(self, run: Run) -> dict[str, Any]:
         """`probe_losses`, `gradient_similarity` and `accumulated_error`, each where it is due."""
-        self.check(run.config, run.buffer)
         measures: dict[str, tuple[Callable[[Run], Any], int]] = {
             "probe_losses": (self.losses, self.probe_every if self.probe_starts else 0),
             "gradient_similarity": (self.gradient_similarity, self.similarity_every),

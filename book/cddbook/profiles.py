@@ -1,15 +1,13 @@
 """How much work a chapter does."""
 
 import ast
-import dataclasses
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 from cddlib.runtime.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(NamedTuple):
     """How much work a chapter of the book does."""
 
     buffer: dict[str, Any]

@@ -48,11 +48,6 @@ DENSE = ("iteration", "loss", "matched", "step_size", "seconds", "skipped")
 SPARSE = ("validation_accuracy", "probe_losses", "gradient_similarity", "accumulated_error")
 
 
-def ended(run: Path) -> bool:
-    """Whether a run of a study has finished, or stopped on its own."""
-    return (run / "result.json").exists() or (run / STOPPED).exists()
-
-
 def study_record(out: Path) -> dict[str, Any]:
     """Everything that the runs of a finished study wrote, small enough to commit.
 
@@ -70,7 +65,7 @@ def study_record(out: Path) -> dict[str, Any]:
             if ".." in Path(name).parts or Path(name).is_absolute():
                 raise UserError(f"{out / 'study.json'} names the run {name!r}, which is not below its folder.")
             finished = (out / name / "result.json").exists()
-            if not (finished or (description.get("keep_stopped") and ended(out / name))):
+            if not (finished or (description.get("keep_stopped") and (out / name / STOPPED).exists())):
                 raise UserError(f"{out} holds a study that is not finished: {name} is missing; run it again to finish.")
             config = read_json(out / name / "config.json")
             changes = {key: config[key] for key, value in description["config"].items() if config[key] != value}

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cddbook.probes import ProbeHook
-from cddbook.records import STOPPED, ended, study_record
+from cddbook.records import STOPPED, study_record
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.loop import distill
 from cddlib.evaluate import evaluate_run
@@ -205,7 +205,8 @@ def run_study(
             for name, config in runs.items()
         ]
         failed = _failures(work, jobs)
-        if failed and not (keep_stopped and all(ended(out / name) for name in runs)):
+        ended = [any((out / name / file).exists() for file in ("result.json", STOPPED)) for name in runs]
+        if failed and not (keep_stopped and all(ended)):
             raise UserError(f"{len(failed)} of {len(runs)} runs failed, the others are finished: {'; '.join(failed)}")
     return study_record(out)
 

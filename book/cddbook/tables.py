@@ -25,8 +25,7 @@ from cddlib.training.engine import operations
 
 def markdown(rows: Iterable[Mapping[str, Any]] | pd.DataFrame) -> str:
     """A table in Markdown; every row has its cells by the column's title, and a missing one is empty."""
-    table = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
-    return str(table.fillna("").to_markdown(index=False, disable_numparse=True, stralign=None, numalign=None))
+    return pd.DataFrame(rows).fillna("").to_markdown(index=False, disable_numparse=True, stralign=None, numalign=None)
 
 
 def mean_sd(values: Sequence[float] | pd.Series, *, scale: float = 1.0, digits: int = 1) -> str:
@@ -180,8 +179,7 @@ def provenance(records: Mapping[str, Record]) -> str:
     for name, record in records.items():
         runs, buffer = record.get("runs", []), record.get("buffer", {})
         results = [run["result"] for run in runs.values()] if isinstance(runs, dict) else [record.get("result", record)]
-        config: Record = record.get("config", buffer.get("config"))
-        config = config or next((run["config"] for run in runs if "config" in run), {})
+        config: Record = record.get("config", buffer.get("config", {}))
         said, made = [f"{len(runs)} runs"] if runs else [], results[0]
         for words in SETTINGS:
             with contextlib.suppress(KeyError):
@@ -260,11 +258,10 @@ def rates_table(records: Mapping[int, Record], used: Mapping[str, Any]) -> str:
     """Validation accuracies of the settings that a search tried for each K, best first, and which a study `used`."""
     rows = []
     for k, record in records.items():
-        tried = {name.split("/")[0]: {**record["config"], **run["changes"]} for name, run in record["runs"].items()}
         for setting, accuracies in settings_by_accuracy(record).items():
             row = {"K": k, "setting": setting.replace(",", ", "), "seeds": len(accuracies)}
             row["validation accuracy, %"] = mean_sd(accuracies, scale=100.0)
             fields = [part.split("=")[0] for part in setting.split(",")]
-            same = all(tried[setting][field] == used[field] for field in fields)
+            same = setting == ",".join(f"{field}={used[field]}" for field in fields)
             rows.append({**row, "used": "yes" if same else ""})
     return markdown(rows)

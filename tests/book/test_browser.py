@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
@@ -137,23 +138,16 @@ def chapter(tmp_path: Path, browser: Browser) -> Iterator[Page]:
         settings["HOME"] = str(tmp_path)
         server = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, env=settings)
     try:
-        address = wait_for_address(server, log)
+        end = time.monotonic() + 60
+        while not (address := re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/", log.read_text())):
+            assert server.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.1)
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.goto(f"{address}lab/tree/chapter.ipynb?token=k")
+        page.goto(f"{address[0]}lab/tree/chapter.ipynb?token=k")
         yield page
     finally:
         server.terminate()
         server.wait(60)
-
-
-def wait_for_address(server: subprocess.Popen, log: Path) -> str:
-    """Where a Jupyter server answers, once it says so."""
-    for _ in range(600):
-        if found := re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/", log.read_text()):
-            return found[0]
-        assert server.poll() is None, log.read_text()
-        threading.Event().wait(0.1)
-    raise AssertionError(log.read_text())
 
 
 @pytest.mark.filterwarnings("default")

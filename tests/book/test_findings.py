@@ -218,11 +218,9 @@ def test_comparisons_that_say_the_opposite_contradict():
     """What one and several segments led to is exchanged; each still costs what it did."""
     record = comparison_record(noise=0.001)
     for name, entry in record["runs"].items():
-        visits = [[[0, 0]]] * findings.SETTLED + [[[0, 0]], [[0, 4]], [[0, 0]]]
         first, *rest = [2.0, 1.0, 1.0, 1.0, 1.0, 1.2, 1.4] if name.startswith("sequential") else [2.0] * 4 + [1.9] * 3
         seed = entry["changes"]["seed"] / 1000
         entry["metrics"]["probe_losses"] = [[t, [x + seed, x]] for t, x in enumerate([first, *rest])]
-        entry["metrics"]["matched"] = visits
         entry["evaluations"].append({**entry["evaluations"][0], "network": "alexnet"})
     usual = claims.findings({}, {"toy": record})
     runs = record["runs"]

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from works import contents, steady
+from works import contents, steady, stop_before
 
 import cddlib
 from cddbook import records, study
-from cddbook.__main__ import main
 from cddbook.records import study_record
 from cddbook.study import (
     StudyConfig,
@@ -30,7 +29,7 @@ from cddlib.runtime import files
 from cddlib.runtime.config import replace
 from cddlib.runtime.device import resolve_device
 from cddlib.runtime.errors import UserError
-from cddlib.runtime.run_folder import Metrics, read_metrics
+from cddlib.runtime.run_folder import read_metrics
 
 Recipe = Callable[..., StudyConfig]
 
@@ -136,7 +135,7 @@ def whole(recipe: Recipe, buffer: cddlib.Buffer, tmp_path_factory: pytest.TempPa
     return out
 
 
-def test_the_record_has_every_run_and_what_it_changes(recipe: Recipe, whole: Path, tmp_path: Path) -> None:
+def test_the_record_has_every_run_and_what_it_changes(recipe: Recipe, whole: Path) -> None:
     base, planned = plan(recipe)
     record = study_record(whole)
     assert record["config"] == configs.as_dict(base)
@@ -151,8 +150,6 @@ def test_the_record_has_every_run_and_what_it_changes(recipe: Recipe, whole: Pat
         assert [len(accuracies[kind]) for kind in ("synthetic", "random_real", "full")] == [2, networks, networks]
     assert record["runs"]["K=1/seed-0"]["changes"] == {"error_every": 4}
     assert json.loads(json.dumps(record, allow_nan=False)) == record
-    assert main(["record", str(whole), "--to", str(tmp_path / "r.json")]) == 0
-    assert records.read_record(tmp_path / "r.json") == record
 
 
 def test_the_record_keeps_the_metrics_to_six_digits(whole: Path) -> None:
@@ -166,19 +163,10 @@ def test_the_record_keeps_the_metrics_to_six_digits(whole: Path) -> None:
 
 
 def test_a_study_that_was_interrupted_while_it_tested_goes_on(
-    recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, buffer: cddlib.Buffer, whole: Path, tmp_path: Path
 ) -> None:
     evaluate, calls = importlib.import_module("cddlib.evaluate"), itertools.count(1)
-    inner = evaluate.train_network
-
-    def interrupted(*arguments: Any, **options: Any) -> Any:
-        if next(calls) == 12:
-            raise KeyboardInterrupt
-        return inner(*arguments, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluate, "train_network", interrupted)
-        run(recipe, buffer, tmp_path)
+    stop_before(evaluate, "train_network", lambda *_: next(calls) == 12, lambda: run(recipe, buffer, tmp_path))
     with pytest.raises(UserError, match="holds a study that is not finished"):
         study_record(tmp_path)
     done = contents(tmp_path / "K=1/seed-0")
@@ -253,22 +241,3 @@ def test_records_are_plain_json(tmp_path: Path) -> None:
         records.write_record(folder / "r.json", {"x": [1]}, indent=indent)
         assert (folder / "r.json").read_text() == text
         assert records.read_record(folder / "r.json") == {"x": [1]}
-
-
-def test_a_record_gathers_what_a_run_wrote(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl", resume_at=-1)
-    metrics.write({"iteration": 0, "loss": 0.5})
-    (tmp_path / "synthetic.safetensors").write_bytes(b"a set")
-    sha = {"synthetic_sha256": files.file_digest(tmp_path / "synthetic.safetensors")}
-    written = {name: {"name": name} | sha for name in ("config", "evaluation-b", "evaluation-a")}
-    files.write_json(tmp_path / "evaluation-of-a-former-set.json", {**sha, "synthetic_sha256": "f"})
-    written["result"] = {"metrics_sha256": metrics.sync()}
-    metrics.close()
-    for name, value in written.items():
-        files.write_json(tmp_path / f"{name}.json", value)
-    assert records.collect(tmp_path) == {
-        "config": written["config"],
-        "result": written["result"],
-        "metrics": [{"iteration": 0, "loss": 0.5}],
-        "evaluations": [written["evaluation-a"], written["evaluation-b"]],
-    }

@@ -5,14 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from works import stop_before
 
 import cddlib
 from cddlib.distillation.config import DistillConfig
 from cddlib.experts.buffer import Buffer
-from cddlib.matching.segments import draw_segments
-from cddlib.runtime.random import generator
 from cddlib.synthetic import SyntheticSet, initialise
 
 CPU = torch.device("cpu")
@@ -34,24 +32,8 @@ def first(config: DistillConfig, buffer: Buffer) -> SyntheticSet:
 
 def stop_at(iteration: int, config: DistillConfig, buffer: Buffer, folder: Path, **options: Any) -> None:
     """Begin or go on with the run, and stop it as by Ctrl-C after this iteration."""
-    iterate = loop.iterate
-
-    def interrupted(state: Any, *rest: Any) -> Any:
-        if state.iteration == iteration:
-            raise KeyboardInterrupt
-        return iterate(state, *rest)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop, "iterate", interrupted)
-        distill(config, buffer, folder, **options)
-
-
-def stream(config: DistillConfig, buffer: Buffer, iteration: int) -> torch.Generator:
-    """The generator of an iteration after its segments are drawn."""
-    rng = generator(config.seed, "iteration", iteration)
-    torch.randint(len(buffer.experts), (), generator=rng)
-    draw_segments(config.schedule, iteration, rng)
-    return rng
+    run = partial(distill, config, buffer, folder, **options)
+    stop_before(loop, "iterate", lambda state, *_: state.iteration == iteration, run)
 
 
 def learned_and_held(config: DistillConfig, iteration: int) -> tuple[list[int], list[int]]:

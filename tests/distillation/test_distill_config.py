@@ -75,8 +75,6 @@ def test_values_that_do_not_go_together_are_refused(recipe) -> None:
         ({"zca": True}, "zca is True, but the experts in FOLDER were trained with False."),
         ({"augment": "flip"}, "augment is 'flip', but the experts in FOLDER were trained with 'crop_scale_rotate'."),
         ({"window_end": 6}, "the experts stop at epoch 6; window_end may be at most 5."),
-        # a real epoch just before 5 is two epochs before one just before 7
-        ({"convex": True, "window_end": 5}, "the experts stop at epoch 6; window_end may be at most 4."),
         ({"expert": 2}, "expert is 2, but FOLDER holds experts 0 to 1."),
         ({"concurrent_experts": 3}, "concurrent_experts is 3, but FOLDER holds 2."),
     ],

@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections import Counter
+from typing import get_args
 
 import pytest
 import torch
-from running import SUBSETS, first, learned_and_held, stream
+from running import SUBSETS, first, learned_and_held
 
 import cddlib
 from cddlib.distillation.config import DistillConfig
 from cddlib.distillation.gradient import concurrent_gradient
 from cddlib.experts.buffer import Buffer
 from cddlib.matching import combine
+from cddlib.matching.segments import draw_segments
 from cddlib.synthetic import SyntheticSet
 
 
@@ -19,7 +21,9 @@ def segment_gradients(
     config: DistillConfig, buffer: Buffer, synthetic: SyntheticSet, iteration: int, matched: list[list[int | float]]
 ) -> tuple[list[float], list[tuple[torch.Tensor, ...]], torch.Generator]:
     """Loss and gradient of each segment, with the iteration's batches and augmentations; and its stream after that."""
-    rng, losses, gradients = stream(config, buffer, iteration), [], []
+    rng, losses, gradients = cddlib.generator(config.seed, "iteration", iteration), [], []
+    torch.randint(len(buffer.experts), (), generator=rng)
+    draw_segments(config.schedule, iteration, rng)
     learned, held = learned_and_held(config, iteration)
     for expert, start in matched:
         steps = cddlib.plan_student(config.student, len(learned), config.augmentation.augment, rng)
@@ -43,9 +47,6 @@ def segment_gradients(
     return losses, gradients, rng
 
 
-RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
-
-
 @pytest.mark.parametrize(
     ("overrides", "count"),
     [
@@ -58,7 +59,7 @@ RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
         ({"match_step": "nearest", "step_size": 1.0}, 2),
         ({"labels": "teacher", "ipc": 2}, 2),
         ({**SUBSETS, "labels": "learned", "student_batch": 7}, 2),
-        *(({"combine": rule, "segments": 3}, 3) for rule in RULES),
+        *(({"combine": rule, "segments": 3}, 3) for rule in get_args(combine.Combine)[1:]),
     ],
 )
 @pytest.mark.parametrize("iteration", [2, 5])

@@ -34,10 +34,7 @@ def test_distillation_lowers_the_matching_loss(buffer: Buffer, recipe, tmp_path:
     assert loss(after) < loss(before) - 0.01
     lines = metrics(tmp_path)
     assert [line["iteration"] for line in lines] == list(range(13))
-    for line in lines[1:]:
-        assert len({start for _, start in line["matched"]}) == len(line["losses"]) == segments
-        assert line["loss"] == pytest.approx(sum(line["losses"]) / segments)
-        assert "weights" not in line
+    assert not any("weights" in line for line in lines)
     result = read_json(tmp_path / "result.json")
     assert (result["selected_iteration"], result["selected_by"]) == (12, "last iterate")
     assert {"seconds", "peak_memory_mb", "versions", "device", "commit", "finished"} <= result.keys()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -179,8 +180,6 @@ def test_training_and_testing_keep_to_their_device(zca: bool, gpu: PretendedGPU,
 
 
 def test_a_cpu_is_told_that_this_is_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import run
-
     with pytest.raises(SystemExit):
         run.main(["--device", "cpu", "--to", str(tmp_path)])
     assert "the device is cpu; this is for a GPU. A CPU does all of it with --tiny." in capsys.readouterr().err
@@ -188,8 +187,6 @@ def test_a_cpu_is_told_that_this_is_for_a_gpu(tmp_path: Path, capsys: pytest.Cap
 
 def test_the_gpu_s_stages_run_here_in_tiny_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `make gpu` does; asked again, it does nothing."""
-    import run
-
     assert run.main(["--tiny", "--device", "cpu", "--to", str(tmp_path), "--seconds", "600"]) == 0
     records = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in run.STAGES}
     assert all(record["complete"] for record in records.values())
@@ -206,8 +203,6 @@ def test_the_gpu_s_stages_run_here_in_tiny_sizes(tmp_path: Path, capsys: pytest.
 
 
 def test_runs_that_time_cuts_off_are_not_complete_and_go_on(tmp_path: Path) -> None:
-    import run
-
     reached = []
     for _ in range(2):
         how = ["--tiny", "--device", "cpu", "--to", str(tmp_path), "--seconds", "3", "--set", "segments=100000"]

@@ -175,10 +175,8 @@ def test_the_table_has_a_line_for_every_cell() -> None:
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (lambda: distill_recipe("ftd2"), "unknown method 'ftd2'; choose one of mtt, tesla, ftd, datm, "),
         (lambda: recipes_table("ftd2"), "unknown method 'ftd2'; choose one of mtt, tesla, ftd, datm, "),
         (lambda: buffer_recipe("mnist"), "unknown data set 'mnist'; choose one of digits, "),
-        (lambda: distill_recipe("mtt", "mnist"), "unknown data set 'mnist'; choose one of digits, "),
         (lambda: recipes_table("mtt", "imagefolder"), "data is 'imagefolder'; there are recipes for digits, "),
         (lambda: distill_recipe(colour=1), "'colour' is not a field of DistillConfig."),
         (lambda: buffer_recipe(ipc=0), "ipc is 0; it must be at least 1."),

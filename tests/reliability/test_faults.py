@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from children import at_operation, before, die, note_operations, patch
+from children import at_operation, die, note_operations, patch
 from conftest import Note, Repeats
 from works import Works, assert_one_sentence, assert_refused, assert_same
 
@@ -28,6 +28,7 @@ from cddlib.runtime.distributed import Interrupted, Ranks
 from cddlib.runtime.errors import UserError
 from cddlib.runtime.files import read_json, read_tensors
 from cddlib.runtime.random import generator
+from cddlib.runtime.run_folder import parse_metrics
 
 # --- Kills ------------------------------------------------------------------------------------------------------
 
@@ -190,12 +191,17 @@ def test_a_second_signal_that_a_library_hides() -> None:
         raise ValueError("of its own")
 
 
+def stop_when_all_is_done() -> None:
+    """Let the signal come after the run's last iteration."""
+    name, stop = "cddlib.distillation.loop.parse_metrics", functools.partial(signal.raise_signal, signal.SIGINT)
+    patch({name: lambda *given: stop() or parse_metrics(*given)})
+
+
 def test_a_study_stops_although_its_run_is_finished(works: Works, note: Note) -> None:
     """The signal came too late to stop the run; it must not be forgotten."""
     work = works["study"]
     folder = work.begin()
-    interrupt = functools.partial(signal.raise_signal, signal.SIGINT)
-    code, said = work.run(folder, functools.partial(before, "cddlib.distillation.loop.parse_metrics", interrupt))
+    code, said = work.run(folder, stop_when_all_is_done)
     assert code == 130
     assert said.endswith("\n\ncddlib: stopped when all was finished; the same command resumes.\n")
     assert [path.parent.parent.name for path in folder.glob("*/*/result.json")] == ["lr_step_size=1e-05"]

@@ -264,7 +264,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-def test_a_second_signal_is_the_first_again(buffer: Buffer, quick: dict[str, Any], tmp_path: Path) -> None:
+def test_a_second_signal_is_the_first_again() -> None:
     """From the cluster and from torchrun; only a process alone stops at once."""
     assert together(2, heed_two_signals) == [signal.SIGTERM] * 2
     with pytest.raises(Interrupted, match=r"^stopped at once$"):

@@ -54,7 +54,8 @@ def transfers(study: Correlations, rates: Mapping[str, float]) -> pd.DataFrame:
     tables, whose = [], np.where(np.eye(len(study.starts), dtype=bool), "the same segment", "another segment")
     for repeated in study.similarity["sequential"]:
         for when, one in (("first", repeated[0]), ("last", repeated[-1])):
-            values = correlation.predicted_transfer(one, rates), correlation.transfer(one), whose
+            measured = 1 - np.asarray(one["after"]) / np.asarray(one["losses"])
+            values = correlation.predicted_transfer(one, rates), measured, whose
             table = pd.DataFrame(dict(zip(("predicted", "measured", "of"), map(np.ravel, values), strict=True)))
             tables.append(table.assign(images=f"on the {when} images"))
     return pd.concat(tables, ignore_index=True)

@@ -54,9 +54,8 @@ def probe_table(
     measurements only those after the iterations `measured` count, by default all.
     """
     losses = {time: values for time, values in metrics["probe_losses"] if measured is None or time in measured}
-    seen = [
-        {start for owner, start in matched if owner == expert and not skipped}
-        for matched, skipped in zip(metrics["matched"], metrics["skipped"], strict=True)
-    ]
+    seen = [{start for owner, start in matched if owner == expert} for matched in metrics["matched"]]
+    for iteration, _ in metrics.get("skipped", []):
+        seen[iteration - 1] = set()
     visits = [[start in set().union(*seen[a:b]) for start in starts] for a, b in itertools.pairwise(losses)]
     return np.array(list(losses.values()), dtype=float), np.array(visits, dtype=bool).reshape(-1, len(starts))

@@ -44,8 +44,8 @@ def collect(folder: Path) -> dict[str, Any]:
 STOPPED = "stopped.json"
 """File in the folder of a run that stopped on its own."""
 
-DENSE = ("iteration", "loss", "matched", "step_size", "seconds", "skipped")
-SPARSE = ("validation_accuracy", "probe_losses", "gradient_similarity", "accumulated_error")
+DENSE = ("loss", "matched", "seconds")
+SPARSE = ("skipped", "validation_accuracy", "probe_losses", "gradient_similarity", "accumulated_error")
 
 
 def study_record(out: Path) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def _measured(run: Path) -> dict[str, Any]:
     del result["metrics_sha256"]  # of lines that the record does not keep
     iterations = [line for line in lines if "loss" in line]
     metrics = {key: [line[key] for line in iterations] for key in DENSE if key in iterations[0]}
-    sparse = {key: [[line["iteration"], line[key]] for line in lines if key in line] for key in SPARSE}
+    sparse = {key: [[line["iteration"], line[key]] for line in lines if line.get(key)] for key in SPARSE}
     metrics |= {key: values for key, values in sparse.items() if values}
     return {
         "metrics": json.loads(json.dumps(metrics), parse_float=lambda digits: float(f"{float(digits):.6g}")),

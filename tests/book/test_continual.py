@@ -38,7 +38,7 @@ def test_measures_of_any_visits_against_loops(data: st.DataObject, stages: int, 
 def test_a_stage_visits_what_it_matched_on_the_probes_expert_and_did_not_skip() -> None:
     matched = [[(0, 4), (1, 8)], [(1, 6)], [(0, 8)], [(0, 4)], [(0, 8)]]
     losses = [[0, [1.0, 2.0]], [1, [0.9, 1.9]], [3, [0.8, 1.8]], [5, [0.7, 1.7]]]
-    metrics = {"matched": matched, "skipped": [False] * 4 + [True], "probe_losses": losses}
+    metrics = {"matched": matched, "skipped": [[5, True]], "probe_losses": losses}
     found, visits = probe_table(metrics, (4, 8), 0)
     assert found.tolist() == [values for _, values in losses]
     assert visits.tolist() == [[True, False], [False, True], [True, False]]

@@ -34,8 +34,8 @@ def similarity(sign: float) -> dict:
 def run(losses: list[list[float]], **metrics: object) -> dict:
     """A run of as many iterations as it has measurements, less one."""
     count = len(losses) - 1
-    each = {"loss": 1.0, "matched": [[0, 0]], "skipped": False, "seconds": 2.0}
-    dense = {"iteration": [*range(1, count + 1)], **{name: [value] * count for name, value in each.items()}}
+    each = {"loss": 1.0, "matched": [[0, 0]], "seconds": 2.0}
+    dense = {name: [value] * count for name, value in each.items()}
     probed = [[time, values] for time, values in enumerate(losses)]
     machine = {"threads": 1, "device": "a processor", "versions": {"torch": "2"}, "commit": "0123456789abcdef"}
     return {
@@ -180,8 +180,7 @@ def test_probes_are_compared_at_equal_prices():
         every, falls = (1, 0.3) if name.startswith("concurrent") else (4, 0.1)
         times = range(0, 8 * every + 1, every)
         entry["metrics"]["probe_losses"] = [[t, [5 - falls * t, 5 - falls * t]] for t in times]
-        entry["metrics"]["iteration"] = list(range(1, 8 * every + 1))
-        for key in ("loss", "matched", "seconds", "skipped"):
+        for key in ("loss", "matched", "seconds"):
             entry["metrics"][key] = entry["metrics"][key][:1] * (8 * every)
     found = findings.probes_at_equal(record, ("sequential", "concurrent"))
     ahead = {"after 32 matched segments": 2.4 - 3.2, "after 8 iterations": 2.4 - 0.8}

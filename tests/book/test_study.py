@@ -158,7 +158,7 @@ def test_the_record_keeps_the_metrics_to_six_digits(whole: Path) -> None:
         lines = json.loads(text, parse_float=lambda digits: float(f"{float(digits):.5e}"))
         assert found["metrics"].keys() == {*records.DENSE, "validation_accuracy", "probe_losses", "accumulated_error"}
         for key, values in found["metrics"].items():
-            sparse = [[line["iteration"], line[key]] for line in lines if key in line]
+            sparse = [[line["iteration"], line[key]] for line in lines if line.get(key)]
             assert values == ([line[key] for line in lines[1:]] if key in records.DENSE else sparse)
 
 

@@ -45,12 +45,13 @@ buffers-short() {
     cddlib buffer --method mtt --data cifar10 --root "$root" --width "$width" --experts 8 --epochs 6 --out "$runs/cifar10-short"
     cddbook record "$runs/cifar10-short" --to $results/study-buffer-cifar10-short.json
 }
-rates() { # K ITERATIONS: 320 matched segments
-    study "rates-cifar10-ipc1-k$1" search "$short --ipc 1 --segments $1 --iterations $2 --validate-every $2 --validation-runs 3 --vary lr_images=100,300,1000 step_size=0.02,0.06 --seeds 2"
+rates() { # NAME K EXPERTS STEP_SIZES: 320 matched segments, compared on validation images
+    local iterations=$((320 / $2))
+    study "$1" search "$3 --ipc 1 --segments $2 --iterations $iterations --validate-every $iterations --validation-runs 3 --vary lr_images=100,300,1000 step_size=$4 --seeds 2"
 }
-rates-cifar10-ipc1-k1() { rates 1 320; }
-rates-cifar10-ipc1-k2() { rates 2 160; }
-rates-cifar10-ipc1-k4() { rates 4 80; }
+rates-cifar10-ipc1-k1() { rates rates-cifar10-ipc1-k1 1 "$short" 0.02,0.06; }
+rates-cifar10-ipc1-k2() { rates rates-cifar10-ipc1-k2 2 "$short" 0.02,0.06; }
+rates-cifar10-ipc1-k4() { rates rates-cifar10-ipc1-k4 4 "$short" 0.02,0.06; }
 segments() { # IPC: 2,000 matched segments
     study "segments-cifar10-ipc$1" compare "$short $one_rate --ipc $1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"
 }
@@ -58,6 +59,14 @@ segments-cifar10-ipc1() { segments 1; }
 segments-cifar10-ipc1-long() { # 2,000 iterations with K = 4, and as much compute with K = 1; the error is measured on the way
     study segments-cifar10-ipc1-long compare "$short $one_rate --ipc 1 --what segments --counts 1 4 --iterations 8000 --validate-every 1000 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 200 --error-every 1000 --seeds 3 --networks 10 --no-baselines"
 }
+buffers-window18() { # the same experts, trained until the last of 18 start epochs has a segment of two
+    cddlib buffer --method mtt --data cifar10 --root "$root" --width "$width" --experts 8 --epochs 20 --compiled True --out "$runs/cifar10-window18"
+    cddbook record "$runs/cifar10-window18" --to $results/study-buffer-cifar10-window18.json
+}
+window18="${short/cifar10-short/cifar10-window18} --window-end 18"
+rates-cifar10-ipc1-window18-k1() { rates rates-cifar10-ipc1-window18-k1 1 "$window18" 0.01,0.02,0.06; }
+rates-cifar10-ipc1-window18-k4() { rates rates-cifar10-ipc1-window18-k4 4 "$window18" 0.01,0.02,0.06; }
+rates-cifar10-ipc1-window18-k2() { rates rates-cifar10-ipc1-window18-k2 2 "$window18" 0.01,0.02,0.06; }
 sets() { # STUDY BUFFER K…: where a comparison on CIFAR-10 began, and what its first seed made of it, as pictures and in full
     local study=$1 buffer=$2 out=$results/sets/$1 k
     shift 2
@@ -145,7 +154,8 @@ methods() { # each on experts of its own kind; seqmatch needs an image of every 
 }
 
 all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc1-k2 segments-cifar10-ipc1 sets-cifar10-ipc1
- segments-cifar10-ipc1-long correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
+ segments-cifar10-ipc1-long buffers-window18 rates-cifar10-ipc1-window18-k1 rates-cifar10-ipc1-window18-k4 rates-cifar10-ipc1-window18-k2
+ correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
  segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers-window4 segments-cifar10-ipc1-window4
  buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
 left=""

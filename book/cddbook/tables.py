@@ -254,14 +254,16 @@ def paired_table(title: str, tables: Mapping[str, pd.DataFrame], column: str = "
     return markdown(rows)
 
 
-def rates_table(records: Mapping[int, Record], used: Mapping[str, Any]) -> str:
-    """Validation accuracies of the settings that a search tried for each K, best first, and which a study `used`."""
+def rates_table(searches: Sequence[Record], used: Mapping[str, Any]) -> str:
+    """The setting that is best on validation images, a row a search, and beside it the one that a study `used`."""
     rows = []
-    for k, record in records.items():
-        for setting, accuracies in settings_by_accuracy(record).items():
-            row = {"K": k, "setting": setting.replace(",", ", "), "seeds": len(accuracies)}
-            row["validation accuracy, %"] = mean_sd(accuracies, scale=100.0)
-            fields = [part.split("=")[0] for part in setting.split(",")]
-            same = setting == ",".join(f"{field}={used[field]}" for field in fields)
-            rows.append({**row, "used": "yes" if same else ""})
+    for record in searches:
+        settings, config = settings_by_accuracy(record), record["config"]
+        best = next(iter(settings))
+        fields = [part.split("=")[0] for part in best.split(",")]
+        same = ",".join(f"{field}={used[field]}" for field in fields)
+        row = {"window": f"[0, {config['window_end']})", "K": config["segments"], "settings": len(settings)}
+        row |= {"seeds": len(settings[best]), "best setting": best.replace(",", ", ")}
+        row["its validation accuracy, %"] = mean_sd(settings[best], scale=100.0)
+        rows.append({**row, f"with {same.replace(',', ', ')}, %": mean_sd(settings[same], scale=100.0)})
     return markdown(rows)

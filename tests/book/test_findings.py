@@ -378,11 +378,13 @@ def test_what_a_set_teaches_by_class_and_to_other_networks():
     assert rows[0] == f"| **C1** {claims.CLAIMS['C1']} |  | 0 | 0 | 0 |"
 
 
-def test_rates_are_listed_from_the_best_to_the_worst():
+def test_the_best_rates_stand_beside_those_that_were_used():
     accuracies = {"a=1/seed-0": 0.3, "a=1/seed-1": 0.4, "a=2/seed-0": 0.5, "a=2/seed-1": 0.5}
     runs = {
         name: {"result": {"validation_accuracy": accuracy}, "changes": {"a": 2} if "a=2" in name else {}}
         for name, accuracy in accuracies.items()
     }
-    rows = tables.rates_table({4: {"config": {"a": 1}, "runs": runs}}, {"a": 1}).splitlines()[2:]
-    assert rows == ["| 4 | a=2 | 2 | 50.0 ± 0.0 |  |", "| 4 | a=1 | 2 | 35.0 ± 7.1 | yes |"]
+    search = {"config": {"a": 1, "segments": 4, "window_end": 18}, "runs": runs}
+    titles, _, *rows = tables.rates_table([search], {"a": 1}).splitlines()
+    assert titles.endswith("| with a=1, % |")
+    assert rows == ["| [0, 18) | 4 | 2 | 2 | a=2 | 50.0 ± 0.0 | 35.0 ± 7.1 |"]

@@ -120,10 +120,16 @@ segments-cifar10-ipc1-window4() { # the published network and student, with as m
     study segments-cifar10-ipc1-window4 compare "$mtt --ipc 1 --buffer $runs/cifar10-window4 --precision bfloat16 --window-end 4 --what segments --counts 1 2 4 --iterations 1500 --validate-every 500 --probe-starts 0 1 2 3 --probe-every 50 --seeds 2 --networks 10 --no-baselines"
 }
 
-buffers() {
-    cddlib buffer --data digits --out "$runs/digits"
-    cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"
+buffers-digits() { cddlib buffer --data digits --out "$runs/digits"; }
+buffers-fashion() { cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"; }
+remedy() { # NAME K OPTIONS: what a remedy's comparison needs to know beforehand, from validation images
+    local iterations=$((200 / $2))
+    study "$1" search "$digits --ipc 1 --segments $2 --iterations $iterations --validate-every $iterations --validation-runs 3 --seeds 4 --vary $3"
 }
+search-digits-remedies-k1() { remedy search-digits-remedies-k1 1 lr_images=10,30,100,300; }
+search-digits-remedies-k4() { remedy search-digits-remedies-k4 4 lr_images=10,30,100,300; }
+search-digits-ewc() { remedy search-digits-ewc 1 "consolidation=ewc consolidation_strength=0.01,0.1,1,10,100"; }
+search-digits-si() { remedy search-digits-si 1 "consolidation=si consolidation_strength=0.01,0.1,1,10,100"; }
 correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 6"; }
 remedies-digits-ipc1() { study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 96 --validate-every 24 --probe-every 8 --seeds 4"; }
 
@@ -157,7 +163,7 @@ all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc
  segments-cifar10-ipc1-long buffers-window18 rates-cifar10-ipc1-window18-k1 rates-cifar10-ipc1-window18-k4 rates-cifar10-ipc1-window18-k2
  correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
  segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers-window4 segments-cifar10-ipc1-window4
- buffers correlation-digits-ipc1 remedies-digits-ipc1 $searches methods"
+ buffers-digits correlation-digits-ipc1 search-digits-remedies-k1 search-digits-remedies-k4 search-digits-ewc search-digits-si remedies-digits-ipc1 buffers-fashion $searches methods"
 left=""
 for name in ${@:-$all}; do
     if [ $SECONDS -lt $end ]; then

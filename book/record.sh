@@ -120,6 +120,29 @@ segments-cifar10-ipc1-window4() { # the published network and student, with as m
     study segments-cifar10-ipc1-window4 compare "$mtt --ipc 1 --buffer $runs/cifar10-window4 --precision bfloat16 --window-end 4 --what segments --counts 1 2 4 --iterations 1500 --validate-every 500 --probe-starts 0 1 2 3 --probe-every 50 --seeds 2 --networks 10 --no-baselines"
 }
 
+buffers-flat() { # DATM's experts
+    cddlib buffer --method datm --data cifar10 --root "$root" --experts 20 --epochs 5 --no-holdout --precision bfloat16 --out "$runs/cifar10-flat"
+    cddbook record "$runs/cifar10-flat" --to $results/study-buffer-cifar10-flat.json
+}
+segments-cifar10-ipc1-datm() { # learned labels, 80 steps on batches of 10
+    study segments-cifar10-ipc1-datm compare "--method datm --data cifar10 --root $root --jobs $jobs --ipc 1 --buffer $runs/cifar10-flat --precision bfloat16 --what segments --counts 1 4 --iterations 1000 --validate-every 250 --probe-starts 0 1 2 3 --probe-every 50 --seeds 2 --networks 10 --no-baselines"
+}
+segments-cifar10-ipc1-n50() { # narrow, with the published number of student steps
+    study segments-cifar10-ipc1-n50 compare "$short --student-steps 50 --lr-images 300 --step-size 0.01 --ipc 1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10 --no-baselines"
+}
+narrow() { # NAME DATA EPOCHS WINDOW_END COUNTS SEGMENTS SEEDS: a comparison on another data set, and its experts
+    cddlib buffer --method mtt --data "$2" --root "$root" --width "$width" --experts 8 --epochs "$3" --compiled True --out "$runs/$2-narrow"
+    study "$1" compare "--method mtt --data $2 --root $root --jobs $jobs --ipc 1 --buffer $runs/$2-narrow --student-steps 20 --window-end $4 --lr-step-size 1e-6 --compiled True --what segments --counts $5 --iterations $6 --validate-every 500 --validation-runs 2 --probe-starts 0 $(($4 / 2)) $(($4 - 1)) --probe-every 50 --seeds $7 --networks 10"
+}
+segments-fashion-ipc1() { narrow segments-fashion-ipc1 fashion_mnist 13 12 "1 2 4" 2000 8; }
+segments-cifar100-ipc1() { narrow segments-cifar100-ipc1 cifar100 22 20 "1 4" 1000 6; }
+wide() { # NAME DATA IPC: a published cell, with experts as long as its window needs
+    cddlib buffer --method mtt --data "$2" --root "$root" --experts 20 --epochs 22 --no-holdout --precision bfloat16 --out "$runs/$2-wide"
+    study "$1" compare "--method mtt --data $2 --root $root --jobs $jobs --ipc $3 --buffer $runs/$2-wide --precision bfloat16 --what segments --counts 1 4 --iterations 1000 --validate-every 250 --probe-starts 0 10 19 --probe-every 50 --seeds 1 --networks 10"
+}
+segments-cifar10-ipc10-published() { wide segments-cifar10-ipc10-published cifar10 10; }
+segments-cifar100-ipc1-published() { wide segments-cifar100-ipc1-published cifar100 1; }
+
 buffers-digits() { cddlib buffer --data digits --out "$runs/digits"; }
 buffers-fashion() { cddlib buffer --data fashion_mnist --root "$root" --width "$width" --experts 2 --epochs 15 --out "$runs/fashion"; }
 remedy() { # NAME K OPTIONS: what a remedy's comparison needs to know beforehand, from validation images
@@ -163,6 +186,8 @@ all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc
  segments-cifar10-ipc1-long buffers-window18 rates-cifar10-ipc1-window18-k1 rates-cifar10-ipc1-window18-k4 rates-cifar10-ipc1-window18-k2
  correlation-cifar10-ipc1 correlation-cifar10-ipc10 correlation-cifar10-ipc50 buffers-published segments-cifar10-ipc1-published
  segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers-window4 segments-cifar10-ipc1-window4
+ segments-cifar10-ipc1-n50 buffers-flat segments-cifar10-ipc1-datm segments-fashion-ipc1 segments-cifar100-ipc1
+ segments-cifar10-ipc10-published segments-cifar100-ipc1-published
  buffers-digits correlation-digits-ipc1 search-digits-remedies-k1 search-digits-remedies-k4 search-digits-ewc search-digits-si remedies-digits-ipc1 buffers-fashion $searches methods"
 left=""
 for name in ${@:-$all}; do

@@ -1,5 +1,6 @@
 """Studies on the command line: from the command to the record."""
 
+import functools
 import json
 import os
 import re
@@ -15,9 +16,14 @@ from typing import Any
 import pytest
 
 import cddbook.__main__ as studies
+from cddbook import study
 from cddbook.study import remedies
+from cddlib import cli, commands
 from cddlib.experts.buffer import Buffer
+from cddlib.experts.config import BufferConfig
 from cddlib.matching.combine import Combine
+from cddlib.runtime.config import as_dict
+from cddlib.runtime.files import write_json
 
 SHORT = ["--student-steps", "2", "--window-end", "4", "--evaluation-epochs", "2", "--device", "cpu"]
 
@@ -102,15 +108,41 @@ def test_a_search_that_cannot_begin_says_so(
     assert message in capsys.readouterr().err
 
 
+def test_every_command_of_the_campaign_is_one(buffer: Buffer, tmp_path: Path, monkeypatch) -> None:
+    """What `book/record.sh` would run is understood, and finds the experts that a command before it trained."""
+    told, fake = tmp_path / "told", tmp_path / "bin" / "python"
+    for folder in (fake.parent, tmp_path / "runs/segments-cifar10-ipc1-published/K=1/seed-0"):
+        folder.mkdir(parents=True)
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    fake.chmod(0o755)
+    script, path = Path(__file__).parents[2] / "book" / "record.sh", f"{fake.parent}:{os.environ['PATH']}"
+    silent: dict[str, Any] = {"check": True, "stdout": subprocess.DEVNULL, "env": os.environ | {"PATH": path}}
+    subprocess.run(["bash", str(script), "data", "runs"], cwd=tmp_path, **silent)
+
+    def train(*, config: BufferConfig, out: Path, **_: object) -> None:
+        experts = {"config": as_dict(config), "data": buffer.data, "experts": [{}] * config.experts}
+        write_json(out / "buffer.json", experts)
+
+    for name in ("record", "buffer", "distill_data", "evaluate", "export"):
+        module, double = studies if name == "record" else commands, train if name == "buffer" else lambda *_, **__: None
+        monkeypatch.setattr(module, name, functools.wraps(getattr(module, name))(double))
+    monkeypatch.setattr(study, "run_study", lambda *_, **__: {"runs": {}})
+    monkeypatch.chdir(tmp_path)
+    lines = told.read_text().splitlines()
+    for module, *words in (line.split()[1:] for line in lines):
+        assert (studies.main if module == "cddbook" else cli.main)(words) == 0
+    assert len(lines) > 80
+
+
 def test_the_campaign_is_killed_and_goes_on(buffer: Buffer, tmp_path: Path) -> None:
     """`book/record.sh`, with tiny distillations, in a folder of its own."""
-    script, study = Path(__file__).parents[2] / "book" / "record.sh", "search-digits-tesla-ipc1"
-    first, record = tmp_path / "runs" / study / "lr_images=10.0/seed-0/result.json", tmp_path / "book" / "results"
+    script, name = Path(__file__).parents[2] / "book" / "record.sh", "search-digits-tesla-ipc1"
+    first, record = tmp_path / "runs" / name / "lr_images=10.0/seed-0/result.json", tmp_path / "book" / "results"
     record.mkdir(parents=True)
     shutil.copytree(buffer.folder, tmp_path / "runs" / "digits")
     how = {"OPTIONS": " ".join([*SHORT, "--iterations", "2"]), "JOBS": "0", "OMP_NUM_THREADS": "1"}
     how["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", str(script), str(tmp_path), "runs", study]
+    command = ["bash", str(script), str(tmp_path), "runs", name]
     where: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | how, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, **where) as begun:
         while not first.exists() and begun.poll() is None:
@@ -119,8 +151,8 @@ def test_the_campaign_is_killed_and_goes_on(buffer: Buffer, tmp_path: Path) -> N
     kept = first.stat().st_mtime_ns
     assert not list(record.iterdir())
     where["env"]["MINUTES"] = "0"
-    assert subprocess.run(command, check=True, **where).stdout == f"The time is over; left: {study}\n"
+    assert subprocess.run(command, check=True, **where).stdout == f"The time is over; left: {name}\n"
     where["env"]["MINUTES"] = "9"
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL, **where)
     assert first.stat().st_mtime_ns == kept
-    assert len(json.loads((record / f"{study}.json").read_text())["runs"]) == 6
+    assert len(json.loads((record / f"{name}.json").read_text())["runs"]) == 6

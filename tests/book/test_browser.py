@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import unquote, urldefrag, urljoin
 
 import nbformat
 import pytest
@@ -88,20 +87,6 @@ def test_no_code_is_cut_off(browser: Browser, site: str) -> None:
         widths = "all => all.filter(pre => pre.innerText).map(pre => pre.scrollWidth - pre.clientWidth)"
         cut += [(name, width) for width in page.locator(inside).evaluate_all(widths) if width > 0]
     assert cut == []
-
-
-def test_no_link_inside_the_book_is_broken(html: Path) -> None:
-    identifiers = functools.cache(lambda path: set(re.findall(r'\bid="([^"]+)"', path.read_text())))
-    broken = []
-    for source in [*(html / f"{name}.html" for name in PAGES), html / "genindex.html"]:
-        for link in set(re.findall(r'<a [^>]*href="([^"]+)"', source.read_text())):
-            address, fragment = urldefrag(urljoin(source.as_uri(), link))
-            if not address.startswith("file:"):
-                continue
-            path = Path(unquote(address.removeprefix("file://")))
-            if not path.is_file() or (fragment and unquote(fragment) not in identifiers(path)):
-                broken.append((source.stem, link))
-    assert broken == []
 
 
 def test_the_page_turns_k_by_itself(browser: Browser, site: str) -> None:

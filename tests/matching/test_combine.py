@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import typing
 from collections.abc import Sequence
 
 import hypothesis
@@ -12,9 +13,17 @@ import scipy.optimize
 import torch
 
 import cddlib
-from cddlib.matching.combine import CAGRAD_RADIUS, GRADNORM_POWER, CombineConfig, fixed_weights, gramian, weights
+from cddlib.matching.combine import (
+    CAGRAD_RADIUS,
+    GRADNORM_POWER,
+    Combine,
+    CombineConfig,
+    fixed_weights,
+    gramian,
+    weights,
+)
 
-RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
+RULES = typing.get_args(Combine)[1:]
 
 
 @hypothesis.given(balance=st.none() | st.floats(0, 1e6), segments=st.integers(2, 50), data=st.data())

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import types
+import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from cddlib import cli
 from cddlib.distillation.checkpoint import CHECKPOINT, milestone_path
 from cddlib.distillation.optimizer import SetOptimizer
 from cddlib.experts.buffer import Buffer
+from cddlib.matching.combine import Combine
 from cddlib.runtime import device as devices
 from cddlib.runtime.distributed import Interrupted, Ranks
 from cddlib.runtime.errors import UserError
@@ -129,7 +131,7 @@ def moved(run: Path) -> float:
     return difference(run, run, milestone_path(run, 0).name)
 
 
-RULES = ("gradnorm", "pcgrad", "cagrad", "upgrad", "mgda", "gem")
+RULES = typing.get_args(Combine)[1:]
 CASES: dict[str, dict[str, Any]] = {
     "mean": {},
     "balance": {"balance": 0.5},

@@ -67,13 +67,13 @@ def compare(
         place: Folders and device.
         what: Segment counts, or the remedies against forgetting with --segments K.
         counts: The segment counts K that are compared.
-        seeds: Distillations of each variant.
+        seeds: Distillations of each variant, each with the probes of another expert.
         networks: Networks that test each synthetic set.
         baselines: Once a seed, as many networks also learn random real and all training images.
     """
     segments = config.distillation.schedule.segments
     variants = study.segment_counts(counts) if what == "segments" else study.remedies(segments)
-    runs = study.comparison_runs(config, variants, seeds)
+    runs = study.comparison_runs(config, variants, seeds, len(Buffer(place.buffer).experts))
     _run(config, runs, place, networks=networks, baselines=baselines)
 
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import pandas as pd
 
 from cddbook import correlation
@@ -112,7 +113,7 @@ def _of_pairs(setting: str, study: Correlations) -> Finding:
     said: Verdict = "confirmed" if negative else "contradicted" if beyond[1].all() else "not settled"
     if len(study.pearson()) < FEWEST:
         said = "not settled"
-    measure = "pairs whose losses correlate beyond chance while one is matched (t test, Holm)"
+    measure = "pairs whose losses correlate beyond chance while one is matched (one-sided t tests, Holm)"
     return Finding(claim="C1", setting=setting, measure=measure, effect=shown, verdict=said)
 
 
@@ -123,10 +124,11 @@ def _of_correlation(study: Correlations) -> list[Row]:
     if study.ipc in (1, 50):
         side, sign = ("below minus above", 1) if study.ipc == 1 else ("above minus below", -1)
         below, above = correlation.negative_shares(study.pearson(), earlier)
-        measure = f"share of pairs whose losses {negatively}, {side} the diagonal"
+        measure = f"share of {earlier.sum()} pairs a side whose losses {negatively}, {side} the diagonal"
         rows.append(("C2", measure, sign * (below - above), ""))
-    for others, pairs in (("earlier", earlier), ("later", earlier.T)):
-        measure = f"change of the losses of segments {others} than the one that is matched alone"
+    others = {"sharing no epoch with": earlier | earlier.T, "earlier than": earlier, "later than": earlier.T}
+    for which, pairs in others.items():
+        measure = f"change of the losses of segments {which} the one that is matched alone"
         rows.append(("C3", measure, study.net_change()[..., pairs].mean(axis=1), " %"))
     price = f"at equal iterations, {len(study.starts)} segments an iteration against one"
     one, several = ((study.pearson(kind)[..., earlier | earlier.T] < 0).mean(axis=1) for kind in CONTROLS)
@@ -143,7 +145,8 @@ def _of_images(same: Sequence[Correlations]) -> list[Row]:
     least, most = (correlation.negative_shares(study.pearson(), study.below) for study in (few, many))
     below = f"below the diagonal (losses), IPC {few.ipc} minus IPC {many.ipc}", least[0] - most[0]
     above = f"above the diagonal (losses), IPC {many.ipc} minus IPC {few.ipc}", most[1] - least[1]
-    return [("C2", f"share of negative pairs {where}", effect(more), "") for where, more in (below, above)]
+    pairs = f"share of negative pairs, of {few.below.sum()},"
+    return [("C2", f"{pairs} {where}", effect(more), "") for where, more in (below, above)]
 
 
 def _of_comparison(record: Record) -> list[Row]:
@@ -151,6 +154,7 @@ def _of_comparison(record: Record) -> list[Row]:
     table, curve, rows = comparison(record), curves(record), list[Row]()
     variants = list(table["variant"].cat.categories)
     single = next(name for name in ("K=1", "sequential") if name in variants)
+    apart = np.ptp(record["config"]["probe_starts"]) >= record["config"]["expert_epochs"]  # else probes share epochs
 
     def add(claim: str, what: str, column: str, unit: str, pair: tuple[str, str], where: str, of: pd.DataFrame) -> None:
         rows.append((claim, f"{what}, {' minus '.join(pair)}{where}", paired(of, column, *pair), unit))
@@ -161,7 +165,7 @@ def _of_comparison(record: Record) -> list[Row]:
         for network, theirs in transfers(record).items():
             add("C7", f"test accuracy of {network}", "test", " points", more, compute, theirs)
         for where, probes in probes_at_equal(record, less).items():
-            for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes")):
+            for claim, measure in (("C5", "average forgetting"), ("C8", "mean loss of the probes"))[not apart :]:
                 add(claim, measure, measure, " % of a loss of 1", less, f" {where} each", probes)
         both = curve[curve["variant"].isin(less)]
         for where, measured in at_equal(both, "error").items():
@@ -241,7 +245,7 @@ def claims_table(found: Sequence[Finding], claims: Sequence[str] = tuple(CLAIMS)
 
 def summary_table(found: Sequence[Finding]) -> str:
     """Markdown: a row a claim, with its first measure, of the published network or of CIFAR-10 with IPC 1 if there, and
-    how many measures have which verdict.
+    how many measures have which verdict; of those that confirm it, how many compare at equal iterations.
     """
     verdicts = [name for name in get_args(Verdict) if any(finding.verdict == name for finding in found)]
     counts = Counter((finding.claim, finding.verdict) for finding in found)
@@ -251,5 +255,8 @@ def summary_table(found: Sequence[Finding]) -> str:
         mine.sort(key=lambda f: not f.setting.endswith("published network"))
         main = [f"{f.measure}: {f.effect} ({f.setting}): *{f.verdict}*" for f in mine[:1] if f.effect]
         row = {"claim": f"**{claim}** {sentence}", "main measure": "".join(main)}
-        rows.append(row | {verdict: counts[claim, verdict] for verdict in verdicts})
+        tally = {verdict: str(counts[claim, verdict]) for verdict in verdicts}
+        if costlier := sum(f.verdict == "confirmed" and "iterations" in f.measure for f in mine):
+            tally["confirmed"] += f" ({costlier} at equal iterations)"
+        rows.append(row | tally)
     return markdown(rows)

@@ -19,6 +19,10 @@ SETTLED = 3
 """Measurements of the probes that are left out, the one before the first iteration among them. The first steps away
 from real images can change every loss at once, whichever segment they match."""
 
+SMOOTH = 5
+"""Successive measurements that are averaged before forgetting is read. The best of many single ones is partly luck, the
+more so the more a loss fluctuates; and it fluctuates less where one step serves many segments."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
@@ -44,7 +48,7 @@ CONTROLS = ("sequential", "concurrent")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correlations:
-    """What a correlation study measured, replicate by replicate, after its first `SETTLED` measurements.
+    """What a correlation study measured, replicate by replicate, without its first measurements.
 
     A kind of run is `matched` (the row's segment alone is matched), `sequential` or `concurrent` (all rows are of one
     run).
@@ -82,8 +86,8 @@ class Correlations:
         return correlation.holm(scipy.stats.ttest_1samp(pairs, 0, alternative="less").pvalue)
 
 
-def correlations(record: Record) -> Correlations:
-    """Read the record of a correlation study."""
+def correlations(record: Record, skip: int = SETTLED) -> Correlations:
+    """Read the record of a correlation study, without the first `skip` measurements of the losses."""
     config, runs = record["config"], record["runs"]
     starts = tuple(config["probe_starts"])
     folders = sorted({name.split("/")[0] for name in runs}, key=lambda name: int(name.split("-")[1]))
@@ -93,7 +97,7 @@ def correlations(record: Record) -> Correlations:
 
     rows = {"matched": [f"matched-{start:02d}" for start in starts]} | {kind: [kind] * len(starts) for kind in CONTROLS}
     losses = {kind: np.stack([measured(name, "probe_losses") for name in names], 1) for kind, names in rows.items()}
-    losses = {kind: found[:, :, min(SETTLED, found.shape[2] - 3) :] for kind, found in losses.items()}  # two changes
+    losses = {kind: found[:, :, min(skip, found.shape[2] - 3) :] for kind, found in losses.items()}  # two changes
     similarity = {kind: measured(kind, "gradient_similarity") for kind in CONTROLS}
     settings = {"ipc": config["ipc"], "starts": starts, "epochs": config["expert_epochs"]}
     return Correlations(**settings, losses=losses, similarity=similarity)
@@ -145,9 +149,8 @@ def runs_of(record: Record) -> list[ComparedRun]:
 def comparison(record: Record) -> pd.DataFrame:
     """A row for each run of a comparison: what it reached, forgot, and took.
 
-    Columns: `variant`, `seed`; `test` accuracy; `error` (accumulated by the last iterate, relative to what the expert
-    travelled); `forgetting` and `backward` transfer, in units of the matching loss; whether the set before the first
-    iteration was the best, `undistilled`.
+    Columns: `variant`, `seed`; `test` accuracy; `error` of the last iterate, see `_error`; `forgetting` and `backward`
+    transfer, in units of the matching loss; whether the set before the first iteration was the best, `undistilled`.
     """
     rows = []
     for run in runs_of(record):
@@ -157,8 +160,8 @@ def comparison(record: Record) -> pd.DataFrame:
                 "variant": run.variant,
                 "seed": run.seed,
                 "test": np.mean(run.own["synthetic"]) if run.own else math.nan,
-                "error": _error(run.metrics["accumulated_error"][-1][1]),
-                "forgetting": continual.average_forgetting(-losses, visits),
+                "error": _error(run.metrics["accumulated_error"][-1][1], run.config),
+                "forgetting": _forgetting(losses, visits),
                 "backward": continual.backward_transfer(-losses, visits),
                 "undistilled": run.result["selected_iteration"] == 0,
             }
@@ -168,9 +171,17 @@ def comparison(record: Record) -> pd.DataFrame:
     return table.sort_values(["variant", "seed"], ignore_index=True)
 
 
-def _error(measured: Mapping[str, Any]) -> float:
-    """What accumulates along the trajectory, relative to what the expert travelled; nan of a single segment."""
-    return measured["error"][-1] / measured["travelled"][-1] if len(measured["error"]) > 1 else math.nan
+def _error(measured: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+    """What accumulates up to the end of the last segment in the window, relative to the expert's way; nan of one."""
+    last = sum(end <= config["window_end"] - 1 + config["expert_epochs"] for end in measured["epoch"]) - 1
+    return measured["error"][last] / measured["travelled"][last] if last > 0 else math.nan
+
+
+def _forgetting(losses: Float[np.ndarray, "times probes"], visits: continual.Visits) -> float:
+    """Average forgetting by means of `SMOOTH` successive measurements, or fewer where there are not twice as many."""
+    width = max(1, min(SMOOTH, len(losses) // 2))
+    means = np.lib.stride_tricks.sliding_window_view(losses, width, axis=0).mean(axis=-1)
+    return continual.average_forgetting(-means, visits[: len(means) - 1])
 
 
 def baselines(record: Record) -> dict[str, list[float]]:
@@ -210,7 +221,7 @@ def curves(record: Record) -> pd.DataFrame:
         table = pd.DataFrame({"loss": [math.nan, *run.metrics["loss"]]}).rename_axis("iteration")
         table["elapsed"] = np.cumsum([0.0, *run.metrics["seconds"]])
         table["accuracy"] = pd.Series({i: np.mean(values) for i, values in run.metrics.get("validation_accuracy", [])})
-        table["error"] = pd.Series({i: _error(value) for i, value in run.metrics["accumulated_error"]})
+        table["error"] = pd.Series({i: _error(value, run.config) for i, value in run.metrics["accumulated_error"]})
         tables.append(table.assign(variant=run.variant, seed=run.seed, matched=table.index * run.cost).reset_index())
     return pd.concat(tables, ignore_index=True)
 
@@ -253,7 +264,7 @@ def probes_at_equal(record: Record, variants: Sequence[str]) -> dict[str, pd.Dat
         for (run, cost), times in zip(runs, own, strict=True):
             losses, visits = run.probes({min(times, key=lambda t: abs(t - other)) // cost for other in least})
             row = {"variant": run.variant, "seed": run.seed, "mean loss of the probes": losses[-1].mean()}
-            rows.append({**row, "average forgetting": continual.average_forgetting(-losses, visits)})
+            rows.append({**row, "average forgetting": _forgetting(losses, visits)})
         found[PRICES[price].format(most)] = pd.DataFrame(rows)
     return found
 

@@ -98,8 +98,10 @@ def segment_counts(counts: Sequence[int]) -> dict[str, dict[str, Any]]:
     return {f"K={count}": {"segments": count} for count in counts}
 
 
-def comparison_runs(base: StudyConfig, variants: Mapping[str, Mapping[str, Any]], seeds: int) -> dict[str, StudyConfig]:
-    """Every variant with every seed, by name, at equal compute.
+def comparison_runs(
+    base: StudyConfig, variants: Mapping[str, Mapping[str, Any]], seeds: int, experts: int
+) -> dict[str, StudyConfig]:
+    """Every variant with every seed, by name, at equal compute; replicate r follows expert r's probes (modulo).
 
     `base.iterations`, `validate_every`, `probe_every` and `expansion_iterations` count matched segments: a variant that
     matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. So does
@@ -120,8 +122,11 @@ def comparison_runs(base: StudyConfig, variants: Mapping[str, Mapping[str, Any]]
             expansion_iterations=max(1, expansion // cost),
             error_every=max(1, (base.probes.error_every or iterations) // cost),
         )
-    numbers = range(pace.seed, pace.seed + seeds)  # all variants of a seed first, so that what is done can be compared
-    return {f"{name}/seed-{seed}": replace(paced[name], seed=seed) for seed in numbers for name in variants}
+    runs = dict[str, StudyConfig]()
+    for number in range(seeds):  # all variants of a seed first, so that what is done can be compared
+        own = {"seed": pace.seed + number, "probe_expert": number % experts}
+        runs |= {f"{name}/seed-{own['seed']}": replace(paced[name], **own) for name in variants}
+    return runs
 
 
 def search_runs(base: StudyConfig, grid: Mapping[str, Sequence[Any]], seeds: int) -> dict[str, StudyConfig]:

@@ -12,7 +12,17 @@ import pandas as pd
 import scipy.stats
 
 from cddbook import correlation
-from cddbook.findings import ComparedRun, Correlations, Record, baselines, comparison, paired
+from cddbook.findings import (
+    SETTLED,
+    ComparedRun,
+    Correlations,
+    Record,
+    baselines,
+    comparison,
+    correlations,
+    effect,
+    paired,
+)
 from cddbook.records import read_record
 from cddbook.study import settings_by_accuracy
 from cddlib.methods.catalogue import METHODS, Method
@@ -199,7 +209,7 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
     for name, study in studies.items():
         measures = {
             "correlation of losses (the paper's)": study.pearson(),
-            "fall of the loss, first to last measurement": -study.net_change(),
+            f"fall of the loss from measurement {SETTLED + 1} on": -study.net_change(),
             "cosine of gradients, first images": study.cosines("sequential", 0),
             "cosine of gradients, last images": study.cosines("sequential", -1),
         }
@@ -210,6 +220,19 @@ def negative_table(studies: Mapping[str, Correlations]) -> str:
             rows.append((name, measure, *said, *(f"{x.mean():+.2f} ± {scipy.stats.sem(x):.2f}" for x in (off, on))))
     titles = ["study", "what is negative", "below the diagonal", "above the diagonal", "mean off the diagonal", "on it"]
     return markdown(pd.DataFrame(rows, columns=titles))
+
+
+def transient_table(records: Mapping[str, Record]) -> str:
+    """Markdown: C3's change of earlier segments' losses, by how many measurements are left out."""
+    rows = []
+    for name, record in records.items():
+        row = {"study": name}
+        for skip in (0, SETTLED, 10):
+            study = correlations(record, skip)
+            changed = effect(100 * study.net_change()[..., study.below].mean(axis=1))
+            row[f"without the first {skip}"] = f"{changed.mean:+.1f} [{changed.low:+.1f}, {changed.high:+.1f}]"
+        rows.append(row)
+    return markdown(rows)
 
 
 def comparison_table(record: Record) -> str:
@@ -225,12 +248,12 @@ def comparison_table(record: Record) -> str:
         said = f"{name} ({len(accuracies)} networks)"
         rows.append({"variant": said, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
     seeds = table["seed"].nunique()
-    counts = runs["backward"].count().items()
-    few = [f"{name} in {number} of {seeds} seeds" for name, number in counts if number < seeds]
     note = f"Mean ± standard deviation over {seeds} distillations" if seeds > 1 else "One distillation of each"
     note += ", at equal compute."
-    if few and "backward" in shown:  # where every stage visits the probes, none is left behind
-        note += f" Backward transfer can be computed for {', '.join(few)}."
+    for key in ("forgetting", "backward"):  # where every stage visits the probes, none is left behind
+        counts = runs[key].count().items() if key in shown else []
+        if few := [f"{name} in {number} of {seeds} seeds" for name, number in counts if number < seeds]:
+            note += f" {columns[key][0].capitalize()} can be computed for {', '.join(few)}."
     if first := table["undistilled"].sum():
         note += f" Of {first} of {len(table)} runs the best set, by validation, was the one before the first iteration."
     return f"{markdown(rows)}\n\n{note}"
@@ -249,7 +272,7 @@ def paired_table(title: str, tables: Mapping[str, pd.DataFrame], column: str = "
         mean, low, high = (f"{100 * value:+.1f}" for value in (ahead.mean, ahead.low, ahead.high))
         spread = f" [{low}, {high}]" if ahead.high - ahead.low > 1e-9 else ", the same in all"
         difference = mean + spread * (ahead.count > 1)
-        row = {title: name, **means, f"{last} minus {first}": difference, "seeds": ahead.count}
+        row = {title: name, **means, f"{last} minus {first} [95 % interval]": difference, "seeds": ahead.count}
         rows.append(row)
     return markdown(rows)
 

@@ -78,7 +78,8 @@ def comparison_record(seeds: int = 4, *, gain: float = 0.1, noise: float = 0.0) 
         for seed in range(seeds):
             rng = np.random.default_rng([seed, segments])
             accuracy = 0.5 + better + seed / 100 + noise * float(rng.normal())
-            end = {"error": [1.0, 4.0 - 2 * (segments == 4)], "travelled": [2.0, 10.0], "epoch": [2, 4]}
+            # the window's last segment ends at epoch 4
+            end = {"error": [1.0, 4.0 - 2 * (segments == 4), 9.0], "travelled": [2.0, 10.0, 11.0], "epoch": [2, 4, 6]}
             entry = run(
                 [[3.0, 3.0]] * findings.SETTLED + [[1.0, 1.0], [0.8, 1.1], [0.9, 0.7], [0.7, 0.8]],
                 validation_accuracy=[[0, [0.1]], [6, [accuracy, accuracy]]],
@@ -89,7 +90,7 @@ def comparison_record(seeds: int = 4, *, gain: float = 0.1, noise: float = 0.0) 
             entry["evaluations"] = [{"synthetic": [accuracy], "random_real": [0.2, 0.3], "full": [0.9, 0.9]}]
             runs[f"{name}/seed-{seed}"] = entry
     config = {"probe_starts": [0, 4], "probe_expert": 0, "segments": 1, "replay": 0, "data": "digits", "ipc": 1}
-    config |= {"width": 8, "student_steps": 3, "expert_epochs": 2, "window_start": 0, "window_end": 12}
+    config |= {"width": 8, "student_steps": 3, "expert_epochs": 2, "window_start": 0, "window_end": 3}
     return {"config": config, "runs": runs}
 
 
@@ -148,6 +149,20 @@ def test_negative_table_has_a_row_a_measure():
     assert "cosine of gradients, last images | 67% ± 0% | 67% ± 0% | -0.33 ± 0.00 | +1.00 ± 0.00" in rows[3]
 
 
+def test_what_is_left_out_is_said():
+    """One segment's loss rises at first, whatever is matched, and then falls."""
+    record = correlation_record()
+    for entry in record["runs"].values():
+        entry["metrics"]["probe_losses"] = [[i, [1.0 + (i if i < 4 else 6 - i / 4)] * 3] for i in range(16)]
+    (row,) = tables.transient_table({"toy": record}).splitlines()[2:]
+    assert [part.strip() for part in row.strip("|").split("|")] == [
+        "toy",
+        "+225.0 [+225.0, +225.0]",
+        "-18.8 [-18.8, -18.8]",
+        "-27.8 [-27.8, -27.8]",
+    ]
+
+
 # --- Comparisons ------------------------------------------------------------------------------------------------
 
 
@@ -156,9 +171,18 @@ def test_comparison_reads_what_each_run_reached():
     assert table["variant"].drop_duplicates().tolist() == ["sequential", "ewc", "concurrent"]
     first = table.iloc[0]
     assert (first["test"], first["error"], first["undistilled"]) == (0.5, 0.4, False)
-    # of the last three stages, 1 and 3 visit probe 0, and 2 visits probe 4; scores are minus the losses
-    assert first["forgetting"] == pytest.approx(((-0.8 + 0.7) + (-0.7 + 0.8)) / 2)
+    # of the last three stages, 1 and 3 visit probe 0, and 2 visits probe 4; scores are minus the losses, for forgetting
+    # means of two: only probe 0 was visited before the last of them
+    assert first["forgetting"] == pytest.approx(-(0.8 + 0.9) / 2 + (0.9 + 0.7) / 2)
     assert first["backward"] == pytest.approx(-0.8 + 0.7)
+
+
+def test_luck_is_not_forgotten():
+    record = comparison_record(1)
+    for entry in record["runs"].values():
+        entry["metrics"] |= {"probe_losses": [[i, [0.5 if i == 20 else 1.0, 1.0]] for i in range(40)]}
+        entry["metrics"] |= {"matched": [[[0, 0], [0, 4]]] * 39}
+    assert findings.comparison(record)["forgetting"].tolist() == pytest.approx([0.5 / findings.SMOOTH / 2] * 3)
 
 
 def test_curves_count_segments_and_seconds():
@@ -187,6 +211,12 @@ def test_probes_are_compared_at_equal_prices():
     differences = [findings.paired(t, "mean loss of the probes", "sequential", "concurrent") for t in found.values()]
     assert list(found) == list(ahead) and {difference.count for difference in differences} == {3}
     assert [difference.mean for difference in differences] == pytest.approx(list(ahead.values()))
+    shown = claims.summary_table(claims.findings({}, {"toy": record})).splitlines()[2:]
+    assert shown[7].endswith("(toy): *contradicted* | 1 (1 at equal iterations) | 1 |")
+    measures = [row.measure for row in claims.findings({}, {"toy": record}) if "forgetting" in row.measure]
+    assert len(measures) == 2, "segments that share an epoch, as below, are no test of it"
+    overlapping = claims.findings({}, {"toy": {**record, "config": record["config"] | {"probe_starts": [0, 1]}}})
+    assert not [row for row in overlapping if "forgetting" in row.measure]
     for name, entry in record["runs"].items():
         if name.startswith("sequential"):
             entry["metrics"]["probe_losses"] = [[t, [5 - 0.1 * t] * 2] for t in (*range(0, 32, 5), 32)]
@@ -315,7 +345,7 @@ def test_comparisons_in_a_table_and_in_words():
     assert tables.comparison_table(comparison_record(1)).endswith("\n\nOne distillation of each, at equal compute.")
     words = tables.provenance({"toy": record})
     assert words.startswith(
-        "- toy: 12 runs, digits, IPC 1, width 8, N = 3, M = 2, window [0, 12), 12.0 minutes on a proc"
+        "- toy: 12 runs, digits, IPC 1, width 8, N = 3, M = 2, window [0, 3), 12.0 minutes on a proc"
     )
     assert words.endswith("threads: 1, PyTorch 2, commit `0123456`.")
     buffer = {"config": {"data": "digits", "epochs": 5}, "experts": [{"test_accuracy": 0.5}]}

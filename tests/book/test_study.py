@@ -73,22 +73,22 @@ COSTS = {"K=1": 1, "K=2": 2, "K=3": 3, "replay": 4}
 
 def test_variants_are_compared_at_equal_compute(recipe: Recipe) -> None:
     base = recipe(iterations=26, validate_every=7, probe_every=5, probe_starts=(0,), seed=3)
-    often = comparison_runs(replace(base, error_every=7), {"K=3": {"segments": 3}}, 1)
+    often = comparison_runs(replace(base, error_every=7), {"K=3": {"segments": 3}}, 1, 1)
     assert [config.probes.error_every for config in often.values()] == [2]
     variants = {**segment_counts([1, 2, 3]), "replay": {"segments": 2, "replay": 2, "combine": "gem"}}
-    found = comparison_runs(base, variants, 2)
+    found = comparison_runs(base, variants, 2, 2)
     assert list(found) == [f"{name}/seed-{seed}" for seed, name in itertools.product((3, 4), COSTS)]
     for name, config in found.items():
         variant, seed = name.split("/seed-")
         cost, values = COSTS[variant], configs.as_dict(config)
-        assert values["seed"] == int(seed)
+        assert (values["seed"], values["probe_expert"]) == (int(seed), int(seed) - 3)
         assert 26 - cost < values["iterations"] * cost <= 26
         assert 7 <= values["validate_every"] * cost < 7 + cost
         assert 5 - cost < values["probe_every"] * cost <= max(5, cost)
         assert values["error_every"] == values["iterations"]
         assert values["expansion_iterations"] == base.distillation.schedule.expansion_iterations // cost
         paced = {"seed", "iterations", "validate_every", "probe_every", "error_every", "expansion_iterations"}
-        assert differences(config, base).keys() - paced <= variants[variant].keys()
+        assert differences(config, base).keys() - paced - {"probe_expert"} <= variants[variant].keys()
         assert {key: values[key] for key in variants[variant]} == variants[variant]
 
 
@@ -107,7 +107,7 @@ def test_impossible_studies_are_refused(
     recipe: Recipe, buffer: cddlib.Buffer, tmp_path: Path, variants: Any, options: dict[str, int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        planned = comparison_runs(recipe(iterations=3), variants, 1)
+        planned = comparison_runs(recipe(iterations=3), variants, 1, 2)
         run_study(recipe(iterations=3), planned, buffer.folder, tmp_path / "out", device="cpu", **options)
     assert not (tmp_path / "out").exists()
 
@@ -119,7 +119,7 @@ def plan(recipe: Recipe) -> tuple[StudyConfig, dict[str, StudyConfig]]:
     """A comparison of two variants with two seeds each."""
     base = recipe(probe_starts=(0, 2), probe_every=2)
     variants = {"K=1": {"segments": 1}, "replay": {"segments": 1, "replay": 1, "combine": "pcgrad"}}
-    return base, comparison_runs(base, variants, 2)
+    return base, comparison_runs(base, variants, 2, 2)
 
 
 def run(recipe: Recipe, buffer: cddlib.Buffer, out: Path, **options: Any) -> dict[str, Any]:

@@ -59,6 +59,7 @@ def compare(
     seeds: int = 3,
     networks: int = 3,
     baselines: bool = True,
+    change: tuple[str, ...] = (),
 ) -> None:
     """Compare segment counts, or remedies against forgetting, at equal compute.
 
@@ -70,9 +71,15 @@ def compare(
         seeds: Distillations of each variant, each with the probes of another expert.
         networks: Networks that test each synthetic set.
         baselines: Once a seed, as many networks also learn random real and all training images.
+        change: Fields of single variants, as K=4.lr_images=100 or ewc.consolidation_strength=10
     """
     segments = config.distillation.schedule.segments
     variants = study.segment_counts(counts) if what == "segments" else study.remedies(segments)
+    for text in change:
+        name, _, setting = text.partition(".")
+        if name not in variants:
+            raise UserError(f"{text!r} changes none of the variants {', '.join(variants)}.")
+        variants[name] |= {field: values[-1] for field, values in parse_grid([setting]).items()}
     runs = study.comparison_runs(config, variants, seeds, len(Buffer(place.buffer).experts))
     _run(config, runs, place, networks=networks, baselines=baselines)
 

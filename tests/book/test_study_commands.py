@@ -58,11 +58,14 @@ def test_segment_counts_are_compared(buffer: Buffer, tmp_path: Path, capsys) -> 
     assert all(len(entry["evaluations"][0]["synthetic"]) == 1 for entry in found.values())
     assert run(buffer, tmp_path, "compare", *options, "--networks", 2) == 1
     assert "networks is 1 there and 2 here" in capsys.readouterr().err
+    assert run(buffer, tmp_path, "compare", *options, "--change", "K=9.lr_images=1") == 1
+    assert "'K=9.lr_images=1' changes none of the variants K=1, K=2." in capsys.readouterr().err
 
 
 def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path) -> None:
     options = ["--what", "remedies", "--segments", 2, "--iterations", 4, "--validate-every", 0]
     options += ["--consolidate-every", 1, "--seeds", 1, "--networks", 1, "--no-baselines"]
+    options += ["--change", "mgda.lr_images=7", "balance.lr_images=7"]
     assert run(buffer, tmp_path, "compare", *options) == 0
     record = recorded(tmp_path)
     found = {name.removesuffix("/seed-0"): entry for name, entry in record["runs"].items()}
@@ -70,6 +73,7 @@ def test_all_remedies_are_compared(buffer: Buffer, tmp_path: Path) -> None:
     assert {len(entry["evaluations"][0]["random_real"]) for entry in found.values()} == {0}
     configs = {name: {**record["config"], **entry["changes"]} for name, entry in found.items()}
     assert all(remedies(2)[name].items() <= config.items() for name, config in configs.items())
+    assert [name for name, config in configs.items() if config["lr_images"] == 7.0] == ["balance", "mgda"]
     assert {config["combine"] for config in configs.values()} == set(typing.get_args(Combine))
     assert {config["consolidation"] for config in configs.values()} == {"none", "ewc", "si"}
     losses = {name: entry["metrics"]["loss"] for name, entry in found.items()}

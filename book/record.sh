@@ -56,8 +56,8 @@ segments() { # IPC: 2,000 matched segments
     study "segments-cifar10-ipc$1" compare "$short $one_rate --ipc $1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"
 }
 segments-cifar10-ipc1() { segments 1; }
-segments-cifar10-ipc1-long() { # 2,000 iterations with K = 4, and as much compute with K = 1; the error is measured on the way
-    study segments-cifar10-ipc1-long compare "$short $one_rate --ipc 1 --what segments --counts 1 4 --iterations 8000 --validate-every 1000 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 200 --error-every 1000 --seeds 3 --networks 10 --no-baselines"
+segments-cifar10-ipc1-long() { # 3,000 iterations with K = 4, and as much compute with K = 1; the error is measured on the way
+    study segments-cifar10-ipc1-long compare "$short $one_rate --ipc 1 --what segments --counts 1 4 --iterations 12000 --validate-every 1000 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 200 --error-every 1000 --seeds 4 --networks 10 --no-baselines"
 }
 buffers-window18() { # the same experts, trained until the last of 18 start epochs has a segment of two
     cddlib buffer --method mtt --data cifar10 --root "$root" --width "$width" --experts 8 --epochs 20 --compiled True --out "$runs/cifar10-window18"

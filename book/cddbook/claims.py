@@ -47,7 +47,7 @@ CORRELATION_STUDIES = {
 
 SEGMENT_STUDIES = {
     "CIFAR-10, IPC 1": "segments-cifar10-ipc1",
-    "CIFAR-10, IPC 1, 8,000 segments": "segments-cifar10-ipc1-long",
+    "CIFAR-10, IPC 1, 12,000 segments": "segments-cifar10-ipc1-long",
     "CIFAR-10, IPC 1, published network": "segments-cifar10-ipc1-published",
 }
 """Committed records of comparisons of segment counts."""

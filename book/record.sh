@@ -154,7 +154,9 @@ search-digits-remedies-k4() { remedy search-digits-remedies-k4 4 lr_images=10,30
 search-digits-ewc() { remedy search-digits-ewc 1 "consolidation=ewc consolidation_strength=0.01,0.1,1,10,100"; }
 search-digits-si() { remedy search-digits-si 1 "consolidation=si consolidation_strength=0.01,0.1,1,10,100"; }
 correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 6"; }
-remedies-digits-ipc1() { study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 96 --validate-every 24 --probe-every 8 --seeds 4"; }
+remedies-digits-ipc1() { # at the rate and the strengths that are best on validation images
+    study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 200 --validate-every 40 --validation-runs 3 --probe-every 4 --seeds 8 --networks 10 --change ewc.consolidation_strength=0.01 si.consolidation_strength=0.01"
+}
 
 search="--data digits --buffer $runs/digits --jobs $jobs"
 fashion="--data fashion_mnist --root $root --buffer $runs/fashion --student-steps 20 --window-end 12 --lr-step-size 1e-6 --evaluation-epochs 200 --jobs $jobs"

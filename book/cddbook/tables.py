@@ -277,6 +277,16 @@ def paired_table(title: str, tables: Mapping[str, pd.DataFrame], column: str = "
     return markdown(rows)
 
 
+def search_table(searches: Mapping[str, Record]) -> str:
+    """Validation accuracies of every setting that searches, given by name, tried, from the best to the worst."""
+    rows = []
+    for name, record in searches.items():
+        for setting, accuracies in settings_by_accuracy(record).items():
+            row = {"search": name, "setting": setting.replace(",", ", "), "seeds": len(accuracies)}
+            rows.append({**row, "validation accuracy, %": mean_sd(accuracies, scale=100.0)})
+    return markdown(rows)
+
+
 def rates_table(searches: Sequence[Record], used: Mapping[str, Any]) -> str:
     """The setting that is best on validation images, a row a search, and beside it the one that a study `used`."""
     rows = []

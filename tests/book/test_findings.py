@@ -417,4 +417,6 @@ def test_the_best_rates_stand_beside_those_that_were_used():
     search = {"config": {"a": 1, "segments": 4, "window_end": 18}, "runs": runs}
     titles, _, *rows = tables.rates_table([search], {"a": 1}).splitlines()
     assert titles.endswith("| with a=1, % |")
+    listed = tables.search_table({"toy": search}).splitlines()[2:]
+    assert listed == ["| toy | a=2 | 2 | 50.0 ± 0.0 |", "| toy | a=1 | 2 | 35.0 ± 7.1 |"]
     assert rows == ["| [0, 18) | 4 | 2 | 2 | a=2 | 50.0 ± 0.0 | 35.0 ± 7.1 |"]

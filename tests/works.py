@@ -73,6 +73,13 @@ def assert_same(folder: Path, wanted: Path) -> None:
     assert not different, different
 
 
+def refusal(attempt: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """What the user is told who attempts something that is refused."""
+    with pytest.raises(UserError) as refused:
+        attempt(*arguments, **options)
+    return str(refused.value)
+
+
 def stop_before(owner: Any, name: str, when: Callable[..., bool], work: Callable[[], object]) -> None:
     """Do `work`, and stop it as by Ctrl-C before the call of `owner.name` whose arguments `when` picks."""
     function = getattr(owner, name)

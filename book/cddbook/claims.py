@@ -97,11 +97,7 @@ Row = tuple[str, str, Effect, str]
 
 
 def _finding(setting: str, claim: str, measure: str, found: Effect, unit: str = "") -> Finding:
-    low, mean, high = ((100 if unit else 1) * value for value in (found.low, found.mean, found.high))
-    interval = f" [{low:+.2f}, {high:+.2f}], n =" if found.count > 1 else ", n ="
-    if found.count > 1 and high - low <= 1e-9:  # an interval of no width measures no spread
-        interval = ", the same in all"
-    shown = f"{mean:+.2f}{unit}{interval} {found.count}"
+    shown = f"{found.shown(100.0 if unit else 1.0, 2, unit)}, n = {found.count}"
     return Finding(claim=claim, setting=setting, measure=measure, effect=shown, verdict=verdict(found))
 
 
@@ -192,21 +188,16 @@ def _of_memory(record: Record) -> Row:
 def findings(
     correlation_records: Mapping[str, Record], comparison_records: Mapping[str, Record], memory: Record | None = None
 ) -> list[Finding]:
-    """Everything that the records say about the claims, in the claims' order.
+    """Everything that records, given by the name of their setting, say about the claims, in the claims' order.
 
-    Args:
-        correlation_records: correlation studies by the name of their setting.
-        comparison_records: comparisons by the name of their setting.
-        memory: the record of `tests/benchmarks/memory.py`; without it nothing is said of C7 and C8.
+    Without the record of `tests/benchmarks/memory.py` nothing is said of lossless sets and of memory.
     """
+    studies = {setting: correlations(record) for setting, record in correlation_records.items()}
     by_data: dict[str, list[Correlations]] = {}
-    rows: list[tuple[str, Row]] = []
-    found: list[Finding] = []
-    for setting, record in correlation_records.items():
-        study = correlations(record)
-        found.append(_of_pairs(setting, study))
+    for setting, study in studies.items():
         by_data.setdefault(setting.split(",")[0], []).append(study)
-        rows += [(setting, row) for row in _of_correlation(study)]
+    found = [_of_pairs(setting, study) for setting, study in studies.items()]
+    rows = [(setting, row) for setting, study in studies.items() for row in _of_correlation(study)]
     rows += [(data, row) for data, studies in by_data.items() for row in _of_images(studies)]
     rows += [(setting, row) for setting, record in comparison_records.items() for row in _of_comparison(record)]
     found += [_finding(setting, *row) for setting, row in rows]
@@ -220,9 +211,8 @@ def findings(
 def committed_findings() -> list[Finding]:
     """`findings` of the records that are committed with the book; needs the repository around."""
     compared = {**SEGMENT_STUDIES, "digits, IPC 1": "remedies-digits-ipc1"}
-    read, correlated = (
-        {setting: read_record(name) for setting, name in studies.items()} for studies in (compared, CORRELATION_STUDIES)
-    )
+    read = {setting: read_record(name) for setting, name in compared.items()}
+    correlated = {setting: read_record(name) for setting, name in CORRELATION_STUDIES.items()}
     found = findings(correlated, read, read_record("memory"))
     gpu = read_record("gpu/distil"), read_record("gpu/evaluate")
     for price, at in GPU_PRICES.items():

@@ -15,17 +15,12 @@ from cddlib.runtime.errors import UserError
 
 
 def live_slider(show: Callable[[int], tuple[Figure, str]], *, label: str, value: int, most: int) -> ipywidgets.VBox:
-    """A slider from 1 to `most` in Jupyter, over the figure that `show` makes of its value.
+    """A slider from 1 to `most` in Jupyter, first at `value`, over the figure that `show` makes of its value.
 
     Jupyter tells a change at once, while a cell runs too, but in another thread than that of cells, which no signal
     reaches. So the change is announced there, and `show` is called where cells run: it waits for a running cell, the
-    stop button stops it, and values that the slider has left by then are passed over.
-
-    Args:
-        show: returns a figure, which is closed, and its caption; `UserError` and an interruption become a sentence.
-        label: what the slider turns.
-        value: where it begins; shown at once.
-        most: where it ends.
+    stop button stops it, and values that the slider has left by then are passed over. It returns a figure, which is
+    closed, and its caption; `UserError` and an interruption become a sentence.
     """
     slider = ipywidgets.IntSlider(value, min=1, max=most, description=label, continuous_update=False)
     shown, bars = ipywidgets.HTML(), ipywidgets.Output()

@@ -25,8 +25,7 @@ Shares = Float[np.ndarray, "*replicates"]
 def pearson(curves: Curves) -> Matrices:
     """C_ij = corr(L_i, L_j) over the times of the run that matched i; nan where a curve is constant.
 
-    Args:
-        curves: `curves[..., i, s, j]`, the loss of segment j at time s of the run that matched segment i.
+    `curves[..., i, s, j]` is the loss of segment j at time s of the run that matched segment i.
     """
     moving = np.where(np.ptp(curves, axis=-2, keepdims=True) > 0, curves, np.nan)
     centred = moving - moving.mean(axis=-2, keepdims=True)

@@ -33,6 +33,12 @@ class Effect:
     high: float
     count: int
 
+    def shown(self, scale: float, digits: int, unit: str = "") -> str:
+        """`scale` times mean and interval; one measurement has no interval, and one of no width measures no spread."""
+        mean, low, high = (f"{scale * value:+.{digits}f}" for value in (self.mean, self.low, self.high))
+        spread = ", the same in all" if self.high - self.low <= 1e-9 else f" [{low}, {high}]"
+        return mean + unit + spread * (self.count > 1)
+
 
 def effect(values: Sequence[float] | np.ndarray | pd.Series) -> Effect:
     """Summarise repeated measurements; a single one, or nan among them, leaves the interval open."""
@@ -155,17 +161,11 @@ def comparison(record: Record) -> pd.DataFrame:
     rows = []
     for run in runs_of(record):
         losses, visits = run.probes()
-        rows.append(
-            {
-                "variant": run.variant,
-                "seed": run.seed,
-                "test": np.mean(run.own["synthetic"]) if run.own else math.nan,
-                "error": _error(run.metrics["accumulated_error"][-1][1], run.config),
-                "forgetting": _forgetting(losses, visits),
-                "backward": continual.backward_transfer(-losses, visits),
-                "undistilled": run.result["selected_iteration"] == 0,
-            }
-        )
+        row: dict[str, Any] = {"variant": run.variant, "seed": run.seed}
+        row["test"] = np.mean(run.own["synthetic"]) if run.own else math.nan
+        row["error"] = _error(run.metrics["accumulated_error"][-1][1], run.config)
+        row |= {"forgetting": _forgetting(losses, visits), "backward": continual.backward_transfer(-losses, visits)}
+        rows.append({**row, "undistilled": run.result["selected_iteration"] == 0})
     table = pd.DataFrame(rows)
     table["variant"] = pd.Categorical(table["variant"], table["variant"].unique(), ordered=True)
     return table.sort_values(["variant", "seed"], ignore_index=True)
@@ -198,11 +198,9 @@ def by_class(record: Record) -> dict[str, pd.DataFrame]:
 
 def transfers(record: Record) -> dict[str, pd.DataFrame]:
     """By other architecture of networks that were trained on the sets, a row a run: their mean accuracy, `test`."""
-    tested = [(run, name, found) for run in runs_of(record) for name, found in run.evaluations.items()]
+    tested = [(run, name, found["synthetic"]) for run in runs_of(record) for name, found in run.evaluations.items()]
     others = dict.fromkeys(name for run, name, _ in tested if name != run.config["network"])
-    return {
-        other: tests_of((run, found["synthetic"]) for run, name, found in tested if name == other) for other in others
-    }
+    return {other: tests_of((run, values) for run, name, values in tested if name == other) for other in others}
 
 
 def tests_of(found: Iterable[tuple[ComparedRun, Sequence[float]]]) -> pd.DataFrame:

@@ -8,18 +8,14 @@ from cddlib.runtime.errors import UserError
 
 
 class Profile(NamedTuple):
-    """How much work a chapter of the book does."""
+    """Overrides of the recipes of a buffer and a distillation, the lengths of a study's runs, and repetitions."""
 
     buffer: dict[str, Any]
-    """Overrides of the buffer's recipe."""
     distill: dict[str, Any]
-    """Overrides of the distillation's recipe."""
     correlate_iterations: int
-    """Iterations of each run of a correlation study."""
     compare_iterations: int
-    """Matched segments of each run of a comparison."""
+    """Matched segments of each run."""
     seeds: int = 3
-    """Repetitions."""
 
 
 PROFILES = {

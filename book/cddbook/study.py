@@ -170,17 +170,10 @@ def run_study(
 ) -> dict[str, Any]:
     """Run, resume, or read every run, and return the study's record. A study grows when asked for more seeds.
 
-    Args:
-        base: what the runs have in common.
-        runs: configurations by name; a run's folder is `out/name`.
-        buffer: folder of the experts.
-        out: the study's folder.
-        networks: networks that test each synthetic set; 0 tests nothing. No two seeds share a network.
-        baselines: whether as many test random real and all training images too, once a seed.
-        jobs: processes that share the runs; 0 runs them in this process, one after the other.
-        keep_stopped: a run that began and stopped, because it diverged, is a result too.
-        root: folder of the data sets.
-        device: `auto`, `cpu`, `cuda` …
+    The runs have `base` in common; a run's folder is `out/name`. So many `networks` test each synthetic set, and with
+    `baselines` as many random real and all training images too, once a seed; no two seeds share a network. `jobs`
+    processes share the runs; with 0 they go on in this process, one after the other. With `keep_stopped` a run that
+    began and stopped, because it diverged, is a result too.
 
     Raises:
         UserError: `out` holds another study or is in use, or some runs failed; the others are finished first.

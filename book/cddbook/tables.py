@@ -11,18 +11,8 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from cddbook import correlation
-from cddbook.findings import (
-    SETTLED,
-    ComparedRun,
-    Correlations,
-    Record,
-    baselines,
-    comparison,
-    correlations,
-    effect,
-    paired,
-)
+from cddbook import correlation, findings
+from cddbook.findings import SETTLED, ComparedRun, Correlations, Record, effect, paired
 from cddbook.records import read_record
 from cddbook.study import settings_by_accuracy
 from cddlib.methods.catalogue import METHODS, Method
@@ -130,9 +120,8 @@ def benchmark_table(runs: pd.DataFrame, speed: Record) -> str:
     The hours are those of the GPU in the record `speed`, at the rate at which it trains experts of the usual ConvNet.
     """
     measured: dict[tuple[str, int], list[str]] = {}
-    for (data, ipc, width, device, _), mine in runs.groupby(
-        ["data", "IPC", "width", "hardware", "made by"], sort=False
-    ):
+    apart = ["data", "IPC", "width", "hardware", "made by"]
+    for (data, ipc, width, device, _), mine in runs.groupby(apart, sort=False):
         tested = ", ".join(f"{row['K']} {row['test accuracy, %']}" for row in mine.to_dict("records"))
         measured.setdefault((data, ipc), []).append(f"{tested} (width {width}, {device})")
     (epoch,) = (row for row in speed["rows"] if row["what"] == "an expert's epoch")
@@ -228,9 +217,9 @@ def transient_table(records: Mapping[str, Record]) -> str:
     for name, record in records.items():
         row = {"study": name}
         for skip in (0, SETTLED, 10):
-            study = correlations(record, skip)
-            changed = effect(100 * study.net_change()[..., study.below].mean(axis=1))
-            row[f"without the first {skip}"] = f"{changed.mean:+.1f} [{changed.low:+.1f}, {changed.high:+.1f}]"
+            study = findings.correlations(record, skip)
+            changed = effect(study.net_change()[..., study.below].mean(axis=1))
+            row[f"without the first {skip}"] = changed.shown(100.0, 1)
         rows.append(row)
     return markdown(rows)
 
@@ -239,12 +228,12 @@ def comparison_table(record: Record) -> str:
     """Markdown of `findings.comparison`: a row a variant, mean ± standard deviation over seeds; and the baselines."""
     columns = {"test": ("test accuracy, %", 100.0, 1), "error": ("ε / way", 1.0, 3)}
     columns |= {"forgetting": ("forgetting", 1.0, 3), "backward": ("backward transfer", 1.0, 3)}
-    table = comparison(record)
+    table = findings.comparison(record)
     runs = table.groupby("variant", observed=True)
     shown = {key: how for key, how in columns.items() if table[key].notna().any()}
     means = {title: runs[key].agg(mean_sd, scale=by, digits=digits) for key, (title, by, digits) in shown.items()}
     rows = pd.DataFrame(means).reset_index().to_dict("records")
-    for name, accuracies in baselines(record).items():
+    for name, accuracies in findings.baselines(record).items():
         said = f"{name} ({len(accuracies)} networks)"
         rows.append({"variant": said, "test accuracy, %": mean_sd(accuracies, scale=100.0)})
     seeds = table["seed"].nunique()
@@ -269,11 +258,8 @@ def paired_table(title: str, tables: Mapping[str, pd.DataFrame], column: str = "
         first, *_, last = table["variant"].unique()
         means = table.groupby("variant", sort=False)[column].agg(mean_sd, scale=100.0)
         ahead = paired(table, column, last, first)
-        mean, low, high = (f"{100 * value:+.1f}" for value in (ahead.mean, ahead.low, ahead.high))
-        spread = f" [{low}, {high}]" if ahead.high - ahead.low > 1e-9 else ", the same in all"
-        difference = mean + spread * (ahead.count > 1)
-        row = {title: name, **means, f"{last} minus {first} [95 % interval]": difference, "seeds": ahead.count}
-        rows.append(row)
+        difference = {f"{last} minus {first} [95 % interval]": ahead.shown(100.0, 1), "seeds": ahead.count}
+        rows.append({title: name, **means, **difference})
     return markdown(rows)
 
 

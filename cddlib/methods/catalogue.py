@@ -32,10 +32,7 @@ MTT = Method(name="mtt", source="the author's commands (dc_benchmark, methods/tm
 
 # Cui et al. 2023, arXiv 2211.10586
 TESLA = Method(
-    name="tesla",
-    base=MTT,
-    settings={"gradient": "halved"},
-    source="the repository's README (justincui03/tesla)",
+    name="tesla", base=MTT, settings={"gradient": "halved"}, source="the repository's README (justincui03/tesla)"
 )
 
 # Du et al. 2023, arXiv 2211.11004

@@ -305,7 +305,6 @@ def points(threads: int, width: int, seconds: float) -> list[Point]:
 
 
 def in_a_process(point: Point, most_seconds: float) -> dict[str, Any]:
-    """Measure a point in a process of its own."""
     command = [sys.executable, __file__, "--point", json.dumps(dataclasses.asdict(point))]
     environment = {**os.environ, **WAYS[point.implementation][1], "OMP_NUM_THREADS": str(point.threads)}
     done = subprocess.run([*command, str(most_seconds)], env=environment, capture_output=True, text=True)

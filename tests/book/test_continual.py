@@ -10,8 +10,6 @@ import pytest
 
 from cddbook.continual import average_forgetting, backward_transfer, probe_table
 
-# --- Forgetting and transfer ------------------------------------------------------------------------------------
-
 
 @hypothesis.given(data=st.data(), stages=st.integers(1, 7), tasks=st.integers(1, 4))
 def test_measures_of_any_visits_against_loops(data: st.DataObject, stages: int, tasks: int) -> None:
@@ -30,9 +28,6 @@ def test_measures_of_any_visits_against_loops(data: st.DataObject, stages: int, 
     for measure, wanted in ((average_forgetting, forgetting), (backward_transfer, backward)):
         mean = sum(wanted) / len(wanted) if wanted else math.nan
         assert measure(scores, visits) == pytest.approx(mean, abs=1e-9, nan_ok=True)
-
-
-# --- Metrics of a run -------------------------------------------------------------------------------------------
 
 
 def test_a_stage_visits_what_it_matched_on_the_probes_expert_and_did_not_skip() -> None:

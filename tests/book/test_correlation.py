@@ -17,9 +17,6 @@ def small_integers(*shape: int) -> st.SearchStrategy[np.ndarray]:
     return hnp.arrays(np.float64, shape, elements=st.integers(-9, 9).map(float))
 
 
-# --- Curves of losses -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("constant", "times"), [(0.1, 3), (0.7, 6), (0.9, 7)])  # whose mean is rounded
 def test_pearson_of_a_constant_curve_is_nan_whatever_the_constant(constant: float, times: int) -> None:
     losses = np.stack([np.array([[t**2, constant] for t in range(times)])] * 2)
@@ -37,9 +34,6 @@ def test_pearson_against_corrcoef(losses: np.ndarray) -> None:
             assert found[i, j] == pytest.approx(np.corrcoef(own, other)[0, 1], abs=1e-12)
 
 
-# --- Gradients --------------------------------------------------------------------------------------------------
-
-
 @hypothesis.given(vectors=small_integers(6, 4))
 def test_cosines_between_draws_against_loops(vectors: np.ndarray) -> None:
     hypothesis.assume(all(vector.any() for vector in vectors))
@@ -55,9 +49,6 @@ def test_predicted_transfer_by_hand() -> None:
     geometry = {"losses": [2.0, 0.5], "products": {"images": images, "step_size": step_size}}
     found = correlation.predicted_transfer(geometry, {"step_size": 0.01, "images": 0.1})
     np.testing.assert_allclose(found, [[0.43 / 2, -0.05 / 0.5], [-0.05 / 2, 0.21 / 0.5]])
-
-
-# --- Summaries and tests ----------------------------------------------------------------------------------------
 
 
 def test_negative_shares_are_of_the_pairs_below_then_of_those_above_the_diagonal() -> None:

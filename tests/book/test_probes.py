@@ -208,10 +208,7 @@ def test_probes_are_measured_on_time(buffer: cddlib.Buffer, quick: dict[str, Any
         ({"probe_starts": (1, 1)}, r"^probe_starts is \(1, 1\); epochs must be 0 or more, ascending, each once\.$"),
         ({"error_every": -1}, r"^error_every is -1; it must be at least 0\.$"),
         ({"similarity_every": 5}, r"^similarity_every is 5, but probe_starts names no segments\.$"),
-        (
-            {"probe_starts": (0, 5)},
-            r"^probe_starts is \(0, 5\), but the experts stop at epoch 6 .* at epoch 4 at ",
-        ),
+        ({"probe_starts": (0, 5)}, r"^probe_starts is \(0, 5\), but the experts stop at epoch 6 .* at epoch 4 at "),
         ({"probe_expert": -1}, r"^probe_expert is -1, but .* holds experts 0 to 1\.$"),
     ],
 )

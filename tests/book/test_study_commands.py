@@ -35,7 +35,6 @@ def run(buffer: Buffer, out: Path, command: str, *options: object) -> int:
 
 
 def recorded(out: Path) -> dict[str, Any]:
-    """The record of a study."""
     assert studies.main(["record", str(out / "study"), "--to", str(out / "r.json")]) == 0
     return json.loads((out / "r.json").read_text())
 

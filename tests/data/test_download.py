@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from test_dataset import random_arrays
+from works import refusal
 
 from cddlib import load, prepare
 from cddlib.data import pictures
@@ -76,9 +77,7 @@ def test_what_cannot_be_prepared_is_refused(
 ) -> None:
     name, size = what
     change(as_tiny_imagenet(folder) if name == "tiny_imagenet" else folder)
-    with pytest.raises(UserError) as refused:
-        prepare(name, tmp_path / "root", source=folder, size=size)
-    assert message in str(refused.value)
+    assert message in refusal(prepare, name, tmp_path / "root", source=folder, size=size)
     assert not (tmp_path / "root" / f"{name}.safetensors").exists()
 
 
@@ -190,9 +189,7 @@ def test_a_mended_image_lets_the_same_run_go_on_and_another_starts_anew(
     good = file.read_bytes()
     file.write_bytes(good[:40])
     for _ in range(2):  # the second time it goes on, to fail at the same image
-        with pytest.raises(UserError) as caught:
-            make(folder, tmp_path)
-        assert str(caught.value).startswith(f"{file} is not a readable image (")
+        assert refusal(make, folder, tmp_path).startswith(f"{file} is not a readable image (")
         durable = read_json(tmp_path / "imagefolder.progress.json")["images"]
         assert durable == 240  # 60 for testing, two classes of 80, and 20 before it in the third
     file.write_bytes(good)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from running import CPU, distill
+from works import refusal
 
 import cddlib
 from cddlib.distillation.config import with_compilation
@@ -48,9 +49,7 @@ def test_impossible_values_are_refused(recipe, said: str, field: str, value: obj
     """In a curriculum of two drops, and with two subsets."""
     staged = cddlib.buffer_recipe("digits", drop_epochs=(25, 30), drop_fractions=(0.1, 0.2))
     config = staged if field in flat(staged) else recipe(ipc=2, subsets=2)
-    with pytest.raises(UserError) as refused:
-        replace(config, **{field: value})
-    assert str(refused.value) == f"{field} is {value}; {said}"
+    assert refusal(replace, config, **{field: value}) == f"{field} is {value}; {said}"
 
 
 def test_batches_divide_what_is_learned_evenly(recipe) -> None:
@@ -80,9 +79,8 @@ def test_values_that_do_not_go_together_are_refused(recipe) -> None:
     ],
 )
 def test_a_buffer_that_does_not_fit_is_refused(buffer: Buffer, recipe, tmp_path: Path, wrong, message: str) -> None:
-    with pytest.raises(UserError) as refused:
-        distill(replace(recipe(), **wrong), buffer, tmp_path / "run")
-    assert str(refused.value).endswith(message.replace("FOLDER", str(buffer.folder)))
+    said = refusal(distill, replace(recipe(), **wrong), buffer, tmp_path / "run")
+    assert said.endswith(message.replace("FOLDER", str(buffer.folder)))
     assert not (tmp_path / "run").exists()
 
 

@@ -42,17 +42,11 @@ def wanted_bounds(config: CurriculumConfig, epoch: int) -> tuple[float, float]:
     return dropped, 1.0
 
 
-# --- When -------------------------------------------------------------------------------------------------------
-
-
 @hypothesis.given(values=configurations(), epoch=st.integers(0, 40))
 def test_the_schedule_is_pad_s(values: dict[str, Any], epoch: int) -> None:
     config = CurriculumConfig(**values)
     assert config.bounds(epoch) == pytest.approx(wanted_bounds(config, epoch))
     assert config.ranks_images == any(config.bounds(epoch) != (0, 1) for epoch in range(40))
-
-
-# --- Which ------------------------------------------------------------------------------------------------------
 
 
 @hypothesis.given(images=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=40))
@@ -63,9 +57,6 @@ def test_ranks_count_what_is_easier_in_the_class(images: list[tuple[int, int]]) 
     for i, (label, score) in enumerate(images):
         same = [(s, j) for j, (other, s) in enumerate(images) if other == label]
         assert found[i].item() == pytest.approx(sum(pair < (score, i) for pair in same) / max(1, len(same) - 1))
-
-
-# --- How hard ---------------------------------------------------------------------------------------------------
 
 
 def test_difficulty_is_el2n(monkeypatch: pytest.MonkeyPatch) -> None:

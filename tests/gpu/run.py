@@ -141,7 +141,6 @@ class Bench:
 
     @functools.cached_property
     def buffer(self) -> cddlib.Buffer:
-        """The experts."""
         return cddlib.Buffer(self.to / "buffer")
 
     def wait(self) -> None:
@@ -513,7 +512,6 @@ def check_finished(bench: Bench) -> None:
 
 
 def folder(bench: Bench, count: int, seed: int) -> Path:
-    """The folder of a run."""
     return bench.to / f"k{count}-seed{seed}"
 
 

@@ -80,8 +80,7 @@ class PretendedGPU(TorchDispatchMode):
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGPU]:
     """A pretended GPU. Graphs call what they would replay; autograd, which no fake tensor passes, gives zeros."""
-    answers = {"_lazy_init": None, "current_device": 0, "mem_get_info": (10**10, 10**10)}
-    answers |= {"empty_cache": None}
+    answers = {"_lazy_init": None, "current_device": 0, "mem_get_info": (10**10, 10**10), "empty_cache": None}
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda *device, answer=answer: answer)
     monkeypatch.setattr(F, "grid_sample", lambda x, grid, **options: x + grid.sum())  # the real one asks the driver

@@ -13,15 +13,8 @@ import scipy.optimize
 import torch
 
 import cddlib
-from cddlib.matching.combine import (
-    CAGRAD_RADIUS,
-    GRADNORM_POWER,
-    Combine,
-    CombineConfig,
-    fixed_weights,
-    gramian,
-    weights,
-)
+from cddlib.matching import combine
+from cddlib.matching.combine import CAGRAD_RADIUS, Combine, CombineConfig, fixed_weights, gramian, weights
 
 RULES = typing.get_args(Combine)[1:]
 
@@ -155,7 +148,7 @@ def test_gradnorms_lengths_follow_the_losses(count: int) -> None:
         losses = np.random.default_rng(draw).uniform(0.1, 3, count)
         found = rule_weights("gradnorm", vectors, losses=losses.tolist())
         lengths = np.linalg.norm(found[:, None] * vectors, axis=1)
-        ratios = (losses / losses.mean()) ** GRADNORM_POWER
+        ratios = (losses / losses.mean()) ** combine.GRADNORM_POWER
         assert lengths / lengths.sum() == pytest.approx(ratios / ratios.sum())
         assert found.sum() == pytest.approx(1)
         assert found.min() > 0

@@ -9,8 +9,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+from works import refusal
 
-import cddlib
 from cddlib.matching.segments import Segments, SegmentsConfig, active_subset, draw_segments, window
 
 
@@ -66,16 +66,10 @@ def test_the_spacing_by_hand() -> None:
     assert found == [(2, 6, 0), (3, 7, 0), (2, 6, 1), (3, 7, 1), (2, 6, 2), (3, 7, 2), (4, 8, 2), (5, 9, 2)]
 
 
-# --- Curriculum -------------------------------------------------------------------------------------------------
-
-
 def test_the_curriculum_by_hand() -> None:
     config = SegmentsConfig(window_start=1, window_end=20, window_end_initial=10, expansion_iterations=100)
     ends = [window(config, iteration) for iteration in (0, 9, 10, 99, 100, 10**6)]
     assert ends == [(1, 10), (1, 10), (1, 11), (1, 19), (1, 20), (1, 20)]
-
-
-# --- Subsets ----------------------------------------------------------------------------------------------------
 
 
 @hypothesis.given(config=configurations())
@@ -95,18 +89,12 @@ def test_subsets_take_equal_turns_and_parts(config: SegmentsConfig) -> None:
         assert [window(config, iteration) for iteration in range(config.iterations)] == [parts[turn] for turn in turns]
 
 
-# --- Real start epochs ------------------------------------------------------------------------------------------
-
-
 @hypothesis.given(config=configurations(), iteration=st.integers(0, 80), fraction=st.floats(0.01, 0.99))
 def test_real_start_epochs_lie_between_whole_ones(config: SegmentsConfig, iteration: int, fraction: float) -> None:
     found = all_draws(dataclasses.replace(config, convex=True), iteration, fraction)
     for (starts, anchor), whole in zip(found, all_draws(config, iteration), strict=True):
         assert all(isinstance(start, float) for start in starts)
         assert (starts, anchor) == (pytest.approx([start + fraction for start in whole.starts]), whole.anchor)
-
-
-# --- Refused ----------------------------------------------------------------------------------------------------
 
 
 FEW = "has only {} start epochs{}; use at most {}."
@@ -134,9 +122,7 @@ FEW = "has only {} start epochs{}; use at most {}."
     ],
 )
 def test_impossible_configurations_are_refused(values: dict[str, int], sentence: str) -> None:
-    with pytest.raises(cddlib.UserError) as refused:
-        SegmentsConfig(window_end=20, **values)
-    assert str(refused.value) == sentence
+    assert refusal(SegmentsConfig, window_end=20, **values) == sentence
 
 
 @pytest.mark.parametrize(("convex", "epochs"), [(False, 6), (True, 7)])
@@ -144,9 +130,7 @@ def test_segments_end_inside_the_trajectory(convex: bool, epochs: int) -> None:
     """The last segment goes from epoch 3 to 6; a convexified one may start just before epoch 4."""
     config = SegmentsConfig(window_end=4, expert_epochs=3, convex=convex)
     config.check_epochs(epochs)
-    with pytest.raises(cddlib.UserError) as refused:
-        config.check_epochs(epochs - 1)
-    assert str(refused.value) == (
+    assert refusal(config.check_epochs, epochs - 1) == (
         f"window_end is 4 and expert_epochs is 3, but the experts stop at epoch {epochs - 1}; "
         f"window_end may be at most 3."
     )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from works import refusal
 
 from cddbook.__main__ import parse_grid
 from cddbook.tables import published
@@ -184,6 +185,4 @@ def test_the_table_has_a_line_for_every_cell() -> None:
     ],
 )
 def test_what_no_recipe_has_is_refused(call: Callable[[], object], sentence: str) -> None:
-    with pytest.raises(UserError) as refused:
-        call()
-    assert str(refused.value).startswith(sentence)
+    assert refusal(call).startswith(sentence)

@@ -9,6 +9,7 @@ import textbook
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from works import refusal
 
 import cddlib
 from cddlib.networks.convnet import Architecture, ConvNet, Network, NetworkConfig, Norm, parameter_count, unflatten
@@ -79,17 +80,13 @@ def test_init_has_the_ranges_of_pytorch(norm: Any) -> None:
     ],
 )
 def test_impossible_networks_are_refused(values: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(cddlib.UserError) as refused:
-        NetworkConfig(**values)
-    assert str(refused.value) == sentence
+    assert refusal(NetworkConfig, **values) == sentence
 
 
 @pytest.mark.parametrize(("size", "blocks"), [(8, 3), (9, 3), (28, 5), (32, 5)])
 def test_depth_is_limited_by_the_pixels(size: int, blocks: int) -> None:
     check_against_module(NetworkConfig(depth=blocks, width=4), (1, size, size))
-    with pytest.raises(cddlib.UserError) as refused:
-        ConvNet(NetworkConfig(depth=blocks + 1, width=4), (1, size, size), 5)
-    assert str(refused.value) == (
+    assert refusal(ConvNet, NetworkConfig(depth=blocks + 1, width=4), (1, size, size), 5) == (
         f"depth is {blocks + 1}; images of {size} pixels allow at most {blocks} blocks with pooling."
     )
     check_against_module(NetworkConfig(depth=blocks + 1, width=4, pooling="none"), (1, size, size))
@@ -105,9 +102,7 @@ def test_depth_is_limited_by_the_pixels(size: int, blocks: int) -> None:
 )
 def test_other_images_are_refused(shape: tuple[int, int, int], classes: int, sentence: str) -> None:
     for name in ARCHITECTURES:
-        with pytest.raises(cddlib.UserError) as refused:
-            build_network(NetworkConfig(network=name), shape, classes)
-        assert str(refused.value) == sentence
+        assert refusal(build_network, NetworkConfig(network=name), shape, classes) == sentence
 
 
 # --- Other architectures ----------------------------------------------------------------------------------------

@@ -210,7 +210,6 @@ def distil_backwards(config: cddlib.DistillConfig, buffer: Path, out: Path) -> N
 
 
 def train(config: cddlib.BufferConfig, out: Path) -> None:
-    """Train a buffer in this rank."""
     cddlib.train_buffer(config, out, device="cpu")
 
 
@@ -365,7 +364,6 @@ LONG = {"iterations": 60, "segments": 4, "checkpoint_every": 3, "validate_every"
 
 
 def arguments(command: str, **options: Any) -> list[Any]:
-    """A command line."""
     pairs = [[f"--{name.replace('_', '-')}", value] for name, value in options.items()]
     return [command, *itertools.chain(*pairs)]
 

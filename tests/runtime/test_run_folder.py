@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from works import refusal
 
 from cddlib.runtime import device as devices
 from cddlib.runtime import errors, provenance, run_folder
@@ -135,9 +136,8 @@ def test_only_a_want_of_memory_is_one() -> None:
 
 
 def test_another_run_is_refused_with_the_fields_that_differ() -> None:
-    with pytest.raises(UserError) as caught:
-        run_folder.refuse_other_run(Path("out"), {"a": 1, "b": 2, "old": 3}, {"a": 1, "b": 5, "new": "x"})
-    assert str(caught.value) == (
+    there, here = {"a": 1, "b": 2, "old": 3}, {"a": 1, "b": 5, "new": "x"}
+    assert refusal(run_folder.refuse_other_run, Path("out"), there, here) == (
         "out holds another run (b is 2 there and 5 here; new is None there and 'x' here; "
         "old is 3 there and None here); choose another folder with --out."
     )

@@ -22,14 +22,9 @@ def heat_maps(
     significant: Mapping[str, Float[np.ndarray, "p p"]] | None = None,
     labels: tuple[str, str] = ("measured: start epoch", "matched: start epoch"),
 ) -> Figure:
-    """Means ± standard deviations over replicates, one panel a matrix, white at zero.
+    """Means ± standard deviations over replicates, a panel a title, white at zero and deepest at the `limit`.
 
-    Args:
-        matrices: by title.
-        starts: the segments' start epochs.
-        limit: value of the deepest colours.
-        significant: p-values by title; an entry where they are below 0.05 gets a star.
-        labels: of the columns and of the rows.
+    An entry gets a star where the p-value in `significant` is below 0.05; `labels` are of columns and of rows.
     """
     columns = 2 if len(matrices) in (2, 4) else 3
     rows = -(-len(matrices) // columns)

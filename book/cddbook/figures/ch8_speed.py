@@ -54,11 +54,9 @@ def bars(table: pd.DataFrame, column: str, xlabel: str) -> Figure:
 
 
 def ratio_table(table: pd.DataFrame, column: str) -> str:
-    """How each of cddlib's ways compares with the faster of the textbook's; a Markdown table.
+    """How each of cddlib's ways compares with the faster of the textbook's, from `part`; a Markdown table.
 
-    Args:
-        table: from `part`.
-        column: `seconds`, of which the ratio says how many times as fast; or `memory_mb`, of which it is the fraction.
+    Of `seconds` the ratio says how many times as fast; of `memory_mb` it is the fraction.
     """
     shown, power = ("{:.3g} s", -1) if column == "seconds" else ("{:,.0f} MB", 1)
     table = table.assign(cell=table[column].map(shown.format, na_action="ignore").fillna(table["left_out"]))

@@ -21,14 +21,12 @@ def committed_sets(study: str) -> dict[int, tuple[Figure, str]]:
     tests = {run.config["segments"]: run.own for run in runs_of(read_record(study)) if run.seed == 0}
     sets = [(0, "start", "Random real images", "such sets, each drawn anew,", tests[1]["random_real"])]
     sets += [(k, f"k{k}", f"K = {k}: distilled images", "them", test["synthetic"]) for k, test in tests.items()]
-    return {
-        k: (
-            _picture(RESULTS / "sets" / study / f"{name}.parquet"),
-            f"{what} of CIFAR-10, one a class. Networks trained on {them} recognise "
-            f"{mean_sd(accuracies, scale=100.0)} % of the test images ({len(accuracies)} networks).",
-        )
-        for k, name, what, them, accuracies in sets
-    }
+    found = {}
+    for k, name, what, them, accuracies in sets:
+        tested = f"{mean_sd(accuracies, scale=100.0)} % of the test images ({len(accuracies)} networks)."
+        words = f"{what} of CIFAR-10, one a class. Networks trained on {them} recognise {tested}"
+        found[k] = _picture(RESULTS / "sets" / study / f"{name}.parquet"), words
+    return found
 
 
 def sets_page(sets: Mapping[int, tuple[Figure, str]]) -> str:

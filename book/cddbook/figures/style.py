@@ -80,10 +80,7 @@ def picture(figure: Figure, words: str, attributes: str = "") -> str:
 def slider(frames: Mapping[int, tuple[Figure, str]], *, label: str, name: str) -> str:
     """Frames behind a slider, as HTML that needs neither a kernel nor a network.
 
-    Args:
-        frames: for each position of the slider a figure, which is closed, and what it shows, in words.
-        label: what the slider turns.
-        name: an identifier, unique on the page.
+    A frame is a figure, which is closed, and what it shows, in words; `name` is unique on the page.
     """
     blocks = [
         picture(figure, words, f'data-value="{value}"{" hidden" if index else ""}')

@@ -28,7 +28,7 @@ CELLS = {path.stem: json.loads(path.read_text())["cells"] for path in NOTEBOOKS}
 # --- Rooms and sizes --------------------------------------------------------------------------------------------
 
 LONGEST_FILE, LONGEST_FUNCTION = 300, 50
-MOST_LINES = {"cddlib": 7_522, "book/cddbook": 2_480, "tests": 12_837}  # lower them when the house shrinks
+MOST_LINES = {"cddlib": 7_522, "book/cddbook": 2_480, "tests": 12_849}  # lower them when the house shrinks
 TREES = {
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): ast.parse(path.read_text())
     for path in sorted(ROOT.glob("cddlib/**/*.py"))

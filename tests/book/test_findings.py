@@ -12,6 +12,8 @@ import scipy.stats
 
 from cddbook import claims, findings, tables
 from cddbook.figures import ch3_correlation
+from cddbook.records import read_record
+from cddbook.study import settings_by_accuracy
 from cddlib import distill_recipe
 from cddlib.plan import buffer_of, plan
 from cddlib.runtime.config import config_hash
@@ -303,6 +305,16 @@ def test_the_table_has_every_claim_once_and_every_finding():
 def test_the_committed_records_give_findings_on_every_claim():
     found = claims.committed_findings()
     assert {finding.claim for finding in found} == set(claims.CLAIMS)
+
+
+@pytest.mark.parametrize(
+    ("search", "variant"), [("remedies-k1", "sequential"), ("remedies-k4", "concurrent"), ("ewc", "ewc"), ("si", "si")]
+)
+def test_remedies_were_compared_at_the_best_of_their_searches(search, variant):
+    compared, searched = read_record("remedies-digits-ipc1"), read_record(f"search-digits-{search}")
+    config = {**compared["config"], **compared["runs"][f"{variant}/seed-0"]["changes"]}
+    best = next(iter(settings_by_accuracy(searched)))
+    assert best == ",".join(f"{part.split('=')[0]}={config[part.split('=')[0]]}" for part in best.split(","))
 
 
 def test_heat_maps_are_centred_and_starred():

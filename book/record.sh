@@ -49,9 +49,9 @@ rates() { # NAME K EXPERTS STEP_SIZES: 320 matched segments, compared on validat
     local iterations=$((320 / $2))
     study "$1" search "$3 --ipc 1 --segments $2 --iterations $iterations --validate-every $iterations --validation-runs 3 --vary lr_images=100,300,1000 step_size=$4 --seeds 2"
 }
-rates-cifar10-ipc1-k1() { rates rates-cifar10-ipc1-k1 1 "$short" 0.02,0.06; }
-rates-cifar10-ipc1-k2() { rates rates-cifar10-ipc1-k2 2 "$short" 0.02,0.06; }
-rates-cifar10-ipc1-k4() { rates rates-cifar10-ipc1-k4 4 "$short" 0.02,0.06; }
+rates-cifar10-ipc1-k1() { rates rates-cifar10-ipc1-k1 1 "$short" 0.01,0.02,0.06; }
+rates-cifar10-ipc1-k2() { rates rates-cifar10-ipc1-k2 2 "$short" 0.01,0.02,0.06; }
+rates-cifar10-ipc1-k4() { rates rates-cifar10-ipc1-k4 4 "$short" 0.01,0.02,0.06; }
 segments() { # IPC: 2,000 matched segments
     study "segments-cifar10-ipc$1" compare "$short $one_rate --ipc $1 --what segments --counts 1 2 4 --iterations 2000 --validate-every 500 --validation-runs 2 --probe-starts 0 1 2 3 --probe-every 50 --seeds 5 --networks 10"
 }

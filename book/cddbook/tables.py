@@ -219,7 +219,7 @@ def transient_table(records: Mapping[str, Record]) -> str:
         for skip in (0, SETTLED, 10):
             study = findings.correlations(record, skip)
             changed = effect(study.net_change()[..., study.below].mean(axis=1))
-            row[f"without the first {skip}"] = changed.shown(100.0, 1)
+            row[f"{skip} left out"] = changed.shown(100.0, 1)
         rows.append(row)
     return markdown(rows)
 

@@ -149,10 +149,10 @@ remedy() { # NAME K OPTIONS: what a remedy's comparison needs to know beforehand
     local iterations=$((200 / $2))
     study "$1" search "$digits --ipc 1 --segments $2 --iterations $iterations --validate-every $iterations --validation-runs 3 --seeds 4 --vary $3"
 }
-search-digits-remedies-k1() { remedy search-digits-remedies-k1 1 lr_images=10,30,100,300; }
-search-digits-remedies-k4() { remedy search-digits-remedies-k4 4 lr_images=10,30,100,300; }
-search-digits-ewc() { remedy search-digits-ewc 1 "consolidation=ewc consolidation_strength=0.01,0.1,1,10,100"; }
-search-digits-si() { remedy search-digits-si 1 "consolidation=si consolidation_strength=0.01,0.1,1,10,100"; }
+rates-digits-k1() { remedy rates-digits-k1 1 lr_images=10,30,100,300; }
+rates-digits-k4() { remedy rates-digits-k4 4 lr_images=10,30,100,300; }
+rates-digits-ewc() { remedy rates-digits-ewc 1 "consolidation=ewc consolidation_strength=0.01,0.1,1,10,100"; }
+rates-digits-si() { remedy rates-digits-si 1 "consolidation=si consolidation_strength=0.01,0.1,1,10,100"; }
 correlation-digits-ipc1() { study correlation-digits-ipc1 correlate "$digits --ipc 1 $digits_probes --iterations 24 --replicates 6"; }
 remedies-digits-ipc1() { # at the rate and the strengths that are best on validation images
     study remedies-digits-ipc1 compare "$digits --what remedies --ipc 1 --segments 4 $digits_probes --iterations 200 --validate-every 40 --validation-runs 3 --probe-every 4 --seeds 8 --networks 10 --change ewc.consolidation_strength=0.01 si.consolidation_strength=0.01"
@@ -190,7 +190,7 @@ all="buffers-short rates-cifar10-ipc1-k1 rates-cifar10-ipc1-k4 rates-cifar10-ipc
  segments-cifar10-ipc1-published-long sets-cifar10-ipc1-published buffers-window4 segments-cifar10-ipc1-window4
  segments-cifar10-ipc1-n50 buffers-flat segments-cifar10-ipc1-datm segments-fashion-ipc1 segments-cifar100-ipc1
  segments-cifar10-ipc10-published segments-cifar100-ipc1-published
- buffers-digits correlation-digits-ipc1 search-digits-remedies-k1 search-digits-remedies-k4 search-digits-ewc search-digits-si remedies-digits-ipc1 buffers-fashion $searches methods"
+ buffers-digits correlation-digits-ipc1 rates-digits-k1 rates-digits-k4 rates-digits-ewc rates-digits-si remedies-digits-ipc1 buffers-fashion $searches methods"
 left=""
 for name in ${@:-$all}; do
     if [ $SECONDS -lt $end ]; then

@@ -101,7 +101,7 @@ def segment_counts(counts: Sequence[int]) -> dict[str, dict[str, Any]]:
 def comparison_runs(
     base: StudyConfig, variants: Mapping[str, Mapping[str, Any]], seeds: int, experts: int
 ) -> dict[str, StudyConfig]:
-    """Every variant with every seed, by name, at equal compute; replicate r follows expert r's probes (modulo).
+    """Every variant with every seed, by name, at equal compute. Seed number r follows the probes of expert r (modulo).
 
     `base.iterations`, `validate_every`, `probe_every` and `expansion_iterations` count matched segments: a variant that
     matches k segments an iteration takes `iterations // k` iterations, and measures as often by compute. So does
